@@ -1,0 +1,34 @@
+# make demo   train, pack, reload, score and mix on a corpus built from this Python's documentation; no download, no GPU
+# make test   the whole suite
+# make lint   ruff
+# make bench  speed and size, as ratios measured in one run
+# Each target sets up what it needs in .venv; nothing outside this folder changes.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+DEV := pytest hypothesis constriction matplotlib ruff
+
+.PHONY: demo test lint bench setup clean
+setup: $(VENV)/ready
+
+$(VENV)/ready: requirements.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt $(DEV) -c constraints.txt
+	touch $@
+
+demo: setup
+	$(RUN) data/prepare_demo.py
+	PYTHON=$(RUN) bash runs/demo.sh
+
+test: setup
+	$(RUN) -m pytest tests -q --durations=8
+
+lint: setup
+	$(VENV)/bin/ruff check .
+
+bench: setup
+	for b in bench/bench_*.py; do $(RUN) $$b || exit 1; done
+
+clean:
+	rm -rf $(VENV) data/datasets data/tokenizers final_model.*

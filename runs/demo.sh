@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The whole submission in two minutes on a laptop: a 0.9M-parameter model of the full design on the built-in corpus.
+# Two ranks on two CPU cores, or one rank per GPU. Every setting can be overridden: SEED=42 bash runs/demo.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+
+export DATA_PATH=${DATA_PATH:-data/datasets/demo_sp1024}
+export TOKENIZER_PATH=${TOKENIZER_PATH:-data/tokenizers/demo_1024_bpe.model}
+# a small model with every feature on
+export NUM_LAYERS=${NUM_LAYERS:-5} MODEL_DIM=${MODEL_DIM:-128} NUM_HEADS=${NUM_HEADS:-4} NUM_KV_HEADS=${NUM_KV_HEADS:-2}
+export VE_LAYERS=${VE_LAYERS:-3,4} VE_DIM=${VE_DIM:-32} XSA_LAST_N=${XSA_LAST_N:-2}
+export BIGRAM_VOCAB_SIZE=${BIGRAM_VOCAB_SIZE:-1024} BIGRAM_DIM=${BIGRAM_DIM:-32}
+# small batches of short sequences: a CPU takes some hundred steps in a minute, so rates and averages are shorter too
+export TRAIN_BATCH_TOKENS=${TRAIN_BATCH_TOKENS:-2048} TRAIN_SEQ_LEN=${TRAIN_SEQ_LEN:-256}
+export MAX_WALLCLOCK_SECONDS=${MAX_WALLCLOCK_SECONDS:-70} WARMUP_STEPS=${WARMUP_STEPS:-1}
+export WARMDOWN_ITERS=${WARMDOWN_ITERS:-150} TRAIN_LOG_EVERY=${TRAIN_LOG_EVERY:-50} EMA_DECAY=${EMA_DECAY:-0.95}
+export SWA_EVERY=${SWA_EVERY:-5} MUON_MOMENTUM=${MUON_MOMENTUM:-0.95}
+export MUON_MOMENTUM_WARMUP_STEPS=${MUON_MOMENTUM_WARMUP_STEPS:-100}
+export TIED_EMBED_LR=${TIED_EMBED_LR:-0.01} SCALAR_LR=${SCALAR_LR:-0.01}
+export EVAL_SEQ_LEN=${EVAL_SEQ_LEN:-256} EVAL_STRIDE=${EVAL_STRIDE:-64} VAL_BATCH_SIZE=${VAL_BATCH_SIZE:-16384}
+
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$python" -m torch.distributed.run --standalone --nproc_per_node="${NPROC:-$(( gpus > 0 ? gpus : 2 ))}" train_gpt.py

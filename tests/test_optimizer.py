@@ -1,0 +1,117 @@
+"""Muon, AdamW, schedules, averages."""
+import math
+
+import pytest
+import torch
+from conftest import tiny
+
+import train_gpt as t
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (96, 32), (32, 96), (3, 40, 24)])
+def test_orthogonalize_keeps_the_singular_vectors_and_levels_the_values(rng, shape):
+    G = torch.randn(*shape)
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    X = t.orthogonalize(G, 5)
+    inner = U.mT @ X @ Vh.mT                                     # diagonal when the singular vectors are the same
+    diagonal = torch.diagonal(inner, dim1=-2, dim2=-1)
+    off = inner - torch.diag_embed(diagonal)
+    assert off.abs().max() < 1e-3
+    assert diagonal[0.05 * S.amax(-1, keepdim=True) < S].min() > 0.5 and diagonal.max() < 1.3
+
+
+def test_orthogonalize_of_a_stack_is_that_of_each(rng):
+    G = torch.randn(5, 24, 16)
+    torch.testing.assert_close(t.orthogonalize(G, 5), torch.stack([t.orthogonalize(g, 5) for g in G]))
+
+
+def test_muon_step_is_the_written_rule(rng):
+    hp = tiny(MATRIX_LR=0.1, MUON_WD=0.2)
+    params = [torch.nn.Parameter(torch.randn(s)) for s in ((8, 4), (4, 8), (8, 4))]
+    plain, buffers = [p.detach().clone() for p in params], [torch.zeros_like(p) for p in params]
+    muon = t.Muon(params, hp)
+    for step in range(3):
+        momentum = t.muon_momentum(step * 100, hp)
+        for group in muon.param_groups:
+            group["momentum"] = momentum
+        for p in params:
+            p.grad = torch.randn_like(p)
+        for p, w, m in zip(params, plain, buffers):
+            m.mul_(momentum).add_(p.grad)
+            update = t.orthogonalize(p.grad + momentum * m, 5) * math.sqrt(max(1, p.size(0) / p.size(1)))
+            w.mul_(1 - 0.1 * 0.2).sub_(0.1 * update)
+        muon.step()
+    for p, w in zip(params, plain):
+        torch.testing.assert_close(p.detach(), w)
+
+
+@pytest.mark.parametrize("tied", [0, 1])
+def test_each_parameter_has_the_right_optimizer(tied):
+    model = t.GPT(tiny(TIE_EMBEDDINGS=tied))
+    muon, adam = t.build_optimizers(model, model.hp)
+    names = {id(p): n for n, p in model.named_parameters()}
+    in_muon = {names[id(p)] for g in muon.param_groups for p in g["params"]}
+    assert in_muon == {n for n in names.values() if n.startswith("blocks.") and n.endswith(".weight")} | {
+        "bigram.proj.weight", "value_embed.proj.weight"}
+    rates = {names[id(p)]: g["lr"] for g in adam.param_groups for p in g["params"]}
+    embed = model.hp.tied_embed_lr if tied else model.hp.embed_lr
+    for name, rate in rates.items():
+        table = name.endswith((".table.weight", "embed.weight"))
+        assert rate == (embed if table else model.hp.head_lr if name == "head.weight" else model.hp.scalar_lr), name
+    assert {g["weight_decay"] for g in adam.param_groups} == {0.04} and adam.defaults["betas"] == (0.9, 0.95)
+
+
+def test_a_parameter_without_optimizer_is_noticed(monkeypatch):
+    model = t.GPT(tiny())
+    monkeypatch.setattr(t, "Muon", lambda matrices, hp: torch.optim.SGD(matrices[1:], 0.1))
+    with pytest.raises(AssertionError, match="exactly one optimizer"):
+        t.build_optimizers(model, model.hp)
+
+
+def test_lr_scale_by_steps_and_by_time():
+    hp = tiny(ITERATIONS=100, WARMDOWN_ITERS=20)
+    assert [t.lr_scale(s, 0, hp) for s in (0, 80, 90, 100)] == [1, 1, 0.5, 0]
+    hp = tiny(ITERATIONS=10**6, WARMDOWN_ITERS=20, MAX_WALLCLOCK_SECONDS=50)
+    assert t.lr_scale(0, 0.0, hp) == 1 and t.lr_scale(10, 10.0, hp) == 1       # 40 s = 40 steps left
+    assert t.lr_scale(40, 40.0, hp) == pytest.approx(0.5)                      # 10 s = 10 steps left, of 20
+    assert t.lr_scale(20, 40.0, hp) == pytest.approx(0.25)                     # steps of 2 s: 5 left
+    assert t.lr_scale(60, 51.0, hp) == 0
+
+
+def test_muon_momentum_warms_up():
+    hp = tiny()
+    assert [round(t.muon_momentum(s, hp), 4) for s in (0, 750, 1500, 9000)] == [0.92, 0.955, 0.99, 0.99]
+
+
+def test_averages_are_the_means_they_claim(rng):
+    snapshots = [torch.randn(3, 2) for _ in range(9)]
+    ema, swa = t.WeightAverage(0.8), t.WeightAverage(1.0)
+    for s in snapshots:
+        ema.update([s])
+        swa.update([s])
+    weights = torch.tensor([0.8 ** (8 - i) for i in range(9)])
+    expected = (torch.stack(snapshots) * (weights / weights.sum())[:, None, None]).sum(0)
+    torch.testing.assert_close(ema.mean[0], expected)
+    torch.testing.assert_close(swa.mean[0], torch.stack(snapshots).mean(0))
+
+
+def test_long_running_ema_is_the_plain_recursion(rng):
+    """From some hundred steps on the bias correction is gone: 0.997 means 0.997."""
+    ema = t.WeightAverage(0.9)
+    for _ in range(400):
+        ema.update([torch.randn(2)])
+    before, new = ema.mean[0].clone(), torch.randn(2)
+    ema.update([new])
+    torch.testing.assert_close(ema.mean[0], 0.9 * before + 0.1 * new)
+
+
+@pytest.mark.parametrize("averaging", ["none", "ema", "swa", "ema_swa"])
+def test_the_average_that_is_named_is_the_one_that_is_used(averaging, rng):
+    hp = tiny(AVERAGING=averaging)
+    a, b = t.WeightAverage(0.5), t.WeightAverage(1.0)
+    for _ in range(3):
+        a.update([torch.randn(4)])
+        b.update([torch.randn(4)])
+    got = t.averaged_parameters(dict(ema=a, swa=b), hp)
+    expected = dict(none=None, ema=a.mean[0], swa=b.mean[0], ema_swa=(a.mean[0] + b.mean[0]) / 2)[averaging]
+    assert got is None if expected is None else torch.allclose(got[0], expected)

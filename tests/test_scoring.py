@@ -1,0 +1,112 @@
+"""Windows, per-target scores, bits per byte."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt as t
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 400), st.integers(1, 60), st.data())
+def test_windows_score_every_target_once_with_enough_context(targets, length, data):
+    stride = data.draw(st.integers(1, length))
+    starts, first = t.windows(targets, length, stride)
+    T = min(length, targets)
+    scored = [j for s, f in zip(starts, first) for j in range(f, s + T)]
+    assert scored == list(range(targets))                                       # each once, in stream order
+    assert starts[0] == 0 and first[0] == 0 and starts[-1] + T == targets       # the first whole, the last at the end
+    for s, f in list(zip(starts, first))[1:]:
+        assert f - s >= T - stride                                              # context before the first scored
+    assert all(b - a == stride for a, b in zip(starts[:-2], starts[1:-1]))      # strides of exactly `stride`
+
+
+def plain_scores(model, tokens, stride):
+    """One window at a time, one target at a time."""
+    hp, nll, entropy = model.hp, [], []
+    T, done, start = min(hp.eval_seq_len, len(tokens) - 1), 0, 0
+    while done < len(tokens) - 1:
+        p = torch.softmax(model.logits(model(torch.tensor(tokens[None, start: start + T].astype(int))))[0].double(), -1)
+        for j in range(done, start + T):
+            nll.append(-math.log(p[j - start, tokens[j + 1]]))
+            entropy.append(float(-(p[j - start] * p[j - start].log()).sum()))
+        done, start = start + T, min(start + stride, len(tokens) - 1 - T)
+    return np.array(nll), np.array(entropy)
+
+
+@pytest.mark.parametrize("length, stride, targets", [(32, 8, 200), (32, 32, 200), (32, 8, 33), (32, 8, 20), (7, 5, 64)])
+def test_score_stream_equals_one_window_at_a_time(rng, length, stride, targets):
+    hp = tiny(EVAL_SEQ_LEN=length, EVAL_STRIDE=stride, VAL_BATCH_SIZE=4 * length)
+    model = t.GPT(hp)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+        tokens = rng.integers(0, 300, targets + 1).astype(np.uint16)
+        nll, entropy = t.score_stream(model, model, tokens, stride, t_runtime())
+        expected = plain_scores(model, tokens, stride)
+    assert nll.dtype == entropy.dtype == np.float32
+    np.testing.assert_allclose(nll, expected[0], rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(entropy, expected[1], rtol=2e-5, atol=2e-5)
+
+
+def t_runtime(rank=0, world_size=1):
+    """A Runtime without a log file or a process group."""
+    rt = object.__new__(t.Runtime)
+    rt.rank, rt.world_size, rt.device, rt.log_file = rank, world_size, torch.device("cpu"), None
+    rt.log = lambda line, console=True: None
+    return rt
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8, 50])
+def test_ranks_share_the_windows(rng, world_size, monkeypatch):
+    hp = tiny(VAL_BATCH_SIZE=128)
+    model, tokens = t.GPT(hp), rng.integers(0, 300, 300).astype(np.uint16)
+    monkeypatch.setattr(t.Runtime, "gather", lambda self, array: array)
+    whole = t.score_stream(model, model, tokens, 8, t_runtime())
+    parts = [t.score_stream(model, model, tokens, 8, t_runtime(r, world_size)) for r in range(world_size)]
+    for i in (0, 1):
+        np.testing.assert_allclose(np.concatenate([p[i] for p in parts]), whole[i], rtol=1e-5, atol=1e-5)
+
+
+def test_only_scored_positions_go_through_the_head(rng, monkeypatch):
+    hp, seen = tiny(), []
+    model, tokens = t.GPT(hp), rng.integers(0, 300, 201).astype(np.uint16)
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: (seen.append(len(hidden)), logits(hidden))[1])
+    t.score_stream(model, model, tokens, 8, t_runtime())
+    assert sum(seen) == 200
+
+
+def test_future_tokens_change_no_earlier_score(rng):
+    hp = tiny()
+    model, tokens = t.GPT(hp), rng.integers(0, 300, 150).astype(np.uint16)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    before = t.score_stream(model, model, tokens, 8, t_runtime())
+    for position in (1, 40, 100, 149):
+        changed = tokens.copy()
+        changed[position:] = rng.integers(0, 300, 150 - position)
+        after = t.score_stream(model, model, changed, 8, t_runtime())
+        assert np.array_equal(before[0][:position - 1], after[0][:position - 1])
+        assert np.array_equal(before[1][:position], after[1][:position])         # entropy does not see its target
+
+
+def test_bits_per_byte_sums_in_float64():
+    nll = np.full(10_000_000, math.log(2), np.float32)
+    assert t.bits_per_byte(nll, np.full(10_000_000, 2, np.uint16)) == pytest.approx(0.5, abs=1e-8)
+
+
+def test_bytes_of_the_real_fineweb_sample():
+    """The design's figure; runs where the sample lies beside the checkout, since it is not ours to ship."""
+    sample = ROOT.parent / "shared/data/fineweb_sample"
+    if not sample.is_dir():
+        pytest.skip("no FineWeb sample beside the checkout")
+    hp = t.Hyperparameters.from_env(dict(DATA_PATH=str(sample), TOKENIZER_PATH=str(sample / "fineweb_1024_bpe.model")))
+    tokens = t.load_validation(hp)
+    stream_bytes = t.ByteCounter(hp)(tokens)
+    assert (len(stream_bytes), stream_bytes.sum()) == (1_040_297, 2_504_867)

@@ -1,0 +1,120 @@
+"""The script as users start it: under torchrun, in an empty folder, with settings from the environment."""
+import re
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_script, tiny, values, write_shard
+
+import train_gpt as t
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory):
+    """The same run on 1 and on 2 ranks."""
+    done = {}
+    for ranks in (1, 2):
+        cwd = tmp_path_factory.mktemp(f"ranks{ranks}")
+        result = run_script(cwd, ranks, **corpus, NUM_LAYER=3)
+        assert result.returncode == 0, result.stderr[-3000:]
+        done[ranks] = cwd, result
+    return done
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_says_everything_and_leaves_an_artifact(runs, ranks):
+    cwd, result = runs[ranks]
+    log = (cwd / "logs/test.txt").read_text()
+    assert log.startswith((ROOT / "train_gpt.py").read_text())
+    assert f"hardware:{ranks} x " in log and "attention:sdpa" in log and "torch:" in log
+    assert "NUM_LAYERS=4" in log and "VE_LAYERS=2,3" in log and len(re.findall(r"sha256:[0-9a-f]{64}", log)) == 3
+    assert "warning: NUM_LAYER is set but is no setting; did you mean NUM_LAYERS?" in result.stdout
+    line = r"^step:\d+/12 train_loss:\d+\.\d+ train_time:\d+ms step_avg:\S+ms tok/s:\d+$"
+    assert len(re.findall(line, log, re.M)) == 12
+    assert re.search(r"^late_qat:on step:11 lr_scale:0\.1667 bits:6$", log, re.M)
+    for name in ("final_int6_roundtrip_exact", "final_int6_sliding_window_exact", "final_ngram_exact"):
+        found = values(log, name)
+        ratio = float(found["val_loss"]) / np.log(2) / float(found["val_bpb"])       # bytes per target
+        assert 1.0 < ratio < 3.0
+    assert values(log, "final_ngram_exact")["targets"] == "6000"
+    assert float(values(log, "final_ngram_exact")["val_bpb"]) < float(values(log, "final_int6_sliding")["val_bpb"])
+    blob = (cwd / "final_model.int6.ptz").read_bytes()
+    assert f"Serialized model int6+lzma: {len(blob)} bytes" in log
+    total = len(blob) + len((ROOT / "train_gpt.py").read_bytes())
+    assert f"Total submission size int6+lzma: {total} bytes" in log
+    for word in ("neural", "mixed", "artifact", "training", "evaluation", "logs/test.txt"):
+        assert re.search(rf"^  \w+ .*{word}|^  {word}", result.stdout, re.M), word
+    assert sorted(p.name for p in cwd.iterdir()) == ["final_model.int6.ptz", "logs"]
+
+
+def test_the_score_does_not_depend_on_the_number_of_ranks(runs):
+    one, two = ((runs[r][0] / "logs/test.txt").read_text() for r in (1, 2))
+    for name in ("final_int6_roundtrip_exact", "final_int6_sliding_window_exact", "final_ngram_exact"):
+        a, b = (float(values(log, name)["val_bpb"]) for log in (one, two))
+        assert a == pytest.approx(b, abs=1e-4), name
+    losses = [re.findall(r"^step:\S+ train_loss:(\S+)", log, re.M) for log in (one, two)]
+    np.testing.assert_allclose(np.float64(losses[0]), np.float64(losses[1]), atol=2e-4)
+
+
+def test_what_was_scored_is_what_is_in_the_file(runs, corpus):
+    """Read the artifact back by hand, score it, mix it: the same digits as the log."""
+    cwd, _ = runs[1]
+    hp = tiny(**corpus)
+    model = t.GPT(hp)
+    model.load_state_dict(t.unpack((cwd / "final_model.int6.ptz").read_bytes()))
+    tokens = t.load_validation(hp)
+    from test_scoring import t_runtime
+    nll, entropy = t.score_stream(model, model, tokens, hp.eval_stride, t_runtime())
+    stream_bytes = t.ByteCounter(hp)(tokens)
+    mixed = t.mixture_nll(nll, entropy, t.ngram_backoff(tokens, hp), hp)
+    log = (cwd / "logs/test.txt").read_text()
+    for name, scores in (("final_int6_sliding_window_exact", nll), ("final_ngram_exact", mixed)):
+        assert float(values(log, name)["val_bpb"]) == pytest.approx(t.bits_per_byte(scores, stream_bytes), abs=1e-6)
+
+
+def test_a_run_is_deterministic_and_never_overwrites_a_log(runs, corpus):
+    cwd, _ = runs[1]
+    before = (cwd / "logs/test.txt").read_text()
+    assert run_script(cwd, 0, **corpus).returncode == 0
+    assert (cwd / "logs/test.txt").read_text() == before
+    again = (cwd / "logs/test_2.txt").read_text()
+    for name in ("final_int6_roundtrip_exact", "final_ngram_exact"):
+        assert values(again, name)["val_bpb"] == values(before, name)["val_bpb"]
+
+
+def test_time_stops_the_run_and_warms_it_down(corpus, tmp_path):
+    done = run_script(tmp_path, 1, **corpus, ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=3, WARMDOWN_ITERS=30, TRAIN_LOG_EVERY=0,
+                      VAL_LOSS_EVERY=20, AVERAGING="swa", SWA_EVERY=1, NGRAM_ENABLED=0, COMPILE=0)
+    assert done.returncode == 0, done.stderr[-3000:]
+    stop = values(done.stdout, "stopping_early")
+    assert 1500 < int(stop["train_time"][:-2]) <= 3000
+    assert re.search(r"^late_qat:on step:\d+", done.stdout, re.M)
+    assert int(values(done.stdout, "averaging:swa")["swa_updates"]) > 0
+    assert re.search(r"^step:20/100000 val_loss:\S+ val_bpb:\S+ train_time:\d+ms step_avg:\S+ms$", done.stdout, re.M)
+    assert "final_ngram_exact" not in done.stdout and "off (NGRAM_ENABLED=0)" in done.stdout
+
+
+@pytest.mark.parametrize("broken, said", [
+    (dict(DATA_PATH="nowhere"), r"DATA_PATH=nowhere: no fineweb_train_\*.bin there; `make demo` needs no data"),
+    (dict(NUM_LAYERS="eleven"), "NUM_LAYERS='eleven': expected an integer"),
+    (dict(VOCAB_SIZE=600), "has 512 pieces, but VOCAB_SIZE=600"),
+    (dict(EVAL_SEQ_LEN=7000), "the validation stream has 6001 tokens, a window needs 7001"),
+], ids=lambda b: next(iter(b)) if isinstance(b, dict) else "")
+def test_bad_input_gets_one_line_and_leaves_no_artifact(corpus, tmp_path, broken, said):
+    done = run_script(tmp_path, 0, **{**corpus, **broken})
+    assert done.returncode != 0 and re.search(said, done.stderr), done.stderr
+    assert done.stderr.startswith("train_gpt.py: error: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "final_model.int6.ptz").exists()
+
+
+def test_under_torchrun_the_error_is_said_once(corpus, tmp_path):
+    done = run_script(tmp_path, 2, **{**corpus, "DATA_PATH": "nowhere"})
+    assert done.returncode != 0 and done.stderr.count("train_gpt.py: error: DATA_PATH=nowhere") == 1
+    assert not list(tmp_path.glob("final_model*"))
+
+
+def test_a_bad_token_during_training_names_its_shard(corpus, tmp_path):
+    write_shard(tmp_path / "data/fineweb_train_000000.bin", [1, 2, 3] * 500 + [999])
+    write_shard(tmp_path / "data/fineweb_val_000000.bin", [1, 2, 3] * 500)
+    done = run_script(tmp_path, 0, **{**corpus, "DATA_PATH": str(tmp_path / "data")})
+    assert done.returncode != 0 and "fineweb_train_000000.bin: holds token 999" in done.stderr
+    assert "error: UserError" in (tmp_path / "logs/test.txt").read_text()

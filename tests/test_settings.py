@@ -1,0 +1,94 @@
+"""Hyperparameters: parsing, checks, warnings; and that importing the script does nothing."""
+import ast
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT, tiny
+
+import train_gpt
+from train_gpt import Hyperparameters, UserError, edit_distance, mistyped
+
+
+@pytest.mark.parametrize("env, said", [
+    ({"NUM_LAYERS": "eleven"}, "NUM_LAYERS='eleven': expected an integer (default 11)"),
+    ({"MLP_MULT": "nan"}, "MLP_MULT='nan': expected a number"),
+    ({"LN_SCALE": "yes please"}, "LN_SCALE='yes please': expected 0 or 1"),
+    ({"VE_LAYERS": "1,b"}, "VE_LAYERS='1,b': expected comma-separated integers"),
+    ({"AVERAGING": "mean"}, "AVERAGING='mean': expected one of none, ema, swa, ema_swa"),
+    ({"NUM_LAYERS": "0"}, "NUM_LAYERS=0: expected at least 1"),
+    ({"BETA2": "1.5"}, "BETA2=1.5: expected at most 1"),
+    ({"MODEL_DIM": "100"}, "MODEL_DIM=100 is not a multiple of NUM_HEADS=8"),
+    ({"NUM_KV_HEADS": "3"}, "NUM_HEADS=8 is not a multiple of NUM_KV_HEADS=3"),
+    ({"ROPE_DIMS": "66"}, "ROPE_DIMS=66: expected an even number up to the head width"),
+    ({"NUM_LAYERS": "6"}, "VE_LAYERS=9,10: layers run from 0 to 5"),
+    ({"XSA_LAST_N": "12"}, "XSA_LAST_N=12: NUM_LAYERS is 11"),
+    ({"TRAIN_BATCH_TOKENS": "5000"}, "nearest are 4096 and 6144"),
+    ({"EVAL_STRIDE": "4096"}, "EVAL_STRIDE=4096 exceeds EVAL_SEQ_LEN=2048"),
+    ({"NGRAM_MIN_ORDER": "9"}, "NGRAM_MIN_ORDER=9 exceeds NGRAM_ORDER=7"),
+    ({"ALPHA_MIN": "0.9"}, "ALPHA_MIN=0.9 exceeds ALPHA_MAX=0.6"),
+])
+def test_impossible_settings_are_refused_in_one_line(env, said):
+    with pytest.raises(UserError) as error:
+        Hyperparameters.from_env(env)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_settings_have_the_type_of_their_default():
+    hp = Hyperparameters.from_env({"MLP_MULT": "3.5", "VE_LAYERS": "0, 3", "TIE_EMBEDDINGS": "0", "SEED": "7"})
+    assert (hp.mlp_mult, hp.ve_layers, hp.tie_embeddings, hp.seed) == (3.5, (0, 3), False, 7)
+    assert Hyperparameters.from_env({}) == Hyperparameters()
+
+
+def test_mistyped_names_are_pointed_out():
+    assert mistyped({"NUM_LAYER": "3", "EVAL_STRIED": "1", "PATH": "/bin", "HOME": "/", "SEED": "1"}) == [
+        "EVAL_STRIED is set but is no setting; did you mean EVAL_STRIDE?",
+        "NUM_LAYER is set but is no setting; did you mean NUM_LAYERS?"]
+    assert edit_distance("kitten", "sitting") == 3 and edit_distance("", "ab") == 2
+
+
+def test_every_setting_is_documented_and_read_by_something():
+    """A switch without effect is a lie: each field is read outside the class that defines it."""
+    tree = ast.parse((ROOT / "train_gpt.py").read_text())
+    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    for f in fields(Hyperparameters):
+        assert f.metadata["doc"] and f.name in read, f.name
+
+
+def test_import_does_nothing_and_needs_no_gpu_library(tmp_path):
+    code = ("import sys\n"
+            "for name in ('triton', 'flash_attn', 'flash_attn_interface', 'sentencepiece'): sys.modules[name] = None\n"
+            f"sys.path.insert(0, {str(ROOT)!r})\n"
+            "import train_gpt, torch\n"
+            "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={"NUM_LAYERS": "eleven"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+def test_the_script_stays_readable():
+    lines = (ROOT / "train_gpt.py").read_text().splitlines()
+    assert len(lines) <= 1500 and max(map(len, lines)) <= 110
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.FunctionDef):
+            most = 40 if node.name == "main" else 60
+            assert node.end_lineno - node.lineno < most, f"{node.name} is too long"
+            arguments = [a.arg for a in node.args.args if a.arg != "self"]
+            assert len(arguments) <= 6, f"{node.name} has too many arguments"
+
+
+def test_nothing_runs_code_from_a_file():
+    tree = ast.parse((ROOT / "train_gpt.py").read_text())
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    loads = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    assert not imported & {"pickle", "marshal", "shelve", "dill"} and not called & {"eval", "exec", "compile"}
+    assert not {"torch.load", "torch.save", "np.load"} & loads
+
+
+def test_tiny_settings_keep_every_feature():
+    hp = tiny()
+    assert hp.ve_enabled and hp.vrl_enabled and hp.xsa_last_n and hp.bigram_vocab_size and hp.smear_enabled
+    assert train_gpt.GPT(hp).skip_weights.shape == (2, 64)

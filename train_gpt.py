@@ -1,0 +1,1270 @@
+"""Parameter Golf: train a small GPT, pack it into 16 MB, score a stream with a mixture that is a code.
+
+    make demo                                                 laptop CPU, nothing to download
+    torchrun --standalone --nproc_per_node=8 train_gpt.py     8xH100, FineWeb under DATA_PATH
+    SEED=42 EVAL_STRIDE=256 torchrun ...                      settings are environment variables (section 1)
+
+One token's life, from the top of this file to its bottom:
+
+    shard -> TokenLoader -> GPT -> loss -> Muon / AdamW -> WeightAverage   it teaches the model      (3-7, 11)
+    weights -> int6 codes -> container -> file -> weights again            what is read back is scored     (8)
+    validation stream -> windows -> nll[t], entropy[t] per target          each target once                (9)
+    the same stream -> exact counts of the past -> mixture -> nll'[t]      a probability at every t       (10)
+    sum(nll') / ln 2 / sum(bytes)                                          the score                      (12)
+
+Shape suffixes: B batch, T position, D model width, H query heads, G key/value heads, K head width,
+V vocabulary, N any flat number of positions, R x C a matrix. Losses are nats per token until `bits_per_byte`.
+"""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import lzma
+import math
+import os
+import platform
+import struct
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SIZE_CAP = 16_000_000  # bytes, decimal: code + compressed weights (the challenge's rule)
+EVAL_BUDGET_S = 600    # seconds for everything after training (the challenge's rule)
+
+
+class UserError(Exception):
+    """Bad input. The message is one line: what was found, what was expected, what to do."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. Hyperparameters
+# The only place where settings are read from the environment; names are the field's own, in upper case. What
+# cannot be parsed or cannot work is refused before anything is loaded, and a mistyped name is pointed out.
+# ------------------------------------------------------------------------------------------------------------
+
+def setting(default, doc: str, low=None, high=None, choices=None):
+    return field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices))
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    data_path: str = setting("./data/datasets/fineweb10B_sp1024",
+                             "folder of fineweb_{train,val}_*.bin shards")
+    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model",
+                                  "SentencePiece model, to count bytes")
+    run_id: str = setting("", "name of logs/<RUN_ID>.txt; empty: date, time and seed")
+    seed: int = setting(1337, "seed of the initial weights", 0)
+    compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
+    # training length and batches
+    iterations: int = setting(20_000, "most training steps", 1)
+    max_wallclock_seconds: float = setting(600.0, "most training time; 0: no limit", 0)
+    warmdown_iters: int = setting(3500, "length of the final linear decay, in steps' worth of time", 0)
+    warmup_steps: int = setting(20, "untimed steps that compile everything and are then undone", 0)
+    train_batch_tokens: int = setting(786_432, "tokens per step, over all ranks", 1)
+    micro_batch_tokens: int = setting(98_304, "most tokens of one forward and backward pass on one rank", 1)
+    train_seq_len: int = setting(2048, "tokens per training sequence", 1)
+    train_log_every: int = setting(500, "steps between train_loss lines; 0: only the first ten", 0)
+    # model
+    vocab_size: int = setting(1024, "V; must equal the tokenizer's", 2, 65_536)
+    num_layers: int = setting(11, "L, blocks", 1)
+    model_dim: int = setting(512, "D, width of the residual stream", 1)
+    num_heads: int = setting(8, "H, query heads", 1)
+    num_kv_heads: int = setting(4, "G, key/value heads (GQA)", 1)
+    mlp_mult: float = setting(3.0, "MLP width as a multiple of D", 0)
+    leaky_slope: float = setting(0.5, "slope below zero of leaky_relu(x)^2", -1, 1)
+    tie_embeddings: bool = setting(True, "output head = token embedding")
+    logit_softcap: float = setting(30.0, "c in c*tanh(logits/c); 0: none", 0)
+    rope_base: float = setting(10_000.0, "RoPE base", 1)
+    rope_dims: int = setting(16, "rotated dimensions of each head; 0: no positions", 0)
+    qk_gain_init: float = setting(1.5, "initial per-head gain of the queries")
+    xsa_last_n: int = setting(4, "last layers whose heads drop the part along their own value (XSA)", 0)
+    ln_scale: bool = setting(True, "scale a block's normed inputs by 1/sqrt(layer + 1)")
+    unet_skips: bool = setting(True, "U-Net skips from the first half of the blocks to the second")
+    smear_enabled: bool = setting(True, "SmearGate: mix each position's input with the one before")
+    ve_enabled: bool = setting(True, "shared value embedding, added to the values of VE_LAYERS")
+    ve_dim: int = setting(128, "width of the value embedding", 1)
+    ve_layers: tuple[int, ...] = setting((9, 10), "layers (from 0) that receive it, comma-separated")
+    vrl_enabled: bool = setting(True, "value residual: mix each layer's values with layer 0's (VRL)")
+    bigram_vocab_size: int = setting(2048, "rows of the hashed bigram embedding; 0: none", 0)
+    bigram_dim: int = setting(128, "width of the hashed bigram embedding", 1)
+    # optimizer
+    tied_embed_lr: float = setting(0.035, "AdamW lr of all embeddings when TIE_EMBEDDINGS=1", 0)
+    embed_lr: float = setting(0.6, "AdamW lr of all embeddings when TIE_EMBEDDINGS=0", 0)
+    head_lr: float = setting(0.008, "AdamW lr of the output head when TIE_EMBEDDINGS=0", 0)
+    matrix_lr: float = setting(0.025, "Muon lr", 0)
+    scalar_lr: float = setting(0.025, "AdamW lr of vectors and scalars", 0)
+    muon_momentum: float = setting(0.99, "Muon momentum after its warm-up", 0, 1)
+    muon_momentum_warmup_start: float = setting(0.92, "Muon momentum at step 0", 0, 1)
+    muon_momentum_warmup_steps: int = setting(1500, "steps of linear momentum warm-up", 0)
+    muon_backend_steps: int = setting(5, "Newton-Schulz steps", 1)
+    muon_wd: float = setting(0.04, "Muon decoupled weight decay", 0)
+    adam_wd: float = setting(0.04, "AdamW decoupled weight decay", 0)
+    beta1: float = setting(0.9, "AdamW beta1", 0, 1)
+    beta2: float = setting(0.95, "AdamW beta2", 0, 1)
+    adam_eps: float = setting(1e-8, "AdamW epsilon", 0)
+    grad_clip_norm: float = setting(0.3, "largest gradient norm; 0: no clipping", 0)
+    # averaging, quantisation, artifact
+    averaging: str = setting("ema", "weights that are packed", choices=("none", "ema", "swa", "ema_swa"))
+    ema_decay: float = setting(0.997, "decay per step of the exponential average", 0, 1)
+    swa_every: int = setting(50, "steps between snapshots of the uniform average", 1)
+    swa_threshold: float = setting(0.2, "snapshots start once the lr scale is below this", 0, 1)
+    late_qat_threshold: float = setting(0.15, "fake quantisation starts once the lr scale is below this; "
+                                        "0: never", 0)
+    quant_bits: int = setting(6, "bits of the matrices' codes (embeddings have 8)", 3, 8)
+    # scoring
+    eval_seq_len: int = setting(2048, "tokens per scoring window", 1)
+    eval_stride: int = setting(64, "new targets per window of the final score", 1)
+    val_loss_every: int = setting(4000, "steps between validations during training; 0: only the last", 0)
+    val_batch_size: int = setting(524_288, "tokens per scoring batch, over all ranks", 1)
+    # n-gram mixture
+    ngram_enabled: bool = setting(True, "mix the model with counts of what came before in the stream")
+    ngram_min_order: int = setting(2, "shortest gram (context + target)", 2, 16)
+    ngram_order: int = setting(7, "longest gram", 2, 16)
+    ngram_min_count: int = setting(2, "times a context must have been seen before its order may win", 1)
+    ngram_alpha: str = setting("entropy", "weight of the counts: by the model's entropy",
+                               choices=("entropy",))
+    alpha_min: float = setting(0.05, "weight where the model is sure", 0, 1)
+    alpha_max: float = setting(0.60, "weight where the model is lost", 0, 1)
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @classmethod
+    def from_env(cls, env: dict[str, str]) -> Hyperparameters:
+        """Typed, checked settings from `env`; UserError names the variable, its value, what it may hold."""
+        hp = cls(**{f.name: parse_setting(f, env[f.name.upper()])
+                    for f in fields(cls) if f.name.upper() in env})
+        hp.check()
+        return hp
+
+    def check(self) -> None:
+        """Refuse settings that cannot work together: the first failing line is the message."""
+        sequences = self.train_batch_tokens / self.train_seq_len
+        low, high = (int(f(sequences)) * self.train_seq_len for f in (math.floor, math.ceil))
+        last = self.num_layers - 1
+        for ok, message in (
+            (self.model_dim % self.num_heads == 0, f"MODEL_DIM={self.model_dim} is not a multiple of "
+             f"NUM_HEADS={self.num_heads}: choose a divisor"),
+            (self.num_heads % self.num_kv_heads == 0, f"NUM_HEADS={self.num_heads} is not a multiple of "
+             f"NUM_KV_HEADS={self.num_kv_heads}: choose a divisor"),
+            (self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim, f"ROPE_DIMS={self.rope_dims}: "
+             f"expected an even number up to the head width MODEL_DIM/NUM_HEADS = {self.head_dim}"),
+            (int(self.mlp_mult * self.model_dim) >= 1,
+             f"MLP_MULT={self.mlp_mult}: the MLP would have no units"),
+            (self.xsa_last_n <= self.num_layers,
+             f"XSA_LAST_N={self.xsa_last_n}: NUM_LAYERS is {self.num_layers}"),
+            (not self.ve_enabled or all(0 <= i <= last for i in self.ve_layers),
+             f"VE_LAYERS={','.join(map(str, self.ve_layers))}: layers run from 0 to {last}; name some of "
+             "those or VE_ENABLED=0"),
+            (self.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: the last row is the first position's, so "
+             "expected 0 (off) or at least 2"),
+            (sequences == int(sequences), f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not a multiple "
+             f"of TRAIN_SEQ_LEN={self.train_seq_len}: nearest are {low} and {high}"),
+            (self.eval_stride <= self.eval_seq_len, f"EVAL_STRIDE={self.eval_stride} exceeds EVAL_SEQ_LEN="
+             f"{self.eval_seq_len}: targets between windows would go unscored"),
+            (self.ngram_min_order <= self.ngram_order, f"NGRAM_MIN_ORDER={self.ngram_min_order} exceeds "
+             f"NGRAM_ORDER={self.ngram_order}"),
+            (self.alpha_min <= self.alpha_max,
+             f"ALPHA_MIN={self.alpha_min} exceeds ALPHA_MAX={self.alpha_max}"),
+            (max(self.alpha_max, 0) < 1 or not self.ngram_enabled, "ALPHA_MAX=1 would let counts forbid "
+             "a token: expected less than 1"),
+        ):
+            if not ok:
+                raise UserError(message)
+
+
+def parse_setting(f, text: str):
+    """The value of field `f` in `text`, of the type of its default, within its bounds."""
+    kind, bounds, name = type(f.default), f.metadata, f.name.upper()
+    expected = {bool: "0 or 1", int: "an integer", float: "a number",
+                tuple: "comma-separated integers"}.get(kind)
+    try:
+        if kind is bool:
+            value = {"0": False, "1": True, "false": False, "true": True}[text.strip().lower()]
+        elif kind is tuple:
+            value = tuple(int(part) for part in text.split(",") if part.strip())
+        else:
+            value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+    except (ValueError, KeyError):
+        raise UserError(f"{name}={text!r}: expected {expected} (default {f.default!r})") from None
+    if bounds["choices"] and value not in bounds["choices"]:
+        raise UserError(f"{name}={text!r}: expected one of {', '.join(bounds['choices'])}")
+    for sign, bound, word in ((1, bounds["low"], "least"), (-1, bounds["high"], "most")):
+        if bound is not None and sign * value < sign * bound:
+            raise UserError(f"{name}={text}: expected at {word} {bound}")
+    return value
+
+
+def edit_distance(a: str, b: str) -> int:
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def mistyped(env: dict[str, str]) -> list[str]:
+    """Warnings for environment names that are within edit distance 2 of a setting but are none."""
+    known = {f.name.upper() for f in fields(Hyperparameters)}
+    near = ((name, min(known, key=lambda k: (edit_distance(name, k), k)))
+            for name in sorted(set(env) - known))
+    return [f"{name} is set but is no setting; did you mean {k}?"
+            for name, k in near if edit_distance(name, k) <= 2]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. Runtime
+# Who and where we are. The rest of the file (but the optimizer) never mentions torch.distributed: on one rank
+# every operation here is the identity, so laptop and cluster run the same lines. CPU tensors travel by gloo,
+# so agreeing on the clock never waits for a GPU.
+# ------------------------------------------------------------------------------------------------------------
+
+class Runtime:
+    def __init__(self, run_id: str, env: dict[str, str]):
+        """Joins the process group that torchrun put in `env`; rank 0 opens logs/<run_id>.txt, always new."""
+        self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        local_rank, cuda = int(env.get("LOCAL_RANK", 0)), torch.cuda.is_available()
+        if cuda and local_rank >= torch.cuda.device_count():
+            raise UserError(f"LOCAL_RANK={local_rank}, but {torch.cuda.device_count()} GPUs are visible: "
+                            f"start at most --nproc_per_node={torch.cuda.device_count()}")
+        self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        if self.world_size > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+        self.log_file, self.log_path, self.previous_step = None, None, None
+        if self.rank == 0:
+            self._open_log(run_id)
+
+    def _open_log(self, run_id: str) -> None:
+        os.makedirs("logs", exist_ok=True)
+        for attempt in range(1, 1000):
+            self.log_path = Path("logs") / (f"{run_id}.txt" if attempt == 1 else f"{run_id}_{attempt}.txt")
+            with contextlib.suppress(FileExistsError):
+                self.log_file = open(self.log_path, "x", encoding="utf-8")
+                return
+        raise UserError(f"RUN_ID={run_id!r}: logs/ already holds 999 runs of that name; choose another")
+
+    def log(self, line: str, console: bool = True) -> None:
+        """Rank 0 writes `line` to stdout and to its log file, flushed: a run that dies leaves all it said."""
+        if self.log_file:
+            print(line, file=self.log_file, flush=True)
+        if self.rank == 0 and console:
+            print(line, flush=True)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """In-place sum of `x` over the ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def mean_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Average the gradients over the ranks: one message for all of them."""
+        if self.world_size == 1:
+            return
+        grads = [p.grad for p in parameters]
+        flat = self.sum(torch.cat([g.flatten() for g in grads])).div_(self.world_size)
+        for g, mean in zip(grads, flat.split([g.numel() for g in grads])):
+            g.copy_(mean.view_as(g))
+
+    def from_rank_0(self, value: float) -> float:
+        """Rank 0's `value` on every rank."""
+        if self.world_size == 1:
+            return value
+        box = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(box, 0)
+        return float(box)
+
+    def bytes_from_rank_0(self, blob: bytes | None) -> bytes:
+        """Rank 0's `blob` on every rank."""
+        if self.world_size == 1:
+            return blob
+        length = int(self.from_rank_0(len(blob) if blob else 0))
+        box = (torch.frombuffer(bytearray(blob), dtype=torch.uint8) if blob
+               else torch.empty(length, dtype=torch.uint8))
+        dist.broadcast(box, 0)
+        return box.numpy().tobytes()
+
+    def gather(self, array: np.ndarray) -> np.ndarray | None:
+        """Rank 0: every rank's 1-D float32 `array`, one after the other in rank order. Other ranks: None."""
+        if self.world_size == 1:
+            return array
+        counts = torch.zeros(self.world_size, dtype=torch.int64)
+        counts[self.rank] = len(array)
+        longest = int(self.sum(counts).max())
+        mine = F.pad(torch.from_numpy(array), (0, longest - len(array)))
+        boxes = [torch.empty_like(mine) for _ in range(self.world_size)] if self.rank == 0 else None
+        dist.gather(mine, boxes, 0)
+        return np.concatenate([box[:n].numpy() for box, n in zip(boxes, counts)]) if self.rank == 0 else None
+
+    def barrier(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.sum(torch.zeros(1))
+
+    def pace(self) -> None:
+        """Let the CPU run at most one step ahead of the GPU, so that the clock is right to within a step."""
+        if self.device.type == "cuda":
+            if self.previous_step:
+                self.previous_step.synchronize()
+            self.previous_step = torch.cuda.Event()
+            self.previous_step.record()
+
+    def close(self) -> None:
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+        if self.log_file:
+            self.log_file.close()
+
+
+class Progress:
+    """How far long work is and how long it will take: a live bar on a terminal, else a line every 10 s."""
+
+    def __init__(self, rt: Runtime, label: str, total: int):
+        self.rt, self.label, self.total = rt, label, max(total, 1)
+        self.start = self.said = time.perf_counter()
+
+    def __call__(self, done: int) -> None:
+        now, live = time.perf_counter(), sys.stdout.isatty()
+        if self.rt.rank or now - self.said < (0.2 if live else 10) and done < self.total:
+            return
+        share, spent = done / self.total, now - self.start
+        line = (f"{self.label} {share:.0%} elapsed:{spent:.0f}s "
+                f"left:{spent / share - spent if share else math.nan:.0f}s")
+        if live:
+            bar = "#" * round(24 * share)
+            print(f"\r[{bar:24}] {line}\033[K", end="" if done < self.total else "\n", flush=True)
+        if now - self.said >= 10:
+            self.rt.log(line, console=not live)
+        self.said = now if not live or now - self.said >= 10 else self.said
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. Data
+# A shard is 256 little-endian int32 (20240520, 1, count, 0 ...), then `count` uint16 tokens. Shards are
+# mapped, not read: ranks of one host share one copy. The loader has no state: batch k is a function of k, so
+# that restarting, resuming and any number of ranks see the same tokens.
+# ------------------------------------------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
+GET_DATA = ("`make demo` needs no data; for FineWeb get the challenge repository and run its "
+            "data/cached_challenge_fineweb.py, then set DATA_PATH")
+
+
+def load_shard(path: Path) -> np.memmap:
+    """The uint16 tokens of one shard, memory-mapped. UserError: not a shard, another version, cut short."""
+    size = path.stat().st_size
+    header = np.fromfile(path, "<i4", SHARD_HEADER)
+    if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC:
+        found = f"starts with {header[0]}" if len(header) else "is empty"
+        raise UserError(f"{path}: {found}, expected the shard magic {SHARD_MAGIC}: not a token shard; "
+                        f"{GET_DATA}")
+    if header[1] != SHARD_VERSION:
+        raise UserError(f"{path}: shard version {header[1]}, expected {SHARD_VERSION}; {GET_DATA}")
+    expected = 4 * SHARD_HEADER + 2 * int(header[2])
+    if size != expected or header[2] < 1:
+        raise UserError(f"{path}: {size} bytes, but its header promises {header[2]} tokens, that is "
+                        f"{expected} bytes: the file is cut or damaged; fetch it again")
+    return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER, (int(header[2]),))
+
+
+def find_shards(data_path: str, part: str) -> list[Path]:
+    """All shards of `part` (train or val) in order; UserError when there are none."""
+    paths = sorted(Path(data_path).glob(f"fineweb_{part}_*.bin"))
+    if not paths:
+        raise UserError(f"DATA_PATH={data_path}: no fineweb_{part}_*.bin there; {GET_DATA}")
+    return paths
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int, source: str) -> None:
+    if len(tokens) and int(tokens.max()) >= vocab_size:
+        raise UserError(f"{source}: holds token {int(tokens.max())}, but VOCAB_SIZE={vocab_size}: data and "
+                        "VOCAB_SIZE must come from the same tokenizer")
+
+
+def load_validation(hp: Hyperparameters) -> np.ndarray:
+    """The whole validation stream x_0 ... x_N as uint16: the memory map itself when it is one shard."""
+    paths = find_shards(hp.data_path, "val")
+    shards = [load_shard(path) for path in paths]
+    for path, tokens in zip(paths, shards):
+        check_tokens(tokens, hp.vocab_size, str(path))
+    stream = shards[0] if len(shards) == 1 else np.concatenate(shards)
+    if len(stream) <= hp.eval_seq_len:
+        raise UserError(f"DATA_PATH={hp.data_path}: the validation stream has {len(stream)} tokens, a window "
+                        f"needs {hp.eval_seq_len + 1}: set EVAL_SEQ_LEN to at most {len(stream) - 1}")
+    return stream
+
+
+class TokenLoader:
+    """All training shards laid end to end as one circular stream, read in lanes: sequence i of a batch of S
+    starts at i/S of the stream and moves on by T tokens a step, so that even a small batch holds S different
+    places, and S lanes together read everything once. Rank r takes the r-th share of the sequences."""
+
+    def __init__(self, hp: Hyperparameters, rank: int, world_size: int):
+        self.hp, self.rank = hp, rank
+        self.paths = find_shards(hp.data_path, "train")
+        self.shards = [load_shard(path) for path in self.paths]
+        self.ends = np.cumsum([len(s) for s in self.shards])
+        self.sequences = sequences = hp.train_batch_tokens // hp.train_seq_len
+        if sequences % world_size:
+            fits = [w for w in range(1, sequences + 1) if sequences % w == 0]
+            near = (max(w for w in fits if w < world_size),
+                    min((w for w in fits if w > world_size), default=None))
+            raise UserError(f"{world_size} ranks cannot share TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN = {sequences} "
+                            f"sequences equally: start {' or '.join(str(w) for w in near if w)} ranks")
+        self.share = sequences // world_size
+        most = max(1, hp.micro_batch_tokens // hp.train_seq_len)
+        self.accumulation = next(a for a in range(1, self.share + 1)
+                                 if self.share % a == 0 and self.share // a <= most)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.ends[-1])
+
+    def span(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens of the circular stream from `start`, as int64."""
+        parts, position = [], start % self.tokens
+        while count:
+            i = int(np.searchsorted(self.ends, position, "right"))
+            offset = position - (int(self.ends[i]) - len(self.shards[i]))
+            part = self.shards[i][offset: offset + count]
+            check_tokens(part, self.hp.vocab_size, str(self.paths[i]))
+            parts.append(part)
+            count, position = count - len(part), (position + len(part)) % self.tokens
+        return np.concatenate(parts).astype(np.int64)
+
+    def micro_batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
+        """This rank's inputs and targets of a micro-batch of step `step`, both (B, T) int64 on the CPU."""
+        T, rows = self.hp.train_seq_len, self.share // self.accumulation
+        first = self.rank * self.share + micro * rows
+        starts = (lane * self.tokens // self.sequences + step * T for lane in range(first, first + rows))
+        ids = torch.from_numpy(np.stack([self.span(start, T + 1) for start in starts]))
+        return ids[:, :-1], ids[:, 1:]
+
+
+class ByteCounter:
+    """UTF-8 bytes of each target, from the tokenizer's pieces (the challenge's definition of a byte)."""
+
+    def __init__(self, hp: Hyperparameters):
+        import sentencepiece
+        if not Path(hp.tokenizer_path).is_file():
+            raise UserError(f"TOKENIZER_PATH={hp.tokenizer_path}: no such file; {GET_DATA} "
+                            "and TOKENIZER_PATH")
+        try:
+            sp = sentencepiece.SentencePieceProcessor(model_file=hp.tokenizer_path)
+        except (RuntimeError, OSError):
+            raise UserError(f"TOKENIZER_PATH={hp.tokenizer_path}: not a SentencePiece model") from None
+        if sp.vocab_size() != hp.vocab_size:
+            raise UserError(f"TOKENIZER_PATH={hp.tokenizer_path}: has {sp.vocab_size()} pieces, but "
+                            f"VOCAB_SIZE={hp.vocab_size}: set VOCAB_SIZE={sp.vocab_size()} or name "
+                            "the data's own tokenizer")
+        self.length = np.zeros(hp.vocab_size, np.int64)          # bytes of a piece without its leading space
+        self.opens_word = np.zeros(hp.vocab_size, bool)          # the piece begins with a space ...
+        self.no_space_after = np.zeros(hp.vocab_size, bool)      # ... which is not in the text after these
+        for i in range(hp.vocab_size):
+            if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+                self.no_space_after[i] = True
+            elif sp.is_byte(i):
+                self.length[i] = 1
+            else:
+                piece = sp.id_to_piece(i)
+                self.opens_word[i] = piece.startswith("\u2581")
+                self.length[i] = len(piece.replace("\u2581", "").encode())
+
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes (uint16) of each of the len(tokens) - 1 targets of the stream `tokens`."""
+        previous, target = tokens[:-1], tokens[1:]
+        return (self.length[target]
+                + (self.opens_word[target] & ~self.no_space_after[previous])).astype(np.uint16)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. Kernels
+# The ops that are worth more than what the compiler makes of them, each with its plain form beside it.
+# ------------------------------------------------------------------------------------------------------------
+
+def find_flash_attention():
+    """(name, function) of the fastest attention that is installed and runs here, or (name, None): torch's."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
+        if torch.cuda.get_device_capability() >= (9, 0):
+            with contextlib.suppress(ImportError):
+                from flash_attn_interface import flash_attn_func
+                return "flash_attention_3", flash_attn_func
+        with contextlib.suppress(ImportError):
+            from flash_attn import flash_attn_func
+            return "flash_attention_2", flash_attn_func
+    return "sdpa", None
+
+
+def causal_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, flash=None) -> Tensor:
+    """softmax(q k' / sqrt K) v over positions up to one's own, layout B T H K; H/G heads share k, v."""
+    if flash and q_BTHK.is_cuda:
+        y = flash(q_BTHK, k_BTGK, v_BTGK, causal=True)
+        return y[0] if isinstance(y, tuple) else y
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                          enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. Model
+# One trunk for training and for scoring. Master weights are float32; every op follows the dtype of the
+# residual stream (bfloat16 on CUDA, float32 on CPU), so there is no autocast to reason about. Sources: GQA
+# 2305.13245, RoPE 2104.09864, QK-norm 2302.05442, value residual 2410.17897, XSA and SmearGate as in
+# PR #889, U-Net skips and x0 mixes as in modded-nanogpt.
+# ------------------------------------------------------------------------------------------------------------
+
+def norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """Without bias; float32 weights, computed in the dtype of its input."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rotary_tables(T: int, hp: Hyperparameters, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin, (T, 1, ROPE_DIMS/2) float32; beyond 1024 positions the base grows (NTK-aware scaling)."""
+    r = hp.rope_dims
+    base = hp.rope_base * (T / 1024) ** (r / (r - 2)) if T > 1024 and r > 2 else hp.rope_base
+    frequency = base ** -(torch.arange(0, r, 2, dtype=torch.float32, device=device) / max(r, 1))
+    angle = torch.outer(torch.arange(T, dtype=torch.float32, device=device), frequency)[:, None, :]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BTHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE on the first 2 * rope width of K, in half-split pairs; the other dimensions carry no position."""
+    cos, sin = rope
+    half = cos.size(-1)
+    a, b, rest = x_BTHK[..., :half], x_BTHK[..., half: 2 * half], x_BTHK[..., 2 * half:]
+    rotated = torch.cat((a * cos + b * sin, b * cos - a * sin), -1).to(x_BTHK.dtype)
+    return torch.cat((rotated, rest), -1)
+
+
+def remove_own_value(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
+    """XSA: what a head reads must come from elsewhere: drop its component along its own position's value."""
+    B, T, H, K = y_BTHK.shape
+    y = y_BTHK.view(B, T, v_BTGK.size(2), -1, K)
+    v = F.normalize(v_BTGK, dim=-1).unsqueeze(3)
+    return (y - (y * v).sum(-1, keepdim=True) * v).view(B, T, H, K)
+
+
+class Attention(nn.Module):
+    def __init__(self, hp: Hyperparameters, layer: int, flash):
+        super().__init__()
+        H, G, K = hp.num_heads, hp.num_kv_heads, hp.head_dim
+        self.heads, self.flash = (H, G, K), flash
+        self.q, self.k, self.v = (Linear(hp.model_dim, H * K), Linear(hp.model_dim, G * K),
+                                  Linear(hp.model_dim, G * K))
+        self.proj = Linear(H * K, hp.model_dim)
+        self.q_gain = nn.Parameter(torch.full((H,), hp.qk_gain_init))
+        self.xsa = layer >= hp.num_layers - hp.xsa_last_n
+        self.ve_scale = nn.Parameter(torch.ones(())) if hp.ve_enabled and layer in hp.ve_layers else None
+        self.vrl_gate = nn.Parameter(torch.tensor(-1.5)) if hp.vrl_enabled and layer else None
+
+    def forward(self, x_BTD: Tensor, rope, ve_BTGK: Tensor | None, v_first_BTGK: Tensor | None):
+        """(B, T, D) out, and this layer's values before any change (layer 0's are the others' v_first)."""
+        B, T, _ = x_BTD.shape
+        H, G, K = self.heads
+        q = rotate(norm(self.q(x_BTD).view(B, T, H, K)), rope) * self.q_gain.to(x_BTD.dtype)[:, None]
+        k = rotate(norm(self.k(x_BTD).view(B, T, G, K)), rope)
+        v_own = v = self.v(x_BTD).view(B, T, G, K)
+        if self.ve_scale is not None:
+            v = v + self.ve_scale.to(v.dtype) * ve_BTGK
+        if self.vrl_gate is not None:
+            v = torch.lerp(v, v_first_BTGK, torch.sigmoid(self.vrl_gate).to(v.dtype))
+        y = causal_attention(q, k, v, self.flash)
+        if self.xsa:
+            y = remove_own_value(y, v)
+        return self.proj(y.reshape(B, T, H * K)), v_own
+
+
+class MLP(nn.Module):
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        width = int(hp.mlp_mult * hp.model_dim)
+        self.fc, self.proj, self.slope = (Linear(hp.model_dim, width), Linear(width, hp.model_dim),
+                                          hp.leaky_slope)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.proj(F.leaky_relu(self.fc(x_BTD), self.slope).square())
+
+
+class Block(nn.Module):
+    def __init__(self, hp: Hyperparameters, layer: int, flash):
+        super().__init__()
+        self.attn, self.mlp = Attention(hp, layer, flash), MLP(hp)
+        self.mix_x, self.mix_x0 = (nn.Parameter(torch.ones(hp.model_dim)),
+                                   nn.Parameter(torch.zeros(hp.model_dim)))
+        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(hp.model_dim)) for _ in range(2))
+        self.norm_scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
+
+    def forward(self, x_BTD: Tensor, x0_BTD: Tensor, rope, ve_BTGK, v_first_BTGK):
+        mix_x, mix_x0, a, b = (p.to(x_BTD.dtype)
+                               for p in (self.mix_x, self.mix_x0, self.attn_scale, self.mlp_scale))
+        x = mix_x * x_BTD + mix_x0 * x0_BTD
+        y, v = self.attn(norm(x) * self.norm_scale, rope, ve_BTGK, v_first_BTGK)
+        x = x + a * y
+        return x + b * self.mlp(norm(x) * self.norm_scale), v
+
+
+class BigramEmbedding(nn.Module):
+    """A hashed table for pairs of tokens: collisions are harmless, the model only receives a hint."""
+
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        self.rows = hp.bigram_vocab_size
+        self.table, self.proj = nn.Embedding(self.rows, hp.bigram_dim), Linear(hp.bigram_dim, hp.model_dim)
+        self.scale = nn.Parameter(torch.tensor(0.05))
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        pair = (36313 * ids_BT[:, 1:]) ^ (27191 * ids_BT[:, :-1])
+        rows_BT = F.pad(pair % (self.rows - 1), (1, 0), value=self.rows - 1)
+        return self.proj(self.table(rows_BT)) * self.scale
+
+
+class ValueEmbedding(nn.Module):
+    """One table of values per token, shared by the layers that add it to their own."""
+
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        self.heads = hp.num_kv_heads, hp.head_dim
+        self.table, self.proj = (nn.Embedding(hp.vocab_size, hp.ve_dim),
+                                 Linear(hp.ve_dim, math.prod(self.heads)))
+        self.scale = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
+        return (self.proj(self.table(ids_BT).to(dtype)) * self.scale.to(dtype)).unflatten(-1, self.heads)
+
+
+class GPT(nn.Module):
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        self.hp, L = hp, hp.num_layers
+        self.attention_name, flash = find_flash_attention()
+        self.embed = nn.Embedding(hp.vocab_size, hp.model_dim)
+        self.bigram = BigramEmbedding(hp) if hp.bigram_vocab_size else None
+        self.smear_gate = nn.Parameter(torch.zeros(hp.model_dim)) if hp.smear_enabled else None
+        self.value_embed = ValueEmbedding(hp) if hp.ve_enabled and hp.ve_layers else None
+        self.blocks = nn.ModuleList(Block(hp, layer, flash) for layer in range(L))
+        self.skip_weights = (nn.Parameter(torch.ones(L // 2, hp.model_dim))
+                             if hp.unet_skips and L > 1 else None)
+        self.head = None if hp.tie_embeddings else Linear(hp.model_dim, hp.vocab_size)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Initial values not set where the parameter is made. Small matrices keep nn.Linear's default."""
+        for name, p in self.named_parameters():
+            if name.endswith(("attn.proj.weight", "mlp.proj.weight", "bigram.table.weight", "head.weight")):
+                p.zero_()
+            elif name == "value_embed.table.weight":
+                p.normal_(std=0.01)
+            elif name == "embed.weight":
+                p.normal_(std=0.005)
+            elif p.ndim == 2 and min(p.shape) >= 64 and name != "skip_weights":
+                nn.init.orthogonal_(p)
+                if name in ("bigram.proj.weight", "value_embed.proj.weight"):
+                    p.mul_((2 * self.hp.num_layers) ** -0.5)
+
+    def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, D) before the head, or with targets the mean loss in nats per token."""
+        x = self.embed(ids_BT)
+        if self.bigram is not None:
+            x = x + self.bigram(ids_BT)
+        x = norm(x).to(torch.bfloat16 if x.is_cuda else torch.float32)
+        if self.smear_gate is not None:
+            x = torch.lerp(x, F.pad(x, (0, 0, 1, 0))[:, :-1], torch.sigmoid(self.smear_gate).to(x.dtype))
+        x0, v_first, skips, L = x, None, [], self.hp.num_layers
+        rope = rotary_tables(ids_BT.size(1), self.hp, ids_BT.device)
+        ve = self.value_embed(ids_BT, x.dtype) if self.value_embed is not None else None
+        for layer, block in enumerate(self.blocks):
+            if self.skip_weights is not None and layer >= L // 2 and skips:
+                x = x + self.skip_weights[layer - L // 2].to(x.dtype) * skips.pop()
+            x, v = block(x, x0, rope, ve, v_first)
+            v_first = v if layer == 0 else v_first
+            if layer < L // 2:
+                skips.append(x)
+        if targets_BT is None:
+            return x
+        return F.cross_entropy(self.logits(x).flatten(0, 1), targets_BT.flatten())
+
+    def logits(self, hidden_D: Tensor) -> Tensor:
+        """(..., D) -> (..., V) float32, softly capped to +-LOGIT_SOFTCAP."""
+        weight = self.embed.weight if self.head is None else self.head.weight
+        z, cap = F.linear(norm(hidden_D), weight.to(hidden_D.dtype)).float(), self.hp.logit_softcap
+        return cap * torch.tanh(z / cap) if cap else z
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6. Optimizer
+# Muon (Jordan et al. 2024) for the matrices between hidden states: the momentum, made orthogonal, is the
+# update. AdamW for everything that is a table or a vector.
+# ------------------------------------------------------------------------------------------------------------
+
+def orthogonalize(G_NRC: Tensor, steps: int) -> Tensor:
+    """Nearly the orthogonal factor U V' of each matrix U S V': singular values come out in about [0.7, 1.2].
+    A quintic Newton-Schulz iteration, tuned for speed at zero, not convergence to one. bfloat16 on CUDA."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G_NRC.bfloat16() if G_NRC.is_cuda else G_NRC.float()
+    tall = X.size(-2) > X.size(-1)
+    X = X.mT if tall else X
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if tall else X
+
+
+class Muon(torch.optim.Optimizer):
+    """One group per matrix shape, stacked, so that one batched iteration serves all its matrices."""
+
+    def __init__(self, matrices: list[nn.Parameter], hp: Hyperparameters):
+        shapes = sorted({p.shape for p in matrices})
+        groups = [dict(params=[p for p in matrices if p.shape == shape]) for shape in shapes]
+        super().__init__(groups, dict(lr=hp.matrix_lr, momentum=hp.muon_momentum_warmup_start,
+                                      weight_decay=hp.muon_wd, steps=hp.muon_backend_steps))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            params = group["params"]
+            grads_NRC = torch.stack([p.grad for p in params])
+            state = self.state[params[0]]
+            if not state:
+                state["momentum"] = torch.zeros_like(grads_NRC)
+            momentum_NRC = state["momentum"].mul_(group["momentum"]).add_(grads_NRC)
+            nesterov_NRC = grads_NRC.add_(momentum_NRC, alpha=group["momentum"])
+            rows, columns = params[0].shape
+            update_NRC = orthogonalize(nesterov_NRC, group["steps"]) * max(1, rows / columns) ** 0.5
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, list(update_NRC.to(params[0].dtype).unbind()), alpha=-group["lr"])
+
+
+def build_optimizers(model: GPT, hp: Hyperparameters) -> list[torch.optim.Optimizer]:
+    """[Muon, AdamW]; together they hold every parameter exactly once."""
+    matrices, embeddings, heads, vectors = [], [], [], []
+    for name, p in model.named_parameters():
+        if name.endswith((".table.weight", "embed.weight")):
+            embeddings.append(p)
+        elif name == "head.weight":
+            heads.append(p)
+        else:
+            (matrices if name.endswith(".weight") else vectors).append(p)
+    groups = [dict(params=embeddings, lr=hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr),
+              dict(params=heads, lr=hp.head_lr), dict(params=vectors, lr=hp.scalar_lr)]
+    adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(hp.beta1, hp.beta2), eps=hp.adam_eps,
+                             weight_decay=hp.adam_wd, fused=True)
+    optimizers = [Muon(matrices, hp), adam]
+    owned = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(owned) == sorted(id(p) for p in model.parameters()), (
+        "a parameter without exactly one optimizer")
+    for group in (g for o in optimizers for g in o.param_groups):
+        group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
+    """1, then linearly to 0 over the last WARMDOWN_ITERS steps: of ITERATIONS, or of the wall-clock at the
+    average step time so far, whichever ends first."""
+    left = hp.iterations - step
+    if hp.max_wallclock_seconds and step:
+        left = min(left, (hp.max_wallclock_seconds - seconds) / (seconds / step))
+    return min(1.0, max(left, 0.0) / hp.warmdown_iters) if hp.warmdown_iters else 1.0
+
+
+def muon_momentum(step: int, hp: Hyperparameters) -> float:
+    share = min(1.0, step / hp.muon_momentum_warmup_steps) if hp.muon_momentum_warmup_steps else 1.0
+    return hp.muon_momentum_warmup_start + share * (hp.muon_momentum - hp.muon_momentum_warmup_start)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7. Averaging
+# Averaged weights are better than the last ones. EMA and SWA are one class: running means, but one forgets.
+# ------------------------------------------------------------------------------------------------------------
+
+class WeightAverage:
+    """Mean of snapshots: exponential, free of its start (as Adam's moments), or uniform if decay=1."""
+
+    def __init__(self, decay: float):
+        self.decay, self.count, self.mean = decay, 0, None
+
+    @torch.no_grad()
+    def update(self, parameters: list[Tensor]) -> None:
+        self.count += 1
+        if self.mean is None:
+            self.mean = [p.detach().clone() for p in parameters]
+        weight = (1 - self.decay) / (1 - self.decay ** self.count) if self.decay < 1 else 1 / self.count
+        torch._foreach_lerp_(self.mean, list(parameters), weight)
+
+
+def averaged_parameters(averages: dict[str, WeightAverage], hp: Hyperparameters) -> list[Tensor] | None:
+    """What AVERAGING names: a mean or the middle of both; None: last weights (also if SWA never began)."""
+    means = [averages[name].mean for name in ("ema", "swa")
+             if name in hp.averaging.split("_") and averages[name].count]
+    return [torch.stack(same).mean(0) for same in zip(*means)] if means else None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 8. Artifact
+# Matrices become small integers with one float16 step per row; a row is clipped where that loses least
+# (GPTQ-lite). The container describes itself and holds only numbers: nothing in it can run. Little-endian:
+#     "PGOLF" + version byte | u32 header length | header: JSON, the tensor table [[name, shape, scheme], ...]
+#     | lzma stream of all tensors' bytes in table order: codes int8, steps float16, plain tensors | SHA-256
+# ------------------------------------------------------------------------------------------------------------
+
+MAGIC = b"PGOLF\x01"
+CLIP_QUANTILES = (1.0, 0.9999, 0.9995, 0.999, 0.995)  # of |w| in a row, candidates for its largest code
+
+
+def quantize_rows(w_RC: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Symmetric codes (R, C) in +-(2^(bits-1) - 1), as floats, and one float16 step per row (R, 1).
+    Per row the clip of least squared error is taken from CLIP_QUANTILES. Works eagerly and under compile."""
+    top = 2 ** (bits - 1) - 1
+    w = w_RC.float()
+    magnitude = w.abs().sort(-1).values
+    best_error = best_step = None
+    for quantile in CLIP_QUANTILES:
+        clip = magnitude[:, round(quantile * (w.size(-1) - 1)), None]
+        step = (clip / top).clamp(2 ** -24, 65504).half().float()
+        error = (w - (w / step).round().clamp(-top, top) * step).square().sum(-1, keepdim=True)
+        better = error < best_error if best_error is not None else torch.ones_like(error, dtype=torch.bool)
+        best_step = step if best_step is None else torch.where(better, step, best_step)
+        best_error = error if best_error is None else torch.where(better, error, best_error)
+    return (w / best_step).round().clamp(-top, top), best_step.half()
+
+
+def scheme_of(name: str, tensor: Tensor, hp: Hyperparameters) -> str:
+    """How a tensor is stored: tables int8, matrices int<QUANT_BITS>, vectors float16, scalars float32."""
+    if tensor.ndim == 2 and name.endswith(".weight") and tensor.numel():
+        return ("int8" if name.endswith((".table.weight", "embed.weight", "head.weight"))
+                else f"int{hp.quant_bits}")
+    return "float16" if tensor.numel() > 64 and tensor.abs().max() < 65504 else "float32"
+
+
+def fake_quantized(model: GPT, hp: Hyperparameters) -> dict[str, Tensor]:
+    """The parameters as the artifact would give them back; gradients pass straight through the rounding."""
+    weights = {}
+    for name, p in model.named_parameters():
+        if (scheme := scheme_of(name, p, hp) if p.ndim == 2 else "").startswith("int"):
+            with torch.no_grad():
+                codes, step = quantize_rows(p, int(scheme[3:]))
+                rounding = codes * step.float() - p
+            weights[name] = p + rounding
+    return weights
+
+
+def pack(state: dict[str, Tensor], hp: Hyperparameters) -> bytes:
+    """The container of a state dict; UserError if a tensor holds NaN or infinity."""
+    table, stream = [], io.BytesIO()
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu()
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{name}: holds NaN or infinity; the training diverged, lower the learning rates")
+        scheme = scheme_of(name, tensor, hp)
+        table.append([name, list(tensor.shape), scheme])
+        if scheme.startswith("int"):
+            codes, step = quantize_rows(tensor, int(scheme[3:]))
+            stream.write(codes.to(torch.int8).numpy().tobytes() + step.numpy().astype("<f2").tobytes())
+        else:
+            stream.write(tensor.numpy().astype("<f2" if scheme == "float16" else "<f4").tobytes())
+    header = json.dumps(table, separators=(",", ":")).encode()
+    body = MAGIC + struct.pack("<I", len(header)) + header + lzma.compress(stream.getvalue(), preset=9)
+    return body + hashlib.sha256(body).digest()
+
+
+def unpack(blob: bytes) -> dict[str, Tensor]:
+    """The state dict of a container, all float32; ValueError says what is wrong with it."""
+    body, digest = blob[:-32], blob[-32:]
+    if not body.startswith(MAGIC):
+        raise ValueError(f"starts with {blob[:6]!r}, expected {MAGIC!r}: not an artifact of this script")
+    if hashlib.sha256(body).digest() != digest:
+        raise ValueError("its SHA-256 does not match: the file is cut or damaged")
+    start = len(MAGIC) + 4
+    length, = struct.unpack("<I", body[len(MAGIC): start])
+    raw, at, state = lzma.decompress(body[start + length:]), 0, {}
+
+    def take(kind: str, shape: list[int]) -> Tensor:
+        nonlocal at
+        array = np.frombuffer(raw, kind, math.prod(shape), at).reshape(shape)
+        at += array.nbytes
+        return torch.from_numpy(array.astype(np.float32))
+
+    for name, shape, scheme in json.loads(body[start: start + length]):
+        if scheme.startswith("int"):
+            codes = take("i1", shape)
+            state[name] = codes * take("<f2", [shape[0], 1])
+        else:
+            state[name] = take("<f2" if scheme == "float16" else "<f4", shape)
+    if at != len(raw):
+        raise ValueError(f"holds {len(raw)} bytes of tensors, its table describes {at}")
+    return state
+
+
+def write_artifact(model: GPT, path: Path, hp: Hyperparameters, rt: Runtime) -> int:
+    """Pack, check the total against the cap, write aside, rename. Returns that total; UserError: over."""
+    code, blob = len(Path(__file__).read_bytes()), pack(model.state_dict(), hp)
+    label = f"int{hp.quant_bits}+lzma"
+    rt.log(f"Serialized model {label}: {len(blob)} bytes")
+    rt.log(f"Code size: {code} bytes")
+    rt.log(f"Total submission size {label}: {code + len(blob)} bytes")
+    if code + len(blob) > SIZE_CAP:
+        raise UserError(f"{path}: code + weights would be {code + len(blob)} bytes, over the cap of "
+                        f"{SIZE_CAP}: not written; lower NUM_LAYERS, MODEL_DIM, MLP_MULT or QUANT_BITS")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.write_bytes(blob)
+    os.replace(aside, path)
+    return code + len(blob)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 9. Neural scoring
+# Overlapping windows give every target a long context. Each target is scored once, by the window that ends
+# nearest after it; ranks share the windows, rank 0 gets nll[t] and entropy[t] in stream order.
+# ------------------------------------------------------------------------------------------------------------
+
+def windows(targets: int, length: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, first scored target), one entry per window. A window from s reads tokens [s, s + length) and
+    scores targets [first, s + length), counted from 0 (target j is token j + 1); the last ends the stream."""
+    length = min(length, targets)
+    starts = np.arange(0, targets - length + stride, stride) if targets else np.empty(0, np.int64)
+    starts = np.minimum(starts, targets - length)
+    return starts, np.concatenate(([0], starts[:-1] + length))[:len(starts)]
+
+
+@torch.no_grad()
+def nll_and_entropy(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Per position, nats: -log p(target) and -sum p log p."""
+    logp_NV = F.log_softmax(logits_NV.float(), -1)
+    return -logp_NV.gather(1, targets_N[:, None])[:, 0], -(logp_NV.exp() * logp_NV).sum(-1)
+
+
+@torch.inference_mode()
+def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int,
+                 rt: Runtime) -> tuple[np.ndarray, np.ndarray]:
+    """Rank 0: (nll, entropy) in nats, float32, of all len(tokens) - 1 targets in order; others: (None, None).
+    `trunk` is the model, compiled or not; only scored positions go through the output head."""
+    hp, targets = model.hp, len(tokens) - 1
+    starts, first = windows(targets, hp.eval_seq_len, stride)
+    length = min(hp.eval_seq_len, targets)
+    share = np.array_split(np.arange(len(starts)), rt.world_size)[rt.rank]
+    batch = max(1, hp.val_batch_size // (length * rt.world_size))
+    head_rows = max(1, 2 ** 26 // hp.vocab_size)
+    progress, nll, entropy = Progress(rt, f"scoring stride:{stride}", len(share)), [], []
+    for i in range(0, len(share), batch):
+        mine = share[i: i + batch]
+        full = np.pad(mine, (0, batch - len(mine) if len(share) > batch else 0), mode="edge")  # one shape
+        at = starts[full][:, None] + np.arange(length)
+        scored = torch.from_numpy(np.flatnonzero(at[:len(mine)] >= first[mine][:, None])).to(rt.device)
+        hidden_BTD = trunk(torch.from_numpy(tokens[at].astype(np.int64)).to(rt.device))
+        target = torch.from_numpy(tokens[at + 1].astype(np.int64)).to(rt.device).flatten()
+        for rows in scored.split(head_rows):
+            a, b = nll_and_entropy(model.logits(hidden_BTD.flatten(0, 1)[rows]), target[rows])
+            nll.append(a.cpu())
+            entropy.append(b.cpu())
+        progress(i + len(mine))
+    return tuple(rt.gather(torch.cat(parts).numpy() if parts else np.empty(0, np.float32))
+                 for parts in (nll, entropy))
+
+
+def bits_per_byte(nll: np.ndarray, stream_bytes: np.ndarray) -> float:
+    """Code length of the targets in bits over their UTF-8 bytes; sums in float64, divided once."""
+    return float(nll.sum(dtype=np.float64) / math.log(2) / stream_bytes.sum(dtype=np.int64))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 10. N-gram mixture
+# The model forgets what it read a window ago; counts do not. Counting is sorting: grams of length n are keyed
+# by the dense id of their first n-1 tokens and their last token, so every count is exact, and position t sees
+# the positions before t by construction. No model is needed, so this runs in a thread while the GPUs score.
+# ------------------------------------------------------------------------------------------------------------
+
+def group(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each position: a dense id of its key, and how many earlier positions hold that key (both int64)."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    new = np.concatenate(([True], ordered[1:] != ordered[:-1])) if len(keys) else np.empty(0, bool)
+    group_id, start = np.cumsum(new) - 1, np.flatnonzero(new)
+    ids, prior = np.empty_like(order), np.empty_like(order)
+    ids[order] = group_id
+    prior[order] = np.arange(len(keys)) - start[group_id]
+    return ids, prior
+
+
+def ngram_backoff(tokens: np.ndarray, hp: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(order, context count, pair count) per target: the longest gram whose context was followed by something
+    at least NGRAM_MIN_COUNT times before. Order 0: none was. The choice never looks at the target.
+    c(u), how often the context was followed before t: earlier occurrences of the gram that ends at t - 1."""
+    targets = len(tokens) - 1
+    order, context, pair = (np.zeros(targets, np.int64) for _ in range(3))
+    ids, prior = group(tokens.astype(np.int64))
+    for n in range(2, hp.ngram_order + 1):
+        ended = prior[:-1] if n == 2 else np.concatenate((np.zeros(n - 2, np.int64), prior[:-1]))
+        keys = ids[:-1] * hp.vocab_size + tokens[n - 1:]
+        ids, prior = group(keys)
+        if n >= hp.ngram_min_order:
+            wins = np.flatnonzero(ended >= hp.ngram_min_count)
+            order[wins], context[wins] = n, ended[wins]
+            pair[wins] = prior[wins - (n - 2)]
+    return order, context, pair
+
+
+def mixture_nll(nll: np.ndarray, entropy: np.ndarray, counts, hp: Hyperparameters) -> np.ndarray:
+    """nats per target of (1 - a) * p_model + a * c(u,v)/c(u), float64; p_model alone where no order matches.
+    a = ALPHA_MIN + (ALPHA_MAX - ALPHA_MIN) * sigmoid(2 * (H - 4)), H the model's entropy, nats (PR #889)."""
+    order, context, pair = counts
+    H = entropy.astype(np.float64)
+    alpha = np.where(order > 0,
+                     hp.alpha_min + (hp.alpha_max - hp.alpha_min) / (1 + np.exp(-2 * (H - 4))), 0.0)
+    return -np.log((1 - alpha) * np.exp(-nll.astype(np.float64)) + alpha * pair / np.maximum(context, 1))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 11. Training
+# ------------------------------------------------------------------------------------------------------------
+
+def training_loss(model: GPT, ids_BT: Tensor, targets_BT: Tensor, quantize: bool) -> Tensor:
+    """Mean nats per token; with `quantize`, of the weights as the artifact will hold them. The flag is an
+    argument, so that a compiler makes one graph for each of its values."""
+    weights = fake_quantized(model, model.hp) if quantize else {}
+    return torch.func.functional_call(model, weights, (ids_BT, targets_BT))
+
+
+class Trainer:
+    """The model with all that changes while it learns: optimizers and averages."""
+
+    def __init__(self, model: GPT, loader: TokenLoader, rt: Runtime):
+        self.model, self.loader, self.rt, self.hp = model, loader, rt, model.hp
+        self.parameters = list(model.parameters())
+        compiled = self.hp.compile == "1" or self.hp.compile == "auto" and rt.device.type == "cuda"
+        self.loss = torch.compile(training_loss, dynamic=False) if compiled else training_loss
+        self.trunk = torch.compile(model, dynamic=False) if compiled else model
+        self.reset()
+
+    def reset(self) -> None:
+        self.optimizers = build_optimizers(self.model, self.hp)
+        self.averages = dict(ema=WeightAverage(self.hp.ema_decay), swa=WeightAverage(1.0))
+
+    def step(self, step: int, scale: float, quantize: bool) -> Tensor:
+        """One update on batch `step`, every lr times `scale`. Returns this rank's mean loss, detached."""
+        total = torch.zeros((), device=self.rt.device)
+        for micro in range(self.loader.accumulation):
+            x, y = (t.pin_memory() if self.rt.device.type == "cuda" else t
+                    for t in self.loader.micro_batch(step, micro))
+            x, y = (t.to(self.rt.device, non_blocking=True) for t in (x, y))
+            loss = self.loss(self.model, x, y, quantize) / self.loader.accumulation
+            loss.backward()
+            total += loss.detach()
+        self.rt.mean_gradients(self.parameters)
+        if self.hp.grad_clip_norm:
+            nn.utils.clip_grad_norm_(self.parameters, self.hp.grad_clip_norm)
+        for group in self.optimizers[0].param_groups:
+            group["momentum"] = muon_momentum(step, self.hp)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * scale
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        return total
+
+    def average(self, step: int, scale: float) -> None:
+        """Show the averages that AVERAGING names the weights after `step` updates."""
+        if "ema" in self.hp.averaging:
+            self.averages["ema"].update(self.parameters)
+        if "swa" in self.hp.averaging and scale < self.hp.swa_threshold and step % self.hp.swa_every == 0:
+            self.averages["swa"].update(self.parameters)
+
+    def warm_up(self) -> None:
+        """Run WARMUP_STEPS steps so that everything is compiled, the quantised graph too, then undo them."""
+        initial = {name: t.clone() for name, t in self.model.state_dict().items()}
+        progress = Progress(self.rt, "warm-up", self.hp.warmup_steps)
+        for i in range(self.hp.warmup_steps):
+            self.step(i, 1.0, quantize=self.hp.late_qat_threshold > 0 and i % 2 == 0)
+            progress(i + 1)
+        self.model.load_state_dict(initial)
+        self.reset()
+
+
+def train(trainer: Trainer, validate) -> dict[str, float]:
+    """Trains until ITERATIONS or the wall-clock cap; `validate()` gives (loss, bpb) and does not take time.
+    All ranks follow rank 0's clock and stop at the same step; none is begun that could pass the cap by taking
+    twice the average."""
+    hp, rt, model = trainer.hp, trainer.rt, trainer.model
+    trainer.warm_up()
+    rt.barrier()
+    step, spent, started, quantize, stop = 0, 0.0, time.perf_counter(), False, ""
+    while True:
+        seconds = rt.from_rank_0(spent + time.perf_counter() - started)
+        scale = lr_scale(step, seconds, hp)
+        if hp.max_wallclock_seconds and step and seconds * (1 + 2 / step) > hp.max_wallclock_seconds:
+            stop = "wallclock_cap"
+        last = bool(stop) or step == hp.iterations
+        if last or hp.val_loss_every and step and step % hp.val_loss_every == 0:
+            rt.barrier()
+            spent += time.perf_counter() - started
+            loss, bpb = validate()
+            rt.log(f"step:{step}/{hp.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} "
+                   f"train_time:{1e3 * spent:.0f}ms step_avg:{1e3 * spent / step:.2f}ms")
+            rt.barrier()
+            started = time.perf_counter()
+        if last:
+            break
+        if scale < hp.late_qat_threshold and not quantize:
+            quantize = True
+            rt.log(f"late_qat:on step:{step} lr_scale:{scale:.4f} bits:{hp.quant_bits}")
+        loss = trainer.step(step, scale, quantize)
+        step += 1
+        trainer.average(step, scale)
+        rt.pace()
+        if step <= 10 or hp.train_log_every and step % hp.train_log_every == 0:
+            mean = rt.sum(loss.clone()).item() / rt.world_size
+            ms = 1e3 * (spent + time.perf_counter() - started)
+            rt.log(f"step:{step}/{hp.iterations} train_loss:{mean:.4f} train_time:{ms:.0f}ms "
+                   f"step_avg:{ms / step:.2f}ms tok/s:{hp.train_batch_tokens * step / ms * 1e3:.0f}")
+    if stop:
+        rt.log(f"stopping_early: {stop} train_time:{1e3 * spent:.0f}ms step:{step}/{hp.iterations}")
+    weights = averaged_parameters(trainer.averages, hp)
+    for p, mean in zip(trainer.parameters, weights or []):
+        p.data.copy_(mean)
+    counts = " ".join(f"{name}_updates:{a.count}" for name, a in trainer.averages.items())
+    rt.log(f"averaging:{hp.averaging if weights else 'none'} {counts} "
+           f"parameters:{sum(p.numel() for p in model.parameters())}")
+    return dict(seconds=spent, steps=step)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 12. main
+# train -> average -> pack -> write -> read -> unpack -> score -> mix -> report
+# ------------------------------------------------------------------------------------------------------------
+
+def log_header(hp: Hyperparameters, model: GPT, loader: TokenLoader, stream_bytes: np.ndarray,
+               rt: Runtime) -> None:
+    """What a reviewer needs to repeat the run: this source, versions, hardware, data, every setting."""
+    if rt.rank:
+        return
+    rt.log(Path(__file__).read_text(encoding="utf-8"), console=False)
+    rt.log("=" * 100, console=False)
+    cuda = rt.device.type == "cuda"
+    hardware = (torch.cuda.get_device_name(rt.device) if cuda
+                else f"{platform.processor() or platform.machine()} CPU")
+    rt.log(f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
+           f"numpy:{np.__version__} platform:{platform.platform()}", console=False)
+    rt.log(f"hardware:{rt.world_size} x {hardware} threads:{torch.get_num_threads()} cores:{os.cpu_count()} "
+           f"attention:{model.attention_name} accumulation:{loader.accumulation}")
+    for name, path in (("train", loader.paths[0]), ("val", find_shards(hp.data_path, "val")[0]),
+                       ("tokenizer", Path(hp.tokenizer_path))):
+        rt.log(f"data:{name} first:{path} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}",
+               console=False)
+    rt.log(f"train_tokens:{loader.tokens} val_targets:{len(stream_bytes)} val_bytes:{stream_bytes.sum()}")
+    for name, value in asdict(hp).items():
+        rt.log(f"{name.upper()}={','.join(map(str, value)) if isinstance(value, tuple) else value}",
+               console=False)
+
+
+def evaluate(trainer: Trainer, blob: bytes, tokens: np.ndarray, stream_bytes: np.ndarray) -> dict[str, float]:
+    """Everything from reload on: the model becomes what `blob` holds, scores, is mixed with the counts."""
+    hp, rt, label = trainer.hp, trainer.rt, f"final_int{trainer.hp.quant_bits}"
+    started, results = time.perf_counter(), {}
+    trainer.model.load_state_dict(unpack(blob))
+
+    def report(name: str, nll: np.ndarray, facts: str = "") -> None:
+        results[name] = bits_per_byte(nll, stream_bytes)
+        rt.log(f"{name}_exact val_loss:{nll.mean(dtype=np.float64):.8f} val_bpb:{results[name]:.8f}{facts}")
+
+    with ThreadPoolExecutor(1) as background:
+        counting = background.submit(ngram_backoff, tokens, hp) if hp.ngram_enabled and rt.rank == 0 else None
+        nll, _ = score_stream(trainer.trunk, trainer.model, tokens, hp.eval_seq_len, rt)
+        if rt.rank == 0:
+            report(f"{label}_roundtrip", nll)
+        begun = time.perf_counter()
+        nll, entropy = score_stream(trainer.trunk, trainer.model, tokens, hp.eval_stride, rt)
+        if rt.rank == 0:
+            took = 1e3 * (time.perf_counter() - begun)
+            report(f"{label}_sliding_window", nll, f" stride:{hp.eval_stride} eval_time:{took:.0f}ms")
+        if counting:
+            mixed = mixture_nll(nll, entropy, counting.result(), hp)
+            gain = results[f"{label}_sliding_window"] - bits_per_byte(mixed, stream_bytes)
+            report("final_ngram", mixed, f" orders:{hp.ngram_min_order}-{hp.ngram_order} counts:exact "
+                   f"alpha:{hp.ngram_alpha} gain:{gain:.8f} targets:{len(mixed)}")
+    results["seconds"] = time.perf_counter() - started
+    rt.log(f"total_eval_time:{results['seconds']:.1f}s budget:{EVAL_BUDGET_S}s")
+    return results
+
+
+def last_screen(trained: dict, results: dict, size: int, hp: Hyperparameters, rt: Runtime) -> None:
+    """The run for a person."""
+    if rt.rank:
+        return
+    neural, mixed = results[f"final_int{hp.quant_bits}_sliding_window"], results.get("final_ngram")
+    limit = f" of {hp.max_wallclock_seconds:.0f} s" if hp.max_wallclock_seconds else ""
+    for line in (
+        "",
+        f"  neural     {neural:.4f} bpb   every target once, stride {hp.eval_stride}, weights as read back",
+        f"  mixed      {mixed:.4f} bpb   with exact {hp.ngram_min_order}-{hp.ngram_order}-gram counts "
+        f"of what came before" if mixed else "  mixed      off (NGRAM_ENABLED=0)",
+        f"  artifact   {size:,} bytes of {SIZE_CAP:,}, code included",
+        f"  training   {trained['seconds']:.1f} s{limit}, {trained['steps']} steps",
+        f"  evaluation {results['seconds']:.1f} s of {EVAL_BUDGET_S} s", f"  log        {rt.log_path}",
+    ):
+        rt.log(line)
+
+
+def main(env: dict[str, str]) -> None:
+    hp = Hyperparameters.from_env(env)
+    rt = Runtime(hp.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}_seed{hp.seed}", env)
+    try:
+        torch.manual_seed(hp.seed)
+        loader, tokens, counter = (TokenLoader(hp, rt.rank, rt.world_size), load_validation(hp),
+                                   ByteCounter(hp))
+        stream_bytes = counter(tokens) if rt.rank == 0 else None
+        trainer = Trainer(GPT(hp).to(rt.device), loader, rt)
+        log_header(hp, trainer.model, loader, stream_bytes, rt)
+        for warning in mistyped(env):
+            rt.log(f"warning: {warning}")
+
+        def validate() -> tuple[float, float]:
+            nll, _ = score_stream(trainer.trunk, trainer.model, tokens, hp.eval_seq_len, rt)
+            return ((float(nll.mean(dtype=np.float64)), bits_per_byte(nll, stream_bytes))
+                    if rt.rank == 0 else (0, 0))
+
+        trained = train(trainer, validate)
+        path = Path(f"final_model.int{hp.quant_bits}.ptz")
+        size = write_artifact(trainer.model, path, hp, rt) if rt.rank == 0 else 0
+        blob = rt.bytes_from_rank_0(path.read_bytes() if rt.rank == 0 else None)
+        results = evaluate(trainer, blob, tokens, stream_bytes)
+        last_screen(trained, results, size, hp, rt)
+        rt.barrier()
+    except BaseException as error:
+        rt.log(f"error: {type(error).__name__}: {error}", console=False)
+        raise
+    finally:
+        rt.close()
+
+
+if __name__ == "__main__":
+    try:
+        main(dict(os.environ))
+    except (UserError, OSError) as error:
+        time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)  # rank 0 speaks; torchrun then stops the others
+        sys.exit(f"train_gpt.py: error: {error}")
