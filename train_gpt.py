@@ -61,6 +61,7 @@ def setting(default, doc: str, low=None, high=None, choices=None):
 class Hyperparameters:
     data_path: str = setting("./data/datasets/fineweb10B_sp1024",
                              "folder of fineweb_{train,val}_*.bin shards")
+    train_data_path: str = setting("", "another folder for the training shards; empty: DATA_PATH")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model",
                                   "SentencePiece model, to count bytes")
     run_id: str = setting("", "name of logs/<RUN_ID>.txt; empty: date, time and seed")
@@ -384,11 +385,12 @@ def load_shard(path: Path) -> np.memmap:
     return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER, (int(header[2]),))
 
 
-def find_shards(data_path: str, part: str) -> list[Path]:
-    """All shards of `part` (train or val) in order; UserError when there are none."""
-    paths = sorted(Path(data_path).glob(f"fineweb_{part}_*.bin"))
+def find_shards(setting_name: str, part: str, hp: Hyperparameters) -> list[Path]:
+    """All shards of `part` (train or val), in order, of the folder in that setting; UserError: none there."""
+    folder = getattr(hp, setting_name.lower())
+    paths = sorted(Path(folder).glob(f"fineweb_{part}_*.bin"))
     if not paths:
-        raise UserError(f"DATA_PATH={data_path}: no fineweb_{part}_*.bin there; {GET_DATA}")
+        raise UserError(f"{setting_name}={folder}: no fineweb_{part}_*.bin there; {GET_DATA}")
     return paths
 
 
@@ -400,7 +402,7 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, source: str) -> None:
 
 def load_validation(hp: Hyperparameters) -> np.ndarray:
     """The whole validation stream x_0 ... x_N as uint16: the memory map itself when it is one shard."""
-    paths = find_shards(hp.data_path, "val")
+    paths = find_shards("DATA_PATH", "val", hp)
     shards = [load_shard(path) for path in paths]
     for path, tokens in zip(paths, shards):
         check_tokens(tokens, hp.vocab_size, str(path))
@@ -418,7 +420,7 @@ class TokenLoader:
 
     def __init__(self, hp: Hyperparameters, rank: int, world_size: int):
         self.hp, self.rank = hp, rank
-        self.paths = find_shards(hp.data_path, "train")
+        self.paths = find_shards("TRAIN_DATA_PATH" if hp.train_data_path else "DATA_PATH", "train", hp)
         self.shards = [load_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(s) for s in self.shards])
         self.sequences = sequences = hp.train_batch_tokens // hp.train_seq_len
@@ -1172,7 +1174,7 @@ def log_header(hp: Hyperparameters, model: GPT, loader: TokenLoader, stream_byte
            f"numpy:{np.__version__} platform:{platform.platform()}", console=False)
     rt.log(f"hardware:{rt.world_size} x {hardware} threads:{torch.get_num_threads()} cores:{os.cpu_count()} "
            f"attention:{model.attention_name} accumulation:{loader.accumulation}")
-    for name, path in (("train", loader.paths[0]), ("val", find_shards(hp.data_path, "val")[0]),
+    for name, path in (("train", loader.paths[0]), ("val", find_shards("DATA_PATH", "val", hp)[0]),
                        ("tokenizer", Path(hp.tokenizer_path))):
         rt.log(f"data:{name} first:{path} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}",
                console=False)
@@ -1266,5 +1268,5 @@ if __name__ == "__main__":
     try:
         main(dict(os.environ))
     except (UserError, OSError) as error:
-        time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)  # rank 0 speaks; torchrun then stops the others
+        time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)  # rank 0 speaks; torchrun stops the others
         sys.exit(f"train_gpt.py: error: {error}")

@@ -76,6 +76,14 @@ def test_a_world_size_that_does_not_divide_is_refused_with_the_nearest_that_do(c
         TokenLoader(tiny(**corpus), 0, 5)
 
 
+def test_training_shards_may_lie_elsewhere(tmp_path, corpus):
+    write_shard(tmp_path / "fineweb_train_000000.bin", range(400))
+    hp = tiny(**corpus, TRAIN_DATA_PATH=tmp_path)
+    assert TokenLoader(hp, 0, 1).tokens == 400 and len(load_validation(hp)) == 6001
+    with pytest.raises(UserError, match="TRAIN_DATA_PATH=.*/nowhere: no fineweb_train"):
+        TokenLoader(tiny(**corpus, TRAIN_DATA_PATH=tmp_path / "nowhere"), 0, 1)
+
+
 def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
     for part in ("train", "val"):
         write_shard(tmp_path / f"fineweb_{part}_000000.bin", [1, 2, 512, 4] * 400)

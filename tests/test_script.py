@@ -82,8 +82,8 @@ def test_a_run_is_deterministic_and_never_overwrites_a_log(runs, corpus):
 
 
 def test_time_stops_the_run_and_warms_it_down(corpus, tmp_path):
-    done = run_script(tmp_path, 1, **corpus, ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=3,
-                      WARMDOWN_ITERS=30, TRAIN_LOG_EVERY=0, VAL_LOSS_EVERY=20, AVERAGING="swa", SWA_EVERY=1, NGRAM_ENABLED=0, COMPILE=0)
+    done = run_script(tmp_path, 1, **corpus, ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=3, WARMDOWN_ITERS=30,
+                      TRAIN_LOG_EVERY=0, VAL_LOSS_EVERY=20, AVERAGING="swa", SWA_EVERY=1, NGRAM_ENABLED=0, COMPILE=0)
     assert done.returncode == 0, done.stderr[-3000:]
     stop = values(done.stdout, "stopping_early")
     assert 1500 < int(stop["train_time"][:-2]) <= 3000
