@@ -1,5 +1,6 @@
 # make demo   train, pack, reload, score and mix on a corpus built from this Python's documentation; no download, no GPU
 # make test   the whole suite
+# make prove  a range coder and a decoder: the score is a code length, and hashed counts are none
 # make lint   ruff
 # make bench  speed and size, as ratios measured in one run
 # Each target sets up what it needs in .venv; nothing outside this folder changes.
@@ -8,7 +9,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 DEV := pytest hypothesis constriction matplotlib ruff
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test prove lint bench setup clean
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt constraints.txt
@@ -23,6 +24,9 @@ demo: setup
 
 test: setup
 	$(RUN) -m pytest tests -q --durations=8
+
+prove: setup
+	$(RUN) -m pytest tests/test_decodable.py -q -s
 
 lint: setup
 	$(VENV)/bin/ruff check .

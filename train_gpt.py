@@ -29,7 +29,7 @@ import struct
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -41,7 +41,6 @@ from torch import Tensor, nn
 
 SIZE_CAP = 16_000_000  # bytes, decimal: code + compressed weights (the challenge's rule)
 EVAL_BUDGET_S = 600    # seconds for everything after training (the challenge's rule)
-
 
 class UserError(Exception):
     """Bad input. The message is one line: what was found, what was expected, what to do."""
@@ -55,7 +54,6 @@ class UserError(Exception):
 
 def setting(default, doc: str, low=None, high=None, choices=None):
     return field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices))
-
 
 @dataclass(frozen=True)
 class Hyperparameters:
@@ -128,15 +126,20 @@ class Hyperparameters:
     eval_stride: int = setting(64, "new targets per window of the final score", 1)
     val_loss_every: int = setting(4000, "steps between validations during training; 0: only the last", 0)
     val_batch_size: int = setting(524_288, "tokens per scoring batch, over all ranks", 1)
+    save_scores: bool = setting(False, "write nll, entropy, mixed nll per target to logs/<RUN_ID>_scores.npz")
     # n-gram mixture
     ngram_enabled: bool = setting(True, "mix the model with counts of what came before in the stream")
     ngram_min_order: int = setting(2, "shortest gram (context + target)", 2, 16)
     ngram_order: int = setting(7, "longest gram", 2, 16)
-    ngram_min_count: int = setting(2, "times a context must have been seen before its order may win", 1)
-    ngram_alpha: str = setting("entropy", "weight of the counts: by the model's entropy",
-                               choices=("entropy",))
-    alpha_min: float = setting(0.05, "weight where the model is sure", 0, 1)
-    alpha_max: float = setting(0.60, "weight where the model is lost", 0, 1)
+    ngram_alpha: str = setting("online", "weight of the counts: learned as the stream goes; or by entropy, "
+                               "with one centre (PR #889) or one per order (PR #825)",
+                               choices=("online", "entropy", "order"))
+    ngram_min_count: int = setting(2, "times a context must occur before its order may win; not online", 1)
+    alpha_min: float = setting(0.05, "weight where the model is sure; not online", 0, 1)
+    alpha_max: float = setting(0.60, "weight where the model is lost; not online", 0, 1)
+    ngram_counts: str = setting("exact", "exact, or hashed as the predecessors' (then the score is no code "
+                                "length and is labelled so)", choices=("exact", "hashed"))
+    ngram_buckets: int = setting(4_194_304, "buckets of each hashed table, a power of two", 2)
 
     @property
     def head_dim(self) -> int:
@@ -151,40 +154,37 @@ class Hyperparameters:
         return hp
 
     def check(self) -> None:
-        """Refuse settings that cannot work together: the first failing line is the message."""
-        sequences = self.train_batch_tokens / self.train_seq_len
-        low, high = (int(f(sequences)) * self.train_seq_len for f in (math.floor, math.ceil))
-        last = self.num_layers - 1
-        for ok, message in (
-            (self.model_dim % self.num_heads == 0, f"MODEL_DIM={self.model_dim} is not a multiple of "
-             f"NUM_HEADS={self.num_heads}: choose a divisor"),
-            (self.num_heads % self.num_kv_heads == 0, f"NUM_HEADS={self.num_heads} is not a multiple of "
-             f"NUM_KV_HEADS={self.num_kv_heads}: choose a divisor"),
-            (self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim, f"ROPE_DIMS={self.rope_dims}: "
+        """Refuse settings that cannot work together, with the first rule that they break."""
+        T, last, power = self.train_seq_len, self.num_layers - 1, 1 << self.ngram_buckets.bit_length()
+        sequences, hashed = self.train_batch_tokens / T, self.ngram_counts == "hashed"
+        for ok, names, rule in (
+            (self.model_dim % self.num_heads == 0, "model_dim num_heads", "the heads must divide the width"),
+            (self.num_heads % self.num_kv_heads == 0, "num_heads num_kv_heads", "the latter must divide"),
+            (self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim, "rope_dims",
              f"expected an even number up to the head width MODEL_DIM/NUM_HEADS = {self.head_dim}"),
-            (int(self.mlp_mult * self.model_dim) >= 1,
-             f"MLP_MULT={self.mlp_mult}: the MLP would have no units"),
-            (self.xsa_last_n <= self.num_layers,
-             f"XSA_LAST_N={self.xsa_last_n}: NUM_LAYERS is {self.num_layers}"),
-            (not self.ve_enabled or all(0 <= i <= last for i in self.ve_layers),
-             f"VE_LAYERS={','.join(map(str, self.ve_layers))}: layers run from 0 to {last}; name some of "
-             "those or VE_ENABLED=0"),
-            (self.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: the last row is the first position's, so "
-             "expected 0 (off) or at least 2"),
-            (sequences == int(sequences), f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not a multiple "
-             f"of TRAIN_SEQ_LEN={self.train_seq_len}: nearest are {low} and {high}"),
-            (self.eval_stride <= self.eval_seq_len, f"EVAL_STRIDE={self.eval_stride} exceeds EVAL_SEQ_LEN="
-             f"{self.eval_seq_len}: targets between windows would go unscored"),
-            (self.ngram_min_order <= self.ngram_order, f"NGRAM_MIN_ORDER={self.ngram_min_order} exceeds "
-             f"NGRAM_ORDER={self.ngram_order}"),
-            (self.alpha_min <= self.alpha_max,
-             f"ALPHA_MIN={self.alpha_min} exceeds ALPHA_MAX={self.alpha_max}"),
-            (max(self.alpha_max, 0) < 1 or not self.ngram_enabled, "ALPHA_MAX=1 would let counts forbid "
-             "a token: expected less than 1"),
+            (int(self.mlp_mult * self.model_dim) >= 1, "mlp_mult", "the MLP would have no units"),
+            (self.xsa_last_n <= self.num_layers, "xsa_last_n num_layers", "there are not so many layers"),
+            (not self.ve_enabled or all(0 <= i <= last for i in self.ve_layers), "ve_layers",
+             f"layers run from 0 to {last}; name some of those or set VE_ENABLED=0"),
+            (self.bigram_vocab_size != 1, "bigram_vocab_size", "expected 0 (off) or at least 2"),
+            (sequences.is_integer(), "train_batch_tokens train_seq_len",
+             f"expected a multiple; nearest are {math.floor(sequences) * T} and {math.ceil(sequences) * T}"),
+            (self.eval_stride <= self.eval_seq_len, "eval_stride eval_seq_len", "targets would go unscored"),
+            (self.ngram_min_order <= self.ngram_order, "ngram_min_order ngram_order", "no order is left"),
+            (not hashed or self.ngram_alpha != "online" and self.ngram_order <= 7,
+             "ngram_counts ngram_alpha ngram_order",
+             "hashed counts are the predecessors': set NGRAM_ALPHA=entropy or order, NGRAM_ORDER up to 7"),
+            (2 * self.ngram_buckets == power, "ngram_buckets", f"expected a power of two, such as {power}"),
+            (self.alpha_min <= self.alpha_max < 1, "alpha_min alpha_max", "expected the first <= second < 1"),
         ):
             if not ok:
-                raise UserError(message)
+                found = ", ".join(f"{name.upper()}={self.shown(name)}" for name in names.split())
+                raise UserError(f"{found}: {rule}")
 
+    def shown(self, name: str) -> str:
+        """The setting as it would be written in the environment."""
+        value = getattr(self, name)
+        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 def parse_setting(f, text: str):
     """The value of field `f` in `text`, of the type of its default, within its bounds."""
@@ -209,7 +209,6 @@ def parse_setting(f, text: str):
             raise UserError(f"{name}={text}: expected at {word} {bound}")
     return value
 
-
 def edit_distance(a: str, b: str) -> int:
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
@@ -217,7 +216,6 @@ def edit_distance(a: str, b: str) -> int:
         for j, y in enumerate(b, 1):
             diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
     return row[-1]
-
 
 def mistyped(env: dict[str, str]) -> list[str]:
     """Warnings for environment names that are within edit distance 2 of a setting but are none."""
@@ -251,16 +249,10 @@ class Runtime:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
         self.log_file, self.log_path, self.previous_step = None, None, None
         if self.rank == 0:
-            self._open_log(run_id)
-
-    def _open_log(self, run_id: str) -> None:
-        os.makedirs("logs", exist_ok=True)
-        for attempt in range(1, 1000):
-            self.log_path = Path("logs") / (f"{run_id}.txt" if attempt == 1 else f"{run_id}_{attempt}.txt")
-            with contextlib.suppress(FileExistsError):
-                self.log_file = open(self.log_path, "x", encoding="utf-8")
-                return
-        raise UserError(f"RUN_ID={run_id!r}: logs/ already holds 999 runs of that name; choose another")
+            os.makedirs("logs", exist_ok=True)
+            names = (f"logs/{run_id}{suffix}.txt" for suffix in ("", *(f"_{i}" for i in range(2, 10_000))))
+            self.log_path = next(Path(name) for name in names if not os.path.exists(name))
+            self.log_file = open(self.log_path, "x", encoding="utf-8")
 
     def log(self, line: str, console: bool = True) -> None:
         """Rank 0 writes `line` to stdout and to its log file, flushed: a run that dies leaves all it said."""
@@ -302,17 +294,15 @@ class Runtime:
         dist.broadcast(box, 0)
         return box.numpy().tobytes()
 
-    def gather(self, array: np.ndarray) -> np.ndarray | None:
-        """Rank 0: every rank's 1-D float32 `array`, one after the other in rank order. Other ranks: None."""
+    def gather(self, array: np.ndarray) -> np.ndarray:
+        """Rank 0: every rank's 1-D float32 `array`, end to end in rank order. Other ranks: nothing."""
         if self.world_size == 1:
             return array
-        counts = torch.zeros(self.world_size, dtype=torch.int64)
-        counts[self.rank] = len(array)
-        longest = int(self.sum(counts).max())
-        mine = F.pad(torch.from_numpy(array), (0, longest - len(array)))
+        counts = self.sum(F.one_hot(torch.tensor(self.rank), self.world_size) * len(array))
+        mine = F.pad(torch.from_numpy(array), (0, int(counts.max()) - len(array)))
         boxes = [torch.empty_like(mine) for _ in range(self.world_size)] if self.rank == 0 else None
         dist.gather(mine, boxes, 0)
-        return np.concatenate([box[:n].numpy() for box, n in zip(boxes, counts)]) if self.rank == 0 else None
+        return np.concatenate([box[:n].numpy() for box, n in zip(boxes or [], counts)] or [array[:0]])
 
     def barrier(self) -> None:
         if self.device.type == "cuda":
@@ -333,27 +323,22 @@ class Runtime:
         if self.log_file:
             self.log_file.close()
 
-
 class Progress:
-    """How far long work is and how long it will take: a live bar on a terminal, else a line every 10 s."""
+    """How far long work is and how long it will take: a live bar on a terminal, and a line every 10 s."""
 
     def __init__(self, rt: Runtime, label: str, total: int):
         self.rt, self.label, self.total = rt, label, max(total, 1)
         self.start = self.said = time.perf_counter()
 
     def __call__(self, done: int) -> None:
-        now, live = time.perf_counter(), sys.stdout.isatty()
-        if self.rt.rank or now - self.said < (0.2 if live else 10) and done < self.total:
-            return
-        share, spent = done / self.total, now - self.start
-        line = (f"{self.label} {share:.0%} elapsed:{spent:.0f}s "
-                f"left:{spent / share - spent if share else math.nan:.0f}s")
-        if live:
-            bar = "#" * round(24 * share)
-            print(f"\r[{bar:24}] {line}\033[K", end="" if done < self.total else "\n", flush=True)
+        now, share, live = time.perf_counter(), done / self.total, sys.stdout.isatty()
+        left = (now - self.start) * (1 / share - 1) if share else math.nan
+        line = f"{self.label} {share:.0%} elapsed:{now - self.start:.0f}s left:{left:.0f}s"
+        if live and self.rt.rank == 0:
+            print(f"\r[{'#' * round(24 * share):24}] {line}\033[K", end="" if share < 1 else "\n", flush=True)
         if now - self.said >= 10:
             self.rt.log(line, console=not live)
-        self.said = now if not live or now - self.said >= 10 else self.said
+            self.said = now
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -366,7 +351,6 @@ class Progress:
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
 GET_DATA = ("`make demo` needs no data; for FineWeb get the challenge repository and run its "
             "data/cached_challenge_fineweb.py, then set DATA_PATH")
-
 
 def load_shard(path: Path) -> np.memmap:
     """The uint16 tokens of one shard, memory-mapped. UserError: not a shard, another version, cut short."""
@@ -384,7 +368,6 @@ def load_shard(path: Path) -> np.memmap:
                         f"{expected} bytes: the file is cut or damaged; fetch it again")
     return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER, (int(header[2]),))
 
-
 def find_shards(setting_name: str, part: str, hp: Hyperparameters) -> list[Path]:
     """All shards of `part` (train or val), in order, of the folder in that setting; UserError: none there."""
     folder = getattr(hp, setting_name.lower())
@@ -393,12 +376,10 @@ def find_shards(setting_name: str, part: str, hp: Hyperparameters) -> list[Path]
         raise UserError(f"{setting_name}={folder}: no fineweb_{part}_*.bin there; {GET_DATA}")
     return paths
 
-
 def check_tokens(tokens: np.ndarray, vocab_size: int, source: str) -> None:
     if len(tokens) and int(tokens.max()) >= vocab_size:
         raise UserError(f"{source}: holds token {int(tokens.max())}, but VOCAB_SIZE={vocab_size}: data and "
                         "VOCAB_SIZE must come from the same tokenizer")
-
 
 def load_validation(hp: Hyperparameters) -> np.ndarray:
     """The whole validation stream x_0 ... x_N as uint16: the memory map itself when it is one shard."""
@@ -411,7 +392,6 @@ def load_validation(hp: Hyperparameters) -> np.ndarray:
         raise UserError(f"DATA_PATH={hp.data_path}: the validation stream has {len(stream)} tokens, a window "
                         f"needs {hp.eval_seq_len + 1}: set EVAL_SEQ_LEN to at most {len(stream) - 1}")
     return stream
-
 
 class TokenLoader:
     """All training shards laid end to end as one circular stream, read in lanes: sequence i of a batch of S
@@ -458,7 +438,6 @@ class TokenLoader:
         starts = (lane * self.tokens // self.sequences + step * T for lane in range(first, first + rows))
         ids = torch.from_numpy(np.stack([self.span(start, T + 1) for start in starts]))
         return ids[:, :-1], ids[:, 1:]
-
 
 class ByteCounter:
     """UTF-8 bytes of each target, from the tokenizer's pieces (the challenge's definition of a byte)."""
@@ -513,7 +492,6 @@ def find_flash_attention():
             return "flash_attention_2", flash_attn_func
     return "sdpa", None
 
-
 def causal_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, flash=None) -> Tensor:
     """softmax(q k' / sqrt K) v over positions up to one's own, layout B T H K; H/G heads share k, v."""
     if flash and q_BTHK.is_cuda:
@@ -535,7 +513,6 @@ def causal_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, flash=None)
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
-
 class Linear(nn.Linear):
     """Without bias; float32 weights, computed in the dtype of its input."""
 
@@ -545,7 +522,6 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
-
 def rotary_tables(T: int, hp: Hyperparameters, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin, (T, 1, ROPE_DIMS/2) float32; beyond 1024 positions the base grows (NTK-aware scaling)."""
     r = hp.rope_dims
@@ -553,7 +529,6 @@ def rotary_tables(T: int, hp: Hyperparameters, device: torch.device) -> tuple[Te
     frequency = base ** -(torch.arange(0, r, 2, dtype=torch.float32, device=device) / max(r, 1))
     angle = torch.outer(torch.arange(T, dtype=torch.float32, device=device), frequency)[:, None, :]
     return angle.cos(), angle.sin()
-
 
 def rotate(x_BTHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """RoPE on the first 2 * rope width of K, in half-split pairs; the other dimensions carry no position."""
@@ -563,14 +538,12 @@ def rotate(x_BTHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     rotated = torch.cat((a * cos + b * sin, b * cos - a * sin), -1).to(x_BTHK.dtype)
     return torch.cat((rotated, rest), -1)
 
-
 def remove_own_value(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     """XSA: what a head reads must come from elsewhere: drop its component along its own position's value."""
     B, T, H, K = y_BTHK.shape
     y = y_BTHK.view(B, T, v_BTGK.size(2), -1, K)
     v = F.normalize(v_BTGK, dim=-1).unsqueeze(3)
     return (y - (y * v).sum(-1, keepdim=True) * v).view(B, T, H, K)
-
 
 class Attention(nn.Module):
     def __init__(self, hp: Hyperparameters, layer: int, flash):
@@ -601,7 +574,6 @@ class Attention(nn.Module):
             y = remove_own_value(y, v)
         return self.proj(y.reshape(B, T, H * K)), v_own
 
-
 class MLP(nn.Module):
     def __init__(self, hp: Hyperparameters):
         super().__init__()
@@ -611,7 +583,6 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.proj(F.leaky_relu(self.fc(x_BTD), self.slope).square())
-
 
 class Block(nn.Module):
     def __init__(self, hp: Hyperparameters, layer: int, flash):
@@ -630,7 +601,6 @@ class Block(nn.Module):
         x = x + a * y
         return x + b * self.mlp(norm(x) * self.norm_scale), v
 
-
 class BigramEmbedding(nn.Module):
     """A hashed table for pairs of tokens: collisions are harmless, the model only receives a hint."""
 
@@ -645,7 +615,6 @@ class BigramEmbedding(nn.Module):
         rows_BT = F.pad(pair % (self.rows - 1), (1, 0), value=self.rows - 1)
         return self.proj(self.table(rows_BT)) * self.scale
 
-
 class ValueEmbedding(nn.Module):
     """One table of values per token, shared by the layers that add it to their own."""
 
@@ -658,7 +627,6 @@ class ValueEmbedding(nn.Module):
 
     def forward(self, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
         return (self.proj(self.table(ids_BT).to(dtype)) * self.scale.to(dtype)).unflatten(-1, self.heads)
-
 
 class GPT(nn.Module):
     def __init__(self, hp: Hyperparameters):
@@ -738,7 +706,6 @@ def orthogonalize(G_NRC: Tensor, steps: int) -> Tensor:
         X = a * X + (b * A + c * A @ A) @ X
     return X.mT if tall else X
 
-
 class Muon(torch.optim.Optimizer):
     """One group per matrix shape, stacked, so that one batched iteration serves all its matrices."""
 
@@ -763,7 +730,6 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, list(update_NRC.to(params[0].dtype).unbind()), alpha=-group["lr"])
 
-
 def build_optimizers(model: GPT, hp: Hyperparameters) -> list[torch.optim.Optimizer]:
     """[Muon, AdamW]; together they hold every parameter exactly once."""
     matrices, embeddings, heads, vectors = [], [], [], []
@@ -786,7 +752,6 @@ def build_optimizers(model: GPT, hp: Hyperparameters) -> list[torch.optim.Optimi
         group["initial_lr"] = group["lr"]
     return optimizers
 
-
 def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
     """1, then linearly to 0 over the last WARMDOWN_ITERS steps: of ITERATIONS, or of the wall-clock at the
     average step time so far, whichever ends first."""
@@ -794,7 +759,6 @@ def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
     if hp.max_wallclock_seconds and step:
         left = min(left, (hp.max_wallclock_seconds - seconds) / (seconds / step))
     return min(1.0, max(left, 0.0) / hp.warmdown_iters) if hp.warmdown_iters else 1.0
-
 
 def muon_momentum(step: int, hp: Hyperparameters) -> float:
     share = min(1.0, step / hp.muon_momentum_warmup_steps) if hp.muon_momentum_warmup_steps else 1.0
@@ -820,7 +784,6 @@ class WeightAverage:
         weight = (1 - self.decay) / (1 - self.decay ** self.count) if self.decay < 1 else 1 / self.count
         torch._foreach_lerp_(self.mean, list(parameters), weight)
 
-
 def averaged_parameters(averages: dict[str, WeightAverage], hp: Hyperparameters) -> list[Tensor] | None:
     """What AVERAGING names: a mean or the middle of both; None: last weights (also if SWA never began)."""
     means = [averages[name].mean for name in ("ema", "swa")
@@ -839,23 +802,16 @@ def averaged_parameters(averages: dict[str, WeightAverage], hp: Hyperparameters)
 MAGIC = b"PGOLF\x01"
 CLIP_QUANTILES = (1.0, 0.9999, 0.9995, 0.999, 0.995)  # of |w| in a row, candidates for its largest code
 
-
 def quantize_rows(w_RC: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Symmetric codes (R, C) in +-(2^(bits-1) - 1), as floats, and one float16 step per row (R, 1).
     Per row the clip of least squared error is taken from CLIP_QUANTILES. Works eagerly and under compile."""
-    top = 2 ** (bits - 1) - 1
-    w = w_RC.float()
+    top, w = 2 ** (bits - 1) - 1, w_RC.float()
     magnitude = w.abs().sort(-1).values
-    best_error = best_step = None
-    for quantile in CLIP_QUANTILES:
-        clip = magnitude[:, round(quantile * (w.size(-1) - 1)), None]
-        step = (clip / top).clamp(2 ** -24, 65504).half().float()
-        error = (w - (w / step).round().clamp(-top, top) * step).square().sum(-1, keepdim=True)
-        better = error < best_error if best_error is not None else torch.ones_like(error, dtype=torch.bool)
-        best_step = step if best_step is None else torch.where(better, step, best_step)
-        best_error = error if best_error is None else torch.where(better, error, best_error)
-    return (w / best_step).round().clamp(-top, top), best_step.half()
-
+    clips = torch.stack([magnitude[:, round(q * (w.size(-1) - 1)), None] for q in CLIP_QUANTILES])
+    steps = (clips / top).clamp(2 ** -24, 65504).half().float()
+    errors = ((w / steps).round().clamp(-top, top) * steps - w).square().sum(-1, keepdim=True)
+    step = steps.gather(0, errors.argmin(0, keepdim=True))[0]
+    return (w / step).round().clamp(-top, top), step.half()
 
 def scheme_of(name: str, tensor: Tensor, hp: Hyperparameters) -> str:
     """How a tensor is stored: tables int8, matrices int<QUANT_BITS>, vectors float16, scalars float32."""
@@ -863,7 +819,6 @@ def scheme_of(name: str, tensor: Tensor, hp: Hyperparameters) -> str:
         return ("int8" if name.endswith((".table.weight", "embed.weight", "head.weight"))
                 else f"int{hp.quant_bits}")
     return "float16" if tensor.numel() > 64 and tensor.abs().max() < 65504 else "float32"
-
 
 def fake_quantized(model: GPT, hp: Hyperparameters) -> dict[str, Tensor]:
     """The parameters as the artifact would give them back; gradients pass straight through the rounding."""
@@ -875,7 +830,6 @@ def fake_quantized(model: GPT, hp: Hyperparameters) -> dict[str, Tensor]:
                 rounding = codes * step.float() - p
             weights[name] = p + rounding
     return weights
-
 
 def pack(state: dict[str, Tensor], hp: Hyperparameters) -> bytes:
     """The container of a state dict; UserError if a tensor holds NaN or infinity."""
@@ -894,7 +848,6 @@ def pack(state: dict[str, Tensor], hp: Hyperparameters) -> bytes:
     header = json.dumps(table, separators=(",", ":")).encode()
     body = MAGIC + struct.pack("<I", len(header)) + header + lzma.compress(stream.getvalue(), preset=9)
     return body + hashlib.sha256(body).digest()
-
 
 def unpack(blob: bytes) -> dict[str, Tensor]:
     """The state dict of a container, all float32; ValueError says what is wrong with it."""
@@ -923,7 +876,6 @@ def unpack(blob: bytes) -> dict[str, Tensor]:
         raise ValueError(f"holds {len(raw)} bytes of tensors, its table describes {at}")
     return state
 
-
 def write_artifact(model: GPT, path: Path, hp: Hyperparameters, rt: Runtime) -> int:
     """Pack, check the total against the cap, write aside, rename. Returns that total; UserError: over."""
     code, blob = len(Path(__file__).read_bytes()), pack(model.state_dict(), hp)
@@ -946,6 +898,8 @@ def write_artifact(model: GPT, path: Path, hp: Hyperparameters, rt: Runtime) -> 
 # nearest after it; ranks share the windows, rank 0 gets nll[t] and entropy[t] in stream order.
 # ------------------------------------------------------------------------------------------------------------
 
+SEGMENT_BATCHES = 32  # global batches that are scored between two gathers
+
 def windows(targets: int, length: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
     """(starts, first scored target), one entry per window. A window from s reads tokens [s, s + length) and
     scores targets [first, s + length), counted from 0 (target j is token j + 1); the last ends the stream."""
@@ -954,41 +908,44 @@ def windows(targets: int, length: int, stride: int) -> tuple[np.ndarray, np.ndar
     starts = np.minimum(starts, targets - length)
     return starts, np.concatenate(([0], starts[:-1] + length))[:len(starts)]
 
-
 @torch.no_grad()
 def nll_and_entropy(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     """Per position, nats: -log p(target) and -sum p log p."""
     logp_NV = F.log_softmax(logits_NV.float(), -1)
     return -logp_NV.gather(1, targets_N[:, None])[:, 0], -(logp_NV.exp() * logp_NV).sum(-1)
 
-
 @torch.inference_mode()
-def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int,
-                 rt: Runtime) -> tuple[np.ndarray, np.ndarray]:
-    """Rank 0: (nll, entropy) in nats, float32, of all len(tokens) - 1 targets in order; others: (None, None).
-    `trunk` is the model, compiled or not; only scored positions go through the output head."""
+def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int, rt: Runtime):
+    """Yields (nll, entropy), nats, float32, of the len(tokens) - 1 targets, segment by segment in order, so
+    that what follows need not wait. Ranks other than 0 get empty arrays. `trunk` is the model, compiled or
+    not; only scored positions go through the output head."""
     hp, targets = model.hp, len(tokens) - 1
     starts, first = windows(targets, hp.eval_seq_len, stride)
     length = min(hp.eval_seq_len, targets)
-    share = np.array_split(np.arange(len(starts)), rt.world_size)[rt.rank]
     batch = max(1, hp.val_batch_size // (length * rt.world_size))
+    segment = SEGMENT_BATCHES * batch * rt.world_size
     head_rows = max(1, 2 ** 26 // hp.vocab_size)
-    progress, nll, entropy = Progress(rt, f"scoring stride:{stride}", len(share)), [], []
-    for i in range(0, len(share), batch):
-        mine = share[i: i + batch]
-        full = np.pad(mine, (0, batch - len(mine) if len(share) > batch else 0), mode="edge")  # one shape
-        at = starts[full][:, None] + np.arange(length)
-        scored = torch.from_numpy(np.flatnonzero(at[:len(mine)] >= first[mine][:, None])).to(rt.device)
-        hidden_BTD = trunk(torch.from_numpy(tokens[at].astype(np.int64)).to(rt.device))
-        target = torch.from_numpy(tokens[at + 1].astype(np.int64)).to(rt.device).flatten()
-        for rows in scored.split(head_rows):
-            a, b = nll_and_entropy(model.logits(hidden_BTD.flatten(0, 1)[rows]), target[rows])
-            nll.append(a.cpu())
-            entropy.append(b.cpu())
-        progress(i + len(mine))
-    return tuple(rt.gather(torch.cat(parts).numpy() if parts else np.empty(0, np.float32))
-                 for parts in (nll, entropy))
+    progress, nothing = Progress(rt, f"scoring stride:{stride}", len(starts)), torch.empty(0)
+    for begin in range(0, len(starts), segment):
+        ours = np.arange(begin, min(begin + segment, len(starts)))
+        share, nll, entropy = np.array_split(ours, rt.world_size)[rt.rank], [nothing], [nothing]
+        for i in range(0, len(share), batch):
+            mine = share[i: i + batch]
+            full = np.pad(mine, (0, batch - len(mine) if len(starts) > batch else 0), "edge")  # one shape
+            at = starts[full][:, None] + np.arange(length)
+            scored = torch.from_numpy(np.flatnonzero(at[:len(mine)] >= first[mine][:, None])).to(rt.device)
+            hidden_BTD = trunk(torch.from_numpy(tokens[at].astype(np.int64)).to(rt.device))
+            target = torch.from_numpy(tokens[at + 1].astype(np.int64)).to(rt.device).flatten()
+            for rows in scored.split(head_rows):
+                a, b = nll_and_entropy(model.logits(hidden_BTD.flatten(0, 1)[rows]), target[rows])
+                nll.append(a.cpu())
+                entropy.append(b.cpu())
+            progress(begin + (i + len(mine)) * rt.world_size)
+        yield tuple(rt.gather(torch.cat(parts).numpy()) for parts in (nll, entropy))
 
+def collect(segments) -> tuple[np.ndarray, np.ndarray]:
+    """All segments of score_stream as one (nll, entropy)."""
+    return tuple(np.concatenate(parts) for parts in zip(*segments))
 
 def bits_per_byte(nll: np.ndarray, stream_bytes: np.ndarray) -> float:
     """Code length of the targets in bits over their UTF-8 bytes; sums in float64, divided once."""
@@ -997,49 +954,276 @@ def bits_per_byte(nll: np.ndarray, stream_bytes: np.ndarray) -> float:
 
 # ------------------------------------------------------------------------------------------------------------
 # 10. N-gram mixture
-# The model forgets what it read a window ago; counts do not. Counting is sorting: grams of length n are keyed
-# by the dense id of their first n-1 tokens and their last token, so every count is exact, and position t sees
-# the positions before t by construction. No model is needed, so this runs in a thread while the GPUs score.
+# The model forgets what it read a window ago; counts do not. Counting is sorting: positions are kept grouped
+# by the n - 1 tokens before them, in stream order, and sorting a group by its next token splits it into the
+# groups of n tokens. So each count is exact, position t sees the positions before t by construction, and what
+# never recurs drops out. No model is needed: this runs in a thread while the GPUs score.
 # ------------------------------------------------------------------------------------------------------------
+
+CHUNK = 1 << 18  # positions refined at a time, so that what a sort touches stays in the cache
+ORDER_CENTERS = np.array((4.5, 4.2, 3.8, 3.5, 3.2, 3.0))  # nats, orders 2...7 and beyond (PR #825)
+BOS = 1  # token that opens a document
+STATES, GAPS, HEATS = 128, 13, 6  # buckets of the online weights: state of the context x distance x entropy
+
+def sort_runs(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(order, first): `order` brings equal keys together, each run in stream order; `first` marks, in that
+    order, where runs start. Where 64 bits hold key and position, one in-place sort of integers does it."""
+    bits = np.uint64(len(keys).bit_length())
+    if int(keys.max(initial=0)).bit_length() + int(bits) <= 64:
+        keys = keys.astype(np.uint64) << bits | np.arange(len(keys), dtype=np.uint64)
+        keys.sort()
+        order, keys = (keys & ((np.uint64(1) << bits) - np.uint64(1))).view(np.int64), keys >> bits
+    else:
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+    return order, np.append(True, keys[1:] != keys[:-1])[:len(keys)]
+
+def since_start(values: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """`values` minus the value at the start of their run."""
+    starts = np.flatnonzero(first)
+    return values - np.repeat(values[starts], np.diff(starts, append=len(first)))
 
 def group(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each position: a dense id of its key, and how many earlier positions hold that key (both int64)."""
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    new = np.concatenate(([True], ordered[1:] != ordered[:-1])) if len(keys) else np.empty(0, bool)
-    group_id, start = np.cumsum(new) - 1, np.flatnonzero(new)
+    order, first = sort_runs(keys)
     ids, prior = np.empty_like(order), np.empty_like(order)
-    ids[order] = group_id
-    prior[order] = np.arange(len(keys)) - start[group_id]
+    ids[order], prior[order] = np.cumsum(first) - 1, since_start(np.arange(len(keys)), first)
     return ids, prior
 
+def whole_groups(first: np.ndarray):
+    """Slices of about CHUNK positions that cut no group: back to its start, or past the end of a huge one."""
+    start = 0
+    while start < len(first):
+        stop = start + CHUNK
+        if stop < len(first):
+            back = int(np.argmax(first[stop:start:-1]))
+            stop += -back if first[stop - back] else int(np.argmax(np.append(first[stop:], True)))
+        yield slice(start, stop)
+        start = stop
+
+def floor_log2(x: np.ndarray) -> np.ndarray:
+    return (x.astype(np.float32).view(np.int32) >> 23) - 127  # the exponent of a float; exact below 2^24
+
+def describe_contexts(t, token, age, first, context, pair) -> np.ndarray:
+    """What the online weights may know, for positions grouped by context: 2 * (1 + bucket) + (the target is
+    the context's last continuation), or 0 where the context is new. The bucket knows the prefix alone: how
+    often the context occurred, the share of its continuations that were not new, whether the last repeated
+    the one before, whether it lies in this document (of `age` tokens so far), and the distance to it."""
+    same = np.append(False, token[1:] == token[:-1]) & ~first
+    repeated = np.append(False, same[:-1]) & ~first
+    gap = np.where(first, 1, np.diff(t, prepend=t[:1])).view(np.int32)
+    known, context = (pair > 0).astype(np.int32), context.view(np.int32)
+    share = np.minimum(4 * since_start(np.cumsum(known, dtype=np.int32) - known, first)
+                       // np.maximum(context, 1), 3)
+    size = np.minimum(floor_log2(np.maximum(context, 1)), 7)
+    state = ((size * 4 + share) * 2 + repeated) * 2 + (gap <= age)
+    return np.where(context, 2 * (1 + state * GAPS + np.minimum(floor_log2(gap) >> 1, GAPS - 1)) + same, 0)
+
+def ngram_counts(tokens: np.ndarray, highest: int, describe: bool = True):
+    """Yields (pair, code), uint32 and uint16 per position of `tokens`, for grams of n = 1 ... highest tokens.
+
+    pair[t]: how many earlier positions end the same n-gram. So for a target at t, c(u, v) is pair[t], and
+    c(u), how often the n - 1 tokens before it were followed by something before, is the previous n's
+    pair[t - 1]. code: see `describe_contexts`; 0 exactly where c(u) = 0."""
+    here = np.arange(len(tokens), dtype=np.uint32)
+    age = np.minimum(here - np.maximum.accumulate(np.where(tokens == BOS, here, 0)), 65535)
+    stream = np.append(age[:1], age[:-1]) << 16 | tokens  # the age of the token BEFORE: no look at the target
+    t = np.argsort(tokens, kind="stable").astype(np.uint32)
+    first = np.append(True, tokens[t[1:]] != tokens[t[:-1]])
+    pair, code = np.empty(len(tokens), np.uint32), np.zeros(len(tokens) if describe else 0, np.uint16)
+    pair[t] = since_start(here, first)
+    del here, age
+    keep = t < len(tokens) - 1  # what ends the stream is no context
+    t, first = t[keep] + 1, first[keep]
+    yield pair, code
+    for _ in range(2, highest + 1):
+        pair, code, kept = np.zeros_like(pair), np.zeros_like(code), 0
+        for part in whole_groups(first):
+            target, begin = t[part], first[part]
+            word, number = stream[target], np.arange(len(target), dtype=np.uint32)
+            order, split = sort_runs(np.cumsum(begin, dtype=np.uint64) << np.uint64(16) | (word & 0xFFFF))
+            count = np.empty_like(number)
+            count[order] = since_start(number, split)
+            pair[target] = count
+            if describe:
+                code[target] = describe_contexts(target, word & 0xFFFF, word >> 16, begin,
+                                                 since_start(number, begin), count)
+            target = target[order] + 1
+            keep = ~(split & np.append(split[1:], True)) & (target < len(tokens))
+            size = np.count_nonzero(keep)
+            t[kept: kept + size], first[kept: kept + size] = target[keep], split[keep]
+            kept += size
+        t, first = t[:kept], first[:kept]
+        yield pair, code
 
 def ngram_backoff(tokens: np.ndarray, hp: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(order, context count, pair count) per target: the longest gram whose context was followed by something
-    at least NGRAM_MIN_COUNT times before. Order 0: none was. The choice never looks at the target.
-    c(u), how often the context was followed before t: earlier occurrences of the gram that ends at t - 1."""
-    targets = len(tokens) - 1
-    order, context, pair = (np.zeros(targets, np.int64) for _ in range(3))
-    ids, prior = group(tokens.astype(np.int64))
-    for n in range(2, hp.ngram_order + 1):
-        ended = prior[:-1] if n == 2 else np.concatenate((np.zeros(n - 2, np.int64), prior[:-1]))
-        keys = ids[:-1] * hp.vocab_size + tokens[n - 1:]
-        ids, prior = group(keys)
-        if n >= hp.ngram_min_order:
-            wins = np.flatnonzero(ended >= hp.ngram_min_count)
-            order[wins], context[wins] = n, ended[wins]
-            pair[wins] = prior[wins - (n - 2)]
+    at least NGRAM_MIN_COUNT times before. Order 0: none was. The choice never looks at the target."""
+    order = np.zeros(len(tokens) - 1, np.uint8)
+    context, pair = (np.zeros(len(order), np.uint32) for _ in range(2))
+    counts = hashed_counts(tokens, hp) if hp.ngram_counts == "hashed" else exact_counts(tokens, hp)
+    for n, c_u, c_uv in counts:
+        wins = np.flatnonzero(c_u >= hp.ngram_min_count)
+        order[wins], context[wins], pair[wins] = n, c_u[wins], c_uv[wins]
     return order, context, pair
 
+def exact_counts(tokens: np.ndarray, hp: Hyperparameters):
+    """Yields (n, c(u), c(u, v)) per target for each order."""
+    previous = None
+    for n, (pair, _) in enumerate(ngram_counts(tokens, hp.ngram_order, describe=False), 1):
+        if n >= hp.ngram_min_order:
+            yield n, previous[:-1], pair[1:]
+        previous = pair
 
-def mixture_nll(nll: np.ndarray, entropy: np.ndarray, counts, hp: Hyperparameters) -> np.ndarray:
-    """nats per target of (1 - a) * p_model + a * c(u,v)/c(u), float64; p_model alone where no order matches.
-    a = ALPHA_MIN + (ALPHA_MAX - ALPHA_MIN) * sigmoid(2 * (H - 4)), H the model's entropy, nats (PR #889)."""
-    order, context, pair = counts
-    H = entropy.astype(np.float64)
-    alpha = np.where(order > 0,
-                     hp.alpha_min + (hp.alpha_max - hp.alpha_min) / (1 + np.exp(-2 * (H - 4))), 0.0)
-    return -np.log((1 - alpha) * np.exp(-nll.astype(np.float64)) + alpha * pair / np.maximum(context, 1))
+HASH_PRIMES = np.array((36313, 27191, 51647, 81929, 131071, 175447, 209591), np.uint64)
+
+def hash_buckets(tokens: np.ndarray, n: int, hp: Hyperparameters, following: np.ndarray | None = None):
+    """(context bucket, pair bucket with token `following`, by default its own) of targets from n - 2 on."""
+    following = tokens[n - 1:] if following is None else following
+    h = np.zeros(max(len(tokens) - n + 1, 0), np.uint64)
+    for k in range(n - 1):
+        h ^= tokens[k: k + len(h)].astype(np.uint64) * HASH_PRIMES[k]
+    h &= np.uint64(hp.ngram_buckets - 1)
+    return h, (h ^ following.astype(np.uint64) * HASH_PRIMES[n - 1]) & np.uint64(hp.ngram_buckets - 1)
+
+def hashed_counts(tokens: np.ndarray, hp: Hyperparameters):
+    """As exact_counts, but of two independent hash tables (PR #889, #825, #806). Their quotient is NOT a
+    probability: a token that never followed may own a bucket that others filled."""
+    for n in range(hp.ngram_min_order, hp.ngram_order + 1):
+        early = np.zeros(min(n - 2, len(tokens) - 1), np.int64)
+        context, pair = (np.append(early, group(keys)[1]) for keys in hash_buckets(tokens, n, hp))
+        yield n, context, np.minimum(pair, context)
+
+def hashed_mass(tokens: np.ndarray, order: np.ndarray, targets: np.ndarray, hp: Hyperparameters) -> float:
+    """What the hashed quotients of one position sum to over the vocabulary; the mean of matched `targets`."""
+    masses, vocabulary = [], np.arange(hp.vocab_size)
+    for target in targets:
+        n = int(order[target])
+        bucket, filled = hash_buckets(tokens[:target + 2], n, hp)
+        _, asked = hash_buckets(tokens[target + 2 - n: target + 2], n, hp, vocabulary)
+        pair = np.bincount(filled[:-1].astype(np.int64), minlength=hp.ngram_buckets)[asked.astype(np.int64)]
+        context = np.count_nonzero(bucket[:-1] == bucket[-1])
+        masses.append(np.minimum(pair, context).sum() / context)
+    return float(np.mean(masses)) if masses else math.nan
+
+def backoff_weight(entropy: np.ndarray, order: np.ndarray, hp: Hyperparameters) -> np.ndarray:
+    """Weight of the counts: ALPHA_MIN + (ALPHA_MAX - ALPHA_MIN) * sigmoid(2 * (H - centre)), H the model's
+    entropy in nats; the centre is 4 (PR #889), or one per order (PR #825). 0 where no order matched."""
+    center = 4.0 if hp.ngram_alpha == "entropy" else ORDER_CENTERS[np.clip(order.astype(int) - 2, 0, 5)]
+    squashed = 1 / (1 + np.exp(-2 * (entropy.astype(np.float64) - center)))
+    return np.where(order > 0, hp.alpha_min + (hp.alpha_max - hp.alpha_min) * squashed, 0.0)
+
+def block_edges(total: int) -> list[int]:
+    """0 ... total: blocks that grow with the stream, from 64 targets to what fits in the cache."""
+    edges = [0]
+    while edges[-1] < total:
+        edges.append(min(edges[-1] + min(max(64, edges[-1] // 16), 1 << 16), total))
+    return edges
+
+def bucket_weights(mass: np.ndarray) -> np.ndarray:
+    """(3, buckets): posterior mean of the experts' weights in each bucket of mass[expert, state, gap, heat],
+    the targets that EM ascribed to each expert so far. Each level, all -> state -> gap -> heat, is the
+    Dirichlet prior (worth 20 targets) of the next; where nothing was seen the model has 98 %."""
+    levels, weights = [mass], np.array((0.98, 0.01, 0.01))
+    while levels[-1].ndim > 1:
+        levels.append(levels[-1].sum(-1))
+    for seen in reversed(levels):
+        weights = weights if seen.ndim == 1 else weights[..., None]
+        weights = (seen + 20 * weights) / (seen.sum(0) + 20)
+    return weights.reshape(3, -1)
+
+class Mixture:
+    """The model's scores mixed with counts, block after block as the scores arrive.
+
+    NGRAM_ALPHA=online: from p_1 = the model up through the orders,
+        p_n(v) = w0 * p_{n-1}(v) + w1 * c(u, v) / c(u) + w2 * [v is what followed u last time],
+    with weights of the context's bucket, learned by EM from strictly earlier blocks. Last, Bayes between p_N
+    and the model, each trusted by its likelihood so far: over the stream at most one bit worse than either.
+    Else one order per target, (1 - a) * p_model + a * c(u, v) / c(u), `a` fixed by entropy. All sum to 1 over
+    the vocabulary and are fixed by the prefix alone, whatever the pieces that the scores arrive in."""
+
+    def __init__(self, tokens: np.ndarray, hp: Hyperparameters, samples: int = 16):
+        self.tokens, self.hp, self.targets = tokens, hp, len(tokens) - 1
+        self.nll, self.edges, self.block = np.empty(self.targets), block_edges(self.targets), 0
+        self.samples = np.unique(np.geomspace(1, self.targets, samples).astype(int) - 1)
+        self.decided = {}  # sampled target -> [(order, w0, w1, w2, c(u), c(u, v)), ...], for the audit
+        if hp.ngram_alpha == "online":
+            counts, orders = ngram_counts(tokens, hp.ngram_order), hp.ngram_order - 1
+            self.unigram, self.lead = next(counts)[0], 0.0
+            self.counts = [(pair[code > 0], code[code > 0]) for pair, code in counts]  # where c(u) > 0
+            self.cursor, self.carry = np.zeros(orders, np.int64), np.zeros(orders, np.uint32)
+            self.mass = np.zeros((orders, 3, STATES, GAPS, HEATS))
+        else:
+            self.counts = ngram_backoff(tokens, hp)
+
+    def extend(self, nll: np.ndarray, entropy: np.ndarray) -> None:
+        """Mix every block that ends within the scores so far: nats of the stream's first len(nll) targets."""
+        mix = self.mix_online if self.hp.ngram_alpha == "online" else self.mix_backoff
+        while self.block + 1 < len(self.edges) and self.edges[self.block + 1] <= len(nll):
+            a, b = self.edges[self.block: self.block + 2]
+            model = np.exp(-np.minimum(nll[a:b].astype(np.float64), 690))
+            self.nll[a:b] = -np.log(mix(a, b, model, entropy[a:b]))
+            self.block += 1
+
+    def sample(self, targets: np.ndarray, orders: np.ndarray, weights, counts) -> None:
+        """Remember what decides those of `targets` that the audit will look at."""
+        for i in np.flatnonzero(np.isin(targets, self.samples)):
+            facts = int(orders[i]), *(float(w[i]) for w in weights), *(int(c[i]) for c in counts)
+            self.decided.setdefault(int(targets[i]), []).append(facts)
+
+    def mix_backoff(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray) -> np.ndarray:
+        order, context, pair = (array[a:b] for array in self.counts)
+        alpha, rows = backoff_weight(entropy, order, self.hp), np.flatnonzero(order)
+        weights = 1 - alpha[rows], alpha[rows], 0 * rows
+        self.sample(rows + a, order[rows], weights, [context[rows], pair[rows]])
+        return (1 - alpha) * model + alpha * pair / np.maximum(context, 1)
+
+    def mix_online(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray) -> np.ndarray:
+        p, heat, context = model.copy(), np.clip(entropy, 0, HEATS - 1).astype(np.int64), self.unigram[a:b]
+        for i, (mass, carry) in enumerate(zip(self.mass, self.carry)):
+            rows = np.flatnonzero(context)
+            c_u, at = context[rows], slice(self.cursor[i], self.cursor[i] + len(rows))
+            c_uv, code = (array[at] for array in self.counts[i])
+            if i + 2 >= self.hp.ngram_min_order:
+                bucket = ((code >> 1) - 1) * np.int64(HEATS) + heat[rows]
+                weights = [w[bucket] for w in bucket_weights(mass)]
+                self.sample(rows + a, np.full(len(rows), i + 2), weights, [c_u, c_uv])
+                parts = [w * q for w, q in zip(weights, (p[rows], c_uv / c_u, code & 1))]
+                p[rows] = total = sum(parts)
+                for flat, part in zip(mass.reshape(3, -1), parts):
+                    flat += np.bincount(bucket, part / total, len(flat))
+            context = np.zeros(b - a + 1, np.uint32)  # c(u, v) of this order is c(u) of the next, one later
+            context[0], context[rows + 1] = carry, c_uv
+            self.cursor[i], self.carry[i], context = at.stop, context[-1], context[:-1]
+        odds = np.cumsum(np.append(self.lead, np.log(p / model)))
+        trust, self.lead = 1 / (1 + np.exp(-np.clip(odds[:-1], -500, 500))), odds[-1]
+        return trust * p + (1 - trust) * model
+
+    def audit(self) -> str:
+        """Recount sampled targets by scanning the stream before them, sum their mixture over the vocabulary,
+        and count a prefix alone. Returns facts for the log; RuntimeError if the mixture is no code."""
+        masses, V = [], self.hp.vocab_size
+        for target, decided in self.decided.items():
+            t, p = target + 1, np.full(V, 1 / V)  # any distribution may stand for the model's
+            for n, w0, w1, w2, *counts in decided:
+                past = np.flatnonzero(self.tokens[n - 2: t - 1] == self.tokens[t - 1]) + n - 1
+                for k in range(2, n):
+                    past = past[self.tokens[past - k] == self.tokens[t - k]]
+                c = np.bincount(self.tokens[past], minlength=V)
+                if [len(past), c[self.tokens[t]]] != counts:
+                    raise RuntimeError(f"target {target}, order {n}: c(u), c(u, v) = {counts}, recounted: "
+                                       f"{len(past)}, {c[self.tokens[t]]}")
+                p = w0 * p + w1 * c / len(past)
+                p[self.tokens[past[-1]]] += w2
+            masses.append(p.sum())
+        prefix = Mixture(self.tokens[: 1 << 14], self.hp)
+        pairs = zip(prefix.counts, self.counts) if self.hp.ngram_alpha != "online" else (
+            (x, y) for some, all_ in zip(prefix.counts, self.counts) for x, y in zip(some, all_))
+        if not all(np.array_equal(x, y[:len(x)]) for x, y in pairs) or any(abs(m - 1) > 1e-9 for m in masses):
+            raise RuntimeError(f"masses {masses}, or the counts of {prefix.targets} targets differ alone")
+        low, high = min(masses, default=1.0), max(masses, default=1.0)
+        return (f"targets:{self.edges[self.block]}/{self.targets} mass_min:{low:.12f} mass_max:{high:.12f} "
+                f"recounted:{len(masses)} prefix:{prefix.targets}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1051,7 +1235,6 @@ def training_loss(model: GPT, ids_BT: Tensor, targets_BT: Tensor, quantize: bool
     argument, so that a compiler makes one graph for each of its values."""
     weights = fake_quantized(model, model.hp) if quantize else {}
     return torch.func.functional_call(model, weights, (ids_BT, targets_BT))
-
 
 class Trainer:
     """The model with all that changes while it learns: optimizers and averages."""
@@ -1106,7 +1289,6 @@ class Trainer:
             progress(i + 1)
         self.model.load_state_dict(initial)
         self.reset()
-
 
 def train(trainer: Trainer, validate) -> dict[str, float]:
     """Trains until ITERATIONS or the wall-clock cap; `validate()` gives (loss, bpb) and does not take time.
@@ -1179,58 +1361,79 @@ def log_header(hp: Hyperparameters, model: GPT, loader: TokenLoader, stream_byte
         rt.log(f"data:{name} first:{path} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}",
                console=False)
     rt.log(f"train_tokens:{loader.tokens} val_targets:{len(stream_bytes)} val_bytes:{stream_bytes.sum()}")
-    for name, value in asdict(hp).items():
-        rt.log(f"{name.upper()}={','.join(map(str, value)) if isinstance(value, tuple) else value}",
-               console=False)
+    for f in fields(hp):
+        rt.log(f"{f.name.upper()}={hp.shown(f.name)}", console=False)
 
+def report_mixture(mixture: Mixture, nll: np.ndarray, stream_bytes: np.ndarray, added: str,
+                   rt: Runtime) -> float:
+    """Audit the mixture, then log its score; returns its bpb. Hashed counts get none: they are no code."""
+    hp = mixture.hp
+    bpb, gain = bits_per_byte(mixture.nll, stream_bytes), bits_per_byte(nll - mixture.nll, stream_bytes)
+    facts = (f"orders:{hp.ngram_min_order}-{hp.ngram_order} counts:{hp.ngram_counts} "
+             f"alpha:{hp.ngram_alpha} {added}")
+    if hp.ngram_counts == "hashed":
+        order, matched = mixture.counts[0], np.flatnonzero(mixture.counts[0])
+        spread = matched[np.linspace(0, len(matched) - 1, min(64, len(matched))).astype(int)]
+        mean, end = (hashed_mass(mixture.tokens, order, some, hp) for some in (spread, matched[-64:]))
+        rt.log(f"final_ngram_hashed pseudo_bpb:{bpb:.8f} mass:{end:.2f} mass_mean:{mean:.2f} {facts} (not a "
+               f"probability: at the stream's end the counts sum to {end:.3g} over the vocabulary, not to 1)")
+        return math.nan
+    rt.log(f"ngram_audit {mixture.audit()}")
+    loss = mixture.nll.mean(dtype=np.float64)
+    rt.log(f"final_ngram_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f} gain:{gain:.8f} {facts}")
+    return bpb
 
 def evaluate(trainer: Trainer, blob: bytes, tokens: np.ndarray, stream_bytes: np.ndarray) -> dict[str, float]:
-    """Everything from reload on: the model becomes what `blob` holds, scores, is mixed with the counts."""
+    """Everything from reload on: the model becomes what `blob` holds, scores the stream, is mixed with counts
+    in the background while it scores."""
     hp, rt, label = trainer.hp, trainer.rt, f"final_int{trainer.hp.quant_bits}"
-    started, results = time.perf_counter(), {}
+    started, results, targets = time.perf_counter(), {}, len(tokens) - 1
     trainer.model.load_state_dict(unpack(blob))
 
     def report(name: str, nll: np.ndarray, facts: str = "") -> None:
         results[name] = bits_per_byte(nll, stream_bytes)
-        rt.log(f"{name}_exact val_loss:{nll.mean(dtype=np.float64):.8f} val_bpb:{results[name]:.8f}{facts}")
+        loss = nll.mean(dtype=np.float64)
+        rt.log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{results[name]:.8f} {facts}".rstrip())
 
     with ThreadPoolExecutor(1) as background:
-        counting = background.submit(ngram_backoff, tokens, hp) if hp.ngram_enabled and rt.rank == 0 else None
-        nll, _ = score_stream(trainer.trunk, trainer.model, tokens, hp.eval_seq_len, rt)
+        mixture = background.submit(Mixture, tokens, hp) if hp.ngram_enabled and rt.rank == 0 else None
+        nll, _ = collect(score_stream(trainer.trunk, trainer.model, tokens, hp.eval_seq_len, rt))
         if rt.rank == 0:
             report(f"{label}_roundtrip", nll)
-        begun = time.perf_counter()
-        nll, entropy = score_stream(trainer.trunk, trainer.model, tokens, hp.eval_stride, rt)
+        begun, done, pending = time.perf_counter(), 0, None
+        nll, entropy = np.empty(targets, np.float32), np.empty(targets, np.float32)
+        for segment in score_stream(trainer.trunk, trainer.model, tokens, hp.eval_stride, rt):
+            done, at = done + len(segment[0]), slice(done, done + len(segment[0]))
+            nll[at], entropy[at] = segment
+            if mixture:
+                pending = background.submit(lambda n=done: mixture.result().extend(nll[:n], entropy[:n]))
+        scored = time.perf_counter()
         if rt.rank == 0:
-            took = 1e3 * (time.perf_counter() - begun)
-            report(f"{label}_sliding_window", nll, f" stride:{hp.eval_stride} eval_time:{took:.0f}ms")
-        if counting:
-            mixed = mixture_nll(nll, entropy, counting.result(), hp)
-            gain = results[f"{label}_sliding_window"] - bits_per_byte(mixed, stream_bytes)
-            report("final_ngram", mixed, f" orders:{hp.ngram_min_order}-{hp.ngram_order} counts:exact "
-                   f"alpha:{hp.ngram_alpha} gain:{gain:.8f} targets:{len(mixed)}")
+            took = f"stride:{hp.eval_stride} eval_time:{1e3 * (scored - begun):.0f}ms"
+            report(f"{label}_sliding_window", nll, took)
+        if mixture:
+            pending.result()
+            added = f"added_time:{1e3 * (time.perf_counter() - scored):.0f}ms"
+            results["mixed"] = report_mixture(mixture.result(), nll, stream_bytes, added, rt)
+    if hp.save_scores and rt.rank == 0:
+        np.savez(rt.log_path.with_name(rt.log_path.stem + "_scores.npz"), nll=nll, entropy=entropy,
+                 **(dict(mixed=mixture.result().nll.astype(np.float32)) if mixture else {}))
     results["seconds"] = time.perf_counter() - started
     rt.log(f"total_eval_time:{results['seconds']:.1f}s budget:{EVAL_BUDGET_S}s")
     return results
 
-
 def last_screen(trained: dict, results: dict, size: int, hp: Hyperparameters, rt: Runtime) -> None:
     """The run for a person."""
-    if rt.rank:
-        return
-    neural, mixed = results[f"final_int{hp.quant_bits}_sliding_window"], results.get("final_ngram")
+    mixed = results.get("mixed", math.nan)
+    counted = f"{mixed:.4f} bpb   with exact {hp.ngram_min_order}-{hp.ngram_order}-gram counts of the past"
     limit = f" of {hp.max_wallclock_seconds:.0f} s" if hp.max_wallclock_seconds else ""
-    for line in (
-        "",
-        f"  neural     {neural:.4f} bpb   every target once, stride {hp.eval_stride}, weights as read back",
-        f"  mixed      {mixed:.4f} bpb   with exact {hp.ngram_min_order}-{hp.ngram_order}-gram counts "
-        f"of what came before" if mixed else "  mixed      off (NGRAM_ENABLED=0)",
-        f"  artifact   {size:,} bytes of {SIZE_CAP:,}, code included",
-        f"  training   {trained['seconds']:.1f} s{limit}, {trained['steps']} steps",
-        f"  evaluation {results['seconds']:.1f} s of {EVAL_BUDGET_S} s", f"  log        {rt.log_path}",
-    ):
-        rt.log(line)
-
+    rt.log(f"""
+  neural     {results[f"final_int{hp.quant_bits}_sliding_window"]:.4f} bpb   every target once
+  mixed      {counted if mixed == mixed else "no score: off, or hashed counts, which are no probability"}
+  artifact   {size:,} bytes of {SIZE_CAP:,}, code included
+  training   {trained["seconds"]:.1f} s{limit}, {trained["steps"]} steps
+  evaluation {results["seconds"]:.1f} s of {EVAL_BUDGET_S} s
+  log        {rt.log_path}""")
 
 def main(env: dict[str, str]) -> None:
     hp = Hyperparameters.from_env(env)
@@ -1246,7 +1449,7 @@ def main(env: dict[str, str]) -> None:
             rt.log(f"warning: {warning}")
 
         def validate() -> tuple[float, float]:
-            nll, _ = score_stream(trainer.trunk, trainer.model, tokens, hp.eval_seq_len, rt)
+            nll, _ = collect(score_stream(trainer.trunk, trainer.model, tokens, hp.eval_seq_len, rt))
             return ((float(nll.mean(dtype=np.float64)), bits_per_byte(nll, stream_bytes))
                     if rt.rank == 0 else (0, 0))
 
@@ -1255,7 +1458,8 @@ def main(env: dict[str, str]) -> None:
         size = write_artifact(trainer.model, path, hp, rt) if rt.rank == 0 else 0
         blob = rt.bytes_from_rank_0(path.read_bytes() if rt.rank == 0 else None)
         results = evaluate(trainer, blob, tokens, stream_bytes)
-        last_screen(trained, results, size, hp, rt)
+        if rt.rank == 0:
+            last_screen(trained, results, size, hp, rt)
         rt.barrier()
     except BaseException as error:
         rt.log(f"error: {type(error).__name__}: {error}", console=False)
@@ -1263,10 +1467,11 @@ def main(env: dict[str, str]) -> None:
     finally:
         rt.close()
 
-
 if __name__ == "__main__":
     try:
         main(dict(os.environ))
     except (UserError, OSError) as error:
         time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)  # rank 0 speaks; torchrun stops the others
         sys.exit(f"train_gpt.py: error: {error}")
+    sys.stdout.flush()
+    os._exit(0)  # not sys.exit: a thread of gloo that drops its last tensor now would crash Python's shutdown

@@ -1,106 +1,262 @@
-"""The counts against a dictionary that scores one token and then adds it; the mixture is a probability."""
+"""Counts against a dictionary that scores one token and then adds it; mixtures against a token-by-token predictor."""
 import math
 from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import ROOT, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import Predictor
 
 import train_gpt as t
 
-
-def dictionary_backoff(tokens, lowest, highest, min_count):
-    """One token at a time: score, then add. The obvious reference."""
-    followed, pairs, rows = Counter(), Counter(), []
-    for i in range(1, len(tokens)):
-        row = (0, 0, 0)
-        for n in range(highest, lowest - 1, -1):
-            context = tuple(tokens[i - n + 1: i]) if i - n + 1 >= 0 else None
-            if context is not None and followed[context] >= min_count:
-                row = (n, followed[context], pairs[context, tokens[i]])
-                break
-        rows.append(row)
-        for n in range(2, highest + 1):
-            if i - n + 1 >= 0:
-                context = tuple(tokens[i - n + 1: i])
-                followed[context] += 1
-                pairs[context, tokens[i]] += 1
-    return np.array(rows, np.int64).reshape(-1, 3).T
+KINDS = ["random", "zipf", "one_token", "repetitive", "noisy_copies", "documents", "wide"]
 
 
-def streams(rng, kind, length):
-    zipf = np.minimum(rng.zipf(1.3, length), 299)
+def stream_of(kind, rng, length):
+    zipf, motif = np.minimum(rng.zipf(1.3, length), 299), rng.integers(0, 30, 60)
+    copies = np.where(rng.random(length) < 0.9, np.resize(motif, length), rng.integers(0, 30, length))
     return dict(random=rng.integers(0, 5, length), zipf=zipf, one_token=np.full(length, 7),
-                repetitive=np.tile(rng.integers(0, 300, 17), length // 17 + 1)[:length],
-                copies=np.concatenate([zipf[: length // 2], zipf[: length - length // 2]]))[kind].astype(np.uint16)
+                repetitive=np.resize(rng.integers(0, 300, 17), length), noisy_copies=copies,
+                documents=np.where(rng.random(length) < 0.05, t.BOS, copies),
+                wide=rng.integers(65500, 65536, length))[kind].astype(np.uint16)
 
 
-@pytest.mark.parametrize("kind", ["random", "zipf", "one_token", "repetitive", "copies"])
-@pytest.mark.parametrize("highest", [2, 7, 12])
-def test_counts_equal_a_dictionary_cache(rng, kind, highest):
-    tokens = streams(rng, kind, 600)
-    for lowest, min_count in ((2, 2), (min(3, highest), 1)):
-        hp = tiny(NGRAM_MIN_ORDER=lowest, NGRAM_ORDER=highest, NGRAM_MIN_COUNT=min_count)
-        got = t.ngram_backoff(tokens, hp)
-        assert np.array_equal(got, dictionary_backoff(tokens.tolist(), lowest, highest, min_count))
+def dictionary_counts(tokens, highest):
+    """Per target and order: (c(u), c(u, v), distinct continuations), before the target is added."""
+    counts, rows = {n: defaultdict(Counter) for n in range(2, highest + 1)}, []
+    for i in range(1, len(tokens)):
+        row = {}
+        for n, contexts in counts.items():
+            if i >= n - 1:
+                seen = contexts[tuple(tokens[i - n + 1: i])]
+                row[n] = sum(seen.values()), seen[tokens[i]], sum(c > 0 for c in seen.values())
+                seen[tokens[i]] += 1
+        rows.append(row)
+    return rows
+
+
+def production_counts(tokens, highest):
+    """The same from ngram_counts: c(u) is the previous order's pair count, one position earlier."""
+    levels = [(pair.copy(), code.copy()) for pair, code in t.ngram_counts(tokens, highest)]
+    for n in range(2, highest + 1):
+        yield n, levels[n - 2][0][:-1], levels[n - 1][0][1:], levels[n - 1][1][1:]
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 1 << 18])
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_equal_a_dictionary_cache(rng, kind, chunk, monkeypatch):
+    monkeypatch.setattr(t, "CHUNK", chunk)                      # whatever is refined at a time
+    tokens = stream_of(kind, rng, 700)
+    expected = dictionary_counts(tokens.tolist(), 12)
+    for n, context, pair, code in production_counts(tokens, 12):
+        want = np.array([row.get(n, (0, 0, 0)) for row in expected])
+        assert np.array_equal(context, want[:, 0]) and np.array_equal(pair, want[:, 1]), (kind, n)
+        assert np.array_equal(code > 0, want[:, 0] > 0)
+        share = ((code[code > 0] >> 1) - 1) // t.GAPS // 4 % 4   # what the code says of distinct continuations
+        known = want[code > 0]
+        assert np.array_equal(share, np.minimum(4 * (known[:, 0] - known[:, 2]) // known[:, 0], 3))
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=2, max_size=60), st.integers(2, 8), st.integers(1, 3))
-def test_counts_equal_a_dictionary_cache_on_any_stream(tokens, highest, min_count):
-    hp = tiny(NGRAM_ORDER=highest, NGRAM_MIN_COUNT=min_count)
-    got = t.ngram_backoff(np.array(tokens, np.uint16), hp)
-    assert np.array_equal(got, dictionary_backoff(tokens, 2, highest, min_count))
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=60), st.integers(2, 16))
+def test_counts_equal_a_dictionary_cache_on_any_stream(tokens, highest):
+    expected = dictionary_counts(tokens, highest)
+    for n, context, pair, _ in production_counts(np.array(tokens, np.uint16), highest):
+        assert [row.get(n, (0, 0, 0))[:2] for row in expected] == list(zip(context, pair))
 
 
-def test_counts_of_a_prefix_are_the_prefix_of_the_counts(rng):
-    tokens = streams(rng, "copies", 2000)
-    whole = t.ngram_backoff(tokens, tiny())
-    for end in (2, 3, 50, 1001, 1999):
-        assert np.array_equal(t.ngram_backoff(tokens[:end], tiny()), [c[:end - 1] for c in whole])
+def test_counts_on_real_text(corpus):
+    tokens = np.array(t.load_validation(tiny(**corpus)))
+    expected = dictionary_counts(tokens.tolist(), 7)
+    for n, context, pair, _ in production_counts(tokens, 7):
+        want = np.array([row.get(n, (0, 0, 0)) for row in expected])
+        assert np.array_equal(context, want[:, 0]) and np.array_equal(pair, want[:, 1])
+
+
+@pytest.mark.parametrize("lowest, highest, least", [(2, 7, 2), (3, 5, 1), (2, 2, 1), (4, 16, 3)])
+def test_backoff_takes_the_longest_context_that_was_seen_often_enough(rng, lowest, highest, least):
+    tokens = stream_of("noisy_copies", rng, 900)
+    hp = tiny(NGRAM_MIN_ORDER=lowest, NGRAM_ORDER=highest, NGRAM_MIN_COUNT=least, NGRAM_ALPHA="entropy")
+    for i, row in enumerate(dictionary_counts(tokens.tolist(), highest)):
+        fits = [n for n in range(lowest, highest + 1) if n in row and row[n][0] >= least]
+        want = (fits[-1], *row[fits[-1]][:2]) if fits else (0, 0, 0)
+        assert tuple(int(c[i]) for c in t.ngram_backoff(tokens, hp)) == want if i % 50 == 0 else True
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(-5, 5), max_size=50))
-def test_group_numbers_keys_and_counts_earlier_ones(keys):
-    ids, prior = t.group(np.array(keys, np.int64))
-    seen = defaultdict(int)
+@given(st.lists(st.integers(0, 2**40), max_size=50), st.sampled_from([1, 2**20]))
+def test_group_numbers_keys_and_counts_earlier_ones(keys, scale):
+    keys = [k % 5 * scale**2 if scale > 1 else k % 7 for k in keys]     # large keys take the path without packing
+    ids, prior = t.group(np.array(keys, np.uint64))
     for i, key in enumerate(keys):
-        assert prior[i] == seen[key]
-        seen[key] += 1
-        assert all((ids[i] == ids[j]) == (key == keys[j]) for j in range(i))
-    assert len(keys) == 0 or set(ids) == set(range(len(set(keys))))
+        assert prior[i] == keys[:i].count(key) and all((ids[i] == ids[j]) == (key == keys[j]) for j in range(i))
+    assert set(ids) == set(range(len(set(keys))))
 
 
-def test_the_mixture_sums_to_one_over_the_vocabulary(rng):
-    """At each position put every token of the vocabulary in the target's place: the mixed p must sum to 1."""
-    V, hp = 12, tiny(NGRAM_MIN_COUNT=1)
-    tokens = rng.integers(0, V, 200).astype(np.uint16)
-    p_model = rng.dirichlet(np.ones(V))
-    entropy = np.full(1, -(p_model * np.log(p_model)).sum(), np.float32)
-    for position in (1, 2, 5, 60, 199):
-        total = 0.0
+def model_of(tokens, rng, V):
+    """A random full distribution at every target: (p[target, v], nll, entropy)."""
+    p = rng.dirichlet(np.full(V, 0.5), len(tokens) - 1) + 1e-9
+    p /= p.sum(-1, keepdims=True)
+    nll = -np.log(p[np.arange(len(p)), tokens[1:]])
+    return p, nll.astype(np.float32), -(p * np.log(p)).sum(-1).astype(np.float32)
+
+
+def mixed(tokens, nll, entropy, hp, pieces=1):
+    mixture = t.Mixture(tokens, hp)
+    for end in np.linspace(0, len(nll), pieces + 1).astype(int)[1:]:
+        mixture.extend(nll[:end], entropy[:end])
+    mixture.audit()
+    return mixture.nll
+
+
+SCHEMES = [dict(NGRAM_ALPHA="online"), dict(NGRAM_ALPHA="online", NGRAM_MIN_ORDER=3, NGRAM_ORDER=9),
+           dict(NGRAM_ALPHA="entropy"), dict(NGRAM_ALPHA="order", NGRAM_MIN_COUNT=1)]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("kind", ["zipf", "noisy_copies", "documents"])
+def test_the_mixture_is_what_a_decoder_would_predict_and_sums_to_one(rng, kind, scheme):
+    """Token by token against the dictionary predictor: the same probability of each target, from a distribution
+    that was complete before the target was seen."""
+    V, hp = 300, tiny(**scheme)
+    tokens = stream_of(kind, rng, 1500)
+    p, nll, entropy = model_of(tokens, rng, V)
+    predictor, expected = Predictor(int(tokens[0]), len(nll), hp), []
+    for i, token in enumerate(tokens[1:].tolist()):
+        distribution = predictor.predict(p[i], float(entropy[i]))
+        assert abs(distribution.sum() - 1) < 1e-12 and distribution.min() > 0
+        expected.append(-math.log(distribution[token]))
+        predictor.learn(token)
+    np.testing.assert_allclose(mixed(tokens, nll, entropy, hp), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: "-".join(map(str, s.values())))
+def test_production_code_sums_to_one_when_the_target_is_each_token_in_turn(rng, scheme):
+    V, hp = 30, tiny(**scheme)
+    tokens = stream_of("documents", rng, 1200)
+    p, _, entropy = model_of(tokens, rng, V)
+    for position in (1, 2, 60, 300, 1199):
+        total, prefix = 0.0, tokens[: position + 1].copy()
         for v in range(V):
-            stream = np.concatenate((tokens[:position], [v])).astype(np.uint16)
-            counts = [c[-1:] for c in t.ngram_backoff(stream, hp)]
-            total += math.exp(-t.mixture_nll(np.array([-math.log(p_model[v])]), entropy, counts, hp)[0])
-        assert total == pytest.approx(1.0, abs=1e-9)
+            prefix[position] = v
+            nll = -np.log(p[np.arange(position), prefix[1:]]).astype(np.float64)
+            mixture = t.Mixture(prefix, hp)
+            mixture.extend(nll, entropy[:position])
+            total += math.exp(-mixture.nll[-1])
+        assert total == pytest.approx(1.0, abs=1e-11), position
 
 
-def test_the_weight_is_the_written_one():
-    """PR #889: from ALPHA_MIN to ALPHA_MAX, half-way at 4 nats."""
-    hp = tiny(ALPHA_MIN=0.1, ALPHA_MAX=0.5)
-    nll, counts = np.full(3, 50.0), [np.array(c) for c in ([2, 2, 0], [4, 4, 0], [2, 2, 0])]
-    mixed = t.mixture_nll(nll, np.array([4.0, -300.0, 9.0], np.float32), counts, hp)
-    assert np.exp(-mixed[:2]) == pytest.approx([0.3 * 0.5, 0.1 * 0.5]) and mixed[2] == 50.0
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: "-".join(map(str, s.values())))
+def test_the_past_does_not_change_with_the_future(rng, scheme):
+    """The scores of a prefix are the prefix of the scores, bit for bit, whatever pieces they arrive in."""
+    tokens, hp = stream_of("documents", rng, 3000), tiny(**scheme)
+    _, nll, entropy = model_of(tokens, rng, 300)
+    whole = mixed(tokens, nll, entropy, hp)
+    for pieces in (2, 7, 100):
+        assert np.array_equal(mixed(tokens, nll, entropy, hp, pieces), whole)
+    for end in (1, 2, 64, 65, 1000, 2998):
+        assert np.array_equal(mixed(tokens[:end + 1], nll[:end], entropy[:end], hp), whole[:end])
 
 
-def test_noise_is_never_cheaper_than_its_entropy(rng):
-    """A code that beats log2 V on uniform noise would not be a code."""
-    V = 64
-    tokens = rng.integers(0, V, 60_000).astype(np.uint16)
-    entropy = np.full(len(tokens) - 1, math.log(V), np.float32)
-    nll = np.full(len(tokens) - 1, math.log(V))
-    assert t.mixture_nll(nll, entropy, t.ngram_backoff(tokens, tiny()), tiny()).mean() >= math.log(V) - 1e-3
+@pytest.mark.parametrize("kind", ["uniform", "zipf"])
+def test_useless_counts_cost_less_than_a_bit_in_all(rng, kind):
+    """Where tokens are drawn independently from what the model says, nothing can be gained: the whole stream may
+    cost at most one bit more than the model alone, and noise never less than its entropy."""
+    V, N = 1024, 100_000
+    p = np.full(V, 1 / V) if kind == "uniform" else 1 / np.arange(1, V + 1)
+    p /= p.sum()
+    tokens = rng.choice(V, N + 1, p=p).astype(np.uint16)
+    nll = -np.log(p)[tokens[1:]]
+    entropy, hp = np.full(N, -(p * np.log(p)).sum()), tiny(NGRAM_ORDER=12, VOCAB_SIZE=V)
+    cost = (mixed(tokens, nll, entropy, hp) - nll).sum() / math.log(2)
+    assert cost <= 1 + 1e-6
+    if kind == "uniform":
+        assert cost / N >= -1e-4
+
+
+def test_uniform_noise_is_never_cheaper_than_its_entropy(rng):
+    """Per token and in expectation: enumerate the target, so that no luck is involved."""
+    V, hp = 16, tiny()
+    tokens = rng.integers(0, V, 800).astype(np.uint16)
+    predictor, nats = Predictor(int(tokens[0]), 799, hp), []
+    for token in tokens[1:].tolist():
+        distribution = predictor.predict(np.full(V, 1 / V), math.log(V))
+        nats.append(-np.log(distribution).mean())               # expected cost of a uniform token
+        predictor.learn(token)
+    assert min(nats) / math.log(2) >= math.log2(V) - 1e-6
+
+
+def test_repetition_is_learned(rng):
+    tokens = stream_of("noisy_copies", rng, 3000)
+    nll = np.full(2999, math.log(30))
+    assert mixed(tokens, nll, nll, tiny()).mean() < 0.7 * math.log(30)
+
+
+def test_the_fixed_weight_is_the_written_one():
+    """PR #889: from ALPHA_MIN to ALPHA_MAX, half-way at 4 nats. PR #825: half-way at each order's own centre."""
+    hp = tiny(NGRAM_ALPHA="entropy", ALPHA_MIN=0.1, ALPHA_MAX=0.5)
+    got = t.backoff_weight(np.array([4.0, -300.0, 300.0, 4.0]), np.array([2, 2, 7, 0]), hp)
+    assert got == pytest.approx([0.3, 0.1, 0.5, 0.0])
+    hp = tiny(NGRAM_ALPHA="order", ALPHA_MIN=0.1, ALPHA_MAX=0.5)
+    centers = np.array([4.5, 4.2, 3.8, 3.5, 3.2, 3.0, 3.0])
+    assert t.backoff_weight(centers, np.arange(2, 9), hp) == pytest.approx(np.full(7, 0.3))
+
+
+@pytest.mark.parametrize("tamper", [lambda m: m.decided[max(m.decided)].__setitem__(0, (2, .5, .5, .5, 1, 1)),
+                                    lambda m: m.counts[0][0].__setitem__(slice(0, 40), 9)])
+def test_the_audit_finds_a_mixture_that_is_no_code(rng, tamper):
+    tokens = stream_of("noisy_copies", rng, 2000)
+    _, nll, entropy = model_of(tokens, rng, 300)
+    mixture = t.Mixture(tokens, tiny())
+    mixture.extend(nll, entropy)
+    assert mixture.audit().startswith("targets:1999/1999 mass_min:1.000000000000 mass_max:1.000000000000")
+    tamper(mixture)
+    with pytest.raises(RuntimeError):
+        mixture.audit()
+
+
+def plain_hash(tokens, i, n, v, B):
+    P = (36313, 27191, 51647, 81929, 131071, 175447, 209591)
+    w, h = n - 1, 0
+    for k in range(w):
+        h ^= int(tokens[i - w + k]) * P[k]
+    return h & (B - 1), ((h & (B - 1)) ^ int(v) * P[w]) & (B - 1)
+
+
+def test_hashed_counts_are_the_predecessors_per_token(rng):
+    """DESIGN section 5, with two dictionaries per order; and the mass is the sum over the vocabulary."""
+    tokens, B = stream_of("noisy_copies", rng, 1500), 64
+    hp = tiny(NGRAM_COUNTS="hashed", NGRAM_ALPHA="entropy", NGRAM_BUCKETS=B, VOCAB_SIZE=300)
+    order, context, pair = t.ngram_backoff(tokens, hp)
+    tables = {n: (Counter(), Counter()) for n in range(2, 8)}
+    for i in range(1, len(tokens)):
+        want, mass = (0, 0, 0), None
+        for n in range(7, 1, -1):
+            if i >= n - 1:
+                c, p = plain_hash(tokens, i, n, tokens[i], B)
+                seen = tables[n][0][c]
+                if seen >= 2:
+                    want = n, seen, min(tables[n][1][p], seen)
+                    row = [min(tables[n][1][plain_hash(tokens, i, n, v, B)[1]], seen) for v in range(300)]
+                    mass = sum(row) / seen
+                    break
+        assert (order[i - 1], context[i - 1], pair[i - 1]) == want
+        if mass is not None and i % 100 == 0:
+            assert t.hashed_mass(tokens, order, np.array([i - 1]), hp) == pytest.approx(mass)
+        for n in range(2, 8):
+            if i >= n - 1:
+                c, p = plain_hash(tokens, i, n, tokens[i], B)
+                tables[n][0][c] += 1
+                tables[n][1][p] += 1
+
+
+def test_hashed_mass_on_the_real_sample_is_no_one():
+    """The figure of the design, where the sample lies beside the checkout."""
+    sample = ROOT.parent / "shared/data/fineweb_sample/fineweb_val_000000.bin"
+    if not sample.is_file():
+        pytest.skip("no FineWeb sample beside the checkout")
+    tokens, hp = np.array(t.load_shard(sample)), t.Hyperparameters(ngram_alpha="entropy", ngram_counts="hashed")
+    order = t.ngram_backoff(tokens, hp)[0]
+    assert 35 < t.hashed_mass(tokens, order, np.flatnonzero(order)[-64:], hp) < 55

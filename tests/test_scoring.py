@@ -46,7 +46,7 @@ def test_score_stream_equals_one_window_at_a_time(rng, length, stride, targets):
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
         tokens = rng.integers(0, 300, targets + 1).astype(np.uint16)
-        nll, entropy = t.score_stream(model, model, tokens, stride, t_runtime())
+        nll, entropy = score(model, tokens, stride)
         expected = plain_scores(model, tokens, stride)
     assert nll.dtype == entropy.dtype == np.float32
     np.testing.assert_allclose(nll, expected[0], rtol=2e-5, atol=2e-5)
@@ -61,15 +61,22 @@ def t_runtime(rank=0, world_size=1):
     return rt
 
 
+def score(model, tokens, stride):
+    return t.collect(t.score_stream(model, model, tokens, stride, t_runtime()))
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 8, 50])
 def test_ranks_share_the_windows(rng, world_size, monkeypatch):
     hp = tiny(VAL_BATCH_SIZE=128)
     model, tokens = t.GPT(hp), rng.integers(0, 300, 300).astype(np.uint16)
     monkeypatch.setattr(t.Runtime, "gather", lambda self, array: array)
-    whole = t.score_stream(model, model, tokens, 8, t_runtime())
-    parts = [t.score_stream(model, model, tokens, 8, t_runtime(r, world_size)) for r in range(world_size)]
-    for i in (0, 1):
-        np.testing.assert_allclose(np.concatenate([p[i] for p in parts]), whole[i], rtol=1e-5, atol=1e-5)
+    whole = score(model, tokens, 8)
+    for batches in (1, 3, 100):
+        monkeypatch.setattr(t, "SEGMENT_BATCHES", batches)
+        ranks = [t.score_stream(model, model, tokens, 8, t_runtime(r, world_size)) for r in range(world_size)]
+        segments = [[np.concatenate(parts) for parts in zip(*same)] for same in zip(*ranks)]   # as gather joins them
+        for got, expected in zip(t.collect(segments), whole):
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_only_scored_positions_go_through_the_head(rng, monkeypatch):
@@ -77,7 +84,7 @@ def test_only_scored_positions_go_through_the_head(rng, monkeypatch):
     model, tokens = t.GPT(hp), rng.integers(0, 300, 201).astype(np.uint16)
     logits = model.logits
     monkeypatch.setattr(model, "logits", lambda hidden: (seen.append(len(hidden)), logits(hidden))[1])
-    t.score_stream(model, model, tokens, 8, t_runtime())
+    score(model, tokens, 8)
     assert sum(seen) == 200
 
 
@@ -87,11 +94,11 @@ def test_future_tokens_change_no_earlier_score(rng):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
-    before = t.score_stream(model, model, tokens, 8, t_runtime())
+    before = score(model, tokens, 8)
     for position in (1, 40, 100, 149):
         changed = tokens.copy()
         changed[position:] = rng.integers(0, 300, 150 - position)
-        after = t.score_stream(model, model, changed, 8, t_runtime())
+        after = score(model, changed, 8)
         assert np.array_equal(before[0][:position - 1], after[0][:position - 1])
         assert np.array_equal(before[1][:position], after[1][:position])         # entropy does not see its target
 

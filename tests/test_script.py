@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 from conftest import ROOT, run_script, tiny, values, write_shard
+from test_scoring import score
 
 import train_gpt as t
 
@@ -35,8 +36,11 @@ def test_a_run_says_everything_and_leaves_an_artifact(runs, ranks):
         found = values(log, name)
         ratio = float(found["val_loss"]) / np.log(2) / float(found["val_bpb"])       # bytes per target
         assert 1.0 < ratio < 3.0
-    assert values(log, "final_ngram_exact")["targets"] == "6000"
+    assert values(log, "final_ngram_exact")["counts"] == "exact"
     assert float(values(log, "final_ngram_exact")["val_bpb"]) < float(values(log, "final_int6_sliding")["val_bpb"])
+    audit = values(log, "ngram_audit")
+    assert audit["targets"] == "6000/6000" and audit["prefix"] == "6000" and int(audit["recounted"]) > 0
+    assert audit["mass_min"] == audit["mass_max"] == "1.000000000000"
     blob = (cwd / "final_model.int6.ptz").read_bytes()
     assert f"Serialized model int6+lzma: {len(blob)} bytes" in log
     total = len(blob) + len((ROOT / "train_gpt.py").read_bytes())
@@ -62,12 +66,12 @@ def test_what_was_scored_is_what_is_in_the_file(runs, corpus):
     model = t.GPT(hp)
     model.load_state_dict(t.unpack((cwd / "final_model.int6.ptz").read_bytes()))
     tokens = t.load_validation(hp)
-    from test_scoring import t_runtime
-    nll, entropy = t.score_stream(model, model, tokens, hp.eval_stride, t_runtime())
+    nll, entropy = score(model, tokens, hp.eval_stride)
     stream_bytes = t.ByteCounter(hp)(tokens)
-    mixed = t.mixture_nll(nll, entropy, t.ngram_backoff(tokens, hp), hp)
+    mixture = t.Mixture(tokens, hp)
+    mixture.extend(nll, entropy)
     log = (cwd / "logs/test.txt").read_text()
-    for name, scores in (("final_int6_sliding_window_exact", nll), ("final_ngram_exact", mixed)):
+    for name, scores in (("final_int6_sliding_window_exact", nll), ("final_ngram_exact", mixture.nll)):
         assert float(values(log, name)["val_bpb"]) == pytest.approx(t.bits_per_byte(scores, stream_bytes), abs=1e-6)
 
 
@@ -90,7 +94,7 @@ def test_time_stops_the_run_and_warms_it_down(corpus, tmp_path):
     assert re.search(r"^late_qat:on step:\d+", done.stdout, re.M)
     assert int(values(done.stdout, "averaging:swa")["swa_updates"]) > 0
     assert re.search(r"^step:20/100000 val_loss:\S+ val_bpb:\S+ train_time:\d+ms step_avg:\S+ms$", done.stdout, re.M)
-    assert "final_ngram_exact" not in done.stdout and "off (NGRAM_ENABLED=0)" in done.stdout
+    assert "final_ngram_exact" not in done.stdout and "no score: off" in done.stdout
 
 
 @pytest.mark.parametrize("broken, said", [
@@ -118,3 +122,18 @@ def test_a_bad_token_during_training_names_its_shard(corpus, tmp_path):
     done = run_script(tmp_path, 0, **{**corpus, "DATA_PATH": str(tmp_path / "data")})
     assert done.returncode != 0 and "fineweb_train_000000.bin: holds token 999" in done.stderr
     assert "error: UserError" in (tmp_path / "logs/test.txt").read_text()
+
+
+def test_hashed_counts_get_no_bpb(corpus, tmp_path):
+    """The predecessors' estimator is reproduced, measured and never called a score."""
+    done = run_script(tmp_path, 0, **corpus, NGRAM_COUNTS="hashed", NGRAM_ALPHA="order", NGRAM_BUCKETS=4096,
+                      ITERATIONS=2, SAVE_SCORES=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = values(done.stdout, "final_ngram_hashed")
+    assert float(line["mass"]) > 2 and "val_bpb" not in line and "not a probability" in done.stdout
+    assert "final_ngram_exact" not in done.stdout and "no score: off, or hashed" in done.stdout
+    with np.load(tmp_path / "logs/test_scores.npz", allow_pickle=False) as saved:
+        assert {k: (v.shape, v.dtype.name) for k, v in saved.items()} == dict.fromkeys(
+            ("nll", "entropy", "mixed"), ((6000,), "float32"))
+        loss = float(values(done.stdout, "final_int6_sliding")["val_loss"])
+        assert saved["nll"].mean() == pytest.approx(loss, abs=1e-5)

@@ -19,15 +19,17 @@ from train_gpt import Hyperparameters, UserError, edit_distance, mistyped
     ({"AVERAGING": "mean"}, "AVERAGING='mean': expected one of none, ema, swa, ema_swa"),
     ({"NUM_LAYERS": "0"}, "NUM_LAYERS=0: expected at least 1"),
     ({"BETA2": "1.5"}, "BETA2=1.5: expected at most 1"),
-    ({"MODEL_DIM": "100"}, "MODEL_DIM=100 is not a multiple of NUM_HEADS=8"),
-    ({"NUM_KV_HEADS": "3"}, "NUM_HEADS=8 is not a multiple of NUM_KV_HEADS=3"),
+    ({"MODEL_DIM": "100"}, "MODEL_DIM=100, NUM_HEADS=8: the heads must divide the width"),
+    ({"NUM_KV_HEADS": "3"}, "NUM_HEADS=8, NUM_KV_HEADS=3: the latter must divide"),
     ({"ROPE_DIMS": "66"}, "ROPE_DIMS=66: expected an even number up to the head width"),
     ({"NUM_LAYERS": "6"}, "VE_LAYERS=9,10: layers run from 0 to 5"),
-    ({"XSA_LAST_N": "12"}, "XSA_LAST_N=12: NUM_LAYERS is 11"),
+    ({"XSA_LAST_N": "12"}, "XSA_LAST_N=12, NUM_LAYERS=11: there are not so many"),
     ({"TRAIN_BATCH_TOKENS": "5000"}, "nearest are 4096 and 6144"),
-    ({"EVAL_STRIDE": "4096"}, "EVAL_STRIDE=4096 exceeds EVAL_SEQ_LEN=2048"),
-    ({"NGRAM_MIN_ORDER": "9"}, "NGRAM_MIN_ORDER=9 exceeds NGRAM_ORDER=7"),
-    ({"ALPHA_MIN": "0.9"}, "ALPHA_MIN=0.9 exceeds ALPHA_MAX=0.6"),
+    ({"EVAL_STRIDE": "4096"}, "EVAL_STRIDE=4096, EVAL_SEQ_LEN=2048: targets would go unscored"),
+    ({"NGRAM_MIN_ORDER": "9"}, "NGRAM_MIN_ORDER=9, NGRAM_ORDER=7: no order is left"),
+    ({"ALPHA_MIN": "0.9"}, "ALPHA_MIN=0.9, ALPHA_MAX=0.6: expected the first <= second < 1"),
+    ({"NGRAM_COUNTS": "hashed"}, "NGRAM_ALPHA=online, NGRAM_ORDER=7: hashed counts are the predecessors'"),
+    ({"NGRAM_BUCKETS": "1000"}, "NGRAM_BUCKETS=1000: expected a power of two, such as 1024"),
 ])
 def test_impossible_settings_are_refused_in_one_line(env, said):
     with pytest.raises(UserError) as error:
