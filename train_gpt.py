@@ -31,6 +31,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +46,9 @@ EVAL_BUDGET_S = 600    # seconds for everything after training (the challenge's 
 class UserError(Exception):
     """Bad input. The message is one line: what was found, what was expected, what to do."""
 
-
 # ------------------------------------------------------------------------------------------------------------
 # 1. Hyperparameters
-# The only place where settings are read from the environment; names are the field's own, in upper case. What
-# cannot be parsed or cannot work is refused before anything is loaded, and a mistyped name is pointed out.
+# The only place that reads the environment. What cannot work is refused, in one line, before data is touched.
 # ------------------------------------------------------------------------------------------------------------
 
 def setting(default, doc: str, low=None, high=None, choices=None):
@@ -57,11 +56,9 @@ def setting(default, doc: str, low=None, high=None, choices=None):
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    data_path: str = setting("./data/datasets/fineweb10B_sp1024",
-                             "folder of fineweb_{train,val}_*.bin shards")
+    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
     train_data_path: str = setting("", "another folder for the training shards; empty: DATA_PATH")
-    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model",
-                                  "SentencePiece model, to count bytes")
+    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece, to count bytes")
     run_id: str = setting("", "name of logs/<RUN_ID>.txt; empty: date, time and seed")
     seed: int = setting(1337, "seed of the initial weights", 0)
     compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
@@ -118,8 +115,7 @@ class Hyperparameters:
     ema_decay: float = setting(0.997, "decay per step of the exponential average", 0, 1)
     swa_every: int = setting(50, "steps between snapshots of the uniform average", 1)
     swa_threshold: float = setting(0.2, "snapshots start once the lr scale is below this", 0, 1)
-    late_qat_threshold: float = setting(0.15, "fake quantisation starts once the lr scale is below this; "
-                                        "0: never", 0)
+    late_qat_threshold: float = setting(0.15, "lr scale below which fake quantisation starts; 0: never", 0)
     quant_bits: int = setting(6, "bits of the matrices' codes (embeddings have 8)", 3, 8)
     # scoring
     eval_seq_len: int = setting(2048, "tokens per scoring window", 1)
@@ -131,14 +127,13 @@ class Hyperparameters:
     ngram_enabled: bool = setting(True, "mix the model with counts of what came before in the stream")
     ngram_min_order: int = setting(2, "shortest gram (context + target)", 2, 16)
     ngram_order: int = setting(7, "longest gram", 2, 16)
-    ngram_alpha: str = setting("online", "weight of the counts: learned as the stream goes; or by entropy, "
-                               "with one centre (PR #889) or one per order (PR #825)",
-                               choices=("online", "entropy", "order"))
+    ngram_alpha: str = setting("online", "weight of the counts: learned on the way; by entropy (PR #889); by "
+                               "entropy and order (PR #825)", choices=("online", "entropy", "order"))
     ngram_min_count: int = setting(2, "times a context must occur before its order may win; not online", 1)
     alpha_min: float = setting(0.05, "weight where the model is sure; not online", 0, 1)
     alpha_max: float = setting(0.60, "weight where the model is lost; not online", 0, 1)
-    ngram_counts: str = setting("exact", "exact, or hashed as the predecessors' (then the score is no code "
-                                "length and is labelled so)", choices=("exact", "hashed"))
+    ngram_counts: str = setting("exact", "hashed: as the predecessors'; that is no code, and labelled so",
+                                choices=("exact", "hashed"))
     ngram_buckets: int = setting(4_194_304, "buckets of each hashed table, a power of two", 2)
 
     @property
@@ -186,19 +181,18 @@ class Hyperparameters:
         value = getattr(self, name)
         return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
+BOOLS = {"0": False, "false": False, "1": True, "true": True}
+PARSERS = {  # by the type of a setting's default: how to read it, what to expect
+    str: (str, "text"), int: (int, "an integer"), float: (float, "a number"),
+    bool: (lambda text: BOOLS[text.strip().lower()], "0 or 1"),
+    tuple: (lambda text: tuple(int(i) for i in text.split(",") if i.strip()), "comma-separated integers")}
+
 def parse_setting(f, text: str):
     """The value of field `f` in `text`, of the type of its default, within its bounds."""
-    kind, bounds, name = type(f.default), f.metadata, f.name.upper()
-    expected = {bool: "0 or 1", int: "an integer", float: "a number",
-                tuple: "comma-separated integers"}.get(kind)
+    (parse, expected), bounds, name = PARSERS[type(f.default)], f.metadata, f.name.upper()
     try:
-        if kind is bool:
-            value = {"0": False, "1": True, "false": False, "true": True}[text.strip().lower()]
-        elif kind is tuple:
-            value = tuple(int(part) for part in text.split(",") if part.strip())
-        else:
-            value = kind(text)
-        if kind is float and not math.isfinite(value):
+        value = parse(text)
+        if isinstance(value, float) and not math.isfinite(value):
             raise ValueError
     except (ValueError, KeyError):
         raise UserError(f"{name}={text!r}: expected {expected} (default {f.default!r})") from None
@@ -220,27 +214,23 @@ def edit_distance(a: str, b: str) -> int:
 def mistyped(env: dict[str, str]) -> list[str]:
     """Warnings for environment names that are within edit distance 2 of a setting but are none."""
     known = {f.name.upper() for f in fields(Hyperparameters)}
-    near = ((name, min(known, key=lambda k: (edit_distance(name, k), k)))
-            for name in sorted(set(env) - known))
-    return [f"{name} is set but is no setting; did you mean {k}?"
-            for name, k in near if edit_distance(name, k) <= 2]
-
+    near = ((name, min((edit_distance(name, k), k) for k in known)) for name in sorted(set(env) - known))
+    return [f"{name} is set but is no setting; did you mean {k}?" for name, (far, k) in near if far <= 2]
 
 # ------------------------------------------------------------------------------------------------------------
 # 2. Runtime
-# Who and where we are. The rest of the file (but the optimizer) never mentions torch.distributed: on one rank
-# every operation here is the identity, so laptop and cluster run the same lines. CPU tensors travel by gloo,
-# so agreeing on the clock never waits for a GPU.
+# All that knows of other ranks: on one rank each method is the identity, so laptop and cluster run the same
+# lines. What is on the CPU travels by gloo: agreeing on the clock never waits for a GPU.
 # ------------------------------------------------------------------------------------------------------------
 
 class Runtime:
     def __init__(self, run_id: str, env: dict[str, str]):
         """Joins the process group that torchrun put in `env`; rank 0 opens logs/<run_id>.txt, always new."""
         self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        local_rank, cuda = int(env.get("LOCAL_RANK", 0)), torch.cuda.is_available()
-        if cuda and local_rank >= torch.cuda.device_count():
-            raise UserError(f"LOCAL_RANK={local_rank}, but {torch.cuda.device_count()} GPUs are visible: "
-                            f"start at most --nproc_per_node={torch.cuda.device_count()}")
+        local_rank, gpus = int(env.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        cuda = torch.cuda.is_available()
+        if cuda and local_rank >= gpus:
+            raise UserError(f"LOCAL_RANK={local_rank}, {gpus} GPUs are visible: set --nproc_per_node={gpus}")
         self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
@@ -276,33 +266,20 @@ class Runtime:
         for g, mean in zip(grads, flat.split([g.numel() for g in grads])):
             g.copy_(mean.view_as(g))
 
-    def from_rank_0(self, value: float) -> float:
+    def from_rank_0(self, value: float | bytes | None) -> float | bytes:
         """Rank 0's `value` on every rank."""
-        if self.world_size == 1:
-            return value
-        box = torch.tensor([value], dtype=torch.float64)
-        dist.broadcast(box, 0)
-        return float(box)
-
-    def bytes_from_rank_0(self, blob: bytes | None) -> bytes:
-        """Rank 0's `blob` on every rank."""
-        if self.world_size == 1:
-            return blob
-        length = int(self.from_rank_0(len(blob) if blob else 0))
-        box = (torch.frombuffer(bytearray(blob), dtype=torch.uint8) if blob
-               else torch.empty(length, dtype=torch.uint8))
-        dist.broadcast(box, 0)
-        return box.numpy().tobytes()
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        return box[0]
 
     def gather(self, array: np.ndarray) -> np.ndarray:
-        """Rank 0: every rank's 1-D float32 `array`, end to end in rank order. Other ranks: nothing."""
+        """Rank 0: every rank's 1-D `array`, end to end in rank order. Other ranks: nothing."""
         if self.world_size == 1:
             return array
-        counts = self.sum(F.one_hot(torch.tensor(self.rank), self.world_size) * len(array))
-        mine = F.pad(torch.from_numpy(array), (0, int(counts.max()) - len(array)))
-        boxes = [torch.empty_like(mine) for _ in range(self.world_size)] if self.rank == 0 else None
-        dist.gather(mine, boxes, 0)
-        return np.concatenate([box[:n].numpy() for box, n in zip(boxes or [], counts)] or [array[:0]])
+        boxes = [array[:0]] * self.world_size
+        dist.gather_object(array, boxes if self.rank == 0 else None, 0)
+        return np.concatenate(boxes)
 
     def barrier(self) -> None:
         if self.device.type == "cuda":
@@ -340,12 +317,10 @@ class Progress:
             self.rt.log(line, console=not live)
             self.said = now
 
-
 # ------------------------------------------------------------------------------------------------------------
 # 3. Data
-# A shard is 256 little-endian int32 (20240520, 1, count, 0 ...), then `count` uint16 tokens. Shards are
-# mapped, not read: ranks of one host share one copy. The loader has no state: batch k is a function of k, so
-# that restarting, resuming and any number of ranks see the same tokens.
+# A shard is 256 little-endian int32 (20240520, 1, count, 0 ...), then `count` uint16 tokens, memory-mapped.
+# The loader has no state: batch k is a function of k, the same tokens whatever the number of ranks.
 # ------------------------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
@@ -354,12 +329,10 @@ GET_DATA = ("`make demo` needs no data; for FineWeb get the challenge repository
 
 def load_shard(path: Path) -> np.memmap:
     """The uint16 tokens of one shard, memory-mapped. UserError: not a shard, another version, cut short."""
-    size = path.stat().st_size
-    header = np.fromfile(path, "<i4", SHARD_HEADER)
+    header, size = np.fromfile(path, "<i4", SHARD_HEADER), path.stat().st_size
     if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC:
         found = f"starts with {header[0]}" if len(header) else "is empty"
-        raise UserError(f"{path}: {found}, expected the shard magic {SHARD_MAGIC}: not a token shard; "
-                        f"{GET_DATA}")
+        raise UserError(f"{path}: {found}, expected the shard magic {SHARD_MAGIC}; {GET_DATA}")
     if header[1] != SHARD_VERSION:
         raise UserError(f"{path}: shard version {header[1]}, expected {SHARD_VERSION}; {GET_DATA}")
     expected = 4 * SHARD_HEADER + 2 * int(header[2])
@@ -368,12 +341,12 @@ def load_shard(path: Path) -> np.memmap:
                         f"{expected} bytes: the file is cut or damaged; fetch it again")
     return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER, (int(header[2]),))
 
-def find_shards(setting_name: str, part: str, hp: Hyperparameters) -> list[Path]:
-    """All shards of `part` (train or val), in order, of the folder in that setting; UserError: none there."""
-    folder = getattr(hp, setting_name.lower())
-    paths = sorted(Path(folder).glob(f"fineweb_{part}_*.bin"))
+def find_shards(part: str, hp: Hyperparameters) -> list[Path]:
+    """All shards of `part` (train or val), in order; UserError: none in its folder."""
+    name = "train_data_path" if part == "train" and hp.train_data_path else "data_path"
+    paths = sorted(Path(getattr(hp, name)).glob(f"fineweb_{part}_*.bin"))
     if not paths:
-        raise UserError(f"{setting_name}={folder}: no fineweb_{part}_*.bin there; {GET_DATA}")
+        raise UserError(f"{name.upper()}={getattr(hp, name)}: no fineweb_{part}_*.bin there; {GET_DATA}")
     return paths
 
 def check_tokens(tokens: np.ndarray, vocab_size: int, source: str) -> None:
@@ -383,7 +356,7 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, source: str) -> None:
 
 def load_validation(hp: Hyperparameters) -> np.ndarray:
     """The whole validation stream x_0 ... x_N as uint16: the memory map itself when it is one shard."""
-    paths = find_shards("DATA_PATH", "val", hp)
+    paths = find_shards("val", hp)
     shards = [load_shard(path) for path in paths]
     for path, tokens in zip(paths, shards):
         check_tokens(tokens, hp.vocab_size, str(path))
@@ -400,32 +373,26 @@ class TokenLoader:
 
     def __init__(self, hp: Hyperparameters, rank: int, world_size: int):
         self.hp, self.rank = hp, rank
-        self.paths = find_shards("TRAIN_DATA_PATH" if hp.train_data_path else "DATA_PATH", "train", hp)
+        self.paths = find_shards("train", hp)
         self.shards = [load_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(s) for s in self.shards])
+        self.tokens = int(self.ends[-1])
         self.sequences = sequences = hp.train_batch_tokens // hp.train_seq_len
         if sequences % world_size:
-            fits = [w for w in range(1, sequences + 1) if sequences % w == 0]
-            near = (max(w for w in fits if w < world_size),
-                    min((w for w in fits if w > world_size), default=None))
+            fits = (w for w in range(1, sequences + 1) if sequences % w == 0)
+            near = sorted(fits, key=lambda w: max(w / world_size, world_size / w))[:2]
             raise UserError(f"{world_size} ranks cannot share TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN = {sequences} "
-                            f"sequences equally: start {' or '.join(str(w) for w in near if w)} ranks")
-        self.share = sequences // world_size
-        most = max(1, hp.micro_batch_tokens // hp.train_seq_len)
+                            f"sequences equally: start {' or '.join(map(str, near))} ranks")
+        self.share, most = sequences // world_size, max(1, hp.micro_batch_tokens // hp.train_seq_len)
         self.accumulation = next(a for a in range(1, self.share + 1)
                                  if self.share % a == 0 and self.share // a <= most)
-
-    @property
-    def tokens(self) -> int:
-        return int(self.ends[-1])
 
     def span(self, start: int, count: int) -> np.ndarray:
         """`count` tokens of the circular stream from `start`, as int64."""
         parts, position = [], start % self.tokens
         while count:
             i = int(np.searchsorted(self.ends, position, "right"))
-            offset = position - (int(self.ends[i]) - len(self.shards[i]))
-            part = self.shards[i][offset: offset + count]
+            part = self.shards[i][position - int(self.ends[i]):][:count]  # counted from the shard's end
             check_tokens(part, self.hp.vocab_size, str(self.paths[i]))
             parts.append(part)
             count, position = count - len(part), (position + len(part)) % self.tokens
@@ -444,36 +411,26 @@ class ByteCounter:
 
     def __init__(self, hp: Hyperparameters):
         import sentencepiece
+        name, ids = f"TOKENIZER_PATH={hp.tokenizer_path}", range(hp.vocab_size)
         if not Path(hp.tokenizer_path).is_file():
-            raise UserError(f"TOKENIZER_PATH={hp.tokenizer_path}: no such file; {GET_DATA} "
-                            "and TOKENIZER_PATH")
+            raise UserError(f"{name}: no such file; {GET_DATA} and TOKENIZER_PATH")
         try:
             sp = sentencepiece.SentencePieceProcessor(model_file=hp.tokenizer_path)
         except (RuntimeError, OSError):
-            raise UserError(f"TOKENIZER_PATH={hp.tokenizer_path}: not a SentencePiece model") from None
+            raise UserError(f"{name}: not a SentencePiece model") from None
         if sp.vocab_size() != hp.vocab_size:
-            raise UserError(f"TOKENIZER_PATH={hp.tokenizer_path}: has {sp.vocab_size()} pieces, but "
-                            f"VOCAB_SIZE={hp.vocab_size}: set VOCAB_SIZE={sp.vocab_size()} or name "
-                            "the data's own tokenizer")
-        self.length = np.zeros(hp.vocab_size, np.int64)          # bytes of a piece without its leading space
-        self.opens_word = np.zeros(hp.vocab_size, bool)          # the piece begins with a space ...
-        self.no_space_after = np.zeros(hp.vocab_size, bool)      # ... which is not in the text after these
-        for i in range(hp.vocab_size):
-            if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
-                self.no_space_after[i] = True
-            elif sp.is_byte(i):
-                self.length[i] = 1
-            else:
-                piece = sp.id_to_piece(i)
-                self.opens_word[i] = piece.startswith("\u2581")
-                self.length[i] = len(piece.replace("\u2581", "").encode())
+            raise UserError(f"{name}: has {sp.vocab_size()} pieces, but VOCAB_SIZE={hp.vocab_size}: set "
+                            f"VOCAB_SIZE={sp.vocab_size()} or name the data's own tokenizer")
+        self.is_text = ~np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
+        pieces = [sp.id_to_piece(i) if text else "" for i, text in zip(ids, self.is_text)]
+        self.opens_word = np.array([piece.startswith("\u2581") for piece in pieces])
+        self.length = np.array([1 if sp.is_byte(i) else len(piece.replace("\u2581", "").encode())
+                                for i, piece in zip(ids, pieces)])
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes (uint16) of each of the len(tokens) - 1 targets of the stream `tokens`."""
-        previous, target = tokens[:-1], tokens[1:]
-        return (self.length[target]
-                + (self.opens_word[target] & ~self.no_space_after[previous])).astype(np.uint16)
-
+        """Bytes (uint16) of each target of the stream `tokens`; a word's space counts only after text."""
+        space = self.opens_word[tokens[1:]] & self.is_text[tokens[:-1]]
+        return (self.length[tokens[1:]] + space).astype(np.uint16)
 
 # ------------------------------------------------------------------------------------------------------------
 # 4. Kernels
@@ -501,13 +458,11 @@ def causal_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, flash=None)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                           enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
-
 # ------------------------------------------------------------------------------------------------------------
 # 5. Model
-# One trunk for training and for scoring. Master weights are float32; every op follows the dtype of the
-# residual stream (bfloat16 on CUDA, float32 on CPU), so there is no autocast to reason about. Sources: GQA
-# 2305.13245, RoPE 2104.09864, QK-norm 2302.05442, value residual 2410.17897, XSA and SmearGate as in
-# PR #889, U-Net skips and x0 mixes as in modded-nanogpt.
+# Master weights are float32; every op follows the dtype of the residual stream (bfloat16 on CUDA, float32 on
+# CPU): no autocast. Sources: GQA 2305.13245, RoPE 2104.09864, QK-norm 2302.05442, value residual 2410.17897,
+# XSA and SmearGate as in PR #889, U-Net skips and x0 mixes as in modded-nanogpt.
 # ------------------------------------------------------------------------------------------------------------
 
 def norm(x: Tensor) -> Tensor:
@@ -548,11 +503,10 @@ def remove_own_value(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, hp: Hyperparameters, layer: int, flash):
         super().__init__()
-        H, G, K = hp.num_heads, hp.num_kv_heads, hp.head_dim
-        self.heads, self.flash = (H, G, K), flash
-        self.q, self.k, self.v = (Linear(hp.model_dim, H * K), Linear(hp.model_dim, G * K),
-                                  Linear(hp.model_dim, G * K))
-        self.proj = Linear(H * K, hp.model_dim)
+        self.heads, self.flash = (hp.num_heads, hp.num_kv_heads, hp.head_dim), flash
+        D, (H, G, K) = hp.model_dim, self.heads
+        self.q, self.k, self.v = Linear(D, H * K), Linear(D, G * K), Linear(D, G * K)
+        self.proj = Linear(H * K, D)
         self.q_gain = nn.Parameter(torch.full((H,), hp.qk_gain_init))
         self.xsa = layer >= hp.num_layers - hp.xsa_last_n
         self.ve_scale = nn.Parameter(torch.ones(())) if hp.ve_enabled and layer in hp.ve_layers else None
@@ -570,16 +524,14 @@ class Attention(nn.Module):
         if self.vrl_gate is not None:
             v = torch.lerp(v, v_first_BTGK, torch.sigmoid(self.vrl_gate).to(v.dtype))
         y = causal_attention(q, k, v, self.flash)
-        if self.xsa:
-            y = remove_own_value(y, v)
+        y = remove_own_value(y, v) if self.xsa else y
         return self.proj(y.reshape(B, T, H * K)), v_own
 
 class MLP(nn.Module):
     def __init__(self, hp: Hyperparameters):
         super().__init__()
-        width = int(hp.mlp_mult * hp.model_dim)
-        self.fc, self.proj, self.slope = (Linear(hp.model_dim, width), Linear(width, hp.model_dim),
-                                          hp.leaky_slope)
+        D, width, self.slope = hp.model_dim, int(hp.mlp_mult * hp.model_dim), hp.leaky_slope
+        self.fc, self.proj = Linear(D, width), Linear(width, D)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.proj(F.leaky_relu(self.fc(x_BTD), self.slope).square())
@@ -588,9 +540,8 @@ class Block(nn.Module):
     def __init__(self, hp: Hyperparameters, layer: int, flash):
         super().__init__()
         self.attn, self.mlp = Attention(hp, layer, flash), MLP(hp)
-        self.mix_x, self.mix_x0 = (nn.Parameter(torch.ones(hp.model_dim)),
-                                   nn.Parameter(torch.zeros(hp.model_dim)))
-        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(hp.model_dim)) for _ in range(2))
+        self.mix_x, self.mix_x0, self.attn_scale, self.mlp_scale = (
+            nn.Parameter(torch.full((hp.model_dim,), value)) for value in (1.0, 0.0, 1.0, 1.0))
         self.norm_scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
 
     def forward(self, x_BTD: Tensor, x0_BTD: Tensor, rope, ve_BTGK, v_first_BTGK):
@@ -601,32 +552,21 @@ class Block(nn.Module):
         x = x + a * y
         return x + b * self.mlp(norm(x) * self.norm_scale), v
 
-class BigramEmbedding(nn.Module):
-    """A hashed table for pairs of tokens: collisions are harmless, the model only receives a hint."""
+def bigram_rows(ids_BT: Tensor, rows: int) -> Tensor:
+    """A row for each token with the one before it: a hash, collisions are harmless; the first: the last."""
+    pair = (36313 * ids_BT[:, 1:]) ^ (27191 * ids_BT[:, :-1])
+    return F.pad(pair % (rows - 1), (1, 0), value=rows - 1)
 
-    def __init__(self, hp: Hyperparameters):
+class NarrowEmbedding(nn.Module):
+    """A table of `width` columns, projected to `out` and scaled."""
+
+    def __init__(self, rows: int, width: int, out: int, scale: float):
         super().__init__()
-        self.rows = hp.bigram_vocab_size
-        self.table, self.proj = nn.Embedding(self.rows, hp.bigram_dim), Linear(hp.bigram_dim, hp.model_dim)
-        self.scale = nn.Parameter(torch.tensor(0.05))
+        self.table, self.proj = nn.Embedding(rows, width), Linear(width, out)
+        self.scale = nn.Parameter(torch.tensor(scale))
 
-    def forward(self, ids_BT: Tensor) -> Tensor:
-        pair = (36313 * ids_BT[:, 1:]) ^ (27191 * ids_BT[:, :-1])
-        rows_BT = F.pad(pair % (self.rows - 1), (1, 0), value=self.rows - 1)
-        return self.proj(self.table(rows_BT)) * self.scale
-
-class ValueEmbedding(nn.Module):
-    """One table of values per token, shared by the layers that add it to their own."""
-
-    def __init__(self, hp: Hyperparameters):
-        super().__init__()
-        self.heads = hp.num_kv_heads, hp.head_dim
-        self.table, self.proj = (nn.Embedding(hp.vocab_size, hp.ve_dim),
-                                 Linear(hp.ve_dim, math.prod(self.heads)))
-        self.scale = nn.Parameter(torch.tensor(0.1))
-
-    def forward(self, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
-        return (self.proj(self.table(ids_BT).to(dtype)) * self.scale.to(dtype)).unflatten(-1, self.heads)
+    def forward(self, rows_BT: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.proj(self.table(rows_BT).to(dtype)) * self.scale.to(dtype)
 
 class GPT(nn.Module):
     def __init__(self, hp: Hyperparameters):
@@ -634,41 +574,41 @@ class GPT(nn.Module):
         self.hp, L = hp, hp.num_layers
         self.attention_name, flash = find_flash_attention()
         self.embed = nn.Embedding(hp.vocab_size, hp.model_dim)
-        self.bigram = BigramEmbedding(hp) if hp.bigram_vocab_size else None
+        self.bigram = (NarrowEmbedding(hp.bigram_vocab_size, hp.bigram_dim, hp.model_dim, 0.05)
+                       if hp.bigram_vocab_size else None)
         self.smear_gate = nn.Parameter(torch.zeros(hp.model_dim)) if hp.smear_enabled else None
-        self.value_embed = ValueEmbedding(hp) if hp.ve_enabled and hp.ve_layers else None
+        self.value_embed = (NarrowEmbedding(hp.vocab_size, hp.ve_dim, hp.num_kv_heads * hp.head_dim, 0.1)
+                            if hp.ve_enabled and hp.ve_layers else None)
         self.blocks = nn.ModuleList(Block(hp, layer, flash) for layer in range(L))
-        self.skip_weights = (nn.Parameter(torch.ones(L // 2, hp.model_dim))
-                             if hp.unet_skips and L > 1 else None)
+        skips = L // 2 if hp.unet_skips else 0
+        self.skip_weights = nn.Parameter(torch.ones(skips, hp.model_dim)) if skips else None
         self.head = None if hp.tie_embeddings else Linear(hp.model_dim, hp.vocab_size)
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
         """Initial values not set where the parameter is made. Small matrices keep nn.Linear's default."""
+        std = {"embed.weight": 0.005, "value_embed.table.weight": 0.01}
         for name, p in self.named_parameters():
             if name.endswith(("attn.proj.weight", "mlp.proj.weight", "bigram.table.weight", "head.weight")):
                 p.zero_()
-            elif name == "value_embed.table.weight":
-                p.normal_(std=0.01)
-            elif name == "embed.weight":
-                p.normal_(std=0.005)
-            elif p.ndim == 2 and min(p.shape) >= 64 and name != "skip_weights":
-                nn.init.orthogonal_(p)
-                if name in ("bigram.proj.weight", "value_embed.proj.weight"):
-                    p.mul_((2 * self.hp.num_layers) ** -0.5)
+            elif name in std:
+                p.normal_(std=std[name])
+            elif name.endswith(".weight") and min(p.shape) >= 64:
+                nn.init.orthogonal_(p, 1 if name.startswith("blocks") else (2 * self.hp.num_layers) ** -0.5)
 
     def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, D) before the head, or with targets the mean loss in nats per token."""
         x = self.embed(ids_BT)
         if self.bigram is not None:
-            x = x + self.bigram(ids_BT)
+            x = x + self.bigram(bigram_rows(ids_BT, self.hp.bigram_vocab_size), x.dtype)
         x = norm(x).to(torch.bfloat16 if x.is_cuda else torch.float32)
         if self.smear_gate is not None:
             x = torch.lerp(x, F.pad(x, (0, 0, 1, 0))[:, :-1], torch.sigmoid(self.smear_gate).to(x.dtype))
         x0, v_first, skips, L = x, None, [], self.hp.num_layers
         rope = rotary_tables(ids_BT.size(1), self.hp, ids_BT.device)
-        ve = self.value_embed(ids_BT, x.dtype) if self.value_embed is not None else None
+        if (ve := self.value_embed) is not None:
+            ve = ve(ids_BT, x.dtype).unflatten(-1, (-1, self.hp.head_dim))
         for layer, block in enumerate(self.blocks):
             if self.skip_weights is not None and layer >= L // 2 and skips:
                 x = x + self.skip_weights[layer - L // 2].to(x.dtype) * skips.pop()
@@ -686,11 +626,9 @@ class GPT(nn.Module):
         z, cap = F.linear(norm(hidden_D), weight.to(hidden_D.dtype)).float(), self.hp.logit_softcap
         return cap * torch.tanh(z / cap) if cap else z
 
-
 # ------------------------------------------------------------------------------------------------------------
 # 6. Optimizer
-# Muon (Jordan et al. 2024) for the matrices between hidden states: the momentum, made orthogonal, is the
-# update. AdamW for everything that is a table or a vector.
+# Muon (Jordan et al. 2024), whose update is the momentum made orthogonal, for matrices; AdamW for the rest.
 # ------------------------------------------------------------------------------------------------------------
 
 def orthogonalize(G_NRC: Tensor, steps: int) -> Tensor:
@@ -710,51 +648,44 @@ class Muon(torch.optim.Optimizer):
     """One group per matrix shape, stacked, so that one batched iteration serves all its matrices."""
 
     def __init__(self, matrices: list[nn.Parameter], hp: Hyperparameters):
-        shapes = sorted({p.shape for p in matrices})
-        groups = [dict(params=[p for p in matrices if p.shape == shape]) for shape in shapes]
+        stacks = ([p for p in matrices if p.shape == shape] for shape in sorted({p.shape for p in matrices}))
+        groups = [dict(params=same, buffer=torch.zeros_like(torch.stack(same))) for same in stacks]
         super().__init__(groups, dict(lr=hp.matrix_lr, momentum=hp.muon_momentum_warmup_start,
                                       weight_decay=hp.muon_wd, steps=hp.muon_backend_steps))
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            params = group["params"]
-            grads_NRC = torch.stack([p.grad for p in params])
-            state = self.state[params[0]]
-            if not state:
-                state["momentum"] = torch.zeros_like(grads_NRC)
-            momentum_NRC = state["momentum"].mul_(group["momentum"]).add_(grads_NRC)
-            nesterov_NRC = grads_NRC.add_(momentum_NRC, alpha=group["momentum"])
-            rows, columns = params[0].shape
-            update_NRC = orthogonalize(nesterov_NRC, group["steps"]) * max(1, rows / columns) ** 0.5
+            params, momentum = group["params"], group["momentum"]
+            grads_NRC, (R, C) = torch.stack([p.grad for p in params]), params[0].shape
+            buffer_NRC = group["buffer"].mul_(momentum).add_(grads_NRC)
+            nesterov_NRC = grads_NRC.add_(buffer_NRC, alpha=momentum)
+            update_NRC = orthogonalize(nesterov_NRC, group["steps"]) * max(1, R / C) ** 0.5
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, list(update_NRC.to(params[0].dtype).unbind()), alpha=-group["lr"])
 
 def build_optimizers(model: GPT, hp: Hyperparameters) -> list[torch.optim.Optimizer]:
     """[Muon, AdamW]; together they hold every parameter exactly once."""
-    matrices, embeddings, heads, vectors = [], [], [], []
+    tables, heads, matrices, vectors = [], [], [], []
     for name, p in model.named_parameters():
-        if name.endswith((".table.weight", "embed.weight")):
-            embeddings.append(p)
-        elif name == "head.weight":
-            heads.append(p)
-        else:
-            (matrices if name.endswith(".weight") else vectors).append(p)
-    groups = [dict(params=embeddings, lr=hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr),
-              dict(params=heads, lr=hp.head_lr), dict(params=vectors, lr=hp.scalar_lr)]
-    adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(hp.beta1, hp.beta2), eps=hp.adam_eps,
-                             weight_decay=hp.adam_wd, fused=True)
+        kind = (tables if name.endswith((".table.weight", "embed.weight")) else heads if name == "head.weight"
+                else matrices if name.endswith(".weight") else vectors)
+        kind.append(p)
+    table_lr = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr
+    rates = (tables, table_lr), (heads, hp.head_lr), (vectors, hp.scalar_lr)
+    adam = torch.optim.AdamW([dict(params=kind, lr=lr) for kind, lr in rates if kind], eps=hp.adam_eps,
+                             betas=(hp.beta1, hp.beta2), weight_decay=hp.adam_wd, fused=True)
     optimizers = [Muon(matrices, hp), adam]
-    owned = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
-    assert sorted(owned) == sorted(id(p) for p in model.parameters()), (
-        "a parameter without exactly one optimizer")
-    for group in (g for o in optimizers for g in o.param_groups):
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    owned = [id(p) for group in groups for p in group["params"]]
+    assert sorted(owned) == sorted(map(id, model.parameters())), "a parameter without exactly one optimizer"
+    for group in groups:
         group["initial_lr"] = group["lr"]
     return optimizers
 
 def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
-    """1, then linearly to 0 over the last WARMDOWN_ITERS steps: of ITERATIONS, or of the wall-clock at the
-    average step time so far, whichever ends first."""
+    """1, then linearly to 0 over the last WARMDOWN_ITERS steps before ITERATIONS or, at the average step time
+    so far, the wall-clock cap, whichever comes first."""
     left = hp.iterations - step
     if hp.max_wallclock_seconds and step:
         left = min(left, (hp.max_wallclock_seconds - seconds) / (seconds / step))
@@ -763,7 +694,6 @@ def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
 def muon_momentum(step: int, hp: Hyperparameters) -> float:
     share = min(1.0, step / hp.muon_momentum_warmup_steps) if hp.muon_momentum_warmup_steps else 1.0
     return hp.muon_momentum_warmup_start + share * (hp.muon_momentum - hp.muon_momentum_warmup_start)
-
 
 # ------------------------------------------------------------------------------------------------------------
 # 7. Averaging
@@ -779,8 +709,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, parameters: list[Tensor]) -> None:
         self.count += 1
-        if self.mean is None:
-            self.mean = [p.detach().clone() for p in parameters]
+        self.mean = self.mean or [p.detach().clone() for p in parameters]
         weight = (1 - self.decay) / (1 - self.decay ** self.count) if self.decay < 1 else 1 / self.count
         torch._foreach_lerp_(self.mean, list(parameters), weight)
 
@@ -789,7 +718,6 @@ def averaged_parameters(averages: dict[str, WeightAverage], hp: Hyperparameters)
     means = [averages[name].mean for name in ("ema", "swa")
              if name in hp.averaging.split("_") and averages[name].count]
     return [torch.stack(same).mean(0) for same in zip(*means)] if means else None
-
 
 # ------------------------------------------------------------------------------------------------------------
 # 8. Artifact
@@ -891,11 +819,10 @@ def write_artifact(model: GPT, path: Path, hp: Hyperparameters, rt: Runtime) -> 
     os.replace(aside, path)
     return code + len(blob)
 
-
 # ------------------------------------------------------------------------------------------------------------
 # 9. Neural scoring
-# Overlapping windows give every target a long context. Each target is scored once, by the window that ends
-# nearest after it; ranks share the windows, rank 0 gets nll[t] and entropy[t] in stream order.
+# Overlapping windows give every target a long context; the window that ends nearest after it scores it, once.
+# Ranks share the windows, rank 0 gets nll[t] and entropy[t] in stream order.
 # ------------------------------------------------------------------------------------------------------------
 
 SEGMENT_BATCHES = 32  # global batches that are scored between two gathers
@@ -904,31 +831,23 @@ def windows(targets: int, length: int, stride: int) -> tuple[np.ndarray, np.ndar
     """(starts, first scored target), one entry per window. A window from s reads tokens [s, s + length) and
     scores targets [first, s + length), counted from 0 (target j is token j + 1); the last ends the stream."""
     length = min(length, targets)
-    starts = np.arange(0, targets - length + stride, stride) if targets else np.empty(0, np.int64)
-    starts = np.minimum(starts, targets - length)
-    return starts, np.concatenate(([0], starts[:-1] + length))[:len(starts)]
-
-@torch.no_grad()
-def nll_and_entropy(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Per position, nats: -log p(target) and -sum p log p."""
-    logp_NV = F.log_softmax(logits_NV.float(), -1)
-    return -logp_NV.gather(1, targets_N[:, None])[:, 0], -(logp_NV.exp() * logp_NV).sum(-1)
+    starts = np.minimum(np.arange(0, targets - length + stride, stride), targets - length)
+    return starts, np.append(0, starts[:-1] + length)
 
 @torch.inference_mode()
 def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int, rt: Runtime):
     """Yields (nll, entropy), nats, float32, of the len(tokens) - 1 targets, segment by segment in order, so
     that what follows need not wait. Ranks other than 0 get empty arrays. `trunk` is the model, compiled or
     not; only scored positions go through the output head."""
-    hp, targets = model.hp, len(tokens) - 1
-    starts, first = windows(targets, hp.eval_seq_len, stride)
-    length = min(hp.eval_seq_len, targets)
+    hp, length = model.hp, min(model.hp.eval_seq_len, len(tokens) - 1)
+    starts, first = windows(len(tokens) - 1, length, stride)
     batch = max(1, hp.val_batch_size // (length * rt.world_size))
     segment = SEGMENT_BATCHES * batch * rt.world_size
     head_rows = max(1, 2 ** 26 // hp.vocab_size)
-    progress, nothing = Progress(rt, f"scoring stride:{stride}", len(starts)), torch.empty(0)
+    progress = Progress(rt, f"scoring stride:{stride}", len(starts))
     for begin in range(0, len(starts), segment):
         ours = np.arange(begin, min(begin + segment, len(starts)))
-        share, nll, entropy = np.array_split(ours, rt.world_size)[rt.rank], [nothing], [nothing]
+        share, scores = np.array_split(ours, rt.world_size)[rt.rank], [torch.empty(2, 0)]
         for i in range(0, len(share), batch):
             mine = share[i: i + batch]
             full = np.pad(mine, (0, batch - len(mine) if len(starts) > batch else 0), "edge")  # one shape
@@ -937,11 +856,12 @@ def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int, rt: Runtime
             hidden_BTD = trunk(torch.from_numpy(tokens[at].astype(np.int64)).to(rt.device))
             target = torch.from_numpy(tokens[at + 1].astype(np.int64)).to(rt.device).flatten()
             for rows in scored.split(head_rows):
-                a, b = nll_and_entropy(model.logits(hidden_BTD.flatten(0, 1)[rows]), target[rows])
-                nll.append(a.cpu())
-                entropy.append(b.cpu())
+                logp_NV = F.log_softmax(model.logits(hidden_BTD.flatten(0, 1)[rows]), -1)
+                nll = -logp_NV.gather(1, target[rows, None])[:, 0]
+                entropy = -(logp_NV.exp() * logp_NV).sum(-1)
+                scores.append(torch.stack((nll, entropy)).cpu())
             progress(begin + (i + len(mine)) * rt.world_size)
-        yield tuple(rt.gather(torch.cat(parts).numpy()) for parts in (nll, entropy))
+        yield tuple(rt.gather(part) for part in torch.cat(scores, 1).numpy())
 
 def collect(segments) -> tuple[np.ndarray, np.ndarray]:
     """All segments of score_stream as one (nll, entropy)."""
@@ -951,13 +871,11 @@ def bits_per_byte(nll: np.ndarray, stream_bytes: np.ndarray) -> float:
     """Code length of the targets in bits over their UTF-8 bytes; sums in float64, divided once."""
     return float(nll.sum(dtype=np.float64) / math.log(2) / stream_bytes.sum(dtype=np.int64))
 
-
 # ------------------------------------------------------------------------------------------------------------
 # 10. N-gram mixture
 # The model forgets what it read a window ago; counts do not. Counting is sorting: positions are kept grouped
 # by the n - 1 tokens before them, in stream order, and sorting a group by its next token splits it into the
-# groups of n tokens. So each count is exact, position t sees the positions before t by construction, and what
-# never recurs drops out. No model is needed: this runs in a thread while the GPUs score.
+# groups of n tokens: exact counts of strictly earlier positions. It runs in a thread while the GPUs score.
 # ------------------------------------------------------------------------------------------------------------
 
 CHUNK = 1 << 18  # positions refined at a time, so that what a sort touches stays in the cache
@@ -1006,9 +924,9 @@ def floor_log2(x: np.ndarray) -> np.ndarray:
 
 def describe_contexts(t, token, age, first, context, pair) -> np.ndarray:
     """What the online weights may know, for positions grouped by context: 2 * (1 + bucket) + (the target is
-    the context's last continuation), or 0 where the context is new. The bucket knows the prefix alone: how
-    often the context occurred, the share of its continuations that were not new, whether the last repeated
-    the one before, whether it lies in this document (of `age` tokens so far), and the distance to it."""
+    the context's last continuation), 0 where the context is new. The bucket, of the prefix alone: how often
+    the context occurred, the share of continuations that were not new, whether the last repeated the one
+    before, whether it lies in this document (of `age` tokens so far), the distance to it."""
     same = np.append(False, token[1:] == token[:-1]) & ~first
     repeated = np.append(False, same[:-1]) & ~first
     gap = np.where(first, 1, np.diff(t, prepend=t[:1])).view(np.int32)
@@ -1021,10 +939,8 @@ def describe_contexts(t, token, age, first, context, pair) -> np.ndarray:
 
 def ngram_counts(tokens: np.ndarray, highest: int, describe: bool = True):
     """Yields (pair, code), uint32 and uint16 per position of `tokens`, for grams of n = 1 ... highest tokens.
-
-    pair[t]: how many earlier positions end the same n-gram. So for a target at t, c(u, v) is pair[t], and
-    c(u), how often the n - 1 tokens before it were followed by something before, is the previous n's
-    pair[t - 1]. code: see `describe_contexts`; 0 exactly where c(u) = 0."""
+    pair[t]: how many earlier positions end the same n-gram: c(u, v) of a target at t; its c(u) is the
+    previous n's pair[t - 1]. code: see `describe_contexts`; 0 exactly where c(u) = 0."""
     here = np.arange(len(tokens), dtype=np.uint32)
     age = np.minimum(here - np.maximum.accumulate(np.where(tokens == BOS, here, 0)), 65535)
     stream = np.append(age[:1], age[:-1]) << 16 | tokens  # the age of the token BEFORE: no look at the target
@@ -1059,8 +975,7 @@ def ngram_counts(tokens: np.ndarray, highest: int, describe: bool = True):
 def ngram_backoff(tokens: np.ndarray, hp: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(order, context count, pair count) per target: the longest gram whose context was followed by something
     at least NGRAM_MIN_COUNT times before. Order 0: none was. The choice never looks at the target."""
-    order = np.zeros(len(tokens) - 1, np.uint8)
-    context, pair = (np.zeros(len(order), np.uint32) for _ in range(2))
+    order, context, pair = (np.zeros(len(tokens) - 1, kind) for kind in (np.uint8, np.uint32, np.uint32))
     counts = hashed_counts(tokens, hp) if hp.ngram_counts == "hashed" else exact_counts(tokens, hp)
     for n, c_u, c_uv in counts:
         wins = np.flatnonzero(c_u >= hp.ngram_min_count)
@@ -1069,11 +984,10 @@ def ngram_backoff(tokens: np.ndarray, hp: Hyperparameters) -> tuple[np.ndarray, 
 
 def exact_counts(tokens: np.ndarray, hp: Hyperparameters):
     """Yields (n, c(u), c(u, v)) per target for each order."""
-    previous = None
-    for n, (pair, _) in enumerate(ngram_counts(tokens, hp.ngram_order, describe=False), 1):
+    levels = pairwise(ngram_counts(tokens, hp.ngram_order, describe=False))
+    for n, ((shorter, _), (pair, _)) in enumerate(levels, 2):
         if n >= hp.ngram_min_order:
-            yield n, previous[:-1], pair[1:]
-        previous = pair
+            yield n, shorter[:-1], pair[1:]
 
 HASH_PRIMES = np.array((36313, 27191, 51647, 81929, 131071, 175447, 209591), np.uint64)
 
@@ -1097,8 +1011,7 @@ def hashed_counts(tokens: np.ndarray, hp: Hyperparameters):
 def hashed_mass(tokens: np.ndarray, order: np.ndarray, targets: np.ndarray, hp: Hyperparameters) -> float:
     """What the hashed quotients of one position sum to over the vocabulary; the mean of matched `targets`."""
     masses, vocabulary = [], np.arange(hp.vocab_size)
-    for target in targets:
-        n = int(order[target])
+    for target, n in zip(targets, order[targets].tolist()):
         bucket, filled = hash_buckets(tokens[:target + 2], n, hp)
         _, asked = hash_buckets(tokens[target + 2 - n: target + 2], n, hp, vocabulary)
         pair = np.bincount(filled[:-1].astype(np.int64), minlength=hp.ngram_buckets)[asked.astype(np.int64)]
@@ -1137,10 +1050,9 @@ class Mixture:
 
     NGRAM_ALPHA=online: from p_1 = the model up through the orders,
         p_n(v) = w0 * p_{n-1}(v) + w1 * c(u, v) / c(u) + w2 * [v is what followed u last time],
-    with weights of the context's bucket, learned by EM from strictly earlier blocks. Last, Bayes between p_N
-    and the model, each trusted by its likelihood so far: over the stream at most one bit worse than either.
-    Else one order per target, (1 - a) * p_model + a * c(u, v) / c(u), `a` fixed by entropy. All sum to 1 over
-    the vocabulary and are fixed by the prefix alone, whatever the pieces that the scores arrive in."""
+    with weights of the context's bucket, learned by EM from strictly earlier blocks; then Bayes between p_N
+    and the model: over the stream at most one bit worse than either. Else one order per target, mixed by
+    entropy. All sum to 1 over the vocabulary, fixed by the prefix alone, in whatever pieces scores arrive."""
 
     def __init__(self, tokens: np.ndarray, hp: Hyperparameters, samples: int = 16):
         self.tokens, self.hp, self.targets = tokens, hp, len(tokens) - 1
@@ -1150,7 +1062,7 @@ class Mixture:
         if hp.ngram_alpha == "online":
             counts, orders = ngram_counts(tokens, hp.ngram_order), hp.ngram_order - 1
             self.unigram, self.lead = next(counts)[0], 0.0
-            self.counts = [(pair[code > 0], code[code > 0]) for pair, code in counts]  # where c(u) > 0
+            self.counts = [kept[code > 0] for pair, code in counts for kept in (pair, code)]
             self.cursor, self.carry = np.zeros(orders, np.int64), np.zeros(orders, np.uint32)
             self.mass = np.zeros((orders, 3, STATES, GAPS, HEATS))
         else:
@@ -1183,7 +1095,7 @@ class Mixture:
         for i, (mass, carry) in enumerate(zip(self.mass, self.carry)):
             rows = np.flatnonzero(context)
             c_u, at = context[rows], slice(self.cursor[i], self.cursor[i] + len(rows))
-            c_uv, code = (array[at] for array in self.counts[i])
+            c_uv, code = (array[at] for array in self.counts[2 * i: 2 * i + 2])  # kept where c(u) > 0
             if i + 2 >= self.hp.ngram_min_order:
                 bucket = ((code >> 1) - 1) * np.int64(HEATS) + heat[rows]
                 weights = [w[bucket] for w in bucket_weights(mass)]
@@ -1217,22 +1129,19 @@ class Mixture:
                 p[self.tokens[past[-1]]] += w2
             masses.append(p.sum())
         prefix = Mixture(self.tokens[: 1 << 14], self.hp)
-        pairs = zip(prefix.counts, self.counts) if self.hp.ngram_alpha != "online" else (
-            (x, y) for some, all_ in zip(prefix.counts, self.counts) for x, y in zip(some, all_))
-        if not all(np.array_equal(x, y[:len(x)]) for x, y in pairs) or any(abs(m - 1) > 1e-9 for m in masses):
+        same = all(np.array_equal(some, whole[:len(some)]) for some, whole in zip(prefix.counts, self.counts))
+        if not same or any(abs(mass - 1) > 1e-9 for mass in masses):
             raise RuntimeError(f"masses {masses}, or the counts of {prefix.targets} targets differ alone")
         low, high = min(masses, default=1.0), max(masses, default=1.0)
         return (f"targets:{self.edges[self.block]}/{self.targets} mass_min:{low:.12f} mass_max:{high:.12f} "
                 f"recounted:{len(masses)} prefix:{prefix.targets}")
-
 
 # ------------------------------------------------------------------------------------------------------------
 # 11. Training
 # ------------------------------------------------------------------------------------------------------------
 
 def training_loss(model: GPT, ids_BT: Tensor, targets_BT: Tensor, quantize: bool) -> Tensor:
-    """Mean nats per token; with `quantize`, of the weights as the artifact will hold them. The flag is an
-    argument, so that a compiler makes one graph for each of its values."""
+    """Mean nats per token; with `quantize` (a compiler makes a graph for each), of the artifact's weights."""
     weights = fake_quantized(model, model.hp) if quantize else {}
     return torch.func.functional_call(model, weights, (ids_BT, targets_BT))
 
@@ -1252,7 +1161,8 @@ class Trainer:
         self.averages = dict(ema=WeightAverage(self.hp.ema_decay), swa=WeightAverage(1.0))
 
     def step(self, step: int, scale: float, quantize: bool) -> Tensor:
-        """One update on batch `step`, every lr times `scale`. Returns this rank's mean loss, detached."""
+        """One update on batch `step`, every lr times `scale`, shown to the averages that AVERAGING names.
+        Returns this rank's mean loss, detached."""
         total = torch.zeros((), device=self.rt.device)
         for micro in range(self.loader.accumulation):
             x, y = (t.pin_memory() if self.rt.device.type == "cuda" else t
@@ -1271,14 +1181,11 @@ class Trainer:
                 group["lr"] = group["initial_lr"] * scale
             optimizer.step()
         self.model.zero_grad(set_to_none=True)
+        due = dict(ema=True, swa=scale < self.hp.swa_threshold and (step + 1) % self.hp.swa_every == 0)
+        for name, average in self.averages.items():
+            if due[name] and name in self.hp.averaging.split("_"):
+                average.update(self.parameters)
         return total
-
-    def average(self, step: int, scale: float) -> None:
-        """Show the averages that AVERAGING names the weights after `step` updates."""
-        if "ema" in self.hp.averaging:
-            self.averages["ema"].update(self.parameters)
-        if "swa" in self.hp.averaging and scale < self.hp.swa_threshold and step % self.hp.swa_every == 0:
-            self.averages["swa"].update(self.parameters)
 
     def warm_up(self) -> None:
         """Run WARMUP_STEPS steps so that everything is compiled, the quantised graph too, then undo them."""
@@ -1291,19 +1198,17 @@ class Trainer:
         self.reset()
 
 def train(trainer: Trainer, validate) -> dict[str, float]:
-    """Trains until ITERATIONS or the wall-clock cap; `validate()` gives (loss, bpb) and does not take time.
-    All ranks follow rank 0's clock and stop at the same step; none is begun that could pass the cap by taking
-    twice the average."""
+    """Trains until ITERATIONS or the wall-clock cap; `validate()` gives (loss, bpb) and is not timed. Ranks
+    follow rank 0's clock; no step is begun that would pass the cap by taking twice the average."""
     hp, rt, model = trainer.hp, trainer.rt, trainer.model
     trainer.warm_up()
     rt.barrier()
-    step, spent, started, quantize, stop = 0, 0.0, time.perf_counter(), False, ""
+    step, spent, started, quantize = 0, 0.0, time.perf_counter(), False
     while True:
         seconds = rt.from_rank_0(spent + time.perf_counter() - started)
         scale = lr_scale(step, seconds, hp)
-        if hp.max_wallclock_seconds and step and seconds * (1 + 2 / step) > hp.max_wallclock_seconds:
-            stop = "wallclock_cap"
-        last = bool(stop) or step == hp.iterations
+        capped = step and 0 < hp.max_wallclock_seconds < seconds * (1 + 2 / step)
+        last = capped or step == hp.iterations
         if last or hp.val_loss_every and step and step % hp.val_loss_every == 0:
             rt.barrier()
             spent += time.perf_counter() - started
@@ -1319,15 +1224,14 @@ def train(trainer: Trainer, validate) -> dict[str, float]:
             rt.log(f"late_qat:on step:{step} lr_scale:{scale:.4f} bits:{hp.quant_bits}")
         loss = trainer.step(step, scale, quantize)
         step += 1
-        trainer.average(step, scale)
         rt.pace()
         if step <= 10 or hp.train_log_every and step % hp.train_log_every == 0:
             mean = rt.sum(loss.clone()).item() / rt.world_size
             ms = 1e3 * (spent + time.perf_counter() - started)
             rt.log(f"step:{step}/{hp.iterations} train_loss:{mean:.4f} train_time:{ms:.0f}ms "
                    f"step_avg:{ms / step:.2f}ms tok/s:{hp.train_batch_tokens * step / ms * 1e3:.0f}")
-    if stop:
-        rt.log(f"stopping_early: {stop} train_time:{1e3 * spent:.0f}ms step:{step}/{hp.iterations}")
+    if capped:
+        rt.log(f"stopping_early: wallclock_cap train_time:{1e3 * spent:.0f}ms step:{step}/{hp.iterations}")
     weights = averaged_parameters(trainer.averages, hp)
     for p, mean in zip(trainer.parameters, weights or []):
         p.data.copy_(mean)
@@ -1336,41 +1240,40 @@ def train(trainer: Trainer, validate) -> dict[str, float]:
            f"parameters:{sum(p.numel() for p in model.parameters())}")
     return dict(seconds=spent, steps=step)
 
-
 # ------------------------------------------------------------------------------------------------------------
 # 12. main
 # train -> average -> pack -> write -> read -> unpack -> score -> mix -> report
 # ------------------------------------------------------------------------------------------------------------
 
-def log_header(hp: Hyperparameters, model: GPT, loader: TokenLoader, stream_bytes: np.ndarray,
-               rt: Runtime) -> None:
+def log_header(trainer: Trainer, stream_bytes: np.ndarray) -> None:
     """What a reviewer needs to repeat the run: this source, versions, hardware, data, every setting."""
-    if rt.rank:
-        return
-    rt.log(Path(__file__).read_text(encoding="utf-8"), console=False)
-    rt.log("=" * 100, console=False)
-    cuda = rt.device.type == "cuda"
-    hardware = (torch.cuda.get_device_name(rt.device) if cuda
-                else f"{platform.processor() or platform.machine()} CPU")
+    hp, loader, rt = trainer.hp, trainer.loader, trainer.rt
+    rt.log(f"{Path(__file__).read_text(encoding='utf-8')}\n{'=' * 100}", console=False)
+    processor = f"{platform.processor() or platform.machine()} CPU"
+    hardware = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else processor
     rt.log(f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
            f"numpy:{np.__version__} platform:{platform.platform()}", console=False)
     rt.log(f"hardware:{rt.world_size} x {hardware} threads:{torch.get_num_threads()} cores:{os.cpu_count()} "
-           f"attention:{model.attention_name} accumulation:{loader.accumulation}")
-    for name, path in (("train", loader.paths[0]), ("val", find_shards("DATA_PATH", "val", hp)[0]),
-                       ("tokenizer", Path(hp.tokenizer_path))):
-        rt.log(f"data:{name} first:{path} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}",
-               console=False)
+           f"attention:{trainer.model.attention_name} accumulation:{loader.accumulation}")
+    data = dict(train=loader.paths[0], val=find_shards("val", hp)[0], tokenizer=Path(hp.tokenizer_path))
+    for name, path in data.items():
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        rt.log(f"data:{name} first:{path} sha256:{digest}", console=False)
     rt.log(f"train_tokens:{loader.tokens} val_targets:{len(stream_bytes)} val_bytes:{stream_bytes.sum()}")
-    for f in fields(hp):
-        rt.log(f"{f.name.upper()}={hp.shown(f.name)}", console=False)
+    rt.log("\n".join(f"{f.name.upper()}={hp.shown(f.name)}" for f in fields(hp)), console=False)
+
+def log_score(name: str, nll: np.ndarray, stream_bytes: np.ndarray, facts: str, rt: Runtime) -> float:
+    """Log the mean nats per target and the bits per byte; returns the latter."""
+    bpb = bits_per_byte(nll, stream_bytes)
+    rt.log(f"{name}_exact val_loss:{nll.mean(dtype=np.float64):.8f} val_bpb:{bpb:.8f} {facts}".rstrip())
+    return bpb
 
 def report_mixture(mixture: Mixture, nll: np.ndarray, stream_bytes: np.ndarray, added: str,
                    rt: Runtime) -> float:
     """Audit the mixture, then log its score; returns its bpb. Hashed counts get none: they are no code."""
-    hp = mixture.hp
-    bpb, gain = bits_per_byte(mixture.nll, stream_bytes), bits_per_byte(nll - mixture.nll, stream_bytes)
-    facts = (f"orders:{hp.ngram_min_order}-{hp.ngram_order} counts:{hp.ngram_counts} "
-             f"alpha:{hp.ngram_alpha} {added}")
+    hp, bpb = mixture.hp, bits_per_byte(mixture.nll, stream_bytes)
+    orders = f"orders:{hp.ngram_min_order}-{hp.ngram_order}"
+    facts = f"{orders} counts:{hp.ngram_counts} alpha:{hp.ngram_alpha} {added}"
     if hp.ngram_counts == "hashed":
         order, matched = mixture.counts[0], np.flatnonzero(mixture.counts[0])
         spread = matched[np.linspace(0, len(matched) - 1, min(64, len(matched))).astype(int)]
@@ -1379,38 +1282,30 @@ def report_mixture(mixture: Mixture, nll: np.ndarray, stream_bytes: np.ndarray, 
                f"probability: at the stream's end the counts sum to {end:.3g} over the vocabulary, not to 1)")
         return math.nan
     rt.log(f"ngram_audit {mixture.audit()}")
-    loss = mixture.nll.mean(dtype=np.float64)
-    rt.log(f"final_ngram_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f} gain:{gain:.8f} {facts}")
-    return bpb
+    facts = f"gain:{bits_per_byte(nll - mixture.nll, stream_bytes):.8f} {facts}"
+    return log_score("final_ngram", mixture.nll, stream_bytes, facts, rt)
 
 def evaluate(trainer: Trainer, blob: bytes, tokens: np.ndarray, stream_bytes: np.ndarray) -> dict[str, float]:
-    """Everything from reload on: the model becomes what `blob` holds, scores the stream, is mixed with counts
-    in the background while it scores."""
+    """The model becomes what `blob` holds, scores the stream, and is mixed with counts while it scores."""
     hp, rt, label = trainer.hp, trainer.rt, f"final_int{trainer.hp.quant_bits}"
-    started, results, targets = time.perf_counter(), {}, len(tokens) - 1
+    started, results, done, pending = time.perf_counter(), {}, 0, None
     trainer.model.load_state_dict(unpack(blob))
-
-    def report(name: str, nll: np.ndarray, facts: str = "") -> None:
-        results[name] = bits_per_byte(nll, stream_bytes)
-        loss = nll.mean(dtype=np.float64)
-        rt.log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{results[name]:.8f} {facts}".rstrip())
-
     with ThreadPoolExecutor(1) as background:
         mixture = background.submit(Mixture, tokens, hp) if hp.ngram_enabled and rt.rank == 0 else None
         nll, _ = collect(score_stream(trainer.trunk, trainer.model, tokens, hp.eval_seq_len, rt))
         if rt.rank == 0:
-            report(f"{label}_roundtrip", nll)
-        begun, done, pending = time.perf_counter(), 0, None
-        nll, entropy = np.empty(targets, np.float32), np.empty(targets, np.float32)
+            log_score(f"{label}_roundtrip", nll, stream_bytes, "", rt)
+        begun, scores = time.perf_counter(), np.empty((2, len(tokens) - 1), np.float32)
+        nll, entropy = scores
         for segment in score_stream(trainer.trunk, trainer.model, tokens, hp.eval_stride, rt):
-            done, at = done + len(segment[0]), slice(done, done + len(segment[0]))
-            nll[at], entropy[at] = segment
+            scores[:, done: done + len(segment[0])] = segment
+            done += len(segment[0])
             if mixture:
                 pending = background.submit(lambda n=done: mixture.result().extend(nll[:n], entropy[:n]))
         scored = time.perf_counter()
         if rt.rank == 0:
             took = f"stride:{hp.eval_stride} eval_time:{1e3 * (scored - begun):.0f}ms"
-            report(f"{label}_sliding_window", nll, took)
+            results["neural"] = log_score(f"{label}_sliding_window", nll, stream_bytes, took, rt)
         if mixture:
             pending.result()
             added = f"added_time:{1e3 * (time.perf_counter() - scored):.0f}ms"
@@ -1428,7 +1323,7 @@ def last_screen(trained: dict, results: dict, size: int, hp: Hyperparameters, rt
     counted = f"{mixed:.4f} bpb   with exact {hp.ngram_min_order}-{hp.ngram_order}-gram counts of the past"
     limit = f" of {hp.max_wallclock_seconds:.0f} s" if hp.max_wallclock_seconds else ""
     rt.log(f"""
-  neural     {results[f"final_int{hp.quant_bits}_sliding_window"]:.4f} bpb   every target once
+  neural     {results["neural"]:.4f} bpb   every target once
   mixed      {counted if mixed == mixed else "no score: off, or hashed counts, which are no probability"}
   artifact   {size:,} bytes of {SIZE_CAP:,}, code included
   training   {trained["seconds"]:.1f} s{limit}, {trained["steps"]} steps
@@ -1440,23 +1335,23 @@ def main(env: dict[str, str]) -> None:
     rt = Runtime(hp.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}_seed{hp.seed}", env)
     try:
         torch.manual_seed(hp.seed)
-        loader, tokens, counter = (TokenLoader(hp, rt.rank, rt.world_size), load_validation(hp),
-                                   ByteCounter(hp))
+        loader, tokens = TokenLoader(hp, rt.rank, rt.world_size), load_validation(hp)
+        counter = ByteCounter(hp)
         stream_bytes = counter(tokens) if rt.rank == 0 else None
         trainer = Trainer(GPT(hp).to(rt.device), loader, rt)
-        log_header(hp, trainer.model, loader, stream_bytes, rt)
+        if rt.rank == 0:
+            log_header(trainer, stream_bytes)
         for warning in mistyped(env):
             rt.log(f"warning: {warning}")
 
         def validate() -> tuple[float, float]:
             nll, _ = collect(score_stream(trainer.trunk, trainer.model, tokens, hp.eval_seq_len, rt))
-            return ((float(nll.mean(dtype=np.float64)), bits_per_byte(nll, stream_bytes))
-                    if rt.rank == 0 else (0, 0))
+            return (nll.mean(dtype=np.float64), bits_per_byte(nll, stream_bytes)) if rt.rank == 0 else (0, 0)
 
         trained = train(trainer, validate)
         path = Path(f"final_model.int{hp.quant_bits}.ptz")
         size = write_artifact(trainer.model, path, hp, rt) if rt.rank == 0 else 0
-        blob = rt.bytes_from_rank_0(path.read_bytes() if rt.rank == 0 else None)
+        blob = rt.from_rank_0(path.read_bytes() if rt.rank == 0 else None)
         results = evaluate(trainer, blob, tokens, stream_bytes)
         if rt.rank == 0:
             last_screen(trained, results, size, hp, rt)

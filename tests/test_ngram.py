@@ -205,7 +205,7 @@ def test_the_fixed_weight_is_the_written_one():
 
 
 @pytest.mark.parametrize("tamper", [lambda m: m.decided[max(m.decided)].__setitem__(0, (2, .5, .5, .5, 1, 1)),
-                                    lambda m: m.counts[0][0].__setitem__(slice(0, 40), 9)])
+                                    lambda m: m.counts[0].__setitem__(slice(0, 40), 9)])
 def test_the_audit_finds_a_mixture_that_is_no_code(rng, tamper):
     tokens = stream_of("noisy_copies", rng, 2000)
     _, nll, entropy = model_of(tokens, rng, 300)
