@@ -953,7 +953,7 @@ def ngram_counts(tokens: np.ndarray, highest: int, describe: bool = True):
     t, first = t[keep] + 1, first[keep]
     yield pair, code
     for _ in range(2, highest + 1):
-        pair, code, kept = np.zeros_like(pair), np.zeros_like(code), 0
+        pair, code, kept = np.zeros(len(tokens), np.uint32), np.zeros(len(code), np.uint16), 0
         for part in whole_groups(first):
             target, begin = t[part], first[part]
             word, number = stream[target], np.arange(len(target), dtype=np.uint32)
@@ -978,8 +978,10 @@ def ngram_backoff(tokens: np.ndarray, hp: Hyperparameters) -> tuple[np.ndarray, 
     order, context, pair = (np.zeros(len(tokens) - 1, kind) for kind in (np.uint8, np.uint32, np.uint32))
     counts = hashed_counts(tokens, hp) if hp.ngram_counts == "hashed" else exact_counts(tokens, hp)
     for n, c_u, c_uv in counts:
-        wins = np.flatnonzero(c_u >= hp.ngram_min_count)
-        order[wins], context[wins], pair[wins] = n, c_u[wins], c_uv[wins]
+        wins = c_u >= hp.ngram_min_count
+        order[wins] = n
+        np.copyto(context, c_u, "unsafe", wins)
+        np.copyto(pair, c_uv, "unsafe", wins)
     return order, context, pair
 
 def exact_counts(tokens: np.ndarray, hp: Hyperparameters):
@@ -1057,12 +1059,17 @@ class Mixture:
     def __init__(self, tokens: np.ndarray, hp: Hyperparameters, samples: int = 16):
         self.tokens, self.hp, self.targets = tokens, hp, len(tokens) - 1
         self.nll, self.edges, self.block = np.empty(self.targets), block_edges(self.targets), 0
-        self.samples = np.unique(np.geomspace(1, self.targets, samples).astype(int) - 1)
+        spread = (space(1, max(self.targets, 1), samples) for space in (np.geomspace, np.linspace))
+        self.samples = np.unique(np.concatenate(list(spread)).astype(int) - 1)
         self.decided = {}  # sampled target -> [(order, w0, w1, w2, c(u), c(u, v)), ...], for the audit
+        self.trusted = {}  # sampled target -> (p of the model, trust in the mixture)
         if hp.ngram_alpha == "online":
             counts, orders = ngram_counts(tokens, hp.ngram_order), hp.ngram_order - 1
             self.unigram, self.lead = next(counts)[0], 0.0
-            self.counts = [kept[code > 0] for pair, code in counts for kept in (pair, code)]
+            self.counts = []
+            for pair, code in counts:
+                self.counts += pair[code > 0].astype(np.min_scalar_type(pair.max())), code[code > 0]
+                del pair, code  # a level is large: free it before the next is counted
             self.cursor, self.carry = np.zeros(orders, np.int64), np.zeros(orders, np.uint32)
             self.mass = np.zeros((orders, 3, STATES, GAPS, HEATS))
         else:
@@ -1074,7 +1081,12 @@ class Mixture:
         while self.block + 1 < len(self.edges) and self.edges[self.block + 1] <= len(nll):
             a, b = self.edges[self.block: self.block + 2]
             model = np.exp(-np.minimum(nll[a:b].astype(np.float64), 690))
-            self.nll[a:b] = -np.log(mix(a, b, model, entropy[a:b]))
+            p, trust = mix(a, b, model, entropy[a:b])
+            self.nll[a:b] = -np.log(trust * p + (1 - trust) * model)
+            if not np.isfinite(self.nll[a:b]).all():
+                raise RuntimeError(f"scores of targets {a} to {b} are not finite: the model has diverged")
+            for target in self.samples[(a <= self.samples) & (self.samples < b)].tolist():
+                self.trusted[target] = model[target - a], trust[target - a]
             self.block += 1
 
     def sample(self, targets: np.ndarray, orders: np.ndarray, weights, counts) -> None:
@@ -1083,14 +1095,16 @@ class Mixture:
             facts = int(orders[i]), *(float(w[i]) for w in weights), *(int(c[i]) for c in counts)
             self.decided.setdefault(int(targets[i]), []).append(facts)
 
-    def mix_backoff(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray) -> np.ndarray:
+    def mix_backoff(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray):
+        """(mixed p of the targets [a, b), trust in it: all)."""
         order, context, pair = (array[a:b] for array in self.counts)
         alpha, rows = backoff_weight(entropy, order, self.hp), np.flatnonzero(order)
         weights = 1 - alpha[rows], alpha[rows], 0 * rows
         self.sample(rows + a, order[rows], weights, [context[rows], pair[rows]])
-        return (1 - alpha) * model + alpha * pair / np.maximum(context, 1)
+        return (1 - alpha) * model + alpha * pair / np.maximum(context, 1), np.ones(b - a)
 
-    def mix_online(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray) -> np.ndarray:
+    def mix_online(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray):
+        """(p_N of the targets [a, b), trust in it against the model by the likelihood of both so far)."""
         p, heat, context = model.copy(), np.clip(entropy, 0, HEATS - 1).astype(np.int64), self.unigram[a:b]
         for i, (mass, carry) in enumerate(zip(self.mass, self.carry)):
             rows = np.flatnonzero(context)
@@ -1108,16 +1122,18 @@ class Mixture:
             context[0], context[rows + 1] = carry, c_uv
             self.cursor[i], self.carry[i], context = at.stop, context[-1], context[:-1]
         odds = np.cumsum(np.append(self.lead, np.log(p / model)))
-        trust, self.lead = 1 / (1 + np.exp(-np.clip(odds[:-1], -500, 500))), odds[-1]
-        return trust * p + (1 - trust) * model
+        self.lead = odds[-1]
+        return p, 1 / (1 + np.exp(-np.clip(odds[:-1], -500, 500)))
 
     def audit(self) -> str:
         """Recount sampled targets by scanning the stream before them, sum their mixture over the vocabulary,
         and count a prefix alone. Returns facts for the log; RuntimeError if the mixture is no code."""
         masses, V = [], self.hp.vocab_size
-        for target, decided in self.decided.items():
-            t, p = target + 1, np.full(V, 1 / V)  # any distribution may stand for the model's
-            for n, w0, w1, w2, *counts in decided:
+        for target, (p_target, trust) in self.trusted.items():
+            t = target + 1
+            model = np.full(V, (1 - p_target) / (V - 1))  # the rest of its distribution is not at hand
+            p, model[self.tokens[t]] = model, p_target
+            for n, w0, w1, w2, *counts in self.decided.get(target, ()):
                 past = np.flatnonzero(self.tokens[n - 2: t - 1] == self.tokens[t - 1]) + n - 1
                 for k in range(2, n):
                     past = past[self.tokens[past - k] == self.tokens[t - k]]
@@ -1127,14 +1143,18 @@ class Mixture:
                                        f"{len(past)}, {c[self.tokens[t]]}")
                 p = w0 * p + w1 * c / len(past)
                 p[self.tokens[past[-1]]] += w2
+            p = trust * p + (1 - trust) * model
             masses.append(p.sum())
+            if abs(self.nll[target] + math.log(p[self.tokens[t]])) > 1e-6:
+                raise RuntimeError(f"target {target} was scored {self.nll[target]} nats, -ln p is "
+                                   f"{-math.log(p[self.tokens[t]])}")
         prefix = Mixture(self.tokens[: 1 << 14], self.hp)
         same = all(np.array_equal(some, whole[:len(some)]) for some, whole in zip(prefix.counts, self.counts))
         if not same or any(abs(mass - 1) > 1e-9 for mass in masses):
             raise RuntimeError(f"masses {masses}, or the counts of {prefix.targets} targets differ alone")
         low, high = min(masses, default=1.0), max(masses, default=1.0)
         return (f"targets:{self.edges[self.block]}/{self.targets} mass_min:{low:.12f} mass_max:{high:.12f} "
-                f"recounted:{len(masses)} prefix:{prefix.targets}")
+                f"recounted:{len(self.decided)} enumerated:{len(masses)} prefix:{prefix.targets}")
 
 # ------------------------------------------------------------------------------------------------------------
 # 11. Training
@@ -1288,7 +1308,7 @@ def report_mixture(mixture: Mixture, nll: np.ndarray, stream_bytes: np.ndarray, 
 def evaluate(trainer: Trainer, blob: bytes, tokens: np.ndarray, stream_bytes: np.ndarray) -> dict[str, float]:
     """The model becomes what `blob` holds, scores the stream, and is mixed with counts while it scores."""
     hp, rt, label = trainer.hp, trainer.rt, f"final_int{trainer.hp.quant_bits}"
-    started, results, done, pending = time.perf_counter(), {}, 0, None
+    started, results, done, pending = time.perf_counter(), {}, 0, []
     trainer.model.load_state_dict(unpack(blob))
     with ThreadPoolExecutor(1) as background:
         mixture = background.submit(Mixture, tokens, hp) if hp.ngram_enabled and rt.rank == 0 else None
@@ -1301,13 +1321,15 @@ def evaluate(trainer: Trainer, blob: bytes, tokens: np.ndarray, stream_bytes: np
             scores[:, done: done + len(segment[0])] = segment
             done += len(segment[0])
             if mixture:
-                pending = background.submit(lambda n=done: mixture.result().extend(nll[:n], entropy[:n]))
+                so_far = nll[:done], entropy[:done]
+                pending.append(background.submit(lambda now=so_far: mixture.result().extend(*now)))
         scored = time.perf_counter()
         if rt.rank == 0:
             took = f"stride:{hp.eval_stride} eval_time:{1e3 * (scored - begun):.0f}ms"
             results["neural"] = log_score(f"{label}_sliding_window", nll, stream_bytes, took, rt)
         if mixture:
-            pending.result()
+            for part in pending:
+                part.result()
             added = f"added_time:{1e3 * (time.perf_counter() - scored):.0f}ms"
             results["mixed"] = report_mixture(mixture.result(), nll, stream_bytes, added, rt)
     if hp.save_scores and rt.rank == 0:
@@ -1349,6 +1371,8 @@ def main(env: dict[str, str]) -> None:
             return (nll.mean(dtype=np.float64), bits_per_byte(nll, stream_bytes)) if rt.rank == 0 else (0, 0)
 
         trained = train(trainer, validate)
+        loss, bpb = validate()  # of the weights that are packed: what packing costs shows in the next scores
+        rt.log(f"final_float_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
         path = Path(f"final_model.int{hp.quant_bits}.ptz")
         size = write_artifact(trainer.model, path, hp, rt) if rt.rank == 0 else 0
         blob = rt.from_rank_0(path.read_bytes() if rt.rank == 0 else None)

@@ -160,6 +160,14 @@ def test_the_past_does_not_change_with_the_future(rng, scheme):
         assert np.array_equal(mixed(tokens[:end + 1], nll[:end], entropy[:end], hp), whole[:end])
 
 
+def test_scores_that_are_not_finite_stop_the_mixture(rng):
+    tokens = stream_of("zipf", rng, 300)
+    _, nll, entropy = model_of(tokens, rng, 300)
+    nll[200] = np.nan
+    with pytest.raises(RuntimeError, match="scores of targets 192 to 256 are not finite"):
+        mixed(tokens, nll, entropy, tiny())
+
+
 @pytest.mark.parametrize("kind", ["uniform", "zipf"])
 def test_useless_counts_cost_less_than_a_bit_in_all(rng, kind):
     """Where tokens are drawn independently from what the model says, nothing can be gained: the whole stream may
@@ -204,7 +212,8 @@ def test_the_fixed_weight_is_the_written_one():
     assert t.backoff_weight(centers, np.arange(2, 9), hp) == pytest.approx(np.full(7, 0.3))
 
 
-@pytest.mark.parametrize("tamper", [lambda m: m.decided[max(m.decided)].__setitem__(0, (2, .5, .5, .5, 1, 1)),
+@pytest.mark.parametrize("tamper", [lambda m: m.nll.__setitem__(slice(None), m.nll - 0.01),
+                                    lambda m: m.decided[max(m.decided)].__setitem__(0, (2, .5, .5, .5, 1, 1)),
                                     lambda m: m.counts[0].__setitem__(slice(0, 40), 9)])
 def test_the_audit_finds_a_mixture_that_is_no_code(rng, tamper):
     tokens = stream_of("noisy_copies", rng, 2000)

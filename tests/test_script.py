@@ -32,7 +32,8 @@ def test_a_run_says_everything_and_leaves_an_artifact(runs, ranks):
     line = r"^step:\d+/12 train_loss:\d+\.\d+ train_time:\d+ms step_avg:\S+ms tok/s:\d+$"
     assert len(re.findall(line, log, re.M)) == 12
     assert re.search(r"^late_qat:on step:11 lr_scale:0\.1667 bits:6$", log, re.M)
-    for name in ("final_int6_roundtrip_exact", "final_int6_sliding_window_exact", "final_ngram_exact"):
+    for name in ("final_float_exact", "final_int6_roundtrip_exact", "final_int6_sliding_window_exact",
+                 "final_ngram_exact"):
         found = values(log, name)
         ratio = float(found["val_loss"]) / np.log(2) / float(found["val_bpb"])       # bytes per target
         assert 1.0 < ratio < 3.0
