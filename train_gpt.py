@@ -46,10 +46,8 @@ EVAL_BUDGET_S = 600    # seconds for everything after training (the challenge's 
 class UserError(Exception):
     """Bad input. The message is one line: what was found, what was expected, what to do."""
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. Hyperparameters
+# --- 1. Hyperparameters -------------------------------------------------------------------------------------
 # The only place that reads the environment. What cannot work is refused, in one line, before data is touched.
-# ------------------------------------------------------------------------------------------------------------
 
 def setting(default, doc: str, low=None, high=None, choices=None):
     return field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices))
@@ -116,7 +114,8 @@ class Hyperparameters:
     swa_every: int = setting(50, "steps between snapshots of the uniform average", 1)
     swa_threshold: float = setting(0.2, "snapshots start once the lr scale is below this", 0, 1)
     late_qat_threshold: float = setting(0.15, "lr scale below which fake quantisation starts; 0: never", 0)
-    quant_bits: int = setting(6, "bits of the matrices' codes (embeddings have 8)", 3, 8)
+    quant_bits: int = setting(6, "natural bits of the matrices' codes (tables have 8)", 3, 8)
+    fill_budget: bool = setting(True, "spend the bytes that are left on finer codes, up to 8 bits")
     # scoring
     eval_seq_len: int = setting(2048, "tokens per scoring window", 1)
     eval_stride: int = setting(64, "new targets per window of the final score", 1)
@@ -127,14 +126,13 @@ class Hyperparameters:
     ngram_enabled: bool = setting(True, "mix the model with counts of what came before in the stream")
     ngram_min_order: int = setting(2, "shortest gram (context + target)", 2, 16)
     ngram_order: int = setting(7, "longest gram", 2, 16)
-    ngram_alpha: str = setting("online", "weight of the counts: learned on the way; by entropy (PR #889); by "
-                               "entropy and order (PR #825)", choices=("online", "entropy", "order"))
+    ngram_alpha: str = setting("online", "weight of the counts: learned on the way; by PR #889; by PR #825",
+                               choices=("online", "entropy", "order"))
     ngram_min_count: int = setting(2, "times a context must occur before its order may win; not online", 1)
     alpha_min: float = setting(0.05, "weight where the model is sure; not online", 0, 1)
     alpha_max: float = setting(0.60, "weight where the model is lost; not online", 0, 1)
-    ngram_counts: str = setting("exact", "hashed: as the predecessors'; that is no code, and labelled so",
-                                choices=("exact", "hashed"))
-    ngram_buckets: int = setting(4_194_304, "buckets of each hashed table, a power of two", 2)
+    ngram_counts: str = setting("exact", "hashed: as the predecessors', no code", choices=("exact", "hashed"))
+    ngram_buckets: int = setting(4_194_304, "buckets of each hashed table, a power of two", 2, 2 ** 30)
 
     @property
     def head_dim(self) -> int:
@@ -143,12 +141,10 @@ class Hyperparameters:
     @classmethod
     def from_env(cls, env: dict[str, str]) -> Hyperparameters:
         """Typed, checked settings from `env`; UserError names the variable, its value, what it may hold."""
-        hp = cls(**{f.name: parse_setting(f, env[f.name.upper()])
-                    for f in fields(cls) if f.name.upper() in env})
-        hp.check()
-        return hp
+        return cls(**{f.name: parse_setting(f, env[f.name.upper()])
+                      for f in fields(cls) if f.name.upper() in env})
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Refuse settings that cannot work together, with the first rule that they break."""
         T, last, power = self.train_seq_len, self.num_layers - 1, 1 << self.ngram_buckets.bit_length()
         sequences, hashed = self.train_batch_tokens / T, self.ngram_counts == "hashed"
@@ -181,10 +177,9 @@ class Hyperparameters:
         value = getattr(self, name)
         return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
-BOOLS = {"0": False, "false": False, "1": True, "true": True}
 PARSERS = {  # by the type of a setting's default: how to read it, what to expect
     str: (str, "text"), int: (int, "an integer"), float: (float, "a number"),
-    bool: (lambda text: BOOLS[text.strip().lower()], "0 or 1"),
+    bool: (lambda text: {"0": 0, "false": 0, "1": 1, "true": 1}[text.strip().lower()] == 1, "0 or 1"),
     tuple: (lambda text: tuple(int(i) for i in text.split(",") if i.strip()), "comma-separated integers")}
 
 def parse_setting(f, text: str):
@@ -217,11 +212,9 @@ def mistyped(env: dict[str, str]) -> list[str]:
     near = ((name, min((edit_distance(name, k), k) for k in known)) for name in sorted(set(env) - known))
     return [f"{name} is set but is no setting; did you mean {k}?" for name, (far, k) in near if far <= 2]
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. Runtime
+# --- 2. Runtime ---------------------------------------------------------------------------------------------
 # All that knows of other ranks: on one rank each method is the identity, so laptop and cluster run the same
 # lines. What is on the CPU travels by gloo: agreeing on the clock never waits for a GPU.
-# ------------------------------------------------------------------------------------------------------------
 
 class Runtime:
     def __init__(self, run_id: str, env: dict[str, str]):
@@ -261,10 +254,9 @@ class Runtime:
         """Average the gradients over the ranks: one message for all of them."""
         if self.world_size == 1:
             return
-        grads = [p.grad for p in parameters]
-        flat = self.sum(torch.cat([g.flatten() for g in grads])).div_(self.world_size)
-        for g, mean in zip(grads, flat.split([g.numel() for g in grads])):
-            g.copy_(mean.view_as(g))
+        flat = self.sum(torch.cat([p.grad.flatten() for p in parameters])).div_(self.world_size)
+        for p, mean in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad.copy_(mean.view_as(p))
 
     def from_rank_0(self, value: float | bytes | None) -> float | bytes:
         """Rank 0's `value` on every rank."""
@@ -317,11 +309,9 @@ class Progress:
             self.rt.log(line, console=not live)
             self.said = now
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. Data
+# --- 3. Data ------------------------------------------------------------------------------------------------
 # A shard is 256 little-endian int32 (20240520, 1, count, 0 ...), then `count` uint16 tokens, memory-mapped.
 # The loader has no state: batch k is a function of k, the same tokens whatever the number of ranks.
-# ------------------------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
 GET_DATA = ("`make demo` needs no data; for FineWeb get the challenge repository and run its "
@@ -432,10 +422,8 @@ class ByteCounter:
         space = self.opens_word[tokens[1:]] & self.is_text[tokens[:-1]]
         return (self.length[tokens[1:]] + space).astype(np.uint16)
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Kernels
+# --- 4. Kernels ---------------------------------------------------------------------------------------------
 # The ops that are worth more than what the compiler makes of them, each with its plain form beside it.
-# ------------------------------------------------------------------------------------------------------------
 
 def find_flash_attention():
     """(name, function) of the fastest attention that is installed and runs here, or (name, None): torch's."""
@@ -458,12 +446,10 @@ def causal_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, flash=None)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                           enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. Model
+# --- 5. Model -----------------------------------------------------------------------------------------------
 # Master weights are float32; every op follows the dtype of the residual stream (bfloat16 on CUDA, float32 on
 # CPU): no autocast. Sources: GQA 2305.13245, RoPE 2104.09864, QK-norm 2302.05442, value residual 2410.17897,
 # XSA and SmearGate as in PR #889, U-Net skips and x0 mixes as in modded-nanogpt.
-# ------------------------------------------------------------------------------------------------------------
 
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
@@ -616,9 +602,7 @@ class GPT(nn.Module):
             v_first = v if layer == 0 else v_first
             if layer < L // 2:
                 skips.append(x)
-        if targets_BT is None:
-            return x
-        return F.cross_entropy(self.logits(x).flatten(0, 1), targets_BT.flatten())
+        return x if targets_BT is None else F.cross_entropy(self.logits(x).flatten(0, 1), targets_BT.ravel())
 
     def logits(self, hidden_D: Tensor) -> Tensor:
         """(..., D) -> (..., V) float32, softly capped to +-LOGIT_SOFTCAP."""
@@ -626,10 +610,8 @@ class GPT(nn.Module):
         z, cap = F.linear(norm(hidden_D), weight.to(hidden_D.dtype)).float(), self.hp.logit_softcap
         return cap * torch.tanh(z / cap) if cap else z
 
-# ------------------------------------------------------------------------------------------------------------
-# 6. Optimizer
+# --- 6. Optimizer -------------------------------------------------------------------------------------------
 # Muon (Jordan et al. 2024), whose update is the momentum made orthogonal, for matrices; AdamW for the rest.
-# ------------------------------------------------------------------------------------------------------------
 
 def orthogonalize(G_NRC: Tensor, steps: int) -> Tensor:
     """Nearly the orthogonal factor U V' of each matrix U S V': singular values come out in about [0.7, 1.2].
@@ -650,8 +632,8 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, matrices: list[nn.Parameter], hp: Hyperparameters):
         stacks = ([p for p in matrices if p.shape == shape] for shape in sorted({p.shape for p in matrices}))
         groups = [dict(params=same, buffer=torch.zeros_like(torch.stack(same))) for same in stacks]
-        super().__init__(groups, dict(lr=hp.matrix_lr, momentum=hp.muon_momentum_warmup_start,
-                                      weight_decay=hp.muon_wd, steps=hp.muon_backend_steps))
+        super().__init__(groups, dict(lr=hp.matrix_lr, initial_lr=hp.matrix_lr, weight_decay=hp.muon_wd,
+                                      momentum=hp.muon_momentum_warmup_start, steps=hp.muon_backend_steps))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -673,14 +655,11 @@ def build_optimizers(model: GPT, hp: Hyperparameters) -> list[torch.optim.Optimi
         kind.append(p)
     table_lr = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr
     rates = (tables, table_lr), (heads, hp.head_lr), (vectors, hp.scalar_lr)
-    adam = torch.optim.AdamW([dict(params=kind, lr=lr) for kind, lr in rates if kind], eps=hp.adam_eps,
-                             betas=(hp.beta1, hp.beta2), weight_decay=hp.adam_wd, fused=True)
-    optimizers = [Muon(matrices, hp), adam]
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    owned = [id(p) for group in groups for p in group["params"]]
+    groups = [dict(params=kind, lr=lr, initial_lr=lr) for kind, lr in rates if kind]
+    optimizers = [Muon(matrices, hp), torch.optim.AdamW(groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps,
+                                                        weight_decay=hp.adam_wd, fused=True)]
+    owned = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(map(id, model.parameters())), "a parameter without exactly one optimizer"
-    for group in groups:
-        group["initial_lr"] = group["lr"]
     return optimizers
 
 def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
@@ -695,10 +674,8 @@ def muon_momentum(step: int, hp: Hyperparameters) -> float:
     share = min(1.0, step / hp.muon_momentum_warmup_steps) if hp.muon_momentum_warmup_steps else 1.0
     return hp.muon_momentum_warmup_start + share * (hp.muon_momentum - hp.muon_momentum_warmup_start)
 
-# ------------------------------------------------------------------------------------------------------------
-# 7. Averaging
+# --- 7. Averaging -------------------------------------------------------------------------------------------
 # Averaged weights are better than the last ones. EMA and SWA are one class: running means, but one forgets.
-# ------------------------------------------------------------------------------------------------------------
 
 class WeightAverage:
     """Mean of snapshots: exponential, free of its start (as Adam's moments), or uniform if decay=1."""
@@ -719,111 +696,262 @@ def averaged_parameters(averages: dict[str, WeightAverage], hp: Hyperparameters)
              if name in hp.averaging.split("_") and averages[name].count]
     return [torch.stack(same).mean(0) for same in zip(*means)] if means else None
 
-# ------------------------------------------------------------------------------------------------------------
-# 8. Artifact
-# Matrices become small integers with one float16 step per row; a row is clipped where that loses least
-# (GPTQ-lite). The container describes itself and holds only numbers: nothing in it can run. Little-endian:
-#     "PGOLF" + version byte | u32 header length | header: JSON, the tensor table [[name, shape, scheme], ...]
-#     | lzma stream of all tensors' bytes in table order: codes int8, steps float16, plain tensors | SHA-256
-# ------------------------------------------------------------------------------------------------------------
+# --- 8. Artifact --------------------------------------------------------------------------------------------
+# A matrix becomes codes in +-levels and a step per row, clipped where that loses least (GPTQ-lite). Codes are
+# near-Gaussian noise that no dictionary coder shortens, so they are range-coded (rANS, Duda 1311.2540) with
+# tables chosen by the spread of row and column: below the zeroth-order entropy per tensor. A file holds only
+# numbers: nothing in it can run. Little-endian; * marks 16-bit arrays: all low bytes, then all high bytes.
+#   "PGOLF" 2 | SHA-256 of the rest | 6 streams: u8 coder (0 raw, 1 LZMA2, 2 rANS), u32 bytes, u32 coded bytes
+#   streams: JSON [[name, shape, coded 0 or 1], ...], the order in all others | bfloat16* steps per row
+#   | u8 spread class per row | per column: table = row + column - 16, in 0 ... 63 (of other streams: 0)
+#   | float16* of the tensors not coded | u8 codes + 128. A weight is code * step, exact in float32.
+#   rANS: u16 lanes, u8 tables, u32 size of the LZMA2-coded u16* frequencies (256 a table, their sum is 2^14),
+#   these, u32 state per lane, u16 words. Symbol i is in lane i % lanes. Its state x has x % 2^14 in symbol s:
+#   x = f[s] * (x >> 14) + x % 2^14 - sum(f[:s]); if x < 2^16: x = x << 16 | next word. All end at 2^16.
 
-MAGIC = b"PGOLF\x01"
-CLIP_QUANTILES = (1.0, 0.9999, 0.9995, 0.999, 0.995)  # of |w| in a row, candidates for its largest code
+MAGIC, RANS_BITS, TABLES = b"PGOLF\x02", 14, 64
+MOST_WEIGHTS = 1 << 28                # a file that claims more is refused before anything is allocated
+CLIP_QUANTILES = (1.0, 0.998, 0.994)  # of |w| in a row: the candidates for its largest code
+LZMA = dict(format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=1 << 20)])
 
-def quantize_rows(w_RC: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Symmetric codes (R, C) in +-(2^(bits-1) - 1), as floats, and one float16 step per row (R, 1).
-    Per row the clip of least squared error is taken from CLIP_QUANTILES. Works eagerly and under compile."""
-    top, w = 2 ** (bits - 1) - 1, w_RC.float()
-    magnitude = w.abs().sort(-1).values
-    clips = torch.stack([magnitude[:, round(q * (w.size(-1) - 1)), None] for q in CLIP_QUANTILES])
-    steps = (clips / top).clamp(2 ** -24, 65504).half().float()
-    errors = ((w / steps).round().clamp(-top, top) * steps - w).square().sum(-1, keepdim=True)
-    step = steps.gather(0, errors.argmin(0, keepdim=True))[0]
-    return (w / step).round().clamp(-top, top), step.half()
+def row_clips(w_RC: Tensor) -> Tensor:
+    """(candidates, R, 1): the magnitudes at CLIP_QUANTILES of each row."""
+    magnitude, last = w_RC.float().abs().sort(-1).values, w_RC.size(-1) - 1
+    return torch.stack([magnitude[:, round(q * last), None] for q in CLIP_QUANTILES])
 
-def scheme_of(name: str, tensor: Tensor, hp: Hyperparameters) -> str:
-    """How a tensor is stored: tables int8, matrices int<QUANT_BITS>, vectors float16, scalars float32."""
-    if tensor.ndim == 2 and name.endswith(".weight") and tensor.numel():
-        return ("int8" if name.endswith((".table.weight", "embed.weight", "head.weight"))
-                else f"int{hp.quant_bits}")
-    return "float16" if tensor.numel() > 64 and tensor.abs().max() < 65504 else "float32"
+def quantize_rows(w_RC: Tensor, levels, clips: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes (R, C) in +-levels, as floats, and bfloat16 steps (R, 1): their product is exact in float32.
+    `levels`, a number or one per row, is at most 127. Per row the clip of least squared error wins and is
+    the code `levels` itself, so that quantising the product again changes nothing."""
+    w = w_RC.float()
+    steps = ((row_clips(w) if clips is None else clips) / levels).clamp_min(1e-30).bfloat16().float()
+    errors = [((w / s).round().clamp(-levels, levels) * s - w).square().sum(-1, keepdim=True) for s in steps]
+    step = steps.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
+    return (w / step).round().clamp(-levels, levels), step
+
+def natural_levels(name: str, tensor: Tensor, hp: Hyperparameters) -> int:
+    """Largest code by kind: 127 for tables, 2^(QUANT_BITS-1) - 1 for other matrices; 0: not coded."""
+    if tensor.ndim != 2 or not name.endswith(".weight") or not tensor.numel():
+        return 0
+    table = name.endswith((".table.weight", "embed.weight", "head.weight"))
+    return 127 if table else 2 ** (hp.quant_bits - 1) - 1
 
 def fake_quantized(model: GPT, hp: Hyperparameters) -> dict[str, Tensor]:
-    """The parameters as the artifact would give them back; gradients pass straight through the rounding."""
+    """The matrices as the artifact would give them back; gradients pass straight through the rounding."""
     weights = {}
     for name, p in model.named_parameters():
-        if (scheme := scheme_of(name, p, hp) if p.ndim == 2 else "").startswith("int"):
-            with torch.no_grad():
-                codes, step = quantize_rows(p, int(scheme[3:]))
-                rounding = codes * step.float() - p
-            weights[name] = p + rounding
+        if levels := natural_levels(name, p, hp):
+            codes, step = quantize_rows(p.detach(), levels)
+            weights[name] = p + (codes * step - p.detach())
     return weights
 
-def pack(state: dict[str, Tensor], hp: Hyperparameters) -> bytes:
-    """The container of a state dict; UserError if a tensor holds NaN or infinity."""
-    table, stream = [], io.BytesIO()
+def quantize_state(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0, clips=None):
+    """[(name, shape, codes or float16 values, bfloat16 steps as int16 or None)] in numpy, and the relative
+    error of the matrices. Levels are divided by `coarsen`, rounded up in some rows, down in others, so that
+    sizes move by single rows. UserError: a tensor holds NaN, infinity or more than its kind can."""
+    entries, lost, total = [], 0.0, 1e-300
     for name, tensor in state.items():
-        tensor = tensor.detach().cpu()
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{name}: holds NaN or infinity; the training diverged, lower the learning rates")
-        scheme = scheme_of(name, tensor, hp)
-        table.append([name, list(tensor.shape), scheme])
-        if scheme.startswith("int"):
-            codes, step = quantize_rows(tensor, int(scheme[3:]))
-            stream.write(codes.to(torch.int8).numpy().tobytes() + step.numpy().astype("<f2").tobytes())
-        else:
-            stream.write(tensor.numpy().astype("<f2" if scheme == "float16" else "<f4").tobytes())
-    header = json.dumps(table, separators=(",", ":")).encode()
-    body = MAGIC + struct.pack("<I", len(header)) + header + lzma.compress(stream.getvalue(), preset=9)
-    return body + hashlib.sha256(body).digest()
+        w, natural = tensor.detach().float().cpu().contiguous(), natural_levels(name, tensor, hp)
+        if w.numel() and not w.abs().max() <= (1e30 if natural else 65504):
+            raise UserError(f"{name}: holds NaN, infinity or huge values; training diverged, lower the rates")
+        values, steps = w.half(), None
+        if natural:
+            dither = torch.arange(len(w), dtype=torch.float64)[:, None] * 0.6180339887498949 % 1
+            levels = (natural / coarsen + dither).floor().clamp(1, 127).float()
+            codes, step = quantize_rows(w, levels, clips and clips[name])
+            lost += float((codes * step - w).square().sum(dtype=torch.float64))
+            total += float(w.square().sum(dtype=torch.float64))
+            values, steps = codes.to(torch.int8), step.bfloat16().view(torch.int16).numpy()
+        entries.append((name, w.shape, values.numpy(), steps))
+    return entries, math.sqrt(lost / total)
 
-def unpack(blob: bytes) -> dict[str, Tensor]:
-    """The state dict of a container, all float32; ValueError says what is wrong with it."""
-    body, digest = blob[:-32], blob[-32:]
-    if not body.startswith(MAGIC):
-        raise ValueError(f"starts with {blob[:6]!r}, expected {MAGIC!r}: not an artifact of this script")
-    if hashlib.sha256(body).digest() != digest:
-        raise ValueError("its SHA-256 does not match: the file is cut or damaged")
-    start = len(MAGIC) + 4
-    length, = struct.unpack("<I", body[len(MAGIC): start])
-    raw, at, state = lzma.decompress(body[start + length:]), 0, {}
+def turn(raw: bytes, *shape: int) -> bytes:
+    """The bytes of a matrix of `shape`, transposed: (-1, 2) brings low bytes together, (2, -1) undoes it."""
+    return np.frombuffer(raw, np.uint8).reshape(shape).T.tobytes()
 
-    def take(kind: str, shape: list[int]) -> Tensor:
-        nonlocal at
-        array = np.frombuffer(raw, kind, math.prod(shape), at).reshape(shape)
-        at += array.nbytes
-        return torch.from_numpy(array.astype(np.float32))
+def spread_classes(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(u8 per row, u8 per column): 16 + 4 * log2 of the codes' spread, columns relative to their rows."""
+    f = codes_RC.astype(np.float32)
+    row = np.sqrt(np.square(f).mean(1) + 0.03)
+    column = np.sqrt(np.square(f / row[:, None]).mean(0) + 0.003)
+    return tuple(np.clip(np.rint(4 * np.log2(x)) + 16, 0, 47).astype(np.uint8) for x in (row, column))
 
-    for name, shape, scheme in json.loads(body[start: start + length]):
-        if scheme.startswith("int"):
-            codes = take("i1", shape)
-            state[name] = codes * take("<f2", [shape[0], 1])
-        else:
-            state[name] = take("<f2" if scheme == "float16" else "<f4", shape)
-    if at != len(raw):
-        raise ValueError(f"holds {len(raw)} bytes of tensors, its table describes {at}")
+def table_of(row: np.ndarray, column: np.ndarray) -> np.ndarray:
+    return np.clip(row[:, None].astype(np.int16) + column - 16, 0, TABLES - 1).astype(np.uint8).ravel()
+
+def rans_encode(symbols: np.ndarray, table: np.ndarray) -> bytes:
+    """The payload of `symbols` (u8), each coded with the frequencies of its `table` (u8)."""
+    pairs, lanes = table.astype(np.int64) << 8 | symbols, min(1024, 16 + (len(symbols) >> 12))
+    count = np.bincount(pairs, minlength=(int(table.max(initial=0)) + 1) * 256).reshape(-1, 256)
+    spare, total = (1 << RANS_BITS) - (count > 0).sum(1, keepdims=True), count.sum(1, keepdims=True)
+    freq = ((count > 0) + count * spare // np.maximum(total, 1)).astype(np.uint32)
+    freq[np.arange(len(freq)), freq.argmax(1)] += ((1 << RANS_BITS) - freq.sum(1)).astype(np.uint32)
+    packed = lzma.compress(turn(freq.astype("<u2").tobytes(), -1, 2), **LZMA)
+    start, freq = (np.cumsum(freq, 1, dtype=np.uint32) - freq).ravel(), freq.ravel()
+    x, words = np.full(lanes, 1 << 16, np.uint32), []
+    for i in range((len(symbols) - 1) // lanes * lanes, -1, -lanes):  # the decoder's steps, last to first
+        at = pairs[i: i + lanes]
+        f, y = freq[at], x[:len(at)]
+        full = y >> (32 - RANS_BITS) >= f
+        words.append(y[full].astype("<u2").tobytes())
+        quotient, rest = np.divmod(np.where(full, y >> 16, y), f)
+        x[:len(at)] = (quotient << RANS_BITS) + rest + start[at]
+    head = struct.pack("<HBI", lanes, len(count), len(packed)) + packed
+    return head + x.astype("<u4").tobytes() + b"".join(reversed(words))
+
+def rans_decode(coded: bytes, table: np.ndarray) -> bytes:
+    lanes, tables, size = struct.unpack_from("<HBI", coded)
+    need(table.max(initial=0) < tables <= TABLES, "bad tables")
+    raw = turn(decompress(coded[7: 7 + size], 512 * tables), 2, -1)
+    freq = np.frombuffer(raw, "<u2").astype(np.uint32).reshape(-1, 256)
+    need((freq.sum(1) == 1 << RANS_BITS).all(), "frequencies that do not sum to 2^14")
+    owner = np.repeat(np.arange(freq.size), freq.ravel())  # the (table, symbol) that each slot belongs to
+    start, freq = (np.cumsum(freq, 1, dtype=np.uint32) - freq).ravel()[owner], freq.ravel()[owner]
+    symbol, rest = owner.astype(np.uint8), np.arange(len(owner), dtype=np.uint32) % (1 << RANS_BITS) - start
+    x = np.frombuffer(coded, "<u4", lanes, 7 + size).astype(np.uint32)
+    words = np.frombuffer(coded, "<u2", offset=7 + size + 4 * lanes).astype(np.uint32)
+    out, read = np.empty(len(table), np.uint8), 0
+    for i in range(0, len(table), lanes):
+        part = table[i: i + lanes]
+        y = x[:len(part)]
+        slot = part.astype(np.int64) << RANS_BITS | y & ((1 << RANS_BITS) - 1)
+        out[i: i + lanes], y = symbol[slot], freq[slot] * (y >> RANS_BITS) + rest[slot]
+        low = np.flatnonzero(y < 1 << 16)
+        need(read + len(low) <= len(words), "codes end early")
+        y[low] = y[low] << 16 | words[read: read + len(low)]
+        x[:len(part)], read = y, read + len(low)
+    need(read == len(words) and (x == 1 << 16).all(), "codes do not end where they should")
+    return out.tobytes()
+
+def squeeze(raw: bytes, table: np.ndarray | int = 0) -> bytes:
+    """One stream by its shortest coder. LZMA, slow and never the shortest on codes, is tried up to 1 MB."""
+    ways = [raw, lzma.compress(raw, **LZMA) if len(raw) < 1 << 20 else raw,
+            rans_encode(np.frombuffer(raw, np.uint8), np.broadcast_to(np.uint8(table), len(raw)))]
+    coder = min(range(3), key=lambda i: len(ways[i]))
+    return struct.pack("<BII", coder, len(raw), len(ways[coder])) + ways[coder]
+
+def encode(entries: list[tuple]) -> bytes:
+    """The container of what `quantize_state` gave."""
+    header = [[name, list(shape), int(steps is not None)] for name, shape, _, steps in entries]
+    plain = b"".join(values for _, _, values, steps in entries if steps is None)
+    matrices = [(codes, steps, *spread_classes(codes)) for _, _, codes, steps in entries if steps is not None]
+    codes, steps, rows, columns = ([matrix[i] for matrix in matrices] for i in range(4))
+    symbols = np.frombuffer(b"".join(codes), np.uint8) ^ np.uint8(128)
+    table = np.frombuffer(b"".join(map(table_of, rows, columns)), np.uint8)
+    streams = [json.dumps(header, separators=(",", ":")).encode(), turn(b"".join(steps), -1, 2),
+               b"".join(rows), b"".join(columns), turn(plain, -1, 2)]
+    body = b"".join([*map(squeeze, streams), squeeze(symbols.tobytes(), table)])
+    return MAGIC + hashlib.sha256(body).digest() + body
+
+def pack(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0) -> bytes:
+    """The container of a state dict; UserError: see `quantize_state`."""
+    return encode(quantize_state(state, hp, coarsen)[0])
+
+def need(ok: bool, why: str) -> None:
+    if not ok:
+        raise ValueError(why)
+
+def decompress(coded: bytes, size: int) -> bytes:
+    """LZMA2 of exactly `size` bytes; never allocates more."""
+    engine = lzma.LZMADecompressor(**LZMA)
+    raw = engine.decompress(coded, size + 1)
+    need(len(raw) == size and engine.eof and not engine.unused_data, "a stream of another length")
+    return raw
+
+def read_header(raw: bytes) -> list[tuple[str, list[int], int]]:
+    """The tensor table, every claim checked before anything of its size is allocated."""
+    header = json.loads(raw)
+    need(type(header) is list and all(type(row) is list and len(row) == 3 for row in header), "bad table")
+    for name, shape, coded in header:
+        need(type(name) is str and type(shape) is list and len(shape) <= 4
+             and all(type(n) is int and 0 <= n <= MOST_WEIGHTS for n in [coded, *shape]) and coded <= 1
+             and (not coded or len(shape) == 2 and min(shape) > 0), f"bad entry {name!r:.80}")
+    need(len({row[0] for row in header}) == len(header), "a name twice")
+    need(sum(math.prod(shape) for _, shape, _ in header) <= MOST_WEIGHTS, "absurdly many weights")
+    return header
+
+def decode(blob: bytes) -> dict[str, Tensor]:
+    need(blob[:6] == MAGIC, f"starts with {blob[:6]!r}, expected {MAGIC!r}: not an artifact of this script")
+    need(hashlib.sha256(blob[38:]).digest() == blob[6:38], "SHA-256 differs: cut or damaged")
+    read = io.BytesIO(blob[38:]).read
+
+    def stream(size: int | None = None, table: np.ndarray | int = 0) -> bytes:
+        coder, raw_size, coded_size = struct.unpack("<BII", read(9))
+        coded = read(coded_size)
+        fits = raw_size < 1 << 20 if size is None else raw_size == size
+        need(fits and len(coded) == coded_size, "bad stream length")
+        if coder == 1:
+            return decompress(coded, raw_size)
+        if coder == 2:
+            return rans_decode(coded, np.broadcast_to(np.uint8(table), raw_size))
+        need(coder == 0 and coded_size == raw_size, "unknown coder")
+        return coded
+
+    def arrays(sizes: list[int], kind: str = "u1", table: np.ndarray | int = 0):
+        width = np.dtype(kind).itemsize
+        values = np.frombuffer(turn(stream(width * sum(sizes), table), width, -1), kind)
+        return iter(np.split(values, np.cumsum(sizes, dtype=int)))  # and an empty one at the end
+
+    header = read_header(stream())
+    plain, coded = ([shape for _, shape, c in header if c == kind] for kind in (0, 1))
+    R, C = ([shape[axis] for shape in coded] for axis in (0, 1))
+    steps, rows, columns = arrays(R, "<u2"), arrays(R), arrays(C)
+    table = np.concatenate(list(map(table_of, rows, columns)))
+    values = arrays(list(map(math.prod, plain)), "<f2"), arrays(list(map(math.prod, coded)), "u1", table)
+    need(not read(1), "bytes after the end")
+    state = {}
+    for name, shape, c in header:
+        w = torch.from_numpy(next(values[c]).astype(np.float32)).view(shape)
+        if c:
+            w = (w - 128) * torch.from_numpy((next(steps).astype(np.uint32) << 16).view(np.float32))[:, None]
+        state[name] = w
+    need(all(w.isfinite().all() for w in state.values()), "NaN or infinity inside")
     return state
 
+def unpack(blob: bytes) -> dict[str, Tensor]:
+    """The state dict of a container, all float32; of anything else a ValueError that says what is wrong."""
+    try:
+        return decode(blob)
+    except (lzma.LZMAError, struct.error, ValueError, RecursionError) as error:
+        raise ValueError(f"artifact: {error}") from None
+
+def fit_artifact(state: dict[str, Tensor], hp: Hyperparameters, budget: int) -> tuple[bytes, str]:
+    """(container of at most `budget` bytes, facts for the log). One scalar divides all levels: 1 if that fits
+    and FILL_BUDGET is off; below 1, finer codes up to +-127, while bytes are left; above 1 where they are too
+    few. Found by packing, to within 4 KB. UserError: not even codes of +-1 fit."""
+    clips = {n: row_clips(w.detach().cpu()) for n, w in state.items() if natural_levels(n, w, hp)}
+    count, high, best = max(1, sum(map(torch.numel, state.values()))), 254.0, None
+    low = coarsen = 2 ** (hp.quant_bits - 1) / 256 if hp.fill_budget else 1.0
+    while high / low > 1 + 1e-7:
+        entries, error = quantize_state(state, hp, coarsen, clips)
+        fits = len(blob := encode(entries)) <= budget
+        best, low, high = ((blob, coarsen, error), low, coarsen) if fits else (best, coarsen, high)
+        if fits and len(blob) > budget - 4096:
+            break
+        guess = coarsen * 2 ** min((len(blob) - budget + 2000) * 8 / count, 8)  # a bit more halves the step
+        coarsen = guess if low < guess < high else math.sqrt(low * high)
+    if best is None:
+        raise UserError(f"the artifact takes over {budget} bytes even with codes of +-1: lower NUM_LAYERS, "
+                        "MODEL_DIM, MLP_MULT, VOCAB_SIZE or BIGRAM_VOCAB_SIZE")
+    (blob, coarsen, after), before = best, quantize_state(state, hp, 1.0, clips)[1]
+    return blob, (f"coarsen:{coarsen:.9f} error_before:{before:.6f} error_after:{after:.6f} "
+                  f"bits_per_parameter:{8 * len(blob) / count:.4f}")
+
 def write_artifact(model: GPT, path: Path, hp: Hyperparameters, rt: Runtime) -> int:
-    """Pack, check the total against the cap, write aside, rename. Returns that total; UserError: over."""
-    code, blob = len(Path(__file__).read_bytes()), pack(model.state_dict(), hp)
-    label = f"int{hp.quant_bits}+lzma"
-    rt.log(f"Serialized model {label}: {len(blob)} bytes")
-    rt.log(f"Code size: {code} bytes")
-    rt.log(f"Total submission size {label}: {code + len(blob)} bytes")
-    if code + len(blob) > SIZE_CAP:
-        raise UserError(f"{path}: code + weights would be {code + len(blob)} bytes, over the cap of "
-                        f"{SIZE_CAP}: not written; lower NUM_LAYERS, MODEL_DIM, MLP_MULT or QUANT_BITS")
+    """Fit, write aside, rename. Returns code + artifact bytes, at most SIZE_CAP; UserError: not possible."""
+    code, label = len(Path(__file__).read_bytes()), f"int{hp.quant_bits}+rans"
+    blob, facts = fit_artifact(model.state_dict(), hp, SIZE_CAP - code)
+    rt.log(f"fit_artifact {facts}")
+    rt.log(f"Serialized model {label}: {len(blob)} bytes\nCode size: {code} bytes\n"
+           f"Total submission size {label}: {code + len(blob)} bytes")
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     aside.write_bytes(blob)
-    os.replace(aside, path)
+    aside.replace(path)
     return code + len(blob)
 
-# ------------------------------------------------------------------------------------------------------------
-# 9. Neural scoring
+# --- 9. Neural scoring --------------------------------------------------------------------------------------
 # Overlapping windows give every target a long context; the window that ends nearest after it scores it, once.
 # Ranks share the windows, rank 0 gets nll[t] and entropy[t] in stream order.
-# ------------------------------------------------------------------------------------------------------------
 
 SEGMENT_BATCHES = 32  # global batches that are scored between two gathers
 
@@ -836,9 +964,8 @@ def windows(targets: int, length: int, stride: int) -> tuple[np.ndarray, np.ndar
 
 @torch.inference_mode()
 def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int, rt: Runtime):
-    """Yields (nll, entropy), nats, float32, of the len(tokens) - 1 targets, segment by segment in order, so
-    that what follows need not wait. Ranks other than 0 get empty arrays. `trunk` is the model, compiled or
-    not; only scored positions go through the output head."""
+    """Yields (nll, entropy), nats, float32, of the len(tokens) - 1 targets, in order, in segments, empty on
+    ranks other than 0. `trunk` is the model, compiled or not; only scored positions go through the head."""
     hp, length = model.hp, min(model.hp.eval_seq_len, len(tokens) - 1)
     starts, first = windows(len(tokens) - 1, length, stride)
     batch = max(1, hp.val_batch_size // (length * rt.world_size))
@@ -871,29 +998,24 @@ def bits_per_byte(nll: np.ndarray, stream_bytes: np.ndarray) -> float:
     """Code length of the targets in bits over their UTF-8 bytes; sums in float64, divided once."""
     return float(nll.sum(dtype=np.float64) / math.log(2) / stream_bytes.sum(dtype=np.int64))
 
-# ------------------------------------------------------------------------------------------------------------
-# 10. N-gram mixture
-# The model forgets what it read a window ago; counts do not. Counting is sorting: positions are kept grouped
-# by the n - 1 tokens before them, in stream order, and sorting a group by its next token splits it into the
-# groups of n tokens: exact counts of strictly earlier positions. It runs in a thread while the GPUs score.
-# ------------------------------------------------------------------------------------------------------------
+# --- 10. N-gram mixture -------------------------------------------------------------------------------------
+# The model forgets what it read a window ago; counts do not. Counting is sorting: positions lie grouped by
+# the n - 1 tokens before them, in stream order; sorting a group by its next token splits it into groups of n:
+# exact counts of strictly earlier positions. It runs in a thread while the GPUs score.
 
 CHUNK = 1 << 18  # positions refined at a time, so that what a sort touches stays in the cache
 ORDER_CENTERS = np.array((4.5, 4.2, 3.8, 3.5, 3.2, 3.0))  # nats, orders 2...7 and beyond (PR #825)
+HASH_PRIMES = np.array((36313, 27191, 51647, 81929, 131071, 175447, 209591), np.uint64)
 BOS = 1  # token that opens a document
 STATES, GAPS, HEATS = 128, 13, 6  # buckets of the online weights: state of the context x distance x entropy
 
 def sort_runs(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(order, first): `order` brings equal keys together, each run in stream order; `first` marks, in that
-    order, where runs start. Where 64 bits hold key and position, one in-place sort of integers does it."""
+    order, where runs start. One in-place sort of integers, of key and position in 64 bits, does it."""
     bits = np.uint64(len(keys).bit_length())
-    if int(keys.max(initial=0)).bit_length() + int(bits) <= 64:
-        keys = keys.astype(np.uint64) << bits | np.arange(len(keys), dtype=np.uint64)
-        keys.sort()
-        order, keys = (keys & ((np.uint64(1) << bits) - np.uint64(1))).view(np.int64), keys >> bits
-    else:
-        order = np.argsort(keys, kind="stable")
-        keys = keys[order]
+    keys = keys.astype(np.uint64) << bits | np.arange(len(keys), dtype=np.uint64)
+    keys.sort()
+    order, keys = (keys & ((np.uint64(1) << bits) - np.uint64(1))).view(np.int64), keys >> bits
     return order, np.append(True, keys[1:] != keys[:-1])[:len(keys)]
 
 def since_start(values: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -976,22 +1098,14 @@ def ngram_backoff(tokens: np.ndarray, hp: Hyperparameters) -> tuple[np.ndarray, 
     """(order, context count, pair count) per target: the longest gram whose context was followed by something
     at least NGRAM_MIN_COUNT times before. Order 0: none was. The choice never looks at the target."""
     order, context, pair = (np.zeros(len(tokens) - 1, kind) for kind in (np.uint8, np.uint32, np.uint32))
-    counts = hashed_counts(tokens, hp) if hp.ngram_counts == "hashed" else exact_counts(tokens, hp)
-    for n, c_u, c_uv in counts:
+    levels = enumerate(pairwise(pair for pair, _ in ngram_counts(tokens, hp.ngram_order, describe=False)), 2)
+    exact = ((n, shorter[:-1], pair[1:]) for n, (shorter, pair) in levels if n >= hp.ngram_min_order)
+    for n, c_u, c_uv in hashed_counts(tokens, hp) if hp.ngram_counts == "hashed" else exact:
         wins = c_u >= hp.ngram_min_count
         order[wins] = n
         np.copyto(context, c_u, "unsafe", wins)
         np.copyto(pair, c_uv, "unsafe", wins)
     return order, context, pair
-
-def exact_counts(tokens: np.ndarray, hp: Hyperparameters):
-    """Yields (n, c(u), c(u, v)) per target for each order."""
-    levels = pairwise(ngram_counts(tokens, hp.ngram_order, describe=False))
-    for n, ((shorter, _), (pair, _)) in enumerate(levels, 2):
-        if n >= hp.ngram_min_order:
-            yield n, shorter[:-1], pair[1:]
-
-HASH_PRIMES = np.array((36313, 27191, 51647, 81929, 131071, 175447, 209591), np.uint64)
 
 def hash_buckets(tokens: np.ndarray, n: int, hp: Hyperparameters, following: np.ndarray | None = None):
     """(context bucket, pair bucket with token `following`, by default its own) of targets from n - 2 on."""
@@ -1003,7 +1117,7 @@ def hash_buckets(tokens: np.ndarray, n: int, hp: Hyperparameters, following: np.
     return h, (h ^ following.astype(np.uint64) * HASH_PRIMES[n - 1]) & np.uint64(hp.ngram_buckets - 1)
 
 def hashed_counts(tokens: np.ndarray, hp: Hyperparameters):
-    """As exact_counts, but of two independent hash tables (PR #889, #825, #806). Their quotient is NOT a
+    """Yields (n, c(u), c(u, v)) of two independent hash tables (PR #889, #825, #806). Their quotient is NOT a
     probability: a token that never followed may own a bucket that others filled."""
     for n in range(hp.ngram_min_order, hp.ngram_order + 1):
         early = np.zeros(min(n - 2, len(tokens) - 1), np.int64)
@@ -1048,9 +1162,7 @@ def bucket_weights(mass: np.ndarray) -> np.ndarray:
     return weights.reshape(3, -1)
 
 class Mixture:
-    """The model's scores mixed with counts, block after block as the scores arrive.
-
-    NGRAM_ALPHA=online: from p_1 = the model up through the orders,
+    """The model's scores mixed with counts, block after block as they come. NGRAM_ALPHA=online: p_1 = model,
         p_n(v) = w0 * p_{n-1}(v) + w1 * c(u, v) / c(u) + w2 * [v is what followed u last time],
     with weights of the context's bucket, learned by EM from strictly earlier blocks; then Bayes between p_N
     and the model: over the stream at most one bit worse than either. Else one order per target, mixed by
@@ -1065,8 +1177,7 @@ class Mixture:
         self.trusted = {}  # sampled target -> (p of the model, trust in the mixture)
         if hp.ngram_alpha == "online":
             counts, orders = ngram_counts(tokens, hp.ngram_order), hp.ngram_order - 1
-            self.unigram, self.lead = next(counts)[0], 0.0
-            self.counts = []
+            self.unigram, self.lead, self.counts = next(counts)[0], 0.0, []
             for pair, code in counts:
                 self.counts += pair[code > 0].astype(np.min_scalar_type(pair.max())), code[code > 0]
                 del pair, code  # a level is large: free it before the next is counted
@@ -1152,13 +1263,11 @@ class Mixture:
         same = all(np.array_equal(some, whole[:len(some)]) for some, whole in zip(prefix.counts, self.counts))
         if not same or any(abs(mass - 1) > 1e-9 for mass in masses):
             raise RuntimeError(f"masses {masses}, or the counts of {prefix.targets} targets differ alone")
-        low, high = min(masses, default=1.0), max(masses, default=1.0)
-        return (f"targets:{self.edges[self.block]}/{self.targets} mass_min:{low:.12f} mass_max:{high:.12f} "
-                f"recounted:{len(self.decided)} enumerated:{len(masses)} prefix:{prefix.targets}")
+        return (f"targets:{self.edges[self.block]}/{self.targets} mass_min:{min(masses):.12f} "
+                f"mass_max:{max(masses):.12f} recounted:{len(self.decided)} enumerated:{len(masses)} "
+                f"prefix:{prefix.targets}")
 
-# ------------------------------------------------------------------------------------------------------------
-# 11. Training
-# ------------------------------------------------------------------------------------------------------------
+# --- 11. Training -------------------------------------------------------------------------------------------
 
 def training_loss(model: GPT, ids_BT: Tensor, targets_BT: Tensor, quantize: bool) -> Tensor:
     """Mean nats per token; with `quantize` (a compiler makes a graph for each), of the artifact's weights."""
@@ -1260,10 +1369,8 @@ def train(trainer: Trainer, validate) -> dict[str, float]:
            f"parameters:{sum(p.numel() for p in model.parameters())}")
     return dict(seconds=spent, steps=step)
 
-# ------------------------------------------------------------------------------------------------------------
-# 12. main
+# --- 12. main -----------------------------------------------------------------------------------------------
 # train -> average -> pack -> write -> read -> unpack -> score -> mix -> report
-# ------------------------------------------------------------------------------------------------------------
 
 def log_header(trainer: Trainer, stream_bytes: np.ndarray) -> None:
     """What a reviewer needs to repeat the run: this source, versions, hardware, data, every setting."""
@@ -1277,8 +1384,7 @@ def log_header(trainer: Trainer, stream_bytes: np.ndarray) -> None:
            f"attention:{trainer.model.attention_name} accumulation:{loader.accumulation}")
     data = dict(train=loader.paths[0], val=find_shards("val", hp)[0], tokenizer=Path(hp.tokenizer_path))
     for name, path in data.items():
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        rt.log(f"data:{name} first:{path} sha256:{digest}", console=False)
+        rt.log(f"data:{name} first:{path} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}", False)
     rt.log(f"train_tokens:{loader.tokens} val_targets:{len(stream_bytes)} val_bytes:{stream_bytes.sum()}")
     rt.log("\n".join(f"{f.name.upper()}={hp.shown(f.name)}" for f in fields(hp)), console=False)
 
@@ -1288,12 +1394,11 @@ def log_score(name: str, nll: np.ndarray, stream_bytes: np.ndarray, facts: str, 
     rt.log(f"{name}_exact val_loss:{nll.mean(dtype=np.float64):.8f} val_bpb:{bpb:.8f} {facts}".rstrip())
     return bpb
 
-def report_mixture(mixture: Mixture, nll: np.ndarray, stream_bytes: np.ndarray, added: str,
-                   rt: Runtime) -> float:
-    """Audit the mixture, then log its score; returns its bpb. Hashed counts get none: they are no code."""
+def report_mixture(mixture: Mixture, nll: np.ndarray, stream_bytes: np.ndarray, added: str, rt: Runtime):
+    """Audit the mixture, log its score, return its bpb. Hashed counts get none, NaN: they are no code."""
     hp, bpb = mixture.hp, bits_per_byte(mixture.nll, stream_bytes)
-    orders = f"orders:{hp.ngram_min_order}-{hp.ngram_order}"
-    facts = f"{orders} counts:{hp.ngram_counts} alpha:{hp.ngram_alpha} {added}"
+    orders, kind = f"{hp.ngram_min_order}-{hp.ngram_order}", f"{hp.ngram_counts} alpha:{hp.ngram_alpha}"
+    facts = f"orders:{orders} counts:{kind} {added}"
     if hp.ngram_counts == "hashed":
         order, matched = mixture.counts[0], np.flatnonzero(mixture.counts[0])
         spread = matched[np.linspace(0, len(matched) - 1, min(64, len(matched))).astype(int)]
@@ -1302,8 +1407,8 @@ def report_mixture(mixture: Mixture, nll: np.ndarray, stream_bytes: np.ndarray, 
                f"probability: at the stream's end the counts sum to {end:.3g} over the vocabulary, not to 1)")
         return math.nan
     rt.log(f"ngram_audit {mixture.audit()}")
-    facts = f"gain:{bits_per_byte(nll - mixture.nll, stream_bytes):.8f} {facts}"
-    return log_score("final_ngram", mixture.nll, stream_bytes, facts, rt)
+    gain = bits_per_byte(nll - mixture.nll, stream_bytes)
+    return log_score("final_ngram", mixture.nll, stream_bytes, f"gain:{gain:.8f} {facts}", rt)
 
 def evaluate(trainer: Trainer, blob: bytes, tokens: np.ndarray, stream_bytes: np.ndarray) -> dict[str, float]:
     """The model becomes what `blob` holds, scores the stream, and is mixed with counts while it scores."""
@@ -1321,8 +1426,8 @@ def evaluate(trainer: Trainer, blob: bytes, tokens: np.ndarray, stream_bytes: np
             scores[:, done: done + len(segment[0])] = segment
             done += len(segment[0])
             if mixture:
-                so_far = nll[:done], entropy[:done]
-                pending.append(background.submit(lambda now=so_far: mixture.result().extend(*now)))
+                now = nll[:done], entropy[:done]
+                pending.append(background.submit(lambda now=now: mixture.result().extend(*now)))
         scored = time.perf_counter()
         if rt.rank == 0:
             took = f"stride:{hp.eval_stride} eval_time:{1e3 * (scored - begun):.0f}ms"
@@ -1357,9 +1462,8 @@ def main(env: dict[str, str]) -> None:
     rt = Runtime(hp.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}_seed{hp.seed}", env)
     try:
         torch.manual_seed(hp.seed)
-        loader, tokens = TokenLoader(hp, rt.rank, rt.world_size), load_validation(hp)
-        counter = ByteCounter(hp)
-        stream_bytes = counter(tokens) if rt.rank == 0 else None
+        loader, tokens, count = TokenLoader(hp, rt.rank, rt.world_size), load_validation(hp), ByteCounter(hp)
+        stream_bytes = count(tokens) if rt.rank == 0 else None
         trainer = Trainer(GPT(hp).to(rt.device), loader, rt)
         if rt.rank == 0:
             log_header(trainer, stream_bytes)

@@ -50,14 +50,14 @@ def one_run(hp, tokens, stream_bytes) -> dict[str, tuple[float, float]]:
     """averaging -> (bpb of the float weights, bpb after the round trip)."""
     torch.manual_seed(hp.seed)
     trainer = t.Trainer(t.GPT(hp), t.TokenLoader(hp, 0, 1), quiet_runtime())
-    last = {}
-    trainer_average = trainer.average
+    last, train_step = {}, trainer.step
 
-    def watch(step, scale):                     # the last weights, before train() loads the average
-        trainer_average(step, scale)
+    def step(*args, **named):                   # keeps the last weights, before train() loads the average
+        loss = train_step(*args, **named)
         last["weights"] = [p.detach().clone() for p in trainer.parameters]
+        return loss
 
-    trainer.average = watch
+    trainer.step = step
     t.train(trainer, lambda: (0.0, 0.0))
     names, results = [n for n, _ in trainer.model.named_parameters()], {}
     for averaging in ("none", "ema", "swa", "ema_swa"):

@@ -88,7 +88,7 @@ def test_backoff_takes_the_longest_context_that_was_seen_often_enough(rng, lowes
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 2**40), max_size=50), st.sampled_from([1, 2**20]))
 def test_group_numbers_keys_and_counts_earlier_ones(keys, scale):
-    keys = [k % 5 * scale**2 if scale > 1 else k % 7 for k in keys]     # large keys take the path without packing
+    keys = [k % 5 * scale**2 if scale > 1 else k % 7 for k in keys]
     ids, prior = t.group(np.array(keys, np.uint64))
     for i, key in enumerate(keys):
         assert prior[i] == keys[:i].count(key) and all((ids[i] == ids[j]) == (key == keys[j]) for j in range(i))

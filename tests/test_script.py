@@ -43,9 +43,9 @@ def test_a_run_says_everything_and_leaves_an_artifact(runs, ranks):
     assert audit["targets"] == "6000/6000" and audit["prefix"] == "6000" and int(audit["recounted"]) > 0
     assert audit["mass_min"] == audit["mass_max"] == "1.000000000000"
     blob = (cwd / "final_model.int6.ptz").read_bytes()
-    assert f"Serialized model int6+lzma: {len(blob)} bytes" in log
+    assert f"Serialized model int6+rans: {len(blob)} bytes" in log
     total = len(blob) + len((ROOT / "train_gpt.py").read_bytes())
-    assert f"Total submission size int6+lzma: {total} bytes" in log
+    assert f"Total submission size int6+rans: {total} bytes" in log
     for word in ("neural", "mixed", "artifact", "training", "evaluation", "logs/test.txt"):
         assert re.search(rf"^  \w+ .*{word}|^  {word}", result.stdout, re.M), word
     assert sorted(p.name for p in cwd.iterdir()) == ["final_model.int6.ptz", "logs"]

@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""The artifact's bytes over the zeroth-order entropy of its codes, beside other coders of the same codes, in one run.
+
+    python bench/bench_artifact.py [--seconds 60] [--bits 6] [--budget 15920000] [--state STATE.npz]
+
+Weights: a model of the default shapes (27.0M parameters), trained for --seconds on the built-in corpus; or the arrays
+of an npz, by parameter name. H0 is the entropy of each tensor's codes by their own frequencies, summed: what no coder
+with one table per tensor can beat. Everything is of the natural codes (QUANT_BITS, tables 8 bits); last, the codes
+that fit_artifact chooses for --budget bytes. One thread.
+"""
+import argparse
+import io
+import lzma
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "bench")]
+
+import prepare_demo  # noqa: E402
+from bench_averaging import quiet_runtime  # noqa: E402
+
+import train_gpt as t  # noqa: E402
+
+
+def trained_state(seconds: float) -> dict[str, torch.Tensor]:
+    """Weights of the default shapes after `seconds` of training on the built-in corpus, small batches."""
+    prepare_demo.main(ROOT / "data")
+    hp = t.Hyperparameters(
+        data_path=str(ROOT / "data/datasets/demo_sp1024"),
+        tokenizer_path=str(ROOT / "data/tokenizers/demo_1024_bpe.model"),
+        train_seq_len=256, train_batch_tokens=1024, warmup_steps=0, max_wallclock_seconds=seconds, warmdown_iters=10,
+        ema_decay=0.9, train_log_every=0, compile="0", late_qat_threshold=0.0)
+    trainer = t.Trainer(t.GPT(hp), t.TokenLoader(hp, 0, 1), quiet_runtime())
+    done = t.train(trainer, lambda: (0.0, 0.0))
+    print(f"weights: default shapes, {done['steps']} steps of 1024 tokens in {done['seconds']:.0f} s")
+    return trainer.model.state_dict()
+
+
+def entropy_bytes(codes: np.ndarray) -> float:
+    p = np.unique(codes, return_counts=True)[1] / codes.size
+    return float(-(p * np.log2(p)).sum() * codes.size / 8)
+
+
+def timed(work):
+    started = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - started
+
+
+def compare(state: dict[str, torch.Tensor], hp: t.Hyperparameters) -> None:
+    """One row per coder of the same natural codes: bytes, bytes / H0, seconds."""
+    (entries, error), quantize_s = timed(lambda: t.quantize_state(state, hp))
+    coded = [(codes, steps) for _, _, codes, steps in entries if steps is not None]
+    h0, stream = sum(entropy_bytes(codes) for codes, _ in coded), b"".join(codes.tobytes() for codes, _ in coded)
+    blob, encode_s = timed(lambda: t.encode(entries))
+    _, decode_s = timed(lambda: t.unpack(blob))
+    saved = io.BytesIO()
+    torch.save({name: (torch.from_numpy(np.ascontiguousarray(values)), steps if steps is None else torch.tensor(steps))
+                for name, _, values, steps in entries}, saved)
+    print(f"codes: {len(stream):,}, H0 {h0:,.0f} bytes = {8 * h0 / len(stream):.4f} bits per code, "
+          f"relative error {error:.5f}")
+    print(f"{'coder':44} {'bytes':>12} {'/ H0':>8} {'seconds':>8}")
+    best = 9 | lzma.PRESET_EXTREME
+    rows = [("this container, all of it", len(blob), encode_s),
+            ("torch.save of codes and steps, lzma -9e",
+             *timed_size(lambda: lzma.compress(saved.getvalue(), preset=best))),
+            ("codes alone, lzma -9e", *timed_size(lambda: lzma.compress(stream, preset=best))),
+            ("codes alone, deflate Z_HUFFMAN_ONLY", *timed_size(lambda: huffman(stream)))]
+    for name, size, seconds in rows:
+        print(f"{name:44} {size:12,} {size / h0:8.4f} {seconds:8.1f}")
+    print(f"quantise {quantize_s:.1f} s, encode {encode_s:.1f} s, read back {decode_s:.1f} s; saved over torch.save + "
+          f"lzma: {rows[1][1] - len(blob):,} bytes")
+
+
+def timed_size(work) -> tuple[int, float]:
+    result, seconds = timed(work)
+    return len(result), seconds
+
+
+def huffman(stream: bytes) -> bytes:
+    engine = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    return engine.compress(stream) + engine.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--bits", type=int, default=6)
+    parser.add_argument("--budget", type=int, default=15_920_000)
+    parser.add_argument("--state")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    if args.state:
+        with np.load(args.state, allow_pickle=False) as arrays:
+            state = {name: torch.from_numpy(arrays[name]) for name in arrays}
+        print(f"weights: {args.state}")
+    else:
+        state = trained_state(args.seconds)
+    hp = t.Hyperparameters(quant_bits=args.bits)
+    compare(state, hp)
+    (blob, facts), seconds = timed(lambda: t.fit_artifact(state, hp, args.budget))
+    print(f"fit_artifact to {args.budget:,} bytes: {len(blob):,} bytes in {seconds:.1f} s, {facts}")
+
+
+if __name__ == "__main__":
+    main()

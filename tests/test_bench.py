@@ -1,0 +1,63 @@
+"""The benches run: small sizes, no timing, the printed rows are there."""
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, tiny, write_shard
+
+import train_gpt as t
+
+sys.path.insert(0, str(ROOT / "bench"))
+
+
+def run(*command):
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=200,
+                          env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"})
+
+
+def test_bench_ngram(tmp_path, rng):
+    shard = write_shard(tmp_path / "s.bin", np.minimum(rng.zipf(1.3, 30_000), 1000))
+    done = run(ROOT / "bench/bench_ngram.py", "--tokens", 20_000, "--repeat", 1, shard)
+    assert done.returncode == 0, done.stderr
+    for row in ("exact counts + backoff", "online mixture", "dictionary cache", "np.add.at hash cache", "ratio"):
+        assert row in done.stdout
+    assert "DIFFERS" not in done.stdout
+
+
+def test_mix_study(tmp_path, rng):
+    tokens = np.minimum(rng.zipf(1.3, 3000), 1000)
+    shard, scores = write_shard(tmp_path / "s.bin", tokens), tmp_path / "scores.npz"
+    nll = rng.exponential(3, 2000).astype(np.float32)
+    np.savez(scores, nll=nll, entropy=nll)
+    done = run(ROOT / "bench/mix_study.py", scores, shard, "--orders", 3)
+    assert done.returncode == 0, done.stderr
+    for row in ("neural model alone", "α by order", "online, orders 2-3", "not a probability",
+                "mass_min:1.000000000000"):
+        assert row in done.stdout
+    assert run(ROOT / "bench/mix_study.py", tmp_path / "absent.npz", shard).returncode != 0
+
+
+def test_bench_averaging_scores_every_average(corpus):
+    from bench_averaging import demo_settings, one_run
+    assert demo_settings().model_dim == 128 and demo_settings(SEED=5).seed == 5
+    hp = tiny(**corpus, AVERAGING="ema_swa", SWA_EVERY=1, SWA_THRESHOLD=1, TRAIN_LOG_EVERY=0)
+    tokens = np.array(t.load_validation(hp)[:400])
+    results = one_run(hp, tokens, t.ByteCounter(hp)(tokens))
+    assert set(results) == {"none", "ema", "swa", "ema_swa"}
+    assert len(set(results.values())) == 4 and all(1 < b < 12 for pair in results.values() for b in pair)
+
+
+def test_bench_artifact_compares_the_coders(capsys):
+    from bench_artifact import compare
+    torch.manual_seed(3)
+    compare(t.GPT(tiny()).state_dict(), tiny())
+    out = capsys.readouterr().out
+    assert "this container, all of it" in out and "lzma -9e" in out and "Z_HUFFMAN_ONLY" in out
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "bench").glob("*.py")), ids=lambda p: p.name)
+def test_each_bench_says_how_it_is_used(script):
+    done = run(script, "--help")
+    assert done.returncode == 0 and "usage:" in done.stdout
