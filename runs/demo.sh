@@ -11,10 +11,12 @@ export TOKENIZER_PATH=${TOKENIZER_PATH:-data/tokenizers/demo_1024_bpe.model}
 export NUM_LAYERS=${NUM_LAYERS:-5} MODEL_DIM=${MODEL_DIM:-128} NUM_HEADS=${NUM_HEADS:-4} NUM_KV_HEADS=${NUM_KV_HEADS:-2}
 export VE_LAYERS=${VE_LAYERS:-3,4} VE_DIM=${VE_DIM:-32} XSA_LAST_N=${XSA_LAST_N:-2}
 export BIGRAM_VOCAB_SIZE=${BIGRAM_VOCAB_SIZE:-1024} BIGRAM_DIM=${BIGRAM_DIM:-32}
-# small batches of short sequences: a CPU takes some hundred steps in a minute, so rates and averages are shorter too
+# small batches of short sequences: a CPU takes some hundred steps in a minute, so everything is shorter
 export TRAIN_BATCH_TOKENS=${TRAIN_BATCH_TOKENS:-2048} TRAIN_SEQ_LEN=${TRAIN_SEQ_LEN:-256}
 export MAX_WALLCLOCK_SECONDS=${MAX_WALLCLOCK_SECONDS:-70} WARMUP_STEPS=${WARMUP_STEPS:-1}
-export WARMDOWN_ITERS=${WARMDOWN_ITERS:-250} TRAIN_LOG_EVERY=${TRAIN_LOG_EVERY:-50} EMA_DECAY=${EMA_DECAY:-0.95}
+export WARMDOWN_ITERS=${WARMDOWN_ITERS:-250} TRAIN_LOG_EVERY=${TRAIN_LOG_EVERY:-50}
+# in so short a run the last weights are the best (bench/bench_averaging.py); EMA_DECAY and SWA_EVERY are for trying
+export AVERAGING=${AVERAGING:-none} EMA_DECAY=${EMA_DECAY:-0.95}
 export SWA_EVERY=${SWA_EVERY:-5} MUON_MOMENTUM=${MUON_MOMENTUM:-0.95}
 export MUON_MOMENTUM_WARMUP_STEPS=${MUON_MOMENTUM_WARMUP_STEPS:-100}
 export TIED_EMBED_LR=${TIED_EMBED_LR:-0.03}
