@@ -64,7 +64,7 @@ class Hyperparameters:
     iterations: int = setting(20_000, "most training steps", 1)
     max_wallclock_seconds: float = setting(600.0, "most training time; 0: no limit", 0)
     warmdown_iters: int = setting(3500, "length of the final linear decay, in steps' worth of time", 0)
-    warmup_steps: int = setting(20, "untimed steps that compile everything and are then undone", 0)
+    warmup_steps: int = setting(20, "untimed steps that compile both graphs (at least 2), then undone", 0)
     train_batch_tokens: int = setting(786_432, "tokens per step, over all ranks", 1)
     micro_batch_tokens: int = setting(98_304, "most tokens of one forward and backward pass on one rank", 1)
     train_seq_len: int = setting(2048, "tokens per training sequence", 1)
@@ -114,7 +114,7 @@ class Hyperparameters:
     swa_every: int = setting(50, "steps between snapshots of the uniform average", 1)
     swa_threshold: float = setting(0.2, "snapshots start once the lr scale is below this", 0, 1)
     late_qat_threshold: float = setting(0.15, "lr scale below which fake quantisation starts; 0: never", 0)
-    quant_bits: int = setting(6, "natural bits of the matrices' codes (tables have 8)", 3, 8)
+    quant_bits: int = setting(6, "bits of the matrices' codes before fitting, and late QAT's", 3, 8)
     fill_budget: bool = setting(True, "spend the bytes that are left on finer codes, up to 8 bits")
     # scoring
     eval_seq_len: int = setting(2048, "tokens per scoring window", 1)
@@ -394,7 +394,7 @@ class TokenLoader:
         first = self.rank * self.share + micro * rows
         starts = (lane * self.tokens // self.sequences + step * T for lane in range(first, first + rows))
         ids = torch.from_numpy(np.stack([self.span(start, T + 1) for start in starts]))
-        return ids[:, :-1], ids[:, 1:]
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 class ByteCounter:
     """UTF-8 bytes of each target, from the tokenizer's pieces (the challenge's definition of a byte)."""
@@ -935,7 +935,8 @@ def fit_artifact(state: dict[str, Tensor], hp: Hyperparameters, budget: int) -> 
                         "MODEL_DIM, MLP_MULT, VOCAB_SIZE or BIGRAM_VOCAB_SIZE")
     (blob, coarsen, after), before = best, quantize_state(state, hp, 1.0, clips)[1]
     return blob, (f"coarsen:{coarsen:.9f} error_before:{before:.6f} error_after:{after:.6f} "
-                  f"bits_per_parameter:{8 * len(blob) / count:.4f}")
+                  f"bits_per_parameter:{8 * len(blob) / count:.4f} "
+                  f"levels:{min(127, (2 ** (hp.quant_bits - 1) - 1) / coarsen):.2f}")
 
 def write_artifact(model: GPT, path: Path, hp: Hyperparameters, rt: Runtime) -> int:
     """Fit, write aside, rename. Returns code + artifact bytes, at most SIZE_CAP; UserError: not possible."""
@@ -1321,7 +1322,7 @@ class Trainer:
         initial = {name: t.clone() for name, t in self.model.state_dict().items()}
         progress = Progress(self.rt, "warm-up", self.hp.warmup_steps)
         for i in range(self.hp.warmup_steps):
-            self.step(i, 1.0, quantize=self.hp.late_qat_threshold > 0 and i % 2 == 0)
+            self.step(i, 1.0, quantize=self.hp.late_qat_threshold > 0 and i % 2 == 1)
             progress(i + 1)
         self.model.load_state_dict(initial)
         self.reset()
@@ -1484,11 +1485,10 @@ def main(env: dict[str, str]) -> None:
         if rt.rank == 0:
             last_screen(trained, results, size, hp, rt)
         rt.barrier()
-    except BaseException as error:
+        rt.close()
+    except BaseException as error:  # the group stays open, so that the others wait and the cause is seen
         rt.log(f"error: {type(error).__name__}: {error}", console=False)
         raise
-    finally:
-        rt.close()
 
 if __name__ == "__main__":
     try:

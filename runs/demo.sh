@@ -13,7 +13,7 @@ export VE_LAYERS=${VE_LAYERS:-3,4} VE_DIM=${VE_DIM:-32} XSA_LAST_N=${XSA_LAST_N:
 export BIGRAM_VOCAB_SIZE=${BIGRAM_VOCAB_SIZE:-1024} BIGRAM_DIM=${BIGRAM_DIM:-32}
 # small batches of short sequences: a CPU takes some hundred steps in a minute, so everything is shorter
 export TRAIN_BATCH_TOKENS=${TRAIN_BATCH_TOKENS:-2048} TRAIN_SEQ_LEN=${TRAIN_SEQ_LEN:-256}
-export MAX_WALLCLOCK_SECONDS=${MAX_WALLCLOCK_SECONDS:-70} WARMUP_STEPS=${WARMUP_STEPS:-1}
+export MAX_WALLCLOCK_SECONDS=${MAX_WALLCLOCK_SECONDS:-70} WARMUP_STEPS=${WARMUP_STEPS:-2}
 export WARMDOWN_ITERS=${WARMDOWN_ITERS:-250} TRAIN_LOG_EVERY=${TRAIN_LOG_EVERY:-50}
 # in so short a run the last weights are the best (bench/bench_averaging.py); EMA_DECAY and SWA_EVERY are for trying
 export AVERAGING=${AVERAGING:-none} EMA_DECAY=${EMA_DECAY:-0.95}
@@ -23,5 +23,6 @@ export TIED_EMBED_LR=${TIED_EMBED_LR:-0.03}
 export EVAL_SEQ_LEN=${EVAL_SEQ_LEN:-256} EVAL_STRIDE=${EVAL_STRIDE:-64} VAL_BATCH_SIZE=${VAL_BATCH_SIZE:-16384}
 
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+for ranks in 8 4 2 1; do (( gpus < ranks )) || break; done   # the 8 sequences of a batch divide by these
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node="${NPROC:-$(( gpus > 0 ? gpus : 2 ))}" train_gpt.py
+exec "$python" -m torch.distributed.run --standalone --nproc_per_node="${NPROC:-$(( gpus > 0 ? ranks : 2 ))}" train_gpt.py
