@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 SIZE_CAP = 16_000_000          # bytes, decimal: code + compressed weights (the challenge's rule)
 WIDER_STRIDES = (96, 128, 256)  # tried in turn when scoring would not end in time
+TTT_BATCH = 32                  # sequences per step of test-time training
 
 class UserError(Exception):
     """What a user can mend. The message is one line: what was found, what was expected, what to do."""
@@ -123,6 +124,8 @@ class Hyperparameters:
     swa_every: int = setting(50, "steps between snapshots of the uniform average", 1)
     swa_threshold: float = setting(0.2, "snapshots start once the lr scale is below this", 0, 1)
     late_qat_threshold: float = setting(0.15, "lr scale below which fake quantisation starts; 0: never", 0)
+    qat_rounding: str = setting("straight", "in late QAT: straight-through gradients, or soft rounding (2006.09952)",
+                                choices=("straight", "soft"))
     quant_bits: int = setting(6, "bits of the matrices' codes before fitting, and late QAT's", 3, 8)
     fill_budget: bool = setting(True, "spend the bytes that are left on finer codes, up to 8 bits")
     # scoring
@@ -133,6 +136,12 @@ class Hyperparameters:
     val_loss_every: int = setting(4000, "steps between validations during training; 0: only the last", 0)
     val_batch_size: int = setting(524_288, "tokens per scoring batch, over all ranks", 1)
     save_scores: bool = setting(False, "write nll, entropy, mixed nll per target to logs/<RUN_ID>_scores.npz")
+    # test-time training (PR #825)
+    ttt_epochs: int = setting(0, "passes over each chunk once it is scored; 0: off", 0)
+    ttt_chunk_tokens: int = setting(32_768, "targets that are scored, then trained on", 1)
+    ttt_lr: float = setting(5e-4, "AdamW lr: times 1 to 3 over the first 30 % of the chunks, then by cosine to 0", 0)
+    ttt_blocks: int = setting(2, "last blocks that learn, beside all vectors, scalars and the output head", 0)
+    ttt_decay: float = setting(0.998, "decay per step of the average that scores", 0, 1)
     # n-gram mixture
     ngram_enabled: bool = setting(True, "mix the model with counts of what came before in the stream")
     ngram_min_order: int = setting(2, "shortest gram (context + target)", 2, 16)
@@ -293,23 +302,12 @@ class Runtime:
             dist.broadcast(x, 0)
         return x
 
-    def start_sum(self, x: Tensor):
-        """(`x`, which holds the sum over the ranks once the second, a function, was called)."""
-        return x, dist.all_reduce(x, async_op=True).wait if self.world_size > 1 else lambda: None
-
-    def start_scatter(self, x: Tensor):
-        """(this rank's share of the first axis of the sum of `x` over the ranks, function that waits)."""
+    def start(self, collective, x: Tensor, rows: int):
+        """(`rows` rows that `collective` will make of `x`, a function that waits for them: to be called once)."""
         if self.world_size == 1:
             return x, lambda: None
-        share = x.new_empty(len(x) // self.world_size, *x.shape[1:])
-        return share, REDUCE_SCATTER(share, x, async_op=True).wait
-
-    def start_gather(self, share: Tensor):
-        """(all ranks' shares, end to end along the first axis, function that waits)."""
-        if self.world_size == 1:
-            return share, lambda: None
-        whole = share.new_empty(len(share) * self.world_size, *share.shape[1:])
-        return whole, ALL_GATHER(whole, share, async_op=True).wait
+        out = x.new_empty(rows, *x.shape[1:])
+        return out, collective(out, x, async_op=True).wait
 
     def compare(self, facts: dict[str, object]) -> None:
         """UserError that names the ranks whose `facts` are not rank 0's."""
@@ -653,8 +651,9 @@ class GPT(nn.Module):
             elif name.endswith(".weight") and min(p.shape) >= 64:
                 nn.init.orthogonal_(p, 1 if name.startswith("blocks") else (2 * self.hp.num_layers) ** -0.5)
 
-    def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, D) before the head, or with targets the mean loss in nats per token."""
+    def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None, weights_BT: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, D) before the head; with targets the mean, with weights the weighted sum, of
+        their losses in nats."""
         x = self.embed(ids_BT)
         if self.bigram is not None:
             x = x + self.bigram(bigram_rows(ids_BT, self.hp.bigram_vocab_size), x.dtype)
@@ -672,7 +671,10 @@ class GPT(nn.Module):
             v_first = v if layer == 0 else v_first
             if layer < L // 2:
                 skips.append(x)
-        return x if targets_BT is None else F.cross_entropy(self.logits(x).flatten(0, 1), targets_BT.ravel())
+        if targets_BT is None:
+            return x
+        nll_N = F.cross_entropy(self.logits(x).flatten(0, 1), targets_BT.ravel(), reduction="none")
+        return nll_N.mean() if weights_BT is None else (nll_N * weights_BT.ravel()).sum()
 
     def logits(self, hidden_D: Tensor) -> Tensor:
         """(..., D) -> (..., V) float32, softly capped to +-LOGIT_SOFTCAP."""
@@ -716,15 +718,15 @@ class Muon(torch.optim.Optimizer):
         return stack[self.rt.rank * share:][:share]
 
     def start_reduce(self) -> None:
-        """Send the gradients, receive this rank's share of their sum over the ranks."""
-        self.sums = []
+        """Send the gradients, for this rank's share of their sum over the ranks."""
+        self.sums, ranks = [], self.rt.world_size
         for group in self.param_groups:
             wide = [p.grad.mT if p.size(0) > p.size(1) else p.grad for p in group["params"]]
-            wide += [torch.zeros_like(wide[0])] * (-len(wide) % self.rt.world_size)
-            self.sums.append(self.rt.start_scatter(torch.stack(wide)))
+            wide += [torch.zeros_like(wide[0])] * (-len(wide) % ranks)
+            self.sums.append(self.rt.start(REDUCE_SCATTER, torch.stack(wide), len(wide) // ranks))
 
     def finish_reduce(self) -> list[Tensor]:
-        """This rank's share of the sums, (share, R, C) per stack. To be waited for once: gloo writes then."""
+        """This rank's share of the sums, (share, R, C) per stack."""
         for _, wait in self.sums:
             wait()
         self.grads = [share for share, _ in self.sums]
@@ -735,10 +737,11 @@ class Muon(torch.optim.Optimizer):
         """Momentum and orthogonal updates of this rank's share, on their way to the others."""
         self.updates = []
         for group, grads_NRC in zip(self.param_groups, self.grads):
-            own_NRC = self.own(group["buffer"])
-            ours = grads_NRC[:len(own_NRC)]
-            ours.add_(own_NRC.mul_(group["momentum"]).add_(ours), alpha=group["momentum"])  # Nesterov
-            self.updates.append(self.rt.start_gather(orthogonalize(grads_NRC, group["steps"])))
+            buffer_NRC = self.own(group["buffer"])
+            ours = grads_NRC[:len(buffer_NRC)]
+            ours.add_(buffer_NRC.mul_(group["momentum"]).add_(ours), alpha=group["momentum"])  # Nesterov
+            update_NRC = orthogonalize(grads_NRC, group["steps"])
+            self.updates.append(self.rt.start(ALL_GATHER, update_NRC, len(update_NRC) * self.rt.world_size))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -770,23 +773,24 @@ def build_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime) -> list[torch
 
 @torch.no_grad()
 def update(optimizers: list[torch.optim.Optimizer], rt: Runtime, clip: float) -> None:
-    """One step on the sum over the ranks of all gradients, scaled to a norm of at most `clip`. What travels:
-    Muon's gradients in, AdamW's both ways, Muon's updates out while AdamW works. One rank sends nothing."""
+    """One step on the sum over the ranks of all gradients, scaled to a norm of at most `clip`. Muon's updates
+    travel while AdamW works; one rank sends nothing."""
     muon, adamw = optimizers
     params = [p for group in adamw.param_groups for p in group["params"]]
     muon.start_reduce()
-    flat, wait = rt.start_sum(torch.cat([p.grad.flatten() for p in params]))
-    shares = muon.finish_reduce()
-    squares = rt.sum(sum(share.square().sum() for share in shares))
-    wait()
+    flat, shares = rt.sum(torch.cat([p.grad.flatten() for p in params])), muon.finish_reduce()
     if clip:
-        scale = (clip / ((squares + flat.square().sum()).sqrt() + 1e-6)).clamp_max(1)
-        torch._foreach_mul_([flat, *shares], scale)
+        squares = rt.sum(sum(share.square().sum() for share in shares)) + flat.square().sum()
+        torch._foreach_mul_([flat, *shares], (clip / (squares.sqrt() + 1e-6)).clamp_max(1))
     muon.start_step()
     for p, grad in zip(params, flat.split([p.numel() for p in params])):
         p.grad = grad.view_as(p)
     adamw.step()
     muon.step()
+
+def ttt_scale(done: float) -> float:
+    """Factor of TTT_LR when a share `done` of the stream is scored: by cosine to 0, times 1 to 3 over 30 %."""
+    return (1 + 2 * min(1.0, done / 0.3)) * (1 + math.cos(math.pi * done)) / 2
 
 def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
     """1, then linearly to 0 over the last WARMDOWN_ITERS steps before ITERATIONS or, at the average step time
@@ -803,16 +807,23 @@ def muon_momentum(step: int, hp: Hyperparameters) -> float:
 # --- 7. Averaging -------------------------------------------------------------------------------------------
 # Averaged weights are better than the last ones. EMA and SWA are one class: running means, but one forgets.
 
+@torch.no_grad()
+def copy_all(into: list[Tensor], tensors: list[Tensor]) -> None:
+    for t, new in zip(into, tensors):
+        t.copy_(new)
+
 class WeightAverage:
     """Mean of snapshots: exponential, free of its start (as Adam's moments), or uniform if decay=1."""
 
     def __init__(self, decay: float, parameters: list[Tensor]):
-        self.decay, self.count, self.mean = decay, 0, [torch.zeros_like(p) for p in parameters]
+        self.decay, self.count = decay, torch.zeros((), dtype=torch.int64)
+        self.mean = [torch.zeros_like(p) for p in parameters]
 
     @torch.no_grad()
     def update(self, parameters: list[Tensor]) -> None:
         self.count += 1
-        weight = (1 - self.decay) / (1 - self.decay ** self.count) if self.decay < 1 else 1 / self.count
+        n = int(self.count)
+        weight = (1 - self.decay) / (1 - self.decay ** n) if self.decay < 1 else 1 / n
         torch._foreach_lerp_(self.mean, parameters, weight)
 
 def averaged_parameters(averages: dict[str, WeightAverage]) -> list[Tensor] | None:
@@ -860,13 +871,21 @@ def natural_levels(name: str, tensor: Tensor, hp: Hyperparameters) -> int:
     table = name.endswith((".table.weight", "embed.weight", "head.weight"))
     return 127 if table else 2 ** (hp.quant_bits - 1) - 1
 
-def fake_quantized(model: GPT, hp: Hyperparameters) -> dict[str, Tensor]:
-    """The matrices as the artifact would give them back; gradients pass straight through the rounding."""
+def soft_round(x: Tensor, hardness: Tensor) -> Tensor:
+    """Differentiable rounding: nearly the identity for small `hardness`, `round` as it grows (2006.09952)."""
+    low = x.detach().floor()
+    return low + 0.5 + torch.tanh(hardness * (x - low - 0.5)) / (2 * torch.tanh(hardness / 2))
+
+def fake_quantized(model: GPT, hp: Hyperparameters, hardness: Tensor) -> dict[str, Tensor]:
+    """The matrices as the artifact would give them back: gradients pass straight through the rounding; or, if
+    QAT_ROUNDING=soft, on their way there, and gradients are those of what is computed."""
     weights = {}
     for name, p in model.named_parameters():
         if levels := natural_levels(name, p, hp):
             codes, step = quantize_rows(p.detach(), levels)
-            weights[name] = p + (codes * step - p.detach())
+            soft = hp.qat_rounding == "soft"
+            weights[name] = (soft_round((p / step).clamp(-levels, levels), hardness) * step if soft
+                             else p + (codes * step - p.detach()))
     return weights
 
 def quantize_state(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0, clips=None):
@@ -1075,16 +1094,14 @@ def load_artifact(model: GPT, path: Path, rt: Runtime) -> int:
     size, label = 0, f"int{model.hp.quant_bits}+rans"
     if rt.rank == 0:
         try:
-            blob, code, own = path.read_bytes(), len(Path(__file__).read_bytes()), model.state_dict()
-            state, size = unpack(blob), code + len(blob)
+            blob, code = path.read_bytes(), len(Path(__file__).read_bytes())
+            model.load_state_dict(unpack(blob))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: {error}") from None
-        for name in own.keys() | state.keys():
-            found, expected = (tuple(s[name].shape) if name in s else "absent" for s in (state, own))
-            if found != expected:
-                raise UserError(f"{path}: {name} is {found}, the settings describe {expected}: set those that it "
-                                "was trained with (they are in its log)")
-        model.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(f"{path}: is of another model than the settings (its log has those that it was "
+                            f"trained with): {str(error).splitlines()[1].strip()}") from None
+        size = code + len(blob)
         rt.log(f"Serialized model {label}: {len(blob)} bytes\nCode size: {code} bytes\n"
                f"Total submission size {label}: {size} bytes")
     for p in model.parameters():
@@ -1415,17 +1432,21 @@ class Mixture:
 
 # --- 11. Training -------------------------------------------------------------------------------------------
 
-def training_loss(model: GPT, ids_BT: Tensor, targets_BT: Tensor, quantize: bool) -> Tensor:
-    """Mean nats per token; with `quantize` (a compiler makes a graph for each), of the artifact's weights."""
-    weights = fake_quantized(model, model.hp) if quantize else {}
-    return torch.func.functional_call(model, weights, (ids_BT, targets_BT))
+HARDEST = 16.0  # of soft rounding, at the end of training; it starts at 1
+
+def training_loss(model: GPT, ids_BT: Tensor, targets_BT: Tensor, hardness: Tensor | None, weights_BT=None) -> Tensor:
+    """Loss as in GPT.forward; with `hardness` (a compiler makes a graph for each), of the artifact's weights."""
+    quantized = {} if hardness is None else fake_quantized(model, model.hp, hardness)
+    return torch.func.functional_call(model, quantized, (ids_BT, targets_BT, weights_BT))
 
 class Trainer:
-    """The model with all that changes while it learns: optimizers, averages, steps done, seconds spent."""
+    """The model with all that changes while it learns: optimizers, averages, progress."""
+    steps = property(lambda self: int(self.progress[0]), doc="that were done")
+    seconds = property(lambda self: float(self.progress[1]), doc="of training")
 
     def __init__(self, model: GPT, loader: TokenLoader | None, rt: Runtime):
         self.model, self.loader, self.rt, self.hp = model, loader, rt, model.hp
-        self.parameters, self.steps, self.seconds = list(model.parameters()), 0, 0.0
+        self.parameters, self.progress = list(model.parameters()), torch.zeros(2).double()
         self.checkpoint: Path | None = None  # the last whole one of this run
         compiled = self.hp.compile == "1" or self.hp.compile == "auto" and rt.device.type == "cuda"
         self.loss = torch.compile(training_loss, dynamic=False) if compiled else training_loss
@@ -1435,15 +1456,16 @@ class Trainer:
         self.averages = {name: WeightAverage(decays[name], self.parameters)
                          for name in self.hp.averaging.split("_") if name in decays}
 
-    def step(self, scale: float, quantize: bool) -> Tensor:
+    def step(self, scale: float, hardness: float | None) -> Tensor:
         """One update on batch `self.steps`, every lr times `scale`, shown to the averages. Returns the part of
         the batch's mean loss that this rank saw, detached: the ranks' sum is the loss."""
         total, passes = torch.zeros((), device=self.rt.device), self.loader.accumulation
+        hardness = None if hardness is None else torch.tensor(hardness, device=self.rt.device)
         for micro in range(passes):
             x, y = (t.pin_memory() if self.rt.device.type == "cuda" else t
                     for t in self.loader.micro_batch(self.steps, micro))
             x, y = (t.to(self.rt.device, non_blocking=True) for t in (x, y))
-            loss = self.loss(self.model, x, y, quantize) / (passes * self.rt.world_size)
+            loss = self.loss(self.model, x, y, hardness) / (passes * self.rt.world_size)
             loss.backward()
             total += loss.detach()
         for optimizer in self.optimizers:
@@ -1453,52 +1475,49 @@ class Trainer:
             group["momentum"] = muon_momentum(self.steps, self.hp)
         update(self.optimizers, self.rt, self.hp.grad_clip_norm)
         self.model.zero_grad(set_to_none=True)
-        self.steps += 1
+        self.progress[0] += 1
         for name, average in self.averages.items():
             if name == "ema" or scale < self.hp.swa_threshold and self.steps % self.hp.swa_every == 0:
                 average.update(self.parameters)
         return total
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors that training changes, by name, to be read or written. Of Muon's momentum only this
-        rank's own share is current."""
+        """All that training changes, by name, to be read or written; of Muon's momentum only this rank's share
+        is current. Batches follow from the steps, and nothing draws random numbers after the first weights."""
         muon, adamw = self.optimizers
-        named = {f"model.{name}": p.data for name, p in self.model.named_parameters()}
+        named = {f"model.{name}": p.data for name, p in self.model.named_parameters()} | dict(progress=self.progress)
         named |= {f"muon.{i}": group["buffer"] for i, group in enumerate(muon.param_groups)}
         for i, state in enumerate(adamw.state.values()):
             named |= {f"adamw.{key}.{i}": value for key, value in state.items()}
-        return named | {f"{name}.{i}": mean for name, a in self.averages.items() for i, mean in enumerate(a.mean)}
+        for name, average in self.averages.items():
+            named |= {f"{name}.{i}": t for i, t in enumerate([average.count, *average.mean])}
+        return named
 
     def warm_up(self) -> None:
         """Run WARMUP_STEPS steps so that everything is compiled, the quantised graph too, then undo them."""
-        kept, steps = {name: t.clone() for name, t in self.tensors().items()}, self.steps
-        counts = [average.count for average in self.averages.values()]
+        kept = [t.clone() for t in self.tensors().values()]
         progress = Progress(self.rt, "warm-up", self.hp.warmup_steps)
         for i in range(self.hp.warmup_steps):
-            self.step(1.0, quantize=self.hp.late_qat_threshold > 0 and i % 2 == 1)
+            self.step(1.0, hardness=1.0 if self.hp.late_qat_threshold and i % 2 else None)
             progress(i + 1)
-        for name, t in self.tensors().items():
-            t.copy_(kept[name])
-        self.steps = steps
-        for average, count in zip(self.averages.values(), counts):
-            average.count = count
+        copy_all(self.tensors().values(), kept)
 
     def save(self) -> None:
         """Write the checkpoint logs/<RUN_ID>.ckpt, a NumPy archive: the run between two steps, for any number
         of ranks. Where a number is not finite or the disk is full it warns, and the one before is kept."""
-        tensors, path = self.tensors(), self.rt.log_path and self.rt.log_path.with_suffix(".ckpt")
-        for name in (name for name in tensors if name.startswith("muon")):
-            own, tensors[name] = self.optimizers[0].own, torch.zeros_like(whole := tensors[name])
-            own(tensors[name]).copy_(own(whole))
-            self.rt.sum(tensors[name])
-        try:
+        arrays, own = {}, self.optimizers[0].own
+        for name, t in self.tensors().items():
+            if name.startswith("muon"):
+                mine, t = t, torch.zeros_like(t)
+                own(t).copy_(own(mine))
+                self.rt.sum(t)
             if self.rt.rank == 0:
-                progress = [self.steps, self.seconds, *(average.count for average in self.averages.values())]
-                arrays = {name: t.numpy(force=True) for name, t in tensors.items()} | dict(
-                    progress=np.float64(progress), rng=torch.get_rng_state().numpy())
-                if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
-                    raise UserError(f"step {self.steps}: {bad[0]} is not finite, so no checkpoint is written")
-                arrays["settings"] = np.array(json.dumps(self.hp.as_env()))
+                arrays[name] = t.numpy(force=True)
+        try:
+            if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+                raise UserError(f"step {self.steps}: {bad[0]} is not finite, so no checkpoint is written")
+            if arrays:
+                path, arrays["settings"] = self.rt.log_path.with_suffix(".ckpt"), np.array(json.dumps(self.hp.as_env()))
                 replace_file(path, lambda file: np.savez(file, **arrays))
                 self.checkpoint = path
         except UserError as error:
@@ -1511,27 +1530,21 @@ class Trainer:
     def restore(self, path: str) -> None:
         """Every rank gets what rank 0 has: the checkpoint at `path`, or, if that is "", the initial weights.
         UserError: no such file, a damaged one, or one of other tensors than the settings describe."""
-        rt, progress, rng = self.rt, torch.zeros(2 + len(self.averages)).double(), torch.get_rng_state()
-        arrays = read_checkpoint(path) if path and rt.rank == 0 else {}
-        for name, t in (self.tensors() | dict(progress=progress, rng=rng)).items():
+        arrays = read_checkpoint(path) if path and self.rt.rank == 0 else {}
+        for name, t in self.tensors().items():
             if arrays:
                 array = arrays.get(name, np.zeros(0))
                 if array.shape != t.shape:
-                    raise UserError(f"RESUME={path}: {name} is {array.shape}, these settings need "
-                                    f"{tuple(t.shape)}: set what the run was begun with")
+                    raise UserError(f"RESUME={path}: {name} is {array.shape}, these settings need {tuple(t.shape)}: "
+                                    "set what the run was begun with")
                 t.copy_(torch.from_numpy(array))
-            rt.from_rank_0(t)
-        torch.set_rng_state(rng)
-        self.steps, self.seconds, *counts = progress.tolist()
-        self.steps = int(self.steps)
-        for average, count in zip(self.averages.values(), counts):
-            average.count = int(count)
+            self.rt.from_rank_0(t)
         then = json.loads(str(arrays.get("settings", "{}")))
         for name, value in self.hp.as_env().items():
             if then.get(name, value) != value and name not in ("RUN_ID", "RESUME", "CHECKPOINT_EVERY"):
-                rt.log(f"warning: {name}={value} here, {then[name]} in the checkpoint")
+                self.rt.log(f"warning: {name}={value} here, {then[name]} in the checkpoint")
         if path:
-            rt.log(f"resume:{path} step:{self.steps} train_time:{1e3 * self.seconds:.0f}ms")
+            self.rt.log(f"resume:{path} step:{self.steps} train_time:{1e3 * self.seconds:.0f}ms")
 
 def read_checkpoint(path: str) -> dict[str, np.ndarray]:
     """All arrays of a NumPy archive; UserError: no such file, or cut or damaged."""
@@ -1555,7 +1568,7 @@ def train(trainer: Trainer, validate) -> None:
         now = time.perf_counter() - started if rt.rank == 0 else 0
         lost = losses and not math.isfinite(losses[0])  # of the step before the last: no wait for a GPU
         seconds, stopped, lost = rt.agree(now, rt.stopped, bool(lost))
-        step, trainer.seconds = trainer.steps, seconds
+        step, trainer.progress[1] = trainer.steps, seconds
         label, scale = f"step:{step}/{hp.iterations}", lr_scale(step, seconds, hp)
         capped = step and 0 < hp.max_wallclock_seconds < seconds * (1 + 2 / step)
         last = capped or step >= hp.iterations
@@ -1576,11 +1589,12 @@ def train(trainer: Trainer, validate) -> None:
             started += time.perf_counter() - paused
         if last:
             break
-        quantize = scale < hp.late_qat_threshold
-        if quantize and not quantized:
-            rt.log(f"late_qat:on step:{step} lr_scale:{scale:.4f} bits:{hp.quant_bits}")
-        quantized = quantized or quantize
-        losses = [*losses, trainer.step(scale, quantize)][-2:]
+        late = 1 - scale / hp.late_qat_threshold if scale < hp.late_qat_threshold else None
+        if late is not None and not quantized:
+            quantized = True
+            rt.log(f"late_qat:on step:{step} lr_scale:{scale:.4f} bits:{hp.quant_bits} rounding:{hp.qat_rounding}")
+        hardness = None if late is None else 1 + late * (HARDEST - 1)
+        losses = [*losses, trainer.step(scale, hardness)][-2:]
         rt.pace()
         if step < 10 or hp.train_log_every and (step + 1) % hp.train_log_every == 0:
             loss, ms = rt.sum(losses[-1].clone()).item(), 1e3 * (time.perf_counter() - started)
@@ -1591,8 +1605,7 @@ def train(trainer: Trainer, validate) -> None:
     if capped:
         rt.log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms {label}")
     weights = averaged_parameters(trainer.averages)
-    for p, mean in zip(trainer.parameters, weights or []):
-        p.data.copy_(mean)
+    copy_all(trainer.parameters, weights or [])
     counts = " ".join(f"{name}_updates:{average.count}" for name, average in trainer.averages.items())
     rt.log(f"averaging:{hp.averaging if weights else 'none'} {counts} "
            f"parameters:{sum(p.numel() for p in trainer.parameters)}")
@@ -1624,9 +1637,9 @@ def log_score(name: str, nll: np.ndarray, stream_bytes: np.ndarray, facts: str, 
     rt.log(f"{name}_exact val_loss:{nll.mean(dtype=np.float64):.8f} val_bpb:{bpb:.8f} {facts}".rstrip())
     return bpb
 
-def report_mixture(mixture: Mixture, nll: np.ndarray, stream_bytes: np.ndarray, added: str, rt: Runtime):
+def report_mixture(mixture: Mixture, scores: np.ndarray, stream_bytes: np.ndarray, added: str, rt: Runtime):
     """Audit the mixture, log its score, return its bpb. Hashed counts get none, NaN: they are no code."""
-    hp, bpb = mixture.hp, bits_per_byte(mixture.nll, stream_bytes)
+    hp, bpb, (nll, entropy) = mixture.hp, bits_per_byte(mixture.nll, stream_bytes), scores
     orders, kind = f"{hp.ngram_min_order}-{hp.ngram_order}", f"{hp.ngram_counts} alpha:{hp.ngram_alpha}"
     facts = f"orders:{orders} counts:{kind} {added}"
     if hp.ngram_counts == "hashed":
@@ -1637,16 +1650,67 @@ def report_mixture(mixture: Mixture, nll: np.ndarray, stream_bytes: np.ndarray, 
                f"probability: at the stream's end the counts sum to {end:.3g} over the vocabulary, not to 1)")
         return math.nan
     rt.log(f"ngram_audit {mixture.audit()}")
+    for low, high in pairwise((0, 0.5, 1, 1.5, 2, 3, 4, 5, math.inf)):  # calibrated: nll = expected, the entropy
+        if (at := (low <= entropy) & (entropy < high)).any():
+            rt.log(f"calibration entropy:{low}-{high} targets:{at.sum()} expected:{entropy[at].mean():.4f} "
+                   f"nll:{nll[at].mean():.4f} mixed:{mixture.nll[at].mean():.4f}")
     gain = bits_per_byte(nll - mixture.nll, stream_bytes)
     return log_score("final_ngram", mixture.nll, stream_bytes, f"gain:{gain:.8f} {facts}", rt)
 
-def scores_in_time(trainer: Trainer, tokens: np.ndarray, began: float):
+def ttt_batches(trainer: Trainer, tokens: np.ndarray, stream_bytes: np.ndarray, begin: int, end: int):
+    """(ids, targets, weights), each (B, T), of this rank: the targets [begin, end) in sequences that do not
+    overlap, TTT_BATCH at once over all ranks; the weight is the target's share of the batch's bytes."""
+    rt, length = trainer.rt, min(trainer.hp.eval_seq_len, end)
+    starts, first, ends = windows(begin, end, length, length)
+    for rows in np.array_split(np.arange(len(starts)), -(-len(starts) // TTT_BATCH)):
+        at = starts[rows][:, None] + np.arange(length)
+        weights = stream_bytes[at] * ((at >= first[rows][:, None]) & (at < ends[rows][:, None]))
+        batch = tokens[at].astype(np.int64), tokens[at + 1].astype(np.int64), np.float32(weights / weights.sum())
+        yield [torch.from_numpy(np.array_split(x, rt.world_size)[rt.rank]).to(rt.device) for x in batch]
+
+def score_and_learn(trainer: Trainer, tokens: np.ndarray, stride: int, stream_bytes: np.ndarray):
+    """Score-first test-time training (PR #825). Yields segments as score_stream does: each is a chunk, scored
+    with an average of the weights; only when the next is asked for the weights learn from it: the last
+    TTT_BLOCKS, all vectors and scalars, and the head. In the end the model is what it was."""
+    hp, rt, model, total = trainer.hp, trainer.rt, trainer.model, len(tokens) - 1
+    last = tuple(f"blocks.{i}." for i in range(hp.num_layers)[-hp.ttt_blocks or hp.num_layers:])
+    tuned = [p.requires_grad_() for name, p in model.requires_grad_(False).named_parameters()
+             if name.startswith(last) or not name.endswith(".weight")
+             or name == ("embed.weight" if hp.tie_embeddings else "head.weight")]
+    initial, weights, mean = ([p.detach().clone() for p in tuned] for _ in range(3))
+    optimizer = torch.optim.AdamW(tuned, betas=(hp.beta1, hp.beta2), weight_decay=0.0, fused=True)
+    try:
+        for begin, end in pairwise([*range(0, total, hp.ttt_chunk_tokens), total]):
+            yield collect(score_stream(trainer.trunk, model, tokens, stride, rt, (begin, end)))
+            if end == total:
+                return
+            copy_all(tuned, weights)
+            optimizer.param_groups[0]["lr"] = hp.ttt_lr * ttt_scale(begin / total)
+            for ids, targets, share in chain(*(ttt_batches(trainer, tokens, stream_bytes, begin, end)
+                                               for _ in range(hp.ttt_epochs))):
+                trainer.loss(model, ids, targets, None, share).backward()
+                flat = rt.sum(torch.cat([p.grad.flatten() for p in tuned]))
+                flat *= (1 / (flat.norm() + 1e-6)).clamp_max(1)
+                for p, grad in zip(tuned, flat.split([p.numel() for p in tuned])):
+                    p.grad = grad.view_as(p)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                torch._foreach_lerp_(mean, [p.detach() for p in tuned], 1 - hp.ttt_decay)
+            copy_all(weights, tuned)
+            copy_all(tuned, mean)
+    finally:
+        moved = sum((a - b).square().sum() for a, b in zip(weights, initial)).sqrt()
+        rt.log(f"ttt:on epochs:{hp.ttt_epochs} parameters:{sum(p.numel() for p in tuned)} moved:{moved:.4f}")
+        copy_all(tuned, initial)
+
+def scores_in_time(trainer: Trainer, tokens: np.ndarray, stream_bytes: np.ndarray, began: float):
     """(stride, segments of scores): EVAL_STRIDE or, where the third segment's speed projects an end later than
     95 % of EVAL_BUDGET_SECONDS after `began`, the smallest of WIDER_STRIDES that fits, or else the widest."""
     hp, rt, total = trainer.hp, trainer.rt, len(tokens) - 1
     strides = [hp.eval_stride, *(s for s in WIDER_STRIDES if hp.eval_stride < s <= hp.eval_seq_len)]
     for stride in strides:
-        segments = score_stream(trainer.trunk, trainer.model, tokens, stride, rt)
+        segments = (score_and_learn(trainer, tokens, stride, stream_bytes) if hp.ttt_epochs
+                    else score_stream(trainer.trunk, trainer.model, tokens, stride, rt))
         held = list(islice(segments, 2))
         begun = time.perf_counter()
         held += islice(segments, 1)
@@ -1656,6 +1720,7 @@ def scores_in_time(trainer: Trainer, tokens: np.ndarray, began: float):
         rt.log(f"eval_budget projected:{projected:.1f}s budget:{hp.eval_budget_seconds:g}s stride:{stride}")
         if not rt.agree(late)[0] or stride == strides[-1]:
             return stride, chain(held, segments)
+        segments.close()
 
 def evaluate(trainer: Trainer, tokens: np.ndarray, stream_bytes: np.ndarray, began: float) -> dict[str, float]:
     """The model scores the stream and is mixed with counts while it scores; `began`: when training ended."""
@@ -1668,7 +1733,7 @@ def evaluate(trainer: Trainer, tokens: np.ndarray, stream_bytes: np.ndarray, beg
         log_score(f"{label}_roundtrip", nll, stream_bytes, "", rt)
     begun, scores = time.perf_counter(), np.empty((2, len(tokens) - 1 if rt.rank == 0 else 0), np.float32)
     nll, entropy = scores
-    stride, segments = scores_in_time(trainer, tokens, began)
+    stride, segments = scores_in_time(trainer, tokens, stream_bytes, began)
     for segment in segments:
         scores[:, done: done + segment.shape[1]] = segment
         done += segment.shape[1]
@@ -1683,7 +1748,7 @@ def evaluate(trainer: Trainer, tokens: np.ndarray, stream_bytes: np.ndarray, beg
         for part in pending:
             part.result()
         added = f"added_time:{1e3 * (time.perf_counter() - scored):.0f}ms"
-        results["mixed"] = report_mixture(mixture.result(), nll, stream_bytes, added, rt)
+        results["mixed"] = report_mixture(mixture.result(), scores, stream_bytes, added, rt)
     if hp.save_scores and rt.rank == 0:
         arrays = dict(nll=nll, entropy=entropy, settings=np.array(json.dumps(hp.as_env())))
         arrays |= dict(mixed=mixture.result().nll.astype(np.float32)) if mixture else {}
@@ -1712,7 +1777,7 @@ def prepare(hp: Hyperparameters, rt: Runtime, env: dict[str, str]) -> tuple[Trai
     tokens, count = load_validation(hp), ByteCounter(hp)
     rt.compare({"train_gpt.py": Path(__file__).read_bytes(), "settings": hp, "torch": torch.__version__,
                 "data files": fingerprint(hp)})
-    stream_bytes = count(tokens) if rt.rank == 0 else None
+    stream_bytes = count(tokens) if rt.rank == 0 or hp.ttt_epochs else None
     trainer = Trainer(GPT(hp).to(rt.device), loader, rt)
     if rt.rank == 0:
         log_header(trainer, stream_bytes)
