@@ -303,11 +303,12 @@ class Runtime:
         return x
 
     def start(self, collective, x: Tensor, rows: int):
-        """(`rows` rows that `collective` will make of `x`, a function that waits for them: to be called once)."""
+        """A function that waits for the `rows` rows that `collective` makes of `x`. To be called once."""
         if self.world_size == 1:
-            return x, lambda: None
+            return lambda: x
         out = x.new_empty(rows, *x.shape[1:])
-        return out, collective(out, x, async_op=True).wait
+        work = collective(out, x, async_op=True)
+        return lambda: (work.wait(), out)[1]
 
     def compare(self, facts: dict[str, object]) -> None:
         """UserError that names the ranks whose `facts` are not rank 0's."""
@@ -700,8 +701,8 @@ def orthogonalize(G_NRC: Tensor, steps: int) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """One group per shape: a stack, tall matrices transposed, so that one batched iteration serves them all.
-    Each rank owns an equal share of every stack (zero matrices fill it up): it receives the sum over the ranks
-    of those gradients only, keeps their momentum only, and sends the others its updates."""
+    Each rank owns an equal share of every stack (zero matrices fill it up): it gets the sum over the ranks of
+    those gradients only, keeps their momentum only, and sends the others its updates."""
 
     def __init__(self, matrices: list[nn.Parameter], hp: Hyperparameters, rt: Runtime):
         self.rt, stacks = rt, {}
@@ -717,76 +718,73 @@ class Muon(torch.optim.Optimizer):
         share = -(-len(stack) // self.rt.world_size)
         return stack[self.rt.rank * share:][:share]
 
-    def start_reduce(self) -> None:
-        """Send the gradients, for this rank's share of their sum over the ranks."""
-        self.sums, ranks = [], self.rt.world_size
+    def send_gradients(self) -> list:
+        """Per stack a function that waits for this rank's share, (share, R, C), of the sum over the ranks."""
+        sent, ranks = [], self.rt.world_size
         for group in self.param_groups:
             wide = [p.grad.mT if p.size(0) > p.size(1) else p.grad for p in group["params"]]
             wide += [torch.zeros_like(wide[0])] * (-len(wide) % ranks)
-            self.sums.append(self.rt.start(REDUCE_SCATTER, torch.stack(wide), len(wide) // ranks))
-
-    def finish_reduce(self) -> list[Tensor]:
-        """This rank's share of the sums, (share, R, C) per stack."""
-        for _, wait in self.sums:
-            wait()
-        self.grads = [share for share, _ in self.sums]
-        return self.grads
+            sent.append(self.rt.start(REDUCE_SCATTER, torch.stack(wide), len(wide) // ranks))
+        return sent
 
     @torch.no_grad()
-    def start_step(self) -> None:
-        """Momentum and orthogonal updates of this rank's share, on their way to the others."""
-        self.updates = []
-        for group, grads_NRC in zip(self.param_groups, self.grads):
+    def send_updates(self, shares: list[Tensor]) -> list:
+        """Per stack a function that waits for all its orthogonal updates, (N, R, C)."""
+        sent = []
+        for group, grads_NRC in zip(self.param_groups, shares):
             buffer_NRC = self.own(group["buffer"])
             ours = grads_NRC[:len(buffer_NRC)]
             ours.add_(buffer_NRC.mul_(group["momentum"]).add_(ours), alpha=group["momentum"])  # Nesterov
             update_NRC = orthogonalize(grads_NRC, group["steps"])
-            self.updates.append(self.rt.start(ALL_GATHER, update_NRC, len(update_NRC) * self.rt.world_size))
+            sent.append(self.rt.start(ALL_GATHER, update_NRC, len(update_NRC) * self.rt.world_size))
+        return sent
 
     @torch.no_grad()
-    def step(self) -> None:
-        for group, (update_NRC, wait) in zip(self.param_groups, self.updates):
-            wait()
+    def step(self, sent: list) -> None:
+        for group, updates in zip(self.param_groups, sent):
             torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
-            for p, update in zip(group["params"], update_NRC):
+            for p, update in zip(group["params"], updates()):
                 R, C = p.shape
                 p.sub_(update.mT if R > C else update, alpha=group["lr"] * max(1, R / C) ** 0.5)
 
-def build_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime) -> list[torch.optim.Optimizer]:
-    """[Muon, AdamW]; together they hold every parameter exactly once."""
+def build_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime) -> tuple[Muon, torch.optim.AdamW]:
+    """Together they hold every parameter exactly once."""
     tables, heads, matrices, vectors = [], [], [], []
     for name, p in model.named_parameters():
         kind = (tables if name.endswith((".table.weight", "embed.weight")) else heads if name == "head.weight"
                 else matrices if name.endswith(".weight") else vectors)
         kind.append(p)
-    table_lr = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr
-    rates = (tables, table_lr), (heads, hp.head_lr), (vectors, hp.scalar_lr)
-    adamw = torch.optim.AdamW([dict(params=kind, lr=lr, initial_lr=lr) for kind, lr in rates if kind], fused=True,
-                              betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, weight_decay=hp.adam_wd)
-    for p in (*tables, *heads, *vectors):  # what AdamW would make at its first step; a checkpoint fills it
+    rates = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr, hp.head_lr, hp.scalar_lr
+    groups = [dict(params=kind, lr=lr, initial_lr=lr) for kind, lr in zip((tables, heads, vectors), rates) if kind]
+    adamw = torch.optim.AdamW(groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, weight_decay=hp.adam_wd,
+                              fused=True)
+    for p in (*tables, *heads, *vectors):  # as AdamW would at its first step: a checkpoint fills it before
         adamw.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
                               exp_avg_sq=torch.zeros_like(p))
-    optimizers = [Muon(matrices, hp, rt), adamw]
+    optimizers = Muon(matrices, hp, rt), adamw
     owned = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(map(id, model.parameters())), "a parameter without exactly one optimizer"
     return optimizers
 
+def set_gradients(params: list[Tensor], flat: Tensor) -> None:
+    for p, grad in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = grad.view_as(p)
+
 @torch.no_grad()
-def update(optimizers: list[torch.optim.Optimizer], rt: Runtime, clip: float) -> None:
+def update(muon: Muon, adamw: torch.optim.AdamW, rt: Runtime, clip: float) -> None:
     """One step on the sum over the ranks of all gradients, scaled to a norm of at most `clip`. Muon's updates
     travel while AdamW works; one rank sends nothing."""
-    muon, adamw = optimizers
     params = [p for group in adamw.param_groups for p in group["params"]]
-    muon.start_reduce()
-    flat, shares = rt.sum(torch.cat([p.grad.flatten() for p in params])), muon.finish_reduce()
+    sent = muon.send_gradients()
+    flat = rt.sum(torch.cat([p.grad.flatten() for p in params]))
+    shares = [arrived() for arrived in sent]
     if clip:
         squares = rt.sum(sum(share.square().sum() for share in shares)) + flat.square().sum()
         torch._foreach_mul_([flat, *shares], (clip / (squares.sqrt() + 1e-6)).clamp_max(1))
-    muon.start_step()
-    for p, grad in zip(params, flat.split([p.numel() for p in params])):
-        p.grad = grad.view_as(p)
+    sent = muon.send_updates(shares)
+    set_gradients(params, flat)
     adamw.step()
-    muon.step()
+    muon.step(sent)
 
 def ttt_scale(done: float) -> float:
     """Factor of TTT_LR when a share `done` of the stream is scored: by cosine to 0, times 1 to 3 over 30 %."""
@@ -1447,7 +1445,7 @@ class Trainer:
     def __init__(self, model: GPT, loader: TokenLoader | None, rt: Runtime):
         self.model, self.loader, self.rt, self.hp = model, loader, rt, model.hp
         self.parameters, self.progress = list(model.parameters()), torch.zeros(2).double()
-        self.checkpoint: Path | None = None  # the last whole one of this run
+        self.hint = "there is no checkpoint"  # what a user can do if this run ends now
         compiled = self.hp.compile == "1" or self.hp.compile == "auto" and rt.device.type == "cuda"
         self.loss = torch.compile(training_loss, dynamic=False) if compiled else training_loss
         self.trunk = torch.compile(model, dynamic=False) if compiled else model
@@ -1462,18 +1460,15 @@ class Trainer:
         total, passes = torch.zeros((), device=self.rt.device), self.loader.accumulation
         hardness = None if hardness is None else torch.tensor(hardness, device=self.rt.device)
         for micro in range(passes):
-            x, y = (t.pin_memory() if self.rt.device.type == "cuda" else t
-                    for t in self.loader.micro_batch(self.steps, micro))
-            x, y = (t.to(self.rt.device, non_blocking=True) for t in (x, y))
-            loss = self.loss(self.model, x, y, hardness) / (passes * self.rt.world_size)
+            ids, targets = self.loader.micro_batch(self.steps, micro)
+            if self.rt.device.type == "cuda":
+                ids, targets = (x.pin_memory().to(self.rt.device, non_blocking=True) for x in (ids, targets))
+            loss = self.loss(self.model, ids, targets, hardness) / (passes * self.rt.world_size)
             loss.backward()
             total += loss.detach()
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * scale
-        for group in self.optimizers[0].param_groups:
-            group["momentum"] = muon_momentum(self.steps, self.hp)
-        update(self.optimizers, self.rt, self.hp.grad_clip_norm)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group |= dict(lr=group["initial_lr"] * scale, momentum=muon_momentum(self.steps, self.hp))
+        update(*self.optimizers, self.rt, self.hp.grad_clip_norm)
         self.model.zero_grad(set_to_none=True)
         self.progress[0] += 1
         for name, average in self.averages.items():
@@ -1513,33 +1508,27 @@ class Trainer:
                 self.rt.sum(t)
             if self.rt.rank == 0:
                 arrays[name] = t.numpy(force=True)
-        try:
-            if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
-                raise UserError(f"step {self.steps}: {bad[0]} is not finite, so no checkpoint is written")
-            if arrays:
-                path, arrays["settings"] = self.rt.log_path.with_suffix(".ckpt"), np.array(json.dumps(self.hp.as_env()))
+        if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+            self.rt.log(f"warning: {bad[0]} is not finite, so step {self.steps} gets no checkpoint")
+        elif arrays:
+            path, arrays["settings"] = self.rt.log_path.with_suffix(".ckpt"), np.array(json.dumps(self.hp.as_env()))
+            try:
                 replace_file(path, lambda file: np.savez(file, **arrays))
-                self.checkpoint = path
-        except UserError as error:
-            self.rt.log(f"warning: {error}")
+                self.hint = f"RESUME={path} goes on from step {self.steps}"
+            except UserError as error:
+                self.rt.log(f"warning: {error}")
         self.rt.barrier()
-
-    def hint(self) -> str:
-        return f"RESUME={self.checkpoint} goes on from there" if self.checkpoint else "there is no checkpoint"
 
     def restore(self, path: str) -> None:
         """Every rank gets what rank 0 has: the checkpoint at `path`, or, if that is "", the initial weights.
         UserError: no such file, a damaged one, or one of other tensors than the settings describe."""
         arrays = read_checkpoint(path) if path and self.rt.rank == 0 else {}
-        for name, t in self.tensors().items():
-            if arrays:
-                array = arrays.get(name, np.zeros(0))
-                if array.shape != t.shape:
-                    raise UserError(f"RESUME={path}: {name} is {array.shape}, these settings need {tuple(t.shape)}: "
-                                    "set what the run was begun with")
-                t.copy_(torch.from_numpy(array))
-            self.rt.from_rank_0(t)
         then = json.loads(str(arrays.get("settings", "{}")))
+        for name, t in self.tensors().items():
+            if arrays and getattr(arrays.get(name), "shape", None) != t.shape:
+                raise UserError(f"RESUME={path}: {name} is not of shape {tuple(t.shape)}: set what the run was "
+                                f"begun with: {' '.join(f'{k}={v}' for k, v in then.items())}")
+            self.rt.from_rank_0(t.copy_(torch.from_numpy(arrays[name])) if arrays else t)
         for name, value in self.hp.as_env().items():
             if then.get(name, value) != value and name not in ("RUN_ID", "RESUME", "CHECKPOINT_EVERY"):
                 self.rt.log(f"warning: {name}={value} here, {then[name]} in the checkpoint")
@@ -1573,12 +1562,12 @@ def train(trainer: Trainer, validate) -> None:
         capped = step and 0 < hp.max_wallclock_seconds < seconds * (1 + 2 / step)
         last = capped or step >= hp.iterations
         if lost:
-            raise UserError(f"{label}: the training loss is not finite; lower the learning rates; {trainer.hint()}")
+            raise UserError(f"{label}: the loss is not finite: lower the learning rates; {trainer.hint}")
         if stopped or last or 0 < hp.checkpoint_every <= seconds - saved:
             saved = seconds
             trainer.save()
         if stopped:
-            raise Stopped(f"{label}: stopped by a signal; {trainer.hint()}")
+            raise Stopped(f"{label}: stopped by a signal; {trainer.hint}")
         if last or hp.val_loss_every and step and step % hp.val_loss_every == 0:
             rt.barrier()
             paused = time.perf_counter()
@@ -1691,8 +1680,7 @@ def score_and_learn(trainer: Trainer, tokens: np.ndarray, stride: int, stream_by
                 trainer.loss(model, ids, targets, None, share).backward()
                 flat = rt.sum(torch.cat([p.grad.flatten() for p in tuned]))
                 flat *= (1 / (flat.norm() + 1e-6)).clamp_max(1)
-                for p, grad in zip(tuned, flat.split([p.numel() for p in tuned])):
-                    p.grad = grad.view_as(p)
+                set_gradients(tuned, flat)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 torch._foreach_lerp_(mean, [p.detach() for p in tuned], 1 - hp.ttt_decay)
@@ -1807,8 +1795,8 @@ def main(env: dict[str, str]) -> None:
             if rt.rank == 0:
                 write_artifact(trainer.model, path, hp, rt)
         size = load_artifact(trainer.model, path, rt)
-        if trainer.checkpoint and not hp.checkpoint_every:
-            trainer.checkpoint.unlink(missing_ok=True)  # the artifact is whole
+        if rt.rank == 0 and not hp.checkpoint_every:
+            rt.log_path.with_suffix(".ckpt").unlink(missing_ok=True)  # the artifact is whole
         results = evaluate(trainer, tokens, stream_bytes, began)
         if rt.rank == 0:
             last_screen(trainer, results, size)
