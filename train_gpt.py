@@ -333,6 +333,9 @@ class Runtime:
             self.previous_step = torch.cuda.Event()
             self.previous_step.record()
 
+    def beside_log(self, ending: str) -> Path:
+        return self.log_path.with_name(self.log_path.stem + ending)
+
     def close(self) -> None:
         """UserError: lines of the log that no later one could bring to the disk."""
         if self.world_size > 1 and dist.is_initialized():
@@ -1080,8 +1083,10 @@ def fit_artifact(state: dict[str, Tensor], hp: Hyperparameters, budget: int) -> 
                   f"levels:{min(127, (2 ** (hp.quant_bits - 1) - 1) / coarsen):.2f}")
 
 def write_artifact(model: GPT, path: Path, hp: Hyperparameters, rt: Runtime) -> None:
-    """Pack the model into the file `path`, which with this file takes at most SIZE_CAP bytes; UserError: not
+    """On rank 0: pack the model into the file `path`, which with this file takes at most SIZE_CAP bytes; UserError: not
     possible, or no space on the disk."""
+    if rt.rank:
+        return
     blob, facts = fit_artifact(model.state_dict(), hp, SIZE_CAP - len(Path(__file__).read_bytes()))
     rt.log(f"fit_artifact {facts}")
     replace_file(path, lambda file: file.write(blob))
@@ -1154,6 +1159,9 @@ def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int, rt: Runtime
 def collect(segments) -> np.ndarray:
     """All segments of score_stream as one (nll, entropy)."""
     return np.concatenate(list(segments), 1)
+
+def mean_nats(nll: np.ndarray) -> float:
+    return float(nll.mean(dtype=np.float64))
 
 def bits_per_byte(nll: np.ndarray, stream_bytes: np.ndarray) -> float:
     """Code length of the targets in bits over their UTF-8 bytes; sums in float64, divided once."""
@@ -1430,9 +1438,7 @@ class Mixture:
 
 # --- 11. Training -------------------------------------------------------------------------------------------
 
-HARDEST = 16.0  # of soft rounding, at the end of training; it starts at 1
-
-def training_loss(model: GPT, ids_BT: Tensor, targets_BT: Tensor, hardness: Tensor | None, weights_BT=None) -> Tensor:
+def training_loss(model: GPT, ids_BT: Tensor, targets_BT: Tensor, hardness: Tensor | None, weights_BT=None):
     """Loss as in GPT.forward; with `hardness` (a compiler makes a graph for each), of the artifact's weights."""
     quantized = {} if hardness is None else fake_quantized(model, model.hp, hardness)
     return torch.func.functional_call(model, quantized, (ids_BT, targets_BT, weights_BT))
@@ -1445,6 +1451,7 @@ class Trainer:
     def __init__(self, model: GPT, loader: TokenLoader | None, rt: Runtime):
         self.model, self.loader, self.rt, self.hp = model, loader, rt, model.hp
         self.parameters, self.progress = list(model.parameters()), torch.zeros(2).double()
+        self.tokens = self.stream_bytes = None  # the validation stream, its bytes per target
         self.hint = "there is no checkpoint"  # what a user can do if this run ends now
         compiled = self.hp.compile == "1" or self.hp.compile == "auto" and rt.device.type == "cuda"
         self.loss = torch.compile(training_loss, dynamic=False) if compiled else training_loss
@@ -1476,11 +1483,17 @@ class Trainer:
                 average.update(self.parameters)
         return total
 
+    def validate(self) -> tuple[float, float]:
+        """(nats per target, bits per byte) of the stream in windows that do not overlap; rank 0 only."""
+        nll, _ = collect(score_stream(self.trunk, self.model, self.tokens, self.hp.eval_seq_len, self.rt))
+        return (mean_nats(nll), bits_per_byte(nll, self.stream_bytes)) if self.rt.rank == 0 else (0.0, 0.0)
+
     def tensors(self) -> dict[str, Tensor]:
         """All that training changes, by name, to be read or written; of Muon's momentum only this rank's share
         is current. Batches follow from the steps, and nothing draws random numbers after the first weights."""
         muon, adamw = self.optimizers
-        named = {f"model.{name}": p.data for name, p in self.model.named_parameters()} | dict(progress=self.progress)
+        named = dict(progress=self.progress)
+        named |= {f"model.{name}": p.data for name, p in self.model.named_parameters()}
         named |= {f"muon.{i}": group["buffer"] for i, group in enumerate(muon.param_groups)}
         for i, state in enumerate(adamw.state.values()):
             named |= {f"adamw.{key}.{i}": value for key, value in state.items()}
@@ -1511,9 +1524,9 @@ class Trainer:
         if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
             self.rt.log(f"warning: {bad[0]} is not finite, so step {self.steps} gets no checkpoint")
         elif arrays:
-            path, arrays["settings"] = self.rt.log_path.with_suffix(".ckpt"), np.array(json.dumps(self.hp.as_env()))
             try:
-                replace_file(path, lambda file: np.savez(file, **arrays))
+                path, settings = self.rt.beside_log(".ckpt"), np.array(json.dumps(self.hp.as_env()))
+                replace_file(path, lambda file: np.savez(file, settings=settings, **arrays))
                 self.hint = f"RESUME={path} goes on from step {self.steps}"
             except UserError as error:
                 self.rt.log(f"warning: {error}")
@@ -1526,8 +1539,8 @@ class Trainer:
         then = json.loads(str(arrays.get("settings", "{}")))
         for name, t in self.tensors().items():
             if arrays and getattr(arrays.get(name), "shape", None) != t.shape:
-                raise UserError(f"RESUME={path}: {name} is not of shape {tuple(t.shape)}: set what the run was "
-                                f"begun with: {' '.join(f'{k}={v}' for k, v in then.items())}")
+                raise UserError(f"RESUME={path}: no {name} of shape {tuple(t.shape)}: set what the run was begun "
+                                f"with: {' '.join(f'{k}={v}' for k, v in then.items())}")
             self.rt.from_rank_0(t.copy_(torch.from_numpy(arrays[name])) if arrays else t)
         for name, value in self.hp.as_env().items():
             if then.get(name, value) != value and name not in ("RUN_ID", "RESUME", "CHECKPOINT_EVERY"):
@@ -1543,26 +1556,30 @@ def read_checkpoint(path: str) -> dict[str, np.ndarray]:
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"RESUME={path}: not a whole checkpoint: {error}") from None
 
-def train(trainer: Trainer, validate) -> None:
-    """Trains until ITERATIONS or the wall-clock cap; `validate()` gives (loss, bpb) and is not timed. Ranks
-    follow rank 0's clock, of which checkpoints are a part; no step is begun that would pass the cap by taking
-    twice the average. Leaves a checkpoint of the last step and the averaged weights in the model. Stopped: a
-    signal came, the step was ended and a checkpoint left; UserError: the loss is not finite."""
+def train(trainer: Trainer) -> None:
+    """Trains until ITERATIONS or the wall-clock cap, validations not timed, checkpoints timed. Ranks follow
+    rank 0's clock; no step is begun that would pass the cap by taking twice the average. Leaves a checkpoint
+    of the last step and the averaged weights in the model. Stopped: a signal came, the step was ended, a
+    checkpoint left; UserError: the loss is not finite."""
     hp, rt = trainer.hp, trainer.rt
     trainer.warm_up()
     rt.barrier()
-    rt.patient, saved, quantized, losses = True, trainer.seconds, False, []
+    rt.patient, saved, hardness, losses = True, trainer.seconds, None, []
     started = time.perf_counter() - trainer.seconds
     while True:
         now = time.perf_counter() - started if rt.rank == 0 else 0
-        lost = losses and not math.isfinite(losses[0])  # of the step before the last: no wait for a GPU
-        seconds, stopped, lost = rt.agree(now, rt.stopped, bool(lost))
+        lost = bool(losses) and not math.isfinite(losses[0])  # of the step before the last: no wait for a GPU
+        seconds, stopped, lost = rt.agree(now, rt.stopped, lost)
         step, trainer.progress[1] = trainer.steps, seconds
         label, scale = f"step:{step}/{hp.iterations}", lr_scale(step, seconds, hp)
-        capped = step and 0 < hp.max_wallclock_seconds < seconds * (1 + 2 / step)
-        last = capped or step >= hp.iterations
+        clock = f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(step, 1):.2f}ms"
         if lost:
             raise UserError(f"{label}: the loss is not finite: lower the learning rates; {trainer.hint}")
+        if losses and (step <= 10 or hp.train_log_every and step % hp.train_log_every == 0):
+            rt.log(f"{label} train_loss:{rt.sum(losses[-1].clone()).item():.4f} {clock} "
+                   f"tok/s:{hp.train_batch_tokens * step / seconds:.0f} lr_scale:{scale:.4f}")
+        capped = step and 0 < hp.max_wallclock_seconds < seconds * (1 + 2 / step)
+        last = capped or step >= hp.iterations
         if stopped or last or 0 < hp.checkpoint_every <= seconds - saved:
             saved = seconds
             trainer.save()
@@ -1571,25 +1588,18 @@ def train(trainer: Trainer, validate) -> None:
         if last or hp.val_loss_every and step and step % hp.val_loss_every == 0:
             rt.barrier()
             paused = time.perf_counter()
-            loss, bpb = validate()
-            rt.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1e3 * seconds:.0f}ms "
-                   f"step_avg:{1e3 * seconds / step:.2f}ms")
+            loss, bpb = trainer.validate()
+            rt.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {clock}")
             rt.barrier()
             started += time.perf_counter() - paused
         if last:
             break
-        late = 1 - scale / hp.late_qat_threshold if scale < hp.late_qat_threshold else None
-        if late is not None and not quantized:
-            quantized = True
-            rt.log(f"late_qat:on step:{step} lr_scale:{scale:.4f} bits:{hp.quant_bits} rounding:{hp.qat_rounding}")
-        hardness = None if late is None else 1 + late * (HARDEST - 1)
+        if scale < hp.late_qat_threshold:
+            if hardness is None:
+                rt.log(f"late_qat:on step:{step} lr_scale:{scale:.4f} bits:{hp.quant_bits} {hp.qat_rounding}")
+            hardness = 1 + 15 * (1 - scale / hp.late_qat_threshold)  # of soft rounding: 1 to 16
         losses = [*losses, trainer.step(scale, hardness)][-2:]
         rt.pace()
-        if step < 10 or hp.train_log_every and (step + 1) % hp.train_log_every == 0:
-            loss, ms = rt.sum(losses[-1].clone()).item(), 1e3 * (time.perf_counter() - started)
-            rt.log(f"step:{step + 1}/{hp.iterations} train_loss:{loss:.4f} train_time:{ms:.0f}ms "
-                   f"step_avg:{ms / (step + 1):.2f}ms tok/s:{hp.train_batch_tokens * (step + 1) / ms * 1e3:.0f} "
-                   f"lr_scale:{scale:.4f}")
     rt.patient = False
     if capped:
         rt.log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms {label}")
@@ -1602,7 +1612,7 @@ def train(trainer: Trainer, validate) -> None:
 # --- 12. main -----------------------------------------------------------------------------------------------
 # train -> average -> pack -> write -> read -> unpack -> score -> mix -> report
 
-def log_header(trainer: Trainer, stream_bytes: np.ndarray) -> None:
+def log_header(trainer: Trainer) -> None:
     """What a reviewer needs to repeat the run: this source, versions, hardware, data, every setting."""
     hp, loader, rt = trainer.hp, trainer.loader, trainer.rt
     rt.log(f"{Path(__file__).read_text(encoding='utf-8')}\n{'=' * 100}", console=False)
@@ -1616,21 +1626,18 @@ def log_header(trainer: Trainer, stream_bytes: np.ndarray) -> None:
     data |= dict(val=find_shards("val", hp)[0], tokenizer=Path(hp.tokenizer_path))
     for name, path in data.items():
         rt.log(f"data:{name} first:{path} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}", False)
-    rt.log(f"train_tokens:{loader.tokens if loader else 0} val_targets:{len(stream_bytes)} "
-           f"val_bytes:{stream_bytes.sum()}")
+    rt.log(f"train_tokens:{loader.tokens if loader else 0} val_targets:{len(trainer.stream_bytes)} "
+           f"val_bytes:{trainer.stream_bytes.sum()}")
     rt.log("\n".join(f"{name}={value}" for name, value in hp.as_env().items()), console=False)
 
-def log_score(name: str, nll: np.ndarray, stream_bytes: np.ndarray, facts: str, rt: Runtime) -> float:
-    """Log the mean nats per target and the bits per byte; returns the latter."""
-    bpb = bits_per_byte(nll, stream_bytes)
-    rt.log(f"{name}_exact val_loss:{nll.mean(dtype=np.float64):.8f} val_bpb:{bpb:.8f} {facts}".rstrip())
-    return bpb
+def log_score(name: str, loss: float, bpb: float, facts: str, rt: Runtime) -> None:
+    rt.log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f} {facts}".rstrip())
 
 def report_mixture(mixture: Mixture, scores: np.ndarray, stream_bytes: np.ndarray, added: str, rt: Runtime):
     """Audit the mixture, log its score, return its bpb. Hashed counts get none, NaN: they are no code."""
     hp, bpb, (nll, entropy) = mixture.hp, bits_per_byte(mixture.nll, stream_bytes), scores
-    orders, kind = f"{hp.ngram_min_order}-{hp.ngram_order}", f"{hp.ngram_counts} alpha:{hp.ngram_alpha}"
-    facts = f"orders:{orders} counts:{kind} {added}"
+    facts = (f"orders:{hp.ngram_min_order}-{hp.ngram_order} counts:{hp.ngram_counts} alpha:{hp.ngram_alpha} "
+             f"{added}")
     if hp.ngram_counts == "hashed":
         order, matched = mixture.counts[0], np.flatnonzero(mixture.counts[0])
         spread = matched[np.linspace(0, len(matched) - 1, min(64, len(matched))).astype(int)]
@@ -1644,24 +1651,25 @@ def report_mixture(mixture: Mixture, scores: np.ndarray, stream_bytes: np.ndarra
             rt.log(f"calibration entropy:{low}-{high} targets:{at.sum()} expected:{entropy[at].mean():.4f} "
                    f"nll:{nll[at].mean():.4f} mixed:{mixture.nll[at].mean():.4f}")
     gain = bits_per_byte(nll - mixture.nll, stream_bytes)
-    return log_score("final_ngram", mixture.nll, stream_bytes, f"gain:{gain:.8f} {facts}", rt)
+    log_score("final_ngram", mean_nats(mixture.nll), bpb, f"gain:{gain:.8f} {facts}", rt)
+    return bpb
 
-def ttt_batches(trainer: Trainer, tokens: np.ndarray, stream_bytes: np.ndarray, begin: int, end: int):
+def ttt_batches(trainer: Trainer, begin: int, end: int):
     """(ids, targets, weights), each (B, T), of this rank: the targets [begin, end) in sequences that do not
     overlap, TTT_BATCH at once over all ranks; the weight is the target's share of the batch's bytes."""
-    rt, length = trainer.rt, min(trainer.hp.eval_seq_len, end)
+    rt, tokens, length = trainer.rt, trainer.tokens, min(trainer.hp.eval_seq_len, end)
     starts, first, ends = windows(begin, end, length, length)
     for rows in np.array_split(np.arange(len(starts)), -(-len(starts) // TTT_BATCH)):
         at = starts[rows][:, None] + np.arange(length)
-        weights = stream_bytes[at] * ((at >= first[rows][:, None]) & (at < ends[rows][:, None]))
+        weights = trainer.stream_bytes[at] * ((at >= first[rows][:, None]) & (at < ends[rows][:, None]))
         batch = tokens[at].astype(np.int64), tokens[at + 1].astype(np.int64), np.float32(weights / weights.sum())
         yield [torch.from_numpy(np.array_split(x, rt.world_size)[rt.rank]).to(rt.device) for x in batch]
 
-def score_and_learn(trainer: Trainer, tokens: np.ndarray, stride: int, stream_bytes: np.ndarray):
+def score_and_learn(trainer: Trainer, stride: int):
     """Score-first test-time training (PR #825). Yields segments as score_stream does: each is a chunk, scored
     with an average of the weights; only when the next is asked for the weights learn from it: the last
     TTT_BLOCKS, all vectors and scalars, and the head. In the end the model is what it was."""
-    hp, rt, model, total = trainer.hp, trainer.rt, trainer.model, len(tokens) - 1
+    hp, rt, model, tokens, total = trainer.hp, trainer.rt, trainer.model, trainer.tokens, len(trainer.tokens) - 1
     last = tuple(f"blocks.{i}." for i in range(hp.num_layers)[-hp.ttt_blocks or hp.num_layers:])
     tuned = [p.requires_grad_() for name, p in model.requires_grad_(False).named_parameters()
              if name.startswith(last) or not name.endswith(".weight")
@@ -1675,8 +1683,7 @@ def score_and_learn(trainer: Trainer, tokens: np.ndarray, stride: int, stream_by
                 return
             copy_all(tuned, weights)
             optimizer.param_groups[0]["lr"] = hp.ttt_lr * ttt_scale(begin / total)
-            for ids, targets, share in chain(*(ttt_batches(trainer, tokens, stream_bytes, begin, end)
-                                               for _ in range(hp.ttt_epochs))):
+            for ids, targets, share in chain(*(ttt_batches(trainer, begin, end) for _ in range(hp.ttt_epochs))):
                 trainer.loss(model, ids, targets, None, share).backward()
                 flat = rt.sum(torch.cat([p.grad.flatten() for p in tuned]))
                 flat *= (1 / (flat.norm() + 1e-6)).clamp_max(1)
@@ -1691,14 +1698,14 @@ def score_and_learn(trainer: Trainer, tokens: np.ndarray, stride: int, stream_by
         rt.log(f"ttt:on epochs:{hp.ttt_epochs} parameters:{sum(p.numel() for p in tuned)} moved:{moved:.4f}")
         copy_all(tuned, initial)
 
-def scores_in_time(trainer: Trainer, tokens: np.ndarray, stream_bytes: np.ndarray, began: float):
+def scores_in_time(trainer: Trainer, began: float):
     """(stride, segments of scores): EVAL_STRIDE or, where the third segment's speed projects an end later than
     95 % of EVAL_BUDGET_SECONDS after `began`, the smallest of WIDER_STRIDES that fits, or else the widest."""
-    hp, rt, total = trainer.hp, trainer.rt, len(tokens) - 1
+    hp, rt, total = trainer.hp, trainer.rt, len(trainer.tokens) - 1
     strides = [hp.eval_stride, *(s for s in WIDER_STRIDES if hp.eval_stride < s <= hp.eval_seq_len)]
     for stride in strides:
-        segments = (score_and_learn(trainer, tokens, stride, stream_bytes) if hp.ttt_epochs
-                    else score_stream(trainer.trunk, trainer.model, tokens, stride, rt))
+        segments = (score_and_learn(trainer, stride) if hp.ttt_epochs
+                    else score_stream(trainer.trunk, trainer.model, trainer.tokens, stride, rt))
         held = list(islice(segments, 2))
         begun = time.perf_counter()
         held += islice(segments, 1)
@@ -1710,96 +1717,77 @@ def scores_in_time(trainer: Trainer, tokens: np.ndarray, stream_bytes: np.ndarra
             return stride, chain(held, segments)
         segments.close()
 
-def evaluate(trainer: Trainer, tokens: np.ndarray, stream_bytes: np.ndarray, began: float) -> dict[str, float]:
+def evaluate(trainer: Trainer, size: int, began: float) -> None:
     """The model scores the stream and is mixed with counts while it scores; `began`: when training ended."""
-    hp, rt, label = trainer.hp, trainer.rt, f"final_int{trainer.hp.quant_bits}"
-    results, done, pending = {}, 0, []
+    hp, rt, tokens, label = trainer.hp, trainer.rt, trainer.tokens, f"final_int{trainer.hp.quant_bits}"
     background = ThreadPoolExecutor(1)  # not waited for when the run is stopped
     mixture = background.submit(Mixture, tokens, hp) if hp.ngram_enabled and rt.rank == 0 else None
-    nll, _ = collect(score_stream(trainer.trunk, trainer.model, tokens, hp.eval_seq_len, rt))
-    if rt.rank == 0:
-        log_score(f"{label}_roundtrip", nll, stream_bytes, "", rt)
+    log_score(f"{label}_roundtrip", *trainer.validate(), "", rt)
     begun, scores = time.perf_counter(), np.empty((2, len(tokens) - 1 if rt.rank == 0 else 0), np.float32)
-    nll, entropy = scores
-    stride, segments = scores_in_time(trainer, tokens, stream_bytes, began)
+    done, pending, mixed, stream_bytes = 0, [], math.nan, trainer.stream_bytes
+    stride, segments = scores_in_time(trainer, began)
     for segment in segments:
         scores[:, done: done + segment.shape[1]] = segment
         done += segment.shape[1]
         if mixture:
-            now = nll[:done], entropy[:done]
-            pending.append(background.submit(lambda now=now: mixture.result().extend(*now)))
+            pending.append(background.submit(lambda now=scores[:, :done]: mixture.result().extend(*now)))
     scored = time.perf_counter()
     if rt.rank == 0:
-        took = f"stride:{stride} eval_time:{1e3 * (scored - begun):.0f}ms"
-        results["neural"] = log_score(f"{label}_sliding_window", nll, stream_bytes, took, rt)
+        neural, took = bits_per_byte(scores[0], stream_bytes), f"{1e3 * (scored - begun):.0f}ms"
+        log_score(f"{label}_sliding_window", mean_nats(scores[0]), neural, f"stride:{stride} eval_time:{took}", rt)
     if mixture:
         for part in pending:
             part.result()
         added = f"added_time:{1e3 * (time.perf_counter() - scored):.0f}ms"
-        results["mixed"] = report_mixture(mixture.result(), scores, stream_bytes, added, rt)
+        mixed = report_mixture(mixture.result(), scores, stream_bytes, added, rt)
     if hp.save_scores and rt.rank == 0:
-        arrays = dict(nll=nll, entropy=entropy, settings=np.array(json.dumps(hp.as_env())))
+        arrays = dict(nll=scores[0], entropy=scores[1], settings=np.array(json.dumps(hp.as_env())))
         arrays |= dict(mixed=mixture.result().nll.astype(np.float32)) if mixture else {}
-        replace_file(rt.log_path.with_name(rt.log_path.stem + "_scores.npz"), lambda file: np.savez(file, **arrays))
-    results["seconds"] = time.perf_counter() - began
-    rt.log(f"total_eval_time:{results['seconds']:.1f}s budget:{hp.eval_budget_seconds:g}s stride:{stride}")
-    return results
-
-def last_screen(trainer: Trainer, results: dict, size: int) -> None:
-    """The run for a person."""
-    hp, mixed = trainer.hp, results.get("mixed", math.nan)
-    counted = f"{mixed:.4f} bpb   with exact {hp.ngram_min_order}-{hp.ngram_order}-gram counts of the past"
-    limit = f" of {hp.max_wallclock_seconds:.0f} s" if hp.max_wallclock_seconds else ""
-    trainer.rt.log(f"""
-  neural     {results["neural"]:.4f} bpb   every target once
+        replace_file(rt.beside_log("_scores.npz"), lambda file: np.savez(file, **arrays))
+    seconds = time.perf_counter() - began
+    rt.log(f"total_eval_time:{seconds:.1f}s budget:{hp.eval_budget_seconds:g}s stride:{stride}")
+    if rt.rank == 0:
+        counted = f"{mixed:.4f} bpb   with exact {hp.ngram_min_order}-{hp.ngram_order}-gram counts of the past"
+        rt.log(f"""
+  neural     {neural:.4f} bpb   every target once
   mixed      {counted if mixed == mixed else "no score: off, or hashed counts, which are no probability"}
   artifact   {size:,} bytes of {SIZE_CAP:,}, code included
-  training   {trainer.seconds:.1f} s{limit}, {trainer.steps} steps
-  evaluation {results["seconds"]:.1f} s of {hp.eval_budget_seconds:g} s
-  log        {trainer.rt.log_path}""")
+  training   {trainer.seconds:.1f} s, {trainer.steps} steps
+  evaluation {seconds:.1f} s
+  log        {rt.log_path}""")
 
-def prepare(hp: Hyperparameters, rt: Runtime, env: dict[str, str]) -> tuple[Trainer, np.ndarray, np.ndarray | None]:
-    """(trainer, validation stream, on rank 0 its bytes per target), the same on all ranks; opens the log."""
+def prepare(hp: Hyperparameters, rt: Runtime, env: dict[str, str]) -> Trainer:
+    """All data found, all ranks the same, the log begun; the initial weights, or those of RESUME."""
     torch.manual_seed(hp.seed)
     loader = None if hp.eval_only else TokenLoader(hp, rt.rank, rt.world_size)
     tokens, count = load_validation(hp), ByteCounter(hp)
     rt.compare({"train_gpt.py": Path(__file__).read_bytes(), "settings": hp, "torch": torch.__version__,
                 "data files": fingerprint(hp)})
-    stream_bytes = count(tokens) if rt.rank == 0 or hp.ttt_epochs else None
     trainer = Trainer(GPT(hp).to(rt.device), loader, rt)
+    trainer.tokens, trainer.stream_bytes = tokens, count(tokens) if rt.rank == 0 or hp.ttt_epochs else None
     if rt.rank == 0:
-        log_header(trainer, stream_bytes)
+        log_header(trainer)
     for warning in mistyped(env):
         rt.log(f"warning: {warning}")
-    if not hp.eval_only:
-        trainer.restore(hp.resume)
-    return trainer, tokens, stream_bytes
+    trainer.restore(hp.resume)
+    return trainer
 
 def main(env: dict[str, str]) -> None:
     hp = Hyperparameters.from_env(env)
     rt = Runtime(hp.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}_seed{hp.seed}", env)
     try:
-        trainer, tokens, stream_bytes = prepare(hp, rt, env)
-
-        def validate() -> tuple[float, float]:
-            nll, _ = collect(score_stream(trainer.trunk, trainer.model, tokens, hp.eval_seq_len, rt))
-            return (nll.mean(dtype=np.float64), bits_per_byte(nll, stream_bytes)) if rt.rank == 0 else (0, 0)
-
+        trainer = prepare(hp, rt, env)
         path = Path(hp.eval_only or f"final_model.int{hp.quant_bits}.ptz")
         if not hp.eval_only:
-            train(trainer, validate)
+            train(trainer)
         began = time.perf_counter()
         if not hp.eval_only:
-            loss, bpb = validate()  # of the weights that are packed: what packing costs shows in the next scores
-            rt.log(f"final_float_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
-            if rt.rank == 0:
-                write_artifact(trainer.model, path, hp, rt)
+            log_score("final_float", *trainer.validate(), "", rt)  # of the weights that are packed
+            write_artifact(trainer.model, path, hp, rt)
         size = load_artifact(trainer.model, path, rt)
         if rt.rank == 0 and not hp.checkpoint_every:
-            rt.log_path.with_suffix(".ckpt").unlink(missing_ok=True)  # the artifact is whole
-        results = evaluate(trainer, tokens, stream_bytes, began)
-        if rt.rank == 0:
-            last_screen(trainer, results, size)
+            rt.beside_log(".ckpt").unlink(missing_ok=True)  # the artifact is whole
+        evaluate(trainer, size, began)
         rt.barrier()
         rt.close()
     except BaseException as error:  # the group stays open, so that the others wait and the cause is seen
@@ -1809,13 +1797,12 @@ def main(env: dict[str, str]) -> None:
 def end(error: BaseException | None) -> None:
     """Leaves the process, with one line for an error that a user can mend. Rank 0 speaks first; then torchrun
     stops the others. Not sys.exit: a thread of gloo that drops its last tensor would crash Python's shutdown."""
-    rank = int(os.environ.get("RANK", 0))
+    rank, stopped = int(os.environ.get("RANK", 0)), isinstance(error, Stopped)
     lost = "another rank ended, see what it said" if "onnection closed by peer" in str(error) else ""
-    time.sleep(5 if error and rank and not isinstance(error, Stopped) else 0)
-    if isinstance(error, (UserError, OSError)) or lost:
-        if rank == 0 or not isinstance(error, Stopped):
-            print(f"train_gpt.py: error: {lost or error}", file=sys.stderr)
-    elif error:
+    time.sleep(5 if error and rank and not stopped else 0)
+    if lost or stopped and rank == 0 or isinstance(error, (UserError, OSError)) and not stopped:
+        print(f"train_gpt.py: error: {lost or error}", file=sys.stderr)
+    elif error and not stopped:
         traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
