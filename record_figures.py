@@ -25,20 +25,20 @@ from make_record import RecordError, parse_log
 # Blue means saved, orange lost: told apart by every kind of colour vision, and losses are underlined besides. Text on
 # each of them keeps a contrast of at least 4.5 (tested). The figures use the same two hues.
 
-GAIN_EDGES = (-4, -2, -1, -0.5, -0.1, 0.1, 0.5, 1, 2, 4)  # bits saved; between the two of the middle: no colour
-COST_EDGES = (0.1, 0.5, 1, 2, 4, 6, 8, 10)                # bits paid
-ORDER_EDGES = (2, 3, 4, 5, 6, 7, 8)                       # tokens of the longest gram whose context was known
+GAIN_EDGES = (-8, -4, -2, -1, -0.5, -0.1, 0.1, 0.5, 1, 2, 4, 8)  # bits saved; between the two of the middle: no colour
+COST_EDGES = (0.1, 0.5, 1, 2, 4, 6, 8, 10)                         # bits paid
+ORDER_EDGES = (2, 3, 4, 5, 6, 7, 8)                                # tokens of the longest gram whose context was known
 
 THEMES = {
     "light": dict(
         paper="#fbfaf7", card="#ffffff", ink="#1c1b19", soft="#5f5c57", line="#e2dfd8", saved="#1f6fb5",
         lost="#b85c0b", mark="#1c1b19", plain="#8d8a84",
-        gain="#e58a3c #efa868 #f6c596 #fadfc3 #fcefe1 - #e8f0f8 #d0e1f3 #add0ee #85b8e4 #5f9fd8",
+        gain="#e0802d #ea9a52 #f2b47c #f7cca4 #fae0c8 #fcf0e3 - #ebf2f9 #d8e6f5 #bfd8f0 #a1c6ea #7fb0e0 #5c9cd6",
         cost="- #eeeaf6 #e0d9f0 #cfc4e8 #bcaddf #a995d6 #9680cd #8a74c6 #8570c4"),
     "dark": dict(
         paper="#141517", card="#1c1e21", ink="#ebe9e4", soft="#a5a29b", line="#313338", saved="#6db1ee",
         lost="#f0a04b", mark="#ebe9e4", plain="#77767a",
-        gain="#985108 #7d460f #623913 #482d15 #2f2318 - #1a2632 #1b3146 #1c3f5e #1d4f7b #1f6099",
+        gain="#9a5206 #834a0e #6d4012 #573515 #412a17 #2c2118 - #19232d #1a2e3f #1b3a54 #1c476a #1e5583 #1f639c",
         cost="- #221f2e #2c2740 #383053 #443967 #51437c #5e4d91 #6957a0 #725fab"),
 }
 
@@ -372,7 +372,7 @@ PAGE = """<!doctype html>
   </div>
   <div class="facts">
     <table>
-      <caption class="quiet">Bits per byte; lower is better</caption>
+      <caption>Bits per byte; lower is better</caption>
       <thead><tr><td></td><th scope="col">tokens</th><th scope="col">bytes</th><th scope="col">network</th>
       <th scope="col">mixture</th><th scope="col">saved</th></tr></thead>
       <tbody>@@totals@@</tbody>
@@ -446,6 +446,7 @@ h1{margin:0 0 14px;font:500 40px/1.1 ui-serif,"Iowan Old Style","Palatino Linoty
 .skip:focus{position:fixed;z-index:9;top:8px;left:8px;padding:8px 14px;background:var(--card);color:var(--ink)}
 table{width:100%;border-collapse:collapse;font-size:14px}
 th,td{padding:6px 0 6px 12px;text-align:right;font-weight:400;white-space:nowrap}
+caption{padding-bottom:4px;color:var(--soft);font-size:12.5px;text-align:left}
 thead th{color:var(--soft);font-size:12.5px}
 tbody th{padding-left:0;text-align:left}
 tbody tr{border-top:1px solid var(--line)}
@@ -475,7 +476,7 @@ figcaption{color:var(--soft);font-size:12.5px}
 .overview .down{fill:var(--lost)}
 #window,#cursor{position:absolute;top:2px;bottom:2px;pointer-events:none}
 #window{background:var(--ink);opacity:.09;border-radius:2px;min-width:3px}
-#cursor{width:2px;margin-left:-1px;background:var(--mark)}
+#cursor{visibility:hidden;width:2px;margin-left:-1px;background:var(--mark)}
 .tools{display:flex;gap:8px 28px;align-items:center;padding-bottom:8px}
 .mode{display:flex;gap:8px;align-items:center;color:var(--soft);font-size:13px}
 select,button{font:inherit;font-size:13px;color:var(--ink);background:var(--card);border:1px solid var(--line);
@@ -523,10 +524,10 @@ main{display:grid;grid-template-columns:minmax(0,1fr) 316px;gap:52px;padding-blo
   "Liberation Serif",serif;white-space:pre-wrap;overflow-wrap:anywhere}
 .word .space{color:var(--plain)}
 .verdict{margin:0 0 14px;font-size:15px;font-weight:600}
-.bars{display:grid;grid-template-columns:auto 1fr auto;gap:5px 10px;align-items:center;margin:0 0 14px;font-size:13px}
+.bars{display:grid;grid-template-columns:auto 1fr;gap:1px 10px;align-items:baseline;margin:0 0 14px;font-size:13px}
 .bars dt{color:var(--soft)}
 .bars dd{margin:0}
-.bars .track{position:relative;height:9px}
+.bars .track{position:relative;grid-column:1/3;height:8px;margin-bottom:7px}
 .bars .track i{position:absolute;inset:0 auto 0 0;background:var(--plain);border-radius:0 2px 2px 0;min-width:1.5px}
 .bars .mixed i{background:var(--saved)}
 .bars .mixed.worse i{background:var(--lost)}
@@ -568,7 +569,10 @@ kbd{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;border:1p
     box-shadow:0 -6px 24px rgb(0 0 0/.12)}
   .card .word{display:inline;margin-right:10px;font-size:21px}
   .card .verdict{display:inline}
-  .card .bars{margin:8px 0}
+  .card .bars{grid-template-columns:auto 1fr auto;grid-auto-flow:dense;align-items:center;gap:3px 10px;margin:8px 0}
+  .bars .track{grid-column:2;margin:0}
+  .bars dt{grid-column:1}
+  .bars .num{grid-column:3}
   .card .count{margin:0 0 4px;padding-top:8px;min-height:48px}
   footer{padding-bottom:260px}
   footer p:first-child{display:none}
@@ -630,7 +634,7 @@ function bar(list, label, kind, bits, scale, unit) {
   track.append(fill);
   const num = make("dd", "num", bits.toFixed(2));
   num.append(make("small", "", unit));
-  list.append(make("dt", "", label), track, num);
+  list.append(make("dt", "", label), num, track);
 }
 function card(i) {
   const box = make("div"), bars = make("dl", "bars"), count = make("p", "count");
@@ -672,7 +676,7 @@ function select(i, how) {
   const behavior = how.block === "center" && !calm.matches ? "smooth" : "auto";
   if (how.block) e.scrollIntoView({block: how.block, behavior});
   show(i);
-  $("cursor").style.left = place((i + .5) / N);
+  $("cursor").style.cssText = "visibility:visible;left:" + place((i + .5) / N);
   for (const b of document.querySelectorAll(".rank button"))
     +b.dataset.i === i ? b.setAttribute("aria-current", "true") : b.removeAttribute("aria-current");
   try { history.replaceState(null, "", "#t" + (D.start + i)); } catch { /* a page without an address */ }
@@ -712,7 +716,7 @@ function jump(kind, step) {
   $("said").textContent = "Rank " + (turn[kind] + 1) + " of the " + kind;
 }
 for (const kind of ["gains", "losses"]) {
-  for (const i of ranks[kind].slice(0, 25)) {
+  for (const i of ranks[kind].slice(0, 8)) {
     const li = make("li"), b = make("button"), line = make("span");
     b.dataset.i = i;
     const bits = minus((gain[i] > 0 ? "+" : "") + gain[i].toFixed(1));
@@ -802,6 +806,10 @@ spans[0].tabIndex = 0;
 follow();
 const asked = /^#t(\\d+)$/.exec(location.hash);
 if (asked && spans[asked[1] - D.start]) select(asked[1] - D.start, {focus: true, block: "center"});
-else if (ranks.gains.length && innerWidth > 900) { show(ranks.gains[0]); }
+else if (ranks.gains.length && innerWidth > 900) {
+  hovered = ranks.gains[0];
+  spans[hovered].classList.add("hover");
+  show(hovered);
+}
 })();
 """
