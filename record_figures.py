@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from make_record import RecordError, parse_log
+from make_record import Log, RecordError, parse_log
 
 # --- 1. Colours ---------------------------------------------------------------------------------------------------
 # Blue means saved, orange lost: told apart by every kind of colour vision, and losses are underlined besides. Text on
@@ -348,6 +348,326 @@ def stream_svg(scores: Scores, first: int, last: int, columns: int = 120) -> str
             f'<polygon points="{points(model)} {points(mixed, -1)}"/>'
             f'<polyline class="model" points="{points(model)}"/><polyline class="mixed" points="{points(mixed)}"/>'
             f'<line x1="0" x2="1000" y1="99.5" y2="99.5"/></svg>')
+
+# --- 4. The README's figures --------------------------------------------------------------------------------------
+# Grey is the network, blue what the counts add, orange a loss. Bars start at zero, lines and bars carry their own
+# names, seeds are shown together: mean and range. On GitHub's own backgrounds, at twice the pixels of its column.
+
+FIGURES = {  # name -> text for those who do not see it; in the order of the README
+    "fig_bpb": "Bits per byte from the last validation to the score: averaged, quantised, sliding window, mixed",
+    "fig_orders": "What the counts save, by the longest n-gram whose context was known, and how many targets that are",
+    "fig_training": "Training loss and learning rate over training time",
+    "fig_calibration": "Expected and actual nats per token by the model's entropy, for the network and the mixture",
+    "fig_bytes": "Bytes of the submission by kind",
+}
+WIDTH, DPI = 8.3, 200  # inches; 830 px at twice the density
+BACKGROUNDS = {"light": "#ffffff", "dark": "#0d1117"}
+
+
+def plot(folder) -> list[Path]:
+    """Writes <folder>/logs/<figure>_{light,dark}.png from the logs of the seeds in <folder>/submission.json; returns
+    their paths. A figure whose lines a log lacks is skipped, with a line that says so; what an earlier call drew of it
+    is removed. The same logs give the same pixels."""
+    folder, written = Path(folder), []
+    logs = submitted_logs(folder)
+    for name in FIGURES:
+        paths = [folder / "logs" / f"{name}_{theme}.png" for theme in THEMES]
+        try:
+            data = COLLECT[name](logs)
+        except RecordError as error:
+            for path in paths:
+                path.unlink(missing_ok=True)
+            print(f"{name}: skipped: {error}")
+            continue
+        for path, theme in zip(paths, THEMES):
+            draw(name, data, theme, path)
+        written += paths
+    return written
+
+
+def pictures(folder) -> str:
+    """Markdown for the README: each figure that is there, in the reader's theme."""
+    return "\n\n".join(
+        f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="logs/{name}_dark.png">\n'
+        f'  <img src="logs/{name}_light.png" width="830" alt="{html.escape(text)}">\n</picture>'
+        for name, text in FIGURES.items() if (Path(folder) / "logs" / f"{name}_light.png").is_file())
+
+
+def submitted_logs(folder: Path) -> list[Log]:
+    """One log per seed of submission.json, in its order: logs/*.txt with that SEED; of several, that whose score it
+    states."""
+    path = folder / "submission.json"
+    try:
+        submission = json.loads(path.read_text(encoding="utf-8"))
+        seeds = [str(seed) for seed in submission["seeds"]]
+        stated = {str(seed): result["val_bpb"] for seed, result in submission["seed_results"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecordError(f"{path}: no seeds and seed_results there ({error!r}); make it with `report`") from None
+    logs, found = [parse_log(log) for log in sorted((folder / "logs").glob("*.txt"))], []
+    for seed in seeds:
+        ours = [log for log in logs if log.settings.get("SEED") == seed]
+        if len(ours) > 1:
+            ours = [log for log in ours if log.has("final_ngram_exact")
+                    and abs(log.find("final_ngram_exact").number("val_bpb") - stated.get(seed, math.nan)) < 5e-9]
+        if len(ours) != 1:
+            raise RecordError(f"{path}: seed {seed} has {len(ours)} logs in {folder / 'logs'}, expected one")
+        found += ours
+    if not found:
+        raise RecordError(f"{path}: names no seeds")
+    return found
+
+
+# What each figure needs, from the logs. One row per seed.
+
+def per_seed(logs: list[Log], prefix: str, key: str) -> dict[str, list]:
+    """The lines with `prefix` by the value of their `key`, each with one line per seed. RecordError: a log without
+    them, or logs that differ in them."""
+    tables = [{line[key]: line for line in log.all(f"{prefix} ")} for log in logs]
+    for log, table in zip(logs, tables):
+        if not table:
+            raise RecordError(f"{log.path}: has no line {prefix!r}; a log of an older script?")
+        if set(table) != set(tables[0]):
+            raise RecordError(f"{log.path}: its {prefix!r} lines are not those of {logs[0].path}")
+    return {name: [table[name] for table in tables] for name in tables[0]}
+
+
+def collect_training(logs: list[Log]) -> dict:
+    """Loss and lr over seconds on a grid that all seeds share."""
+    for log in logs:
+        if not log.train_steps or any(step.lr_scale is None for step in log.train_steps):
+            raise RecordError(f"{log.path}: its train_loss lines are missing or have no lr_scale")
+    seconds = [np.array([step.seconds for step in log.train_steps]) for log in logs]
+    last = min(s[-1] for s in seconds)
+    grid = np.unique(np.concatenate(seconds))
+    grid = grid[(grid >= max(s[0] for s in seconds)) & (grid <= last)]
+    rows = {name: np.array([np.interp(grid, s, [getattr(step, name) for step in log.train_steps])
+                            for s, log in zip(seconds, logs)]) for name in ("loss", "lr_scale")}
+    validated = [(v.seconds, v.loss) for log in logs for v in log.validations]
+    steps = [max(step.step for step in (*log.train_steps, *log.validations)) for log in logs]
+    return dict(seconds=grid, **rows, validated=validated, steps=steps)
+
+
+def collect_bpb(logs: list[Log]) -> dict:
+    """(name, bpb of each seed) per stage; a stage that the script does not know is left out for all."""
+    stages = {"last validation": [], "averaged, float": [], "quantised, read back": [], "sliding window": [],
+              "mixed with counts": []}
+    for log in logs:
+        if not log.validations:
+            raise RecordError(f"{log.path}: has no line with val_bpb")
+        bits = log.settings.get("QUANT_BITS", "6")
+        lines = [log.find(name).number("val_bpb") for name in (
+            "final_float_exact", f"final_int{bits}_roundtrip_exact", f"final_int{bits}_sliding_window_exact",
+            "final_ngram_exact")]
+        for values, value in zip(stages.values(), [log.validations[-1].bpb, *lines]):
+            values.append(value)
+    return dict(stages=stages)
+
+
+def collect_orders(logs: list[Log]) -> dict:
+    """Gain in bpb and share of the targets by the longest known order; rows are seeds."""
+    table = per_seed(logs, "ngram_order", "order")
+    orders = sorted(table, key=int)
+    gain, targets = (np.array([[line.number(key) for line in table[order]] for order in orders]).T
+                     for key in ("gain", "targets"))
+    return dict(orders=[int(order) for order in orders], gain=gain, share=targets / targets.sum(1, keepdims=True))
+
+
+def collect_bytes(logs: list[Log]) -> dict:
+    """Bytes by kind; rows are seeds."""
+    lines = [log.find("artifact_bytes ") for log in logs]
+    kinds = dict.fromkeys(kind for line in lines for kind in line)
+    return dict(kinds=list(kinds), bytes=np.array([[line.number(kind) if kind in line else 0 for kind in kinds]
+                                                   for line in lines]))
+
+
+def collect_calibration(logs: list[Log]) -> dict:
+    """Expected, actual and mixed nats per token by bin of the model's entropy; rows are seeds. Bins that are empty for
+    a seed are left out."""
+    table = per_seed(logs, "calibration", "entropy")
+    kept = [lines for lines in table.values() if all(line.number("targets") > 0 for line in lines)]
+    if not kept:
+        raise RecordError(f"{logs[0].path}: every bin of its calibration lines is empty")
+    columns = {key: np.array([[line.number(key) for line in lines] for lines in kept]).T
+               for key in ("expected", "nll", "mixed", "targets")}
+    order = np.argsort(columns["expected"].mean(0), kind="stable")
+    return {key: column[:, order] for key, column in columns.items()}
+
+
+# How each figure is drawn: on a matplotlib Figure, with the colours of a theme.
+
+def draw(name: str, data: dict, theme: str, path: Path) -> None:
+    """One figure in one theme. Neither pyplot nor the user's matplotlibrc has a say, and no date goes into the file."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    colors = THEMES[theme] | {"paper": BACKGROUNDS[theme]}
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({
+            "font.family": "DejaVu Sans", "font.size": 9.5, "text.color": colors["ink"],
+            "axes.edgecolor": colors["line"], "axes.labelcolor": colors["soft"], "axes.facecolor": colors["paper"],
+            "axes.spines.top": False, "axes.spines.right": False, "xtick.color": colors["soft"],
+            "ytick.color": colors["soft"], "axes.axisbelow": True, "axes.unicode_minus": True,
+            "grid.color": colors["line"], "grid.linewidth": 0.8, "xtick.major.size": 0, "ytick.major.size": 0})
+        figure = Figure(facecolor=colors["paper"], dpi=DPI)
+        FigureCanvasAgg(figure)
+        DRAW[name](figure, data, colors)
+        figure.savefig(path, dpi=DPI, format="png", metadata={"Software": None})
+
+
+def heading(figure, height: float, title: str, note: str, colors: dict) -> None:
+    """Sets the size; a title and a line under it stand at the upper left, `margins` leaves them their room."""
+    figure.set_size_inches(WIDTH, height)
+    figure.text(0.02, 1 - 0.17 / height, title, fontsize=12.5, fontweight="bold", va="top")
+    figure.text(0.02, 1 - 0.44 / height, note, fontsize=9.5, color=colors["soft"], va="top")
+
+
+def margins(figure, height: float, left: float, right: float = 0.3, bottom: float = 0.35, head=0.8,
+            **more) -> None:
+    """The plotting area, by its distance in inches from the edges of the figure."""
+    figure.subplots_adjust(left=left / WIDTH, right=1 - right / WIDTH, bottom=bottom / height, top=1 - head / height,
+                           **more)
+
+
+def seeds_note(count: int) -> str:
+    return "one seed" if count == 1 else f"mean of {count} seeds, thin line: their range"
+
+
+def named_bars(axes, names: list[str], rows: np.ndarray, colors: list[str], labels: list[str], ink: str) -> None:
+    """Horizontal bars from zero, the first on top: means of `rows` (seeds x bars), ranges, a label at each end."""
+    y, mean = np.arange(len(names))[::-1], rows.mean(0)
+    axes.barh(y, mean, 0.62, color=colors)
+    if len(rows) > 1:
+        axes.hlines(y, rows.min(0), rows.max(0), color=ink, linewidth=1.1)
+    low, high = min(0.0, float(rows.min())), max(0.0, float(rows.max()))
+    span = high - low or 1.0
+    for at, top, label in zip(y, np.maximum(rows.max(0), 0), labels):
+        axes.text(top + 0.015 * span, at, label, va="center", fontsize=9.5)
+    axes.set_xlim(low - (0.02 * span if low < 0 else 0), high)
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.set_yticks(y, names, color=ink)
+    axes.set_xticks([])
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.axvline(0, color=ink, linewidth=0.8)
+
+
+def draw_bpb(figure, data: dict, colors: dict) -> None:
+    names, rows = list(data["stages"]), np.array(list(data["stages"].values())).T
+    mean, height = rows.mean(0), 2.75
+    heading(figure, height, "Where the bits per byte go",
+            f"bits per byte of the validation stream, lower is better; {seeds_note(len(rows))}", colors)
+    steps = ["", *(f"{signed(b - a, 4)}" for a, b in pairwise(mean))]
+    axes = figure.subplots()
+    margins(figure, height, 1.75, 1.75, 0.15)
+    named_bars(axes, names, rows, [colors["plain"]] * (len(names) - 1) + [colors["saved"]],
+               [f"{m:.4f}" for m in mean], colors["ink"])
+    for at, step in zip(np.arange(len(names))[::-1], steps):
+        color = colors["lost"] if step.startswith("+") and float(step) > 0 else colors["saved"]
+        axes.text(1 + 1.55 / (WIDTH - 3.5), at, step, transform=axes.get_yaxis_transform(), ha="right", va="center",
+                  color=color)
+
+
+def draw_orders(figure, data: dict, colors: dict) -> None:
+    gain, share, height = data["gain"], data["share"], 0.95 + 0.31 * len(data["orders"])
+    heading(figure, height, "What counting saves, by the longest n-gram whose context was known",
+            f"the gain adds up to {gain.sum(1).mean():.4f} bits per byte; {seeds_note(len(gain))}", colors)
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    margins(figure, height, 1.1, 0.75, 0.32, wspace=0.42)
+    names = ["none" if order == 0 else f"{order} tokens" for order in data["orders"]]
+    hues = [colors["saved"] if g >= 0 else colors["lost"] for g in gain.mean(0)]
+    named_bars(left, names, gain, hues, [signed(g, 4) for g in gain.mean(0)], colors["ink"])
+    named_bars(right, names, 100 * share, [colors["plain"]] * len(names),
+               [f"{100 * s:.1f} %" for s in share.mean(0)], colors["ink"])
+    right.set_yticks([])
+    left.set_xlabel("bits per byte saved", loc="left")
+    right.set_xlabel("share of the targets", loc="left")
+
+
+def draw_bytes(figure, data: dict, colors: dict) -> None:
+    order = np.argsort(-data["bytes"].mean(0), kind="stable")
+    rows, names = data["bytes"][:, order], [data["kinds"][i] for i in order]
+    mean, height = rows.mean(0), 0.85 + 0.34 * len(names)
+    total = rows.sum(1).max()
+    note = "bytes by kind" if len(rows) == 1 else f"that is the largest; bars: {seeds_note(len(rows))}"
+    heading(figure, height, f"{total:,.0f} bytes, {100 * total / CAP:.1f} % of the {CAP:,} allowed", note, colors)
+    axes = figure.subplots()
+    margins(figure, height, 1.25, 1.75, 0.1)
+    named_bars(axes, names, rows, [colors["saved"]] * len(names),
+               [f"{b:,.0f}   {100 * b / mean.sum():.1f} %" for b in mean], colors["ink"])
+
+
+def band(axes, x, rows: np.ndarray, color: str) -> None:
+    """Mean of `rows` over `x` as a line, their range as a band."""
+    if len(rows) > 1:
+        axes.fill_between(x, rows.min(0), rows.max(0), color=color, alpha=0.22, linewidth=0)
+    axes.plot(x, rows.mean(0), color=color, linewidth=1.6, solid_capstyle="round")
+
+
+def draw_training(figure, data: dict, colors: dict) -> None:
+    height, x, count, steps = 4.4, data["seconds"], len(data["steps"]), sorted(set(data["steps"]))
+    heading(figure, height, "Training", f"{' to '.join(f'{s:,}' for s in steps[::max(1, len(steps) - 1)])} steps; "
+            f"{'one seed' if count == 1 else f'mean of {count} seeds, band: their range'}", colors)
+    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    margins(figure, height, 0.62, 1.35, 0.5, head=1.02, hspace=0.42)
+    for axes, rows, name in ((loss, data["loss"], "training loss"), (rate, data["lr_scale"], "")):
+        band(axes, x, rows, colors["plain"])
+        middle = x[0] + 0.45 * (x[-1] - x[0])
+        axes.annotate(name, (middle, np.interp(middle, x, rows.max(0))), (4, 7), textcoords="offset points",
+                      color=colors["soft"])
+    if data["validated"]:
+        at, value = np.array(data["validated"]).T
+        loss.plot(at, value, "o", color=colors["saved"], markersize=4.5, clip_on=False)
+        final = value[np.argsort(at)[-count:]].mean()
+        loss.text(1.01, final, f"validation {final:.3f}", transform=loss.get_yaxis_transform(), va="center",
+                  color=colors["saved"])
+    rate.set_ylim(0, 1.05)
+    rate.set_yticks([0, 1], ["0", "1"])
+    rate.set_xlim(0, None)
+    rate.set_xlabel("training time, seconds", loc="left")
+    panels(colors, {loss: "nats per token", rate: "learning rate, share of its peak"})
+
+
+def panels(colors: dict, titles: dict) -> None:
+    """Light frames: a quiet title over each of the axes, horizontal lines, no spines but the lowest."""
+    for axes, title in titles.items():
+        axes.set_title(title, loc="left", fontsize=9.5, color=colors["soft"], pad=7)
+        axes.grid(axis="y")
+        axes.spines[["left", "bottom"]].set_visible(False)
+
+
+def draw_calibration(figure, data: dict, colors: dict) -> None:
+    height, x, count = 5.0, data["expected"].mean(0), len(data["nll"])
+    heading(figure, height, "Does the model know what it does not know?",
+            f"grouped by what the model expects (its entropy); dashed: just as expected; "
+            f"{'one seed' if count == 1 else f'mean of {count} seeds, thin lines: range'}", colors)
+    curve, amount = figure.subplots(2, 1, sharex=True, height_ratios=(3.6, 1))
+    margins(figure, height, 0.62, 1.05, 0.5, head=1.02, hspace=0.36)
+    top = float(max(data[key].max() for key in ("expected", "nll", "mixed")))
+    curve.plot([0, top], [0, top], color=colors["soft"], linewidth=0.9, linestyle=(0, (4, 3)))
+    for key, color, label in (("nll", "plain", "network"), ("mixed", "saved", "mixture")):
+        rows = data[key]
+        if count > 1:
+            curve.vlines(x, rows.min(0), rows.max(0), color=colors["ink"], linewidth=1.1)
+        curve.plot(x, rows.mean(0), "-o", color=colors[color], linewidth=1.6, markersize=4.5)
+        curve.annotate(label, (x[-1], rows.mean(0)[-1]), (9, 0), textcoords="offset points", va="center",
+                       color=colors["soft" if key == "nll" else color], annotation_clip=False)
+    share = data["targets"] / data["targets"].sum(1, keepdims=True)
+    width = 0.6 * np.min(np.diff(x), initial=top)
+    amount.bar(x, 100 * share.mean(0), width, color=colors["plain"])
+    amount.yaxis.set_major_formatter("{x:.0f} %")
+    amount.set_xlabel("the model's entropy, nats (mean of each group)", loc="left")
+    curve.set_xlim(0, float(x.max()) + width / 2)
+    curve.set_ylim(0, None)
+    panels(colors, {curve: "nats per token", amount: "share of the targets"})
+
+
+CAP = 16_000_000  # bytes (train_gpt.SIZE_CAP, which needs torch to be read)
+COLLECT = dict(fig_bpb=collect_bpb, fig_orders=collect_orders, fig_training=collect_training,
+               fig_calibration=collect_calibration, fig_bytes=collect_bytes)
+DRAW = dict(fig_bpb=draw_bpb, fig_orders=draw_orders, fig_training=draw_training, fig_calibration=draw_calibration,
+            fig_bytes=draw_bytes)
+
+# --- 5. The page's template ---------------------------------------------------------------------------------------
 
 PAGE = """<!doctype html>
 <html lang="en">
