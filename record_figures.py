@@ -32,14 +32,14 @@ ORDER_EDGES = (2, 3, 4, 5, 6, 7, 8)                                # tokens of t
 THEMES = {
     "light": dict(
         paper="#fbfaf7", card="#ffffff", ink="#1c1b19", soft="#5f5c57", line="#e2dfd8", saved="#1f6fb5",
-        lost="#b85c0b", mark="#1c1b19", plain="#8d8a84",
+        lost="#ad5406", mark="#1c1b19", plain="#8d8a84",
         gain="#e0802d #ea9a52 #f2b47c #f7cca4 #fae0c8 #fcf0e3 - #ebf2f9 #d8e6f5 #bfd8f0 #a1c6ea #7fb0e0 #5c9cd6",
-        cost="- #eeeaf6 #e0d9f0 #cfc4e8 #bcaddf #a995d6 #9680cd #8a74c6 #8570c4"),
+        cost="- #eeeaf6 #e0d9f0 #cfc4e8 #bfb1e0 #b09fd9 #a592d3 #9b87cd #927dc8"),
     "dark": dict(
         paper="#141517", card="#1c1e21", ink="#ebe9e4", soft="#a5a29b", line="#313338", saved="#6db1ee",
         lost="#f0a04b", mark="#ebe9e4", plain="#77767a",
         gain="#9a5206 #834a0e #6d4012 #573515 #412a17 #2c2118 - #19232d #1a2e3f #1b3a54 #1c476a #1e5583 #1f639c",
-        cost="- #221f2e #2c2740 #383053 #443967 #51437c #5e4d91 #6957a0 #725fab"),
+        cost="- #221f2e #2a253b #332c48 #3d3457 #473c68 #52457a #5b4c8a #635397"),
 }
 
 
@@ -588,7 +588,8 @@ def draw_bytes(figure, data: dict, colors: dict) -> None:
     rows, names = data["bytes"][:, order], [data["kinds"][i] for i in order]
     mean, height = rows.mean(0), 0.85 + 0.34 * len(names)
     total = rows.sum(1).max()
-    note = "bytes by kind" if len(rows) == 1 else f"that is the largest; bars: {seeds_note(len(rows))}"
+    note = f"the largest of {len(rows)} seeds; bars: their mean, thin line: their range"
+    note = "bytes by kind" if len(rows) == 1 else note
     heading(figure, height, f"{total:,.0f} bytes, {100 * total / CAP:.1f} % of the {CAP:,} allowed", note, colors)
     axes = figure.subplots()
     margins(figure, height, 1.25, 1.75, 0.1)
@@ -642,8 +643,7 @@ def draw_calibration(figure, data: dict, colors: dict) -> None:
             f"{'one seed' if count == 1 else f'mean of {count} seeds, thin lines: range'}", colors)
     curve, amount = figure.subplots(2, 1, sharex=True, height_ratios=(3.6, 1))
     margins(figure, height, 0.62, 1.05, 0.5, head=1.02, hspace=0.36)
-    top = float(max(data[key].max() for key in ("expected", "nll", "mixed")))
-    curve.plot([0, top], [0, top], color=colors["soft"], linewidth=0.9, linestyle=(0, (4, 3)))
+    curve.plot([0, x[-1]], [0, x[-1]], color=colors["soft"], linewidth=0.9, linestyle=(0, (4, 3)))
     for key, color, label in (("nll", "plain", "network"), ("mixed", "saved", "mixture")):
         rows = data[key]
         if count > 1:
@@ -652,7 +652,7 @@ def draw_calibration(figure, data: dict, colors: dict) -> None:
         curve.annotate(label, (x[-1], rows.mean(0)[-1]), (9, 0), textcoords="offset points", va="center",
                        color=colors["soft" if key == "nll" else color], annotation_clip=False)
     share = data["targets"] / data["targets"].sum(1, keepdims=True)
-    width = 0.6 * np.min(np.diff(x), initial=top)
+    width = 0.6 * np.min(np.diff(x), initial=float(x[-1]))
     amount.bar(x, 100 * share.mean(0), width, color=colors["plain"])
     amount.yaxis.set_major_formatter("{x:.0f} %")
     amount.set_xlabel("the model's entropy, nats (mean of each group)", loc="left")
@@ -732,7 +732,6 @@ PAGE = """<!doctype html>
       <h2>Biggest losses</h2><ol id="losses"></ol>
     </nav>
   </div>
-</main>
 <footer id="keys">
   <p><kbd>&larr;</kbd> <kbd>&rarr;</kbd> token &nbsp; <kbd>&uarr;</kbd> <kbd>&darr;</kbd> line &nbsp;
   <kbd>n</kbd> <kbd>p</kbd> next, previous biggest gain &nbsp; with <kbd>Shift</kbd> loss &nbsp; <kbd>c</kbd> colour
@@ -741,6 +740,7 @@ PAGE = """<!doctype html>
   probability it gave to the token that came; so is the mixture. Counts are exact: of all earlier places in the stream
   where the same context stood. The online mixture weighs all orders; the card shows the longest known one.</p>
 </footer>
+</main>
 <p id="said" class="quiet" aria-live="polite"></p>
 <script type="application/json" id="data">@@data@@</script>
 <script>@@script@@</script>
@@ -753,7 +753,7 @@ CSS = """
 html{background:var(--paper);color:var(--ink);-webkit-text-size-adjust:100%;scrollbar-color:var(--plain) transparent}
 body{margin:0;font:15px/1.5 ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,
   "Liberation Sans",sans-serif;font-variant-numeric:tabular-nums}
-header,main,footer,.bar>div{max-width:1180px;margin-inline:auto;padding-inline:28px}
+header,main,.bar>div{max-width:1180px;margin-inline:auto;padding-inline:28px}
 header{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:20px 56px;padding-block:44px 26px;
   align-items:end}
 .eyebrow{margin:0 0 10px;color:var(--soft);font-size:13px;letter-spacing:.04em;overflow-wrap:anywhere}
@@ -816,7 +816,7 @@ body[data-mode="order"] .legend[data-for="order"]{display:block}
 .swatches i{flex:1}
 .ticks{position:relative;display:block;height:13px;font-size:10.5px;line-height:13px;color:var(--soft)}
 .ticks b{position:absolute;font-weight:400;transform:translateX(-50%)}
-main{display:grid;grid-template-columns:minmax(0,1fr) 316px;gap:52px;padding-block:28px 40px;align-items:start}
+main{display:grid;grid-template-columns:minmax(0,1fr) 316px;gap:0 52px;padding-block:28px 24px;align-items:start}
 .text{max-width:66ch;font:18.5px/1.78 ui-serif,"Iowan Old Style","Palatino Linotype",Palatino,Georgia,
   "Liberation Serif",serif;font-variant-numeric:normal;white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4}
 .text:focus{outline:none}
@@ -836,7 +836,8 @@ main{display:grid;grid-template-columns:minmax(0,1fr) 316px;gap:52px;padding-blo
 .text .doc:first-child{margin-top:0}
 .text .doc::before{content:"new document";color:var(--soft);font:italic 14px/1.4 ui-serif,Georgia,
   "Liberation Serif",serif}
-.side{position:sticky;top:124px;display:flex;flex-direction:column;gap:22px;max-height:calc(100vh - 140px)}
+.side{grid-area:1/2/span 2;position:sticky;top:124px;display:flex;flex-direction:column;gap:22px;
+  max-height:calc(100vh - 148px)}
 .card{flex:none;min-height:318px;padding:18px 20px 16px;background:var(--card);border:1px solid var(--line);
   border-radius:10px}
 .hint{margin:0;color:var(--soft)}
@@ -870,13 +871,14 @@ main{display:grid;grid-template-columns:minmax(0,1fr) 316px;gap:52px;padding-blo
 .rank b{font-weight:600;color:var(--ink)}
 .rank em{font-style:normal;font-size:13px}
 :is(button,select,a):focus-visible{outline:2px solid var(--mark);outline-offset:1px}
-footer{padding-block:22px 60px;color:var(--soft);font-size:13px;line-height:1.7}
-footer p{max-width:86ch;margin:0 0 8px}
+footer{margin-top:40px;padding-block:18px;border-top:1px solid var(--line);color:var(--soft);
+  font-size:13px;line-height:1.7}
+footer p{max-width:72ch;margin:0 0 8px}
 kbd{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;border:1px solid var(--line);
   border-radius:4px;padding:1px 5px;background:var(--card);color:var(--ink)}
 @media (max-width:900px){
   header{grid-template-columns:minmax(0,1fr);padding-block:26px 18px;gap:22px}
-  header,main,footer,.bar>div{padding-inline:18px}
+  header,main,.bar>div{padding-inline:18px}
   h1{font-size:33px}
   main{display:block;padding-block:20px 24px}
   .text{font-size:17.5px;line-height:1.8;max-width:none}
