@@ -211,8 +211,7 @@ def read_run(log: Log) -> Run:
     gain = neural.number("val_bpb") - mixed.number("val_bpb")
     if abs(gain - mixed.number("gain")) > 2e-8:
         raise mixed.error(f"expected gain:{gain:.8f}, neural ({neural.place}) - mixed; lines of two runs?")
-    last = last_validation(log)
-    code, size = submission_bytes(log)
+    last, (code, size) = last_validation(log), submission_bytes(log)
     return Run(log=log, seed=seed_of(log), neural=neural.number("val_bpb"), val_loss=mixed.number("val_loss"),
                val_bpb=mixed.number("val_bpb"), gain=mixed.number("gain"), steps=step_of(last),
                step_avg_ms=last.number("step_avg"), train_s=last.number("train_time") / 1e3,
@@ -247,19 +246,21 @@ def refuse_unfinished(log: Log) -> None:
 
 
 def sliding(log: Log) -> Line:
-    """The exact sliding-window score, whatever the bits: final_int6_sliding_window_exact."""
-    name = next((text.split()[0] for _, text in log.lines
-                 if re.match(r"final_int\d_sliding_window_exact ", text)), "final_int6_sliding_window_exact")
-    return log.find(name)
+    """The exact sliding-window score of the packed weights, whatever their bits."""
+    names = (f"final_int{bits}_sliding_window_exact" for bits in range(3, 9))
+    return log.find(next(filter(log.has, names), "final_int6_sliding_window_exact"))
 
 
 def last_validation(log: Log) -> Line:
-    """The validation that ended training."""
-    lines = [line for line in log.all("step:") if "val_bpb" in line]
-    if not lines:
+    """The validation that ended training. RecordError: there is none, or its times contradict each other."""
+    last = ([line for line in log.all("step:") if "val_bpb" in line] or [None])[-1]
+    if not last or log.train_steps and step_of(last) < log.train_steps[-1].step:
         raise RecordError(f"{log.path}:{log.lines[-1][0] if log.lines else 1}: the log ends without a line "
-                          "step:... val_loss:... val_bpb:...; repeat the run")
-    return lines[-1]
+                          "step:... val_loss:... val_bpb:... after training; repeat the run")
+    steps, ms, average = step_of(last), last.number("train_time"), last.number("step_avg")
+    if steps < 1 or abs(ms / steps - average) > 0.01 + 1 / steps:
+        raise last.error("expected train_time / step = step_avg")
+    return last
 
 
 def check_units(log: Log) -> None:
@@ -336,7 +337,7 @@ def check_same_experiment(logs: list[Log]) -> None:
 
 def data_lines(log: Log) -> list[Line]:
     """What was trained and scored on: shards, tokenizer, sizes."""
-    return [*log.all("data:"), log.find("train_tokens:")]
+    return [log.find(start) for start in ("data:train ", "data:val ", "data:tokenizer ", "train_tokens:")]
 
 
 def first_difference(a: str, b: str) -> int:
@@ -379,10 +380,11 @@ def results_table(runs: list[Run], folder: Path) -> str:
     rows.append(["std", *(form.format(statistics.stdev(c)) if len(runs) > 1 else "-"
                           for c, (_, _, form) in zip(columns, COLUMNS))])
     facts, budget = data_facts(runs), runs[0].log.setting("MAX_WALLCLOCK_SECONDS")
+    strides = ", ".join(sorted({sliding(run.log)["stride"] for run in runs}, key=len))
     limit = f"at most {float(budget):g} s" if float(budget) else "no limit"
     caption = (f"Measured on {hardware(runs)} with torch {torch_version(runs)}; {facts['val']}: "
                f"{facts['val_targets']:,} targets, {facts['val_bytes']:,} bytes; training {limit} of wall-clock "
-               f"({max(run.train_s for run in runs):.1f} s used). Largest submission: "
+               f"({max(run.train_s for run in runs):.1f} s used), scoring stride {strides}. Largest submission: "
                f"{max(run.artifact_bytes for run in runs):,} of {SIZE_CAP:,} bytes, code included. bpb: bits per byte; "
                "std: sample standard deviation over the seeds.")
     return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", caption])
@@ -412,14 +414,11 @@ def torch_version(runs: list[Run]) -> str:
 
 def data_facts(runs: list[Run]) -> dict[str, str | int]:
     """What was trained and scored on: folder and first file of each part, its SHA-256, tokens, targets, bytes."""
-    log, facts = runs[0].log, {}
-    for line in log.all("data:"):
+    *parts, header = data_lines(runs[0].log)
+    facts = {}
+    for line in parts:
         facts[line["data"]] = "/".join(Path(line["first"]).parts[-2:])
         facts[f"{line['data']}_sha256"] = line["sha256"]
-    for part in ("train", "val", "tokenizer"):
-        if part not in facts:
-            log.find(f"data:{part} ")  # says that it is missing
-    header = log.find("train_tokens:")
     return facts | {key: int(header.number(key)) for key in ("train_tokens", "val_targets", "val_bytes")}
 
 
@@ -565,10 +564,13 @@ def write_all(texts: dict[Path, str]) -> None:
 
 
 def report(paths: list[Path], folder: Path, flags: dict[str, str | None]) -> list[Run]:
-    """Rewrites README's table and submission.json in `folder` from logs; RecordError: nothing is written."""
-    said = personal_facts(folder, flags)
-    runs = read_runs([parse_log(path) for path in paths])
+    """Rewrites README's table and submission.json in `folder` from logs, by default those that the table links
+    to. RecordError: nothing is written."""
     before, _, after = split_readme(folder / "README.md")
+    paths = paths or Folder(folder).linked_logs()
+    if not paths:
+        raise RecordError(f"{folder / 'README.md'}: its results table links to no logs; name one LOG per seed")
+    runs, said = read_runs([parse_log(path) for path in paths]), personal_facts(folder, flags)
     found = submission(runs, said)
     write_all({folder / "README.md": f"{before}\n{results_table(runs, folder)}\n{after}",
                folder / "submission.json": json.dumps(found, indent=2, ensure_ascii=False) + "\n"})
@@ -658,7 +660,9 @@ def check_compiles(folder: Folder) -> str:
 
 def check_logs(folder: Folder) -> str:
     """Complete, finite, in the right units, of the same code, settings and data."""
-    return f"{len(folder.runs)} complete runs of one code, one set of settings, the same data"
+    warnings = [line for log in folder.logs for line in log.all("warning:")]
+    return (f"{len(folder.runs)} complete runs of one code, one set of settings, the same data; "
+            + (f"{len(warnings)} warnings, {warnings[0].place}: {warnings[0].text}" if warnings else "no warnings"))
 
 
 def check_source(folder: Folder) -> str:
@@ -1144,7 +1148,8 @@ def arguments() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
 
     one = command("report", "write README's results table and submission.json from one log per seed")
-    one.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="logs/<RUN_ID>.txt, inside the folder")
+    one.add_argument("logs", nargs="*", type=Path, metavar="LOG",
+                     help="logs/<RUN_ID>.txt, inside the folder (default: those that README's table links to)")
     one.add_argument("--folder", type=Path, default=Path("."), help="the submission (default: here)")
     for key, text in PERSONAL.items():
         one.add_argument(f"--{key.replace('_', '-')}", help=f"{text} (default: as in submission.json)",

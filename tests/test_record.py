@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -137,6 +138,8 @@ def test_a_report_is_the_same_bytes_each_time(good, folder, capsys):
     assert m.main(["report", *reversed(logs_of(folder)), "--folder", str(folder)]) == 0  # names and date as in the JSON
     for name in ("README.md", "submission.json"):
         assert (folder / name).read_bytes() == (good / name).read_bytes()
+    assert m.main(["report", "--folder", str(folder)]) == 0  # the logs that README's table links to
+    assert (folder / "README.md").read_bytes() == (good / "README.md").read_bytes()
     assert "bpb over seeds 2, 11, 303" in capsys.readouterr().out and not list(folder.glob(".*"))
 
 
@@ -202,6 +205,10 @@ REFUSED = [
     ("a run that died", changed("^total_eval_time", "error: UserError: x\ntotal_eval_time"), r"seed2.txt:\d+: .*error"),
     ("two runs in one log", two_runs, r"seed2.txt:\d+: .*a second run in one log"),
     ("steps left out", changed(r"^step:1/.*\n", ""), r"seed2.txt:\d+: training begins at step 2"),
+    ("no last validation", changed(r"^step:11/.*val_bpb.*\n", ""), r"seed2.txt:\d+: .*val_bpb:... after training"),
+    ("another train_time", changed(r"^(step:11/.*val_bpb.*train_time:)\d+", r"\g<1>9"),
+     r"seed2.txt:\d+: .*expected train_time / step = step_avg"),
+    ("no data line", changed(r"^data:tokenizer.*\n", ""), r"seed2.txt:\d+: the log ends without a line 'data:tok"),
     ("no text", lambda f: (f / "logs/seed2.txt").write_bytes(b"\xff\xfe"), r"seed2.txt: byte 0 is not UTF-8"),
     ("no log", lambda f: (f / "logs/seed2.txt").unlink(), r"seed2.txt: No such file"),
     ("no markers", changed(m.BEGIN, "", "README.md"), r"README.md: found 0 x <!-- results:begin --> and 1 x"),
@@ -229,12 +236,12 @@ def test_a_log_elsewhere_and_a_bad_date_are_refused(folder, good, capsys):
 
 # --- check ---
 
-def test_check_passes_on_a_good_folder(good):
-    before = sorted(good.rglob("*"))
-    done = subprocess.run([sys.executable, ROOT / "make_record.py", "check", "--json"], cwd=good, capture_output=True,
-                          text=True, timeout=60)
-    found = json.loads(done.stdout)
-    assert done.returncode == 0 and found["passed"], done.stdout
+def test_check_passes_on_a_good_folder(good, monkeypatch, capsys):
+    before, started = sorted(good.rglob("*")), time.perf_counter()
+    monkeypatch.chdir(good)
+    status, found = m.main(["check", "--json"]), json.loads(capsys.readouterr().out)
+    assert status == 0 and found["passed"], found
+    assert time.perf_counter() - started < 60
     assert {row["name"] for row in found["checks"]} == set(m.CHECKS) and all(row["evidence"] for row in found["checks"])
     assert sorted(good.rglob("*")) == before  # leaves nothing behind
 
@@ -363,10 +370,11 @@ final_int6_ngram val_loss:1.6280 val_bpb:0.9642 eval_time:895000ms
         assert re.search(f"^{line}", out, re.M), (line, out)
 
 
-def test_check_and_its_help_for_people(tmp_path, capsys):
-    assert m.main(["check", str(tmp_path / "nowhere")]) == 1
-    assert capsys.readouterr().err == (f"make_record.py: error: {tmp_path}/nowhere: no such folder, expected one with "
-                                       "train_gpt.py and submission.json\n")
+def test_the_command_line_speaks_to_people(tmp_path, capsys):
+    done = subprocess.run([sys.executable, ROOT / "make_record.py", "check", "nowhere"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", (
+        "make_record.py: error: nowhere: no such folder, expected one with train_gpt.py and submission.json\n"))
     for command in ([], ["report"], ["check"], ["plot"], ["view"], ["copy"]):
         with pytest.raises(SystemExit) as left:
             m.main([*command, "--help"])
