@@ -283,23 +283,22 @@ def check_units(log: Log) -> None:
 
 def submission_bytes(log: Log) -> tuple[int, int]:
     """(code bytes, code + model bytes). RecordError: they contradict each other or the source, or break the cap."""
-    model, code, total = (log.find(f"{start} int") if start != "Code size" else log.find("Code size:")
-                          for start in ("Serialized model", "Code size", "Total submission size"))
-    sizes = [bytes_of(line) for line in (model, code, total)]
-    if sizes[0] + sizes[1] != sizes[2]:
-        raise total.error(f"expected {sizes[0] + sizes[1]} bytes: model (line {model.no}) + code (line {code.no})")
-    if log.source and len(log.source.encode()) != sizes[1]:
-        raise code.error(f"but the source above it has {len(log.source.encode())} bytes: not the log of one run")
-    if sizes[2] > SIZE_CAP:
-        raise total.error(f"expected at most {SIZE_CAP} bytes; this run cannot be submitted")
-    return sizes[1], sizes[2]
+    lines = [log.find(start) for start in ("Serialized model int", "Code size:", "Total submission size int")]
+    (model, code, total), (_, code_line, total_line) = map(bytes_of, lines), lines
+    if model + code != total:
+        raise total_line.error(f"expected {model + code} bytes, the sum of lines {lines[0].no} and {code_line.no}")
+    if log.source and len(log.source.encode()) != code:
+        raise code_line.error(f"but the source above it has {len(log.source.encode())} bytes: not the log of one run")
+    if total > SIZE_CAP:
+        raise total_line.error(f"expected at most {SIZE_CAP} bytes; this run cannot be submitted")
+    return code, total
 
 
 def bytes_of(line: Line) -> int:
-    """N of a line that ends in `N bytes`."""
-    match = re.search(r"(\d+) bytes$", line.text)
+    """N of a line that says `...: N bytes`."""
+    match = re.search(r": (\d+) bytes\b", line.text)
     if not match:
-        raise line.error("expected a size in bytes at its end")
+        raise line.error("expected a size in bytes")
     return int(match[1])
 
 
@@ -686,9 +685,10 @@ def check_code_bytes(folder: Folder) -> str:
 
 
 def largest_total(log: Log) -> tuple[int, Line]:
-    """(bytes, line) of the log's largest `Total submission size`, of which older logs have several."""
-    log.find("Total submission size")
-    return max(((bytes_of(line), line) for line in log.all("Total submission size")), key=lambda found: found[0])
+    """(bytes, line) of the log's largest `Total submission size int6+lzma:`. Older logs have several; without a
+    label it is that of the weights before packing."""
+    log.find("Total submission size int")
+    return max(((bytes_of(line), line) for line in log.all("Total submission size int")), key=lambda found: found[0])
 
 
 def check_artifact(folder: Folder) -> str:

@@ -194,7 +194,7 @@ REFUSED = [
     ("no number", changed(r"^(total_eval_time:)\S+", r"\1soon"), r"seed2.txt:\d+: .*expected a number after total"),
     ("over the cap", too_big, r"seed2.txt:\d+: .* expected at most 16000000 bytes"),
     ("sizes that do not add up", changed(r"^(Total submission size \S+) \d+", r"\1 8622077"),
-     r"seed2.txt:\d+: .*expected \d+ bytes: model"),
+     r"seed2.txt:\d+: .*expected \d+ bytes, the sum of lines \d+ and \d+"),
     ("a loss that is a bpb", units, r"seed2.txt:\d+: .*val_loss equals val_bpb"),
     ("a loss in other units", changed(r"^(final_ngram_exact val_loss:)\S+", r"\g<1>3.123"),
      r"seed2.txt:\d+: .*bytes per token"),
@@ -348,8 +348,10 @@ seed:{seed}
 step:500/20000 train_loss:2.3787 train_time:42942ms step_avg:85.88ms
 step:6765/20000 val_loss:1.9296 val_bpb:1.1428 train_time:600015ms step_avg:88.69ms
 stopping_early: wallclock_cap train_time:600015ms step:6765/20000
-Serialized model int6+lzma: 17072122 bytes
+Serialized model: 106178569 bytes
 Code size: 100000 bytes
+Total submission size: 106278569 bytes
+Serialized model int6+lzma: 17072122 bytes (payload:27178912 payload_ratio:3.91x)
 Total submission size int6+lzma: 17172122 bytes
 final_int6_sliding_window val_loss:1.8953 val_bpb:1.1225 stride:64 eval_time:102169ms
 final_int6_sliding_window_exact val_loss:1.89533097 val_bpb:1.12252473
@@ -359,11 +361,11 @@ final_int6_ngram val_loss:1.6280 val_bpb:0.9642 eval_time:895000ms
     out = capsys.readouterr().out
     for line in (r"FAIL files requirements.txt is missing", r"PASS compiles",
                  r"FAIL imports .*No module named 'flash_attn_interface'",
-                 r"FAIL artifact train_seed1337.log:8: 17172122 bytes, expected at most 16000000",
+                 r"FAIL artifact train_seed1337.log:10: 17172122 bytes, expected at most 16000000",
                  r"FAIL train_time train_seed1337.log:\d: 600.015 s of training",
-                 r"FAIL eval_time train_seed1337.log:9,11: .*997.2 s of evaluation, expected at most 600",
+                 r"FAIL eval_time train_seed1337.log:11,13: .*997.2 s of evaluation, expected at most 600",
                  r"FAIL seeds 2 seeds \(42, 1337\)",
-                 r"FAIL json_bytes submission.json:6: bytes_total is 8622077, but train_seed\d+.log:8 says 17172122",
+                 r"FAIL json_bytes submission.json:6: bytes_total is 8622077, but train_seed\d+.log:10 says 17172122",
                  r"FAIL json_units submission.json:4: val_loss 0.9642 equals val_bpb",
                  r"FAIL source .*train_seed42.log:1: the log does not begin with the source",
                  r"FAIL self_audit .*without a line 'ngram_audit'", r"\d+ of 23 checks passed: not ready: "):
