@@ -866,9 +866,7 @@ def check_by_probe(name: str):
 def check_parameters(folder: Folder) -> str:
     """The model that the logged settings make has as many parameters as the log says."""
     def problem(log: Log) -> str:
-        line = next((line for line in reversed(log.all("")) if "parameters" in line or "model_params" in line), None)
-        if not line:
-            return f"{log.path}: has no parameters:N"
+        line = log.find("model_params:" if log.has("model_params:") else "averaging:")
         if not log.settings:
             return f"{line.place}: {line.text[:80]!r}, but the log lists no settings to count them by"
         claimed = int(line.number("parameters" if "parameters" in line else "model_params"))
