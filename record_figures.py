@@ -733,9 +733,9 @@ PAGE = """<!doctype html>
     </nav>
   </div>
 <footer id="keys">
-  <p><kbd>&larr;</kbd> <kbd>&rarr;</kbd> token &nbsp; <kbd>&uarr;</kbd> <kbd>&darr;</kbd> line &nbsp;
-  <kbd>n</kbd> <kbd>p</kbd> next, previous biggest gain &nbsp; with <kbd>Shift</kbd> loss &nbsp; <kbd>c</kbd> colour
-  &nbsp; <kbd>t</kbd> theme</p>
+  <p class="keys"><span><kbd>&larr;</kbd> <kbd>&rarr;</kbd> token</span> <span><kbd>&uarr;</kbd> <kbd>&darr;</kbd>
+  line</span> <span><kbd>n</kbd> <kbd>p</kbd> next, previous biggest gain</span> <span>with <kbd>Shift</kbd> loss</span>
+  <span><kbd>c</kbd> colour</span> <span><kbd>t</kbd> theme</span></p>
   <p>Every probability shown was fixed before its token was seen. The network is charged &minus;log<sub>2</sub> of the
   probability it gave to the token that came; so is the mixture. Counts are exact: of all earlier places in the stream
   where the same context stood. The online mixture weighs all orders; the card shows the longest known one.</p>
@@ -800,7 +800,7 @@ figcaption{color:var(--soft);font-size:12.5px}
 .tools{display:flex;gap:8px 28px;align-items:center;padding-bottom:8px}
 .mode{display:flex;gap:8px;align-items:center;color:var(--soft);font-size:13px}
 select,button{font:inherit;font-size:13px;color:var(--ink);background:var(--card);border:1px solid var(--line);
-  border-radius:6px;padding:4px 10px;min-height:30px;cursor:pointer}
+  border-radius:6px;padding:4px 10px;min-height:30px;white-space:nowrap;cursor:pointer}
 .tools button.saved{color:var(--saved)}
 .tools button.lost{color:var(--lost)}
 button:hover,select:hover{border-color:var(--plain)}
@@ -874,6 +874,7 @@ main{display:grid;grid-template-columns:minmax(0,1fr) 316px;gap:0 52px;padding-b
 footer{margin-top:40px;padding-block:18px;border-top:1px solid var(--line);color:var(--soft);
   font-size:13px;line-height:1.7}
 footer p{max-width:72ch;margin:0 0 8px}
+.keys span{display:inline-block;margin-right:12px;white-space:nowrap}
 kbd{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;border:1px solid var(--line);
   border-radius:4px;padding:1px 5px;background:var(--card);color:var(--ink)}
 @media (max-width:900px){
@@ -896,6 +897,8 @@ kbd{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;border:1p
   .bars dt{grid-column:1}
   .bars .num{grid-column:3}
   .card .count{margin:0 0 4px;padding-top:8px;min-height:48px}
+  #theme{min-width:0;font-size:0}
+  #theme::after{content:"\\25d0";font-size:15px}
   footer{padding-bottom:260px}
   footer p:first-child{display:none}
 }
@@ -906,8 +909,6 @@ kbd{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;border:1p
   .legend{order:3;flex:1 0 100%}
   .legend figcaption{display:none}
   .mode span{display:none}
-  #theme{min-width:0;font-size:0}
-  #theme::after{content:"\\25d0";font-size:15px}
   .text>span{scroll-margin-top:150px}
 }
 @media print{.bar,.side,footer,.skip{display:none}main{display:block}}
@@ -918,7 +919,8 @@ SCRIPT = """
 "use strict";
 (() => {
 const $ = id => document.getElementById(id), root = document.documentElement;
-const D = JSON.parse($("data").textContent), text = $("text"), spans = [...text.children], N = spans.length;
+const D = JSON.parse($("data").textContent), before = D.lead.concat(D.text);
+const text = $("text"), spans = [...text.children], N = spans.length;
 const gain = D.nll.map((b, i) => b - D.mixed[i]), calm = matchMedia("(prefers-reduced-motion: reduce)");
 const group = n => n.toLocaleString("en-US"), minus = s => s.replace("-", "\\u2212");
 let current = -1, hovered = -1, marked = [];
@@ -930,7 +932,9 @@ function make(tag, name, content) {
   return e;
 }
 const name = i => D.text[i] || D.piece[i];
-function shown(name) { return name.replace(/\\n/g, "\\u21b5").replace(/\\t/g, "\\u2192"); }
+function shown(name) {              // newlines and tabs as signs, a lone accent on a circle
+  return name.replace(/\\n/g, "\\u21b5").replace(/\\t/g, "\\u2192").replace(/^\\p{M}/u, "\\u25cc$&");
+}
 function word(name) {               // a leading space is a part of the token: show it
   const p = make("p", "word"), bare = name.replace(/^ +/, "");
   p.append(make("span", "space", "\\u2423".repeat(name.length - bare.length)), shown(bare));
@@ -947,8 +951,10 @@ function verdict(i) {
   return b === "0.00" ? "no difference" : (g > 0 ? "saved " : "lost ") + b + " bits";
 }
 function context(i) {               // the n - 1 tokens before token i, also those before the stretch
-  const n = D.order[i] - 1, before = D.lead.concat(D.text), at = i + D.lead.length;
-  return before.slice(at - n, at).join("");
+  const n = D.order[i] - 1, at = i + D.lead.length;
+  const parts = before.slice(at - n, at);
+  for (let k = n - 1; k >= 0 && !parts[k]; k--) parts[k] = D.piece[i - n + k] || "";  // bytes of a cut character
+  return parts.join("");
 }
 function bar(list, label, kind, bits, scale, unit) {
   const track = make("dd", "track " + kind), fill = make(kind === "expected" ? "u" : "i");
@@ -960,7 +966,7 @@ function bar(list, label, kind, bits, scale, unit) {
 }
 function card(i) {
   const box = make("div"), bars = make("dl", "bars"), count = make("p", "count");
-  box.append(word(name(i)), make("p", "verdict " + (gain[i] >= 0 ? "saved" : "lost"), verdict(i)), bars, count);
+  box.append(word(name(i)), make("p", "verdict " + verdict(i).split(" ")[0], verdict(i)), bars, count);
   const scale = Math.max(12, D.nll[i], D.mixed[i]);
   bar(bars, "network", "model", D.nll[i], scale, "bits, " + percent(D.nll[i]));
   bar(bars, "mixture", "mixed" + (gain[i] < 0 ? " worse" : ""), D.mixed[i], scale, "bits, " + percent(D.mixed[i]));
@@ -994,6 +1000,8 @@ function select(i, how) {
   e.classList.add("on");
   e.setAttribute("aria-selected", "true");
   if (!e.hasAttribute("aria-label")) e.setAttribute("aria-label", shown(name(i)) + ": " + verdict(i));
+  if (hovered >= 0) spans[hovered].classList.remove("hover");
+  hovered = -1;
   if (how.focus) e.focus({preventScroll: true});
   const behavior = how.block === "center" && !calm.matches ? "smooth" : "auto";
   if (how.block) e.scrollIntoView({block: how.block, behavior});
