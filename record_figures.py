@@ -13,6 +13,7 @@ import html
 import json
 import math
 import re
+import zipfile
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -89,7 +90,7 @@ def load_scores(path: Path) -> Scores:
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise RecordError(f"{path}: no scores of a run ({error}); expected an .npz that SAVE_SCORES=1 wrote") from None
     missing = {"nll", "entropy", "mixed"} - set(arrays)
     if missing:
@@ -115,7 +116,10 @@ def run_settings(path: Path, arrays: dict) -> dict[str, str]:
     """NAME -> text of the run's settings: from the scores' own `settings`, or from the log beside them. Relative paths
     are looked for from here, from the run's folder, and from the repository."""
     if "settings" in arrays:
-        settings = {name.upper(): as_text(value) for name, value in json.loads(str(arrays["settings"])).items()}
+        try:
+            settings = {name.upper(): as_text(value) for name, value in json.loads(str(arrays["settings"])).items()}
+        except (ValueError, AttributeError):
+            raise RecordError(f"{path}: its settings are no JSON object; was it written by train_gpt.py?") from None
     else:
         log = path.with_name(path.stem.removesuffix("_scores") + ".txt")
         if not log.is_file():
@@ -419,16 +423,13 @@ def submitted_logs(folder: Path) -> list[Log]:
 
 # What each figure needs, from the logs. One row per seed.
 
-def per_seed(logs: list[Log], prefix: str, key: str) -> dict[str, list]:
-    """The lines with `prefix` by the value of their `key`, each with one line per seed. RecordError: a log without
-    them, or logs that differ in them."""
+def per_seed(logs: list[Log], prefix: str, key: str) -> list[dict]:
+    """For each log, its lines with `prefix` by the value of their `key`. RecordError: it has none."""
     tables = [{line[key]: line for line in log.all(f"{prefix} ")} for log in logs]
     for log, table in zip(logs, tables):
         if not table:
             raise RecordError(f"{log.path}: has no line {prefix!r}; a log of an older script?")
-        if set(table) != set(tables[0]):
-            raise RecordError(f"{log.path}: its {prefix!r} lines are not those of {logs[0].path}")
-    return {name: [table[name] for table in tables] for name in tables[0]}
+    return tables
 
 
 def collect_training(logs: list[Log]) -> dict:
@@ -448,9 +449,10 @@ def collect_training(logs: list[Log]) -> dict:
 
 
 def collect_bpb(logs: list[Log]) -> dict:
-    """(name, bpb of each seed) per stage; a stage that the script does not know is left out for all."""
-    stages = {"last validation": [], "averaged, float": [], "quantised, read back": [], "sliding window": [],
-              "mixed with counts": []}
+    """The bpb of each seed by stage."""
+    learns = any(log.settings.get("TTT_EPOCHS", "0") != "0" for log in logs)
+    stages = {"last validation": [], "averaged, float": [], "quantised, read back": [],
+              "sliding, learning" if learns else "sliding window": [], "mixed with counts": []}
     for log in logs:
         if not log.validations:
             raise RecordError(f"{log.path}: has no line with val_bpb")
@@ -464,11 +466,11 @@ def collect_bpb(logs: list[Log]) -> dict:
 
 
 def collect_orders(logs: list[Log]) -> dict:
-    """Gain in bpb and share of the targets by the longest known order; rows are seeds."""
-    table = per_seed(logs, "ngram_order", "order")
-    orders = sorted(table, key=int)
-    gain, targets = (np.array([[line.number(key) for line in table[order]] for order in orders]).T
-                     for key in ("gain", "targets"))
+    """Gain in bpb and share of the targets by the longest known order, 0 where a log has none; rows are seeds."""
+    tables = per_seed(logs, "ngram_order", "order")
+    orders = sorted({order for table in tables for order in table}, key=int)
+    gain, targets = (np.array([[table[order].number(key) if order in table else 0.0 for order in orders]
+                               for table in tables]) for key in ("gain", "targets"))
     return dict(orders=[int(order) for order in orders], gain=gain, share=targets / targets.sum(1, keepdims=True))
 
 
@@ -481,14 +483,17 @@ def collect_bytes(logs: list[Log]) -> dict:
 
 
 def collect_calibration(logs: list[Log]) -> dict:
-    """Expected, actual and mixed nats per token by bin of the model's entropy; rows are seeds. Bins that are empty for
-    a seed are left out."""
-    table = per_seed(logs, "calibration", "entropy")
-    kept = [lines for lines in table.values() if all(line.number("targets") > 0 for line in lines)]
-    if not kept:
-        raise RecordError(f"{logs[0].path}: every bin of its calibration lines is empty")
-    columns = {key: np.array([[line.number(key) for line in lines] for lines in kept]).T
+    """Expected, actual and mixed nats per token by bin of the model's entropy; rows are seeds. Bins that are empty or
+    absent for a seed are left out; the share of targets is of all."""
+    tables = per_seed(logs, "calibration", "entropy")
+    bins = [name for name in tables[0]
+            if all(name in table and table[name].number("targets") > 0 for table in tables)]
+    if not bins:
+        raise RecordError(f"{logs[0].path}: no bin of its calibration lines holds targets of every seed")
+    columns = {key: np.array([[table[name].number(key) for name in bins] for table in tables])
                for key in ("expected", "nll", "mixed", "targets")}
+    all_targets = np.array([sum(line.number("targets") for line in table.values()) for table in tables])
+    columns["share"] = columns.pop("targets") / all_targets[:, None]
     order = np.argsort(columns["expected"].mean(0), kind="stable")
     return {key: column[:, order] for key, column in columns.items()}
 
@@ -651,9 +656,8 @@ def draw_calibration(figure, data: dict, colors: dict) -> None:
         curve.plot(x, rows.mean(0), "-o", color=colors[color], linewidth=1.6, markersize=4.5)
         curve.annotate(label, (x[-1], rows.mean(0)[-1]), (9, 0), textcoords="offset points", va="center",
                        color=colors["soft" if key == "nll" else color], annotation_clip=False)
-    share = data["targets"] / data["targets"].sum(1, keepdims=True)
     width = 0.6 * np.min(np.diff(x), initial=float(x[-1]))
-    amount.bar(x, 100 * share.mean(0), width, color=colors["plain"])
+    amount.bar(x, 100 * data["share"].mean(0), width, color=colors["plain"])
     amount.yaxis.set_major_formatter("{x:.0f} %")
     amount.set_xlabel("the model's entropy, nats (mean of each group)", loc="left")
     curve.set_xlim(0, float(x.max()) + width / 2)
