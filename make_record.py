@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -848,6 +848,13 @@ def check_audit(folder: Folder) -> str:
     return f"{line.place}: {line.text}; the like in each log"
 
 
+def check_compliance(folder: Folder) -> str:
+    found = compliance(folder.runs)
+    if broken := [name for name, holds in found.items() if not holds]:
+        raise RecordError(f"the logs do not show {', '.join(broken)}")
+    return f"the logs show {', '.join(found)}"
+
+
 def check_reading(folder: Folder) -> str:
     if found := unsafe_reading(folder.script):
         raise RecordError(f"train_gpt.py: {found}: a file that is read could run code")
@@ -882,8 +889,9 @@ CHECKS = dict(
     source=check_source, code_bytes=check_code_bytes, parameters=check_parameters, artifact=check_artifact,
     train_time=check_train_time, eval_time=check_eval_time, seeds=check_seeds, hardware=check_hardware,
     json=check_json, json_bytes=check_bytes_of_json, json_units=check_units_of_json, readme=check_readme,
-    figures=check_figures, scored_once=check_scored_once, self_audit=check_audit, safe_reading=check_reading,
-    causal=check_by_probe("causal"), sums_to_one=check_by_probe("sums_to_one"), one_pass=check_by_probe("one_pass"))
+    figures=check_figures, scored_once=check_scored_once, self_audit=check_audit, compliance=check_compliance,
+    safe_reading=check_reading, causal=check_by_probe("causal"), sums_to_one=check_by_probe("sums_to_one"),
+    one_pass=check_by_probe("one_pass"))
 
 
 @dataclass(frozen=True)
@@ -1077,18 +1085,34 @@ def probe_sum(module, settings: dict[str, str]) -> str:
     return f"{min(sums):.7f} to {max(sums):.7f} at targets {', '.join(map(str, at))} ({probed.seed})"
 
 
+class Bigram:
+    """A model whose score of each target can be known: logits are a row of a table, chosen by the token before."""
+
+    def __init__(self, hp, table):
+        self.hp, self.table = hp, table
+
+    def __call__(self, ids):
+        return self.table[ids]
+
+    def logits(self, rows):
+        return rows
+
+
 def probe_once(module, settings: dict[str, str]) -> str:
     """Windows score each target once, left to right; a mixture does not depend on the pieces scores come in."""
-    probed, trials = Probed(module, settings), 200
+    import torch
+    probed, trials = Probed(module, settings), 40
+    table = torch.randn(probed.hp.vocab_size, probed.hp.vocab_size)
     for _ in range(trials):
-        targets, length = (int(n) for n in probed.rng.integers(1, 400, 2))
-        stride = int(probed.rng.integers(1, length + 1))
-        starts, first = module.windows(targets, length, stride)
-        scored = [j for s, f in zip(starts, first) for j in range(f, s + min(length, targets))]
-        if scored != list(range(targets)):
-            odd = next((n for n, j in enumerate(scored) if n != j), min(len(scored), targets))
-            raise RecordError(f"windows({targets}, {length}, {stride}) score {len(scored)} targets, expected each of "
-                              f"{targets} once and in order; the first odd one is number {odd}")
+        size, length = int(probed.rng.integers(2, 400)), int(probed.rng.integers(1, 100))
+        stride, tokens = int(probed.rng.integers(1, length + 1)), probed.stream(size)
+        model = Bigram(replace(probed.hp, eval_seq_len=length, eval_stride=stride), table)
+        segments = module.score_stream(model, model, tokens, stride, OneRank())
+        nll = np.concatenate([segment[0] for segment in segments])
+        known = -table.log_softmax(-1).numpy()[tokens[:-1].astype(int), tokens[1:].astype(int)]
+        if len(nll) != len(known) or not np.abs(nll - known).max() < 1e-4:
+            raise RecordError(f"{len(nll)} scores for {size - 1} targets, window {length}, stride {stride}: expected "
+                              f"that of each target once, in order ({probed.seed})")
     tokens = probed.stream(300)
     nll, entropy = probed.neural(tokens)
     far = np.abs(probed.mixed(tokens, nll, entropy) - probed.mixed(tokens, nll, entropy, (1, 100, 101, 250))).max()
