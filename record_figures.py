@@ -649,12 +649,15 @@ def draw_calibration(figure, data: dict, colors: dict) -> None:
     curve, amount = figure.subplots(2, 1, sharex=True, height_ratios=(3.6, 1))
     margins(figure, height, 0.62, 1.05, 0.5, head=1.02, hspace=0.36)
     curve.plot([0, x[-1]], [0, x[-1]], color=colors["soft"], linewidth=0.9, linestyle=(0, (4, 3)))
+    last = {key: float(data[key].mean(0)[-1]) for key in ("nll", "mixed")}
+    close = abs(last["nll"] - last["mixed"]) < 0.06 * max(last.values())  # then their names move apart
+    above = "nll" if last["nll"] >= last["mixed"] else "mixed"
     for key, color, label in (("nll", "plain", "network"), ("mixed", "saved", "mixture")):
-        rows = data[key]
+        rows, shift = data[key], (7 if key == above else -7) * close
         if count > 1:
             curve.vlines(x, rows.min(0), rows.max(0), color=colors["ink"], linewidth=1.1)
         curve.plot(x, rows.mean(0), "-o", color=colors[color], linewidth=1.6, markersize=4.5)
-        curve.annotate(label, (x[-1], rows.mean(0)[-1]), (9, 0), textcoords="offset points", va="center",
+        curve.annotate(label, (x[-1], last[key]), (9, shift), textcoords="offset points", va="center",
                        color=colors["soft" if key == "nll" else color], annotation_clip=False)
     width = 0.6 * np.min(np.diff(x), initial=float(x[-1]))
     amount.bar(x, 100 * data["share"].mean(0), width, color=colors["plain"])

@@ -420,7 +420,8 @@ def test_the_figures_numbers_are_the_logs_numbers(tmp_path, rng):
                             if not line.startswith(("calibration entropy:5-6", "ngram_order order:0"))))
     logs = figures.submitted_logs(tmp_path)
     assert figures.collect_calibration(logs)["nll"].shape == (3, 5), "a bin that one seed lacks is left out"
-    assert np.flatnonzero(figures.collect_orders(logs)["share"][:, 0] == 0).tolist() == [0], "an order it lacks counts 0"
+    share = figures.collect_orders(logs)["share"]
+    assert np.flatnonzero(share[:, 0] == 0).tolist() == [0], "an order that a seed lacks counts 0"
     training = figures.collect_training(logs)
     assert training["loss"].shape == (3, len(training["seconds"])) and training["steps"] == [300] * 3
 
