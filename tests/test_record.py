@@ -1,0 +1,428 @@
+"""make_record.py: logs in; table, JSON, verdicts and the folder for records/ out. Three tiny runs serve all tests."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_script
+
+import make_record as m
+import train_gpt as t
+
+SEEDS = 11, 2, 303
+SAID = ["--author", "A. Person", "--github-id", "aperson", "--name", "Tiny: a test", "--blurb", "Three tiny seeds.",
+        "--date", "2026-11-21", "--track", "non_record_16mb"]
+
+
+@pytest.fixture(scope="module")
+def good(corpus, tmp_path_factory):
+    """A reported submission of three seeds, never changed by a test."""
+    folder = tmp_path_factory.mktemp("good")
+
+    def run(seed: int):
+        return run_script(folder, 0, **corpus, SEED=seed, RUN_ID=f"seed{seed}", ITERATIONS=11, WARMDOWN_ITERS=4)
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(run, SEEDS):
+            assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("train_gpt.py", "requirements.txt"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "logs/figure.png").write_bytes(b"\x89PNG")
+    (folder / "README.md").write_text(f"# Tiny\n\n{m.BEGIN}\nold\n{m.END}\n\n![loss](logs/figure.png)\n")
+    (folder / "logs/seed5.txt").write_text("another experiment, which nobody reports\n")
+    assert m.main(["report", *logs_of(folder), "--folder", str(folder), *SAID]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(good, tmp_path):
+    """A copy of `good` to spoil."""
+    return shutil.copytree(good, tmp_path / "submission")
+
+
+def logs_of(folder) -> list[str]:
+    return [str(folder / f"logs/seed{seed}.txt") for seed in SEEDS]
+
+
+def edit(path, pattern: str, new: str, count: int = 1) -> None:
+    """Replace `pattern` in a file, where it must occur; multi-line."""
+    text, changed = re.subn(pattern, new, path.read_text(), count=count, flags=re.M)
+    assert changed, pattern
+    path.write_text(text)
+
+
+def edit_json(folder, **changes) -> None:
+    path = folder / "submission.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}, indent=2) + "\n")
+
+
+def failing(folder) -> dict[str, str]:
+    return {finding.name: finding.evidence for finding in m.check(folder) if not finding.passed}
+
+
+# --- parsing ---
+
+def test_the_parser_knows_every_line_of_a_log(good):
+    log = m.parse_log(good / "logs/seed2.txt")
+    assert log.name == "seed2" and log.source == (ROOT / "train_gpt.py").read_text()
+    assert log.settings["SEED"] == "2" and log.settings["VE_LAYERS"] == "2,3"
+    whole = log.path.read_text().split("\n")
+    assert all(whole[no - 1] == text for no, text in log.lines)
+    assert [step.step for step in log.train_steps] == list(range(1, 12)) and log.train_steps[0].seconds > 0
+    assert log.validations[-1].step == 11 and log.validations[-1].bpb > 0
+    assert log.find("hardware:")["hardware"].startswith("1 x ") and log.find("hardware:").number("threads") == 1
+    assert log.find("final_ngram_exact").number("val_bpb") == m.read_run(log).val_bpb
+    with pytest.raises(m.RecordError, match=rf"seed2.txt:{log.lines[-1][0]}: the log ends without a line 'nothing:'"):
+        log.find("nothing:")
+    with pytest.raises(m.RecordError, match=rf"seed2.txt:{log.find('ngram_audit').no}: .*expected absent:"):
+        log.find("ngram_audit").number("absent")
+
+
+def test_the_parser_reads_newer_and_older_lines(tmp_path):
+    path = tmp_path / "run.txt"
+    path.write_text("""seed:1337
+model_params:26993766
+resume:logs/a b.ckpt step:500 train_time:42942ms
+step:501/20000 train_loss:2.3787 train_time:42942ms step_avg:85.88ms tok/s:9158312 lr_scale:0.8123
+step:1000/20000 train_loss:2.3 train_time:85000ms step_avg:85.00ms
+step:1000/20000 val_loss:2.0469 val_bpb:1.2123 train_time:85010ms step_avg:85.01ms
+warning: NUM_LAYER is set but is no setting; did you mean NUM_LAYERS?
+ngram_order order:2 targets:10 gain:0.1
+ngram_order order:3 targets:20 gain:-0.2
+calibration entropy:0-1 targets:5 expected:0.5 nll:0.6 mixed:0.4
+artifact_bytes code:48123 side:100 embeddings:7 matrices:9
+eval_budget projected:700.5s stride:96
+total_eval_time:12.3s budget:600s stride:96
+""")
+    log = m.parse_log(path)
+    assert log.source == "" and log.settings == {} and m.seed_of(log) == 1337
+    assert [(step.step, step.lr_scale) for step in log.train_steps] == [(501, 0.8123), (1000, None)]
+    assert log.validations == [m.Validation(6, 1000, 85.01, 2.0469, 1.2123)]
+    assert log.find("resume:")["resume"] == "logs/a b.ckpt" and log.find("warning:")["warning"].endswith("NUM_LAYERS?")
+    assert [line.number("gain") for line in log.all("ngram_order")] == [0.1, -0.2]
+    assert log.find("calibration")["entropy"] == "0-1" and log.find("artifact_bytes").number("embeddings") == 7
+    assert m.eval_seconds(log) == (12.3, f"{path}:13")
+
+
+# --- report ---
+
+def test_a_report_says_what_the_logs_say(good):
+    found = json.loads((good / "submission.json").read_text())
+    runs = {seed: (good / f"logs/seed{seed}.txt").read_text() for seed in SEEDS}
+    bpbs = {seed: float(re.search(r"^final_ngram_exact .*val_bpb:(\S+)", log, re.M)[1]) for seed, log in runs.items()}
+    assert list(found) == [
+        "author", "github_id", "name", "blurb", "date", "track", "val_bpb", "val_bpb_std", "val_loss", "seeds",
+        "seed_results", "bytes_total", "bytes_code", "hardware", "pytorch_version", "data", "compliance"]
+    assert found["seeds"] == sorted(SEEDS) and found["track"] == "non_record_16mb"
+    assert {int(seed): result["val_bpb"] for seed, result in found["seed_results"].items()} == bpbs
+    assert set(found["seed_results"]["2"]) == {
+        "val_loss", "val_bpb", "artifact_bytes", "steps", "step_avg_ms", "eval_time_s"}
+    assert found["val_bpb"] == pytest.approx(np.mean(list(bpbs.values())), abs=1e-8)
+    assert found["val_bpb_std"] == pytest.approx(np.std(list(bpbs.values()), ddof=1), abs=1e-8)
+    sizes = [int(re.search(r"^Total submission size \S+ (\d+) bytes", log, re.M)[1]) for log in runs.values()]
+    assert found["bytes_total"] == max(sizes) and found["bytes_code"] == (ROOT / "train_gpt.py").stat().st_size
+    assert found["data"]["val_targets"] == 6000 and all(found["compliance"].values())
+    rows = [line for line in (good / "README.md").read_text().split("\n") if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[2:]] == [
+        *(f"| [{seed}](logs/seed{seed}.txt)" for seed in sorted(SEEDS)), "| mean", "| std"]
+    assert f"**{np.mean(list(bpbs.values())):.5f}**" in rows[-2]
+
+
+def test_a_report_is_the_same_bytes_each_time(good, folder, capsys):
+    for name in ("README.md", "submission.json"):
+        assert (folder / name).read_bytes() == (good / name).read_bytes()
+    assert m.main(["report", *reversed(logs_of(folder)), "--folder", str(folder)]) == 0  # names and date as in the JSON
+    for name in ("README.md", "submission.json"):
+        assert (folder / name).read_bytes() == (good / name).read_bytes()
+    assert m.main(["report", "--folder", str(folder)]) == 0  # the logs that README's table links to
+    assert (folder / "README.md").read_bytes() == (good / "README.md").read_bytes()
+    assert "bpb over seeds 2, 11, 303" in capsys.readouterr().out and not list(folder.glob(".*"))
+
+
+def renamed(folder):
+    shutil.copy(folder / "logs/seed2.txt", folder / "logs/seed11.txt")
+
+
+def other_code(folder):
+    edit(folder / "logs/seed2.txt", r"^import hashlib$", "import hashlob")
+
+
+def too_big(folder):
+    path = folder / "logs/seed2.txt"
+    code = int(re.search(r"^Code size: (\d+)", path.read_text(), re.M)[1])
+    edit(path, r"^(Serialized model \S+) \d+", rf"\1 {16_000_001 - code}")
+    edit(path, r"^(Total submission size \S+) \d+", r"\1 16000001")
+
+
+def units(folder):
+    edit(folder / "logs/seed2.txt", r"^(final_ngram_exact) val_loss:\S+ val_bpb:(\S+)", r"\1 val_loss:\2 val_bpb:\2")
+
+
+def twice(folder):
+    shutil.copy(folder / "logs/seed2.txt", folder / "logs/seed2_2.txt")
+    (folder / "logs/seed11.txt").unlink()
+    (folder / "logs/seed2_2.txt").rename(folder / "logs/seed11.txt")
+    edit(folder / "logs/seed11.txt", "^RUN_ID=seed2$", "RUN_ID=seed11")
+
+
+def two_runs(folder):
+    path = folder / "logs/seed2.txt"
+    path.write_text(path.read_text() + path.read_text().split(m.RULE + "\n")[1])
+
+
+def changed(pattern, new, name="logs/seed2.txt"):
+    return lambda folder: edit(folder / name, pattern, new)
+
+
+REFUSED = [
+    ("truncated", changed(r"^total_eval_time:[\s\S]*", ""),
+     r"seed2.txt:\d+: the log ends without a line 'total_eval_time:'"),
+    ("cut inside the source", lambda f: (f / "logs/seed2.txt").write_text("import torch\n"), r"seed2.txt:1: "),
+    ("a log of another run", renamed, r"seed11.txt:\d+: found RUN_ID=seed2, expected the file to be named seed2.txt"),
+    ("seeds with different code", other_code, r"seed2.txt:\d+: the source differs from that in \S+seed11.txt:\d+"),
+    ("different settings", changed("^MATRIX_LR=.*", "MATRIX_LR=0.5"),
+     r"seed2.txt:\d+: found MATRIX_LR=0.5, but 0.025 in \S+seed11.txt:\d+"),
+    ("different data", changed(r"^(data:val .*sha256:)\w", r"\1x"), r"seed2.txt:\d+: found 'data:val .*other data"),
+    ("the same seed twice", twice, r"seed2.txt:\d+: seed 2 is also that of \S+seed11.txt"),
+    ("a missing metric", changed("^final_ngram_exact.*\n", ""), r"seed2.txt:\d+: the log ends without .*ngram_exact"),
+    ("a missing number", changed("^(final_ngram_exact.*) gain:\\S+", r"\1"), r"seed2.txt:\d+: .*expected gain:"),
+    ("NaN", changed(r"^(final_ngram_exact val_loss:)\S+", r"\1nan"), r"seed2.txt:\d+: .*val_loss is not finite"),
+    ("no number", changed(r"^(total_eval_time:)\S+", r"\1soon"), r"seed2.txt:\d+: .*expected a number after total"),
+    ("over the cap", too_big, r"seed2.txt:\d+: .* expected at most 16000000 bytes"),
+    ("sizes that do not add up", changed(r"^(Total submission size \S+) \d+", r"\1 8622077"),
+     r"seed2.txt:\d+: .*expected \d+ bytes, the sum of lines \d+ and \d+"),
+    ("a loss that is a bpb", units, r"seed2.txt:\d+: .*val_loss equals val_bpb"),
+    ("a loss in other units", changed(r"^(final_ngram_exact val_loss:)\S+", r"\g<1>3.123"),
+     r"seed2.txt:\d+: .*bytes per token"),
+    ("gain of another run", changed(r"^(final_ngram_exact.* gain:)\S+", r"\g<1>0.5"),
+     r"seed2.txt:\d+: .*lines of two runs"),
+    ("hashed counts", changed("^final_ngram_exact.*", "final_ngram_hashed pseudo_bpb:0.5 mass:44"),
+     r"seed2.txt:\d+: .*hashed counts are no probability"),
+    ("a run that died", changed("^total_eval_time", "error: UserError: x\ntotal_eval_time"), r"seed2.txt:\d+: .*error"),
+    ("two runs in one log", two_runs, r"seed2.txt:\d+: .*a second run in one log"),
+    ("steps left out", changed(r"^step:1/.*\n", ""), r"seed2.txt:\d+: training begins at step 2"),
+    ("no last validation", changed(r"^step:11/.*val_bpb.*\n", ""), r"seed2.txt:\d+: .*val_bpb:... after training"),
+    ("another train_time", changed(r"^(step:11/.*val_bpb.*train_time:)\d+", r"\g<1>9"),
+     r"seed2.txt:\d+: .*expected train_time / step = step_avg"),
+    ("no data line", changed(r"^data:tokenizer.*\n", ""), r"seed2.txt:\d+: the log ends without a line 'data:tok"),
+    ("no text", lambda f: (f / "logs/seed2.txt").write_bytes(b"\xff\xfe"), r"seed2.txt: byte 0 is not UTF-8"),
+    ("no log", lambda f: (f / "logs/seed2.txt").unlink(), r"seed2.txt: No such file"),
+    ("no markers", changed(m.BEGIN, "", "README.md"), r"README.md: found 0 x <!-- results:begin --> and 1 x"),
+    ("no JSON", lambda f: (f / "submission.json").write_text("{\n  oops\n}"), r"submission.json:2: .*expected JSON"),
+    ("nobody", lambda f: (f / "submission.json").unlink(), r"submission.json: has no 'author'.*give --author"),
+]
+
+
+@pytest.mark.parametrize("spoil, said", [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_what_cannot_be_true_is_refused(folder, capsys, spoil, said):
+    spoil(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert m.main(["report", *logs_of(folder), "--folder", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("make_record.py: error: ") and error.count("\n") == 1 and re.search(said, error), error
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_log_elsewhere_and_a_bad_date_are_refused(folder, good, capsys):
+    assert m.main(["report", *logs_of(good), "--folder", str(folder)]) == 1
+    assert "expected a log inside the submission; copy it into" in capsys.readouterr().err
+    assert m.main(["report", *logs_of(folder), "--folder", str(folder), "--date", "today"]) == 1
+    assert "found the date 'today', expected YYYY-MM-DD" in capsys.readouterr().err
+
+
+# --- check ---
+
+def test_check_passes_on_a_good_folder(good, monkeypatch, capsys):
+    before, started = sorted(good.rglob("*")), time.perf_counter()
+    monkeypatch.chdir(good)
+    status, found = m.main(["check", "--json"]), json.loads(capsys.readouterr().out)
+    assert status == 0 and found["passed"], found
+    assert time.perf_counter() - started < 60
+    assert {row["name"] for row in found["checks"]} == set(m.CHECKS) and all(row["evidence"] for row in found["checks"])
+    assert sorted(good.rglob("*")) == before  # leaves nothing behind
+
+
+def flash_first(folder):
+    edit(folder / "train_gpt.py", "^import numpy as np$", "import flash_attn_interface\nimport numpy as np")
+
+
+def one_seed_less(folder):
+    assert m.main(["report", *logs_of(folder)[1:], "--folder", str(folder)]) == 0
+
+
+DEFECTS = [  # what is spoilt, which check must see it, what it must say
+    (changed(r"^(Total submission size \S+) \d+", r"\1 17172122"), "artifact", "seed2.txt:.*17172122 bytes, expected"),
+    (changed(r"^(step:11/.*val_bpb.*train_time:)\d+", r"\g<1>600015"), "train_time", "seed2.txt:.*600.015 s of train"),
+    (changed(r"^total_eval_time:\S+", "total_eval_time:895.0s"), "eval_time", "seed2.txt:.*895.0 s of evaluation"),
+    (changed(r"^(final_int6_sl.*eval_time:)\d+", r"\g<1>99000"), "eval_time", "expected at least 99.0s"),
+    (lambda f: edit_json(f, track="10min_16mb"), "hardware", "submission.json:7: track 10min_16mb is for 8 x H100"),
+    (one_seed_less, "seeds", "2 seeds .*expected at least 3"),
+    (lambda f: (f / "requirements.txt").unlink(), "files", "requirements.txt is missing"),
+    (lambda f: (f / "logs/figure.png").unlink(), "figures", "logs/figure.png"),
+    (lambda f: edit(f / "submission.json", r'("val_bpb": \d\.\d+)\d', r"\g<1>0" + "1"), "json",
+     r"submission.json:8: val_bpb is .*the logs say"),
+    (lambda f: edit(f / "submission.json", r'("303": \{\s+"val_loss": )\S+', r"\g<1>1.5,"), "json",
+     r"submission.json:\d+: seed_results.303.val_loss is 1.5, the logs say"),
+    (lambda f: edit_json(f, bytes_total=8622077), "json_bytes", "bytes_total is 8622077, but logs/seed"),
+    (lambda f: edit_json(f, val_loss=json.loads((f / "submission.json").read_text())["val_bpb"]), "json_units",
+     "submission.json:.*equals val_bpb"),
+    (lambda f: edit(f / "submission.json", '"no_pickle": true', '"no_pickle": 1'), "json", "compliance.no_pickle is 1"),
+    (changed(r"^(\| \[303\].*)\d \|$", r"\1  |", "README.md"), "readme", r"README.md:8: found '\| \[303\]"),
+    (changed(r"^ngram_audit targets:6000/6000", "ngram_audit targets:5999/6000"), "scored_once", "targets:5999/6000"),
+    (changed(r"^train_tokens:(\d+) val_targets:6000", r"train_tokens:\1 val_targets:5999"), "scored_once", "5999/5999"),
+    (changed("^ngram_audit.*\n", ""), "self_audit", "without a line 'ngram_audit'"),
+    (changed("mass_max:1.0", "mass_max:1.1", "logs/seed2.txt"), "self_audit", "seed2.txt:.*masses"),
+    (changed("^ngram_audit", "ttt:on epochs:3\nngram_audit"), "compliance", "do not show scored_before_update"),
+    (changed(r"^(final_ngram_exact.*) counts:exact", r"\1 counts:other"), "compliance", "exact_counts"),
+    (changed(r"parameters:\d+$", "parameters:4242"), "parameters", "parameters:4242, but its settings make"),
+    (lambda f: edit(f / "train_gpt.py", r"\Z", "# later\n"), "source", "seed2.txt:.*differs from train_gpt.py"),
+    (flash_first, "imports", "No module named 'flash_attn_interface'"),
+    (lambda f: edit(f / "train_gpt.py", "^import hashlib$", "import hashlib, pickle"), "safe_reading", "imports"),
+    (lambda f: (f / "train_gpt.py").write_text("def f(:\n"), "compiles", "train_gpt.py:1: "),
+]
+
+
+@pytest.mark.parametrize("spoil, name, said", DEFECTS, ids=[f"{i}-{row[1]}" for i, row in enumerate(DEFECTS)])
+def test_each_seeded_defect_is_caught(folder, spoil, name, said, monkeypatch):
+    spoil(folder)
+    if name not in ("imports", "parameters"):  # what no running script is needed for
+        monkeypatch.setattr(m, "run_probe", lambda *args: dict.fromkeys(("imports", *m.PROBES), [True, "0"]))
+    found = failing(folder)
+    assert name in found and re.search(said, found[name]), found
+
+
+class Ahead(t.Mixture):
+    """Knows how often each token occurs in the whole stream."""
+    def extend(self, nll, entropy):
+        share = np.bincount(self.tokens, minlength=self.hp.vocab_size) / len(self.tokens)
+        self.nll[:] = -np.log(0.5 * np.exp(-nll.astype(float)[:1]) + 0.5 * share[self.tokens[1:]])
+
+
+class Generous(t.Mixture):
+    """Gives the target 1 % more than there is."""
+    def extend(self, nll, entropy):
+        super().extend(nll, entropy)
+        self.nll -= 0.01
+
+
+class Piecewise(t.Mixture):
+    """Its weights depend on how the scores arrive."""
+    def extend(self, nll, entropy):
+        self.calls = getattr(self, "calls", 0) + 1
+        super().extend(nll, entropy)
+        self.nll += self.calls * 1e-3
+
+
+def tail_twice(*args):
+    """As the predecessors' windows: the end of the stream is scored again."""
+    nll, entropy = t.collect(SCORE_STREAM(*args))
+    yield nll, entropy
+    yield nll[-4:], entropy[-4:]
+
+
+def out_of_order(*args):
+    nll, entropy = t.collect(SCORE_STREAM(*args))
+    yield np.roll(nll, 1), np.roll(entropy, 1)
+
+
+SCORE_STREAM = t.score_stream
+
+
+@pytest.mark.parametrize("name, part, broken, said", [
+    ("causal", "Mixture", Ahead, "it looks ahead"),
+    ("sums_to_one", "Mixture", Generous, "the mixture's probabilities of target .* sum to 1.01"),
+    ("one_pass", "Mixture", Piecewise, "changes by .* with the pieces"),
+    ("one_pass", "score_stream", tail_twice, r"scores for \d+ targets, .*each target once"),
+    ("one_pass", "score_stream", out_of_order, r"scores for \d+ targets, .*each target once"),
+])
+def test_the_probes_catch_what_is_no_code(monkeypatch, name, part, broken, said):
+    assert m.PROBES[name](t, {})
+    monkeypatch.setattr(t, part, broken)
+    with pytest.raises(m.RecordError, match=said):
+        m.PROBES[name](t, {})
+
+
+def test_a_folder_like_the_predecessors_fails_with_the_reasons(tmp_path, capsys):
+    """Over the cap and over the time, a JSON that says otherwise, a script that needs a GPU's libraries."""
+    (tmp_path / "train_gpt.py").write_text("from flash_attn_interface import flash_attn_func\n")
+    (tmp_path / "README.md").write_text("# 11L + n-gram backoff\n\nval_bpb: 0.9642 (3 seeds)\n")
+    (tmp_path / "submission.json").write_text(json.dumps(dict(
+        author="x", name="n-gram", val_loss=0.9642, val_bpb=0.9642, bytes_total=8622077), indent=2))
+    for seed in (1337, 42):
+        (tmp_path / f"train_seed{seed}.log").write_text(f"""model_params:26993766
+seed:{seed}
+step:500/20000 train_loss:2.3787 train_time:42942ms step_avg:85.88ms
+step:6765/20000 val_loss:1.9296 val_bpb:1.1428 train_time:600015ms step_avg:88.69ms
+stopping_early: wallclock_cap train_time:600015ms step:6765/20000
+Serialized model: 106178569 bytes
+Code size: 100000 bytes
+Total submission size: 106278569 bytes
+Serialized model int6+lzma: 17072122 bytes (payload:27178912 payload_ratio:3.91x)
+Total submission size int6+lzma: 17172122 bytes
+final_int6_sliding_window val_loss:1.8953 val_bpb:1.1225 stride:64 eval_time:102169ms
+final_int6_sliding_window_exact val_loss:1.89533097 val_bpb:1.12252473
+final_int6_ngram val_loss:1.6280 val_bpb:0.9642 eval_time:895000ms
+""")
+    assert m.main(["check", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    for line in (r"FAIL files requirements.txt is missing", r"PASS compiles",
+                 r"FAIL imports .*No module named 'flash_attn_interface'",
+                 r"FAIL artifact train_seed1337.log:10: 17172122 bytes, expected at most 16000000",
+                 r"FAIL train_time train_seed1337.log:\d: 600.015 s of training",
+                 r"FAIL eval_time train_seed1337.log:11,13: .*997.2 s of evaluation, expected at most 600",
+                 r"FAIL seeds 2 seeds \(42, 1337\)",
+                 r"FAIL json_bytes submission.json:6: bytes_total is 8622077, but train_seed\d+.log:10 says 17172122",
+                 r"FAIL json_units submission.json:4: val_loss 0.9642 equals val_bpb",
+                 r"FAIL source .*train_seed42.log:1: the log does not begin with the source",
+                 r"FAIL self_audit .*without a line 'ngram_audit'", r"\d+ of 24 checks passed: not ready: "):
+        assert re.search(f"^{line}", out, re.M), (line, out)
+
+
+def test_the_command_line_speaks_to_people(tmp_path, capsys):
+    done = subprocess.run([sys.executable, ROOT / "make_record.py", "check", "nowhere"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", (
+        "make_record.py: error: nowhere: no such folder, expected one with train_gpt.py and submission.json\n"))
+    for command in ([], ["report"], ["check"], ["plot"], ["view"], ["copy"]):
+        with pytest.raises(SystemExit) as left:
+            m.main([*command, "--help"])
+        assert left.value.code == 0 and "make_record.py" in capsys.readouterr().out
+
+
+# --- copy ---
+
+def test_copy_makes_a_folder_that_runs(good, corpus, tmp_path, capsys):
+    assert m.main(["copy", str(tmp_path), "--folder", str(good), "--name", "My Run!"]) == 0
+    made = tmp_path / "records/track_non_record_16mb/2026-11-21_My_Run"
+    assert str(made) in capsys.readouterr().out
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(
+        f"records/track_non_record_16mb/2026-11-21_My_Run/{name}" for name in (
+            "README.md", "requirements.txt", "submission.json", "train_gpt.py", "logs/figure.png",
+            *(f"logs/seed{seed}.txt" for seed in SEEDS)))
+    assert all((made / path.relative_to(good)).read_bytes() == path.read_bytes() for path in good.rglob("*.txt")
+               if path.name != "seed5.txt")
+    done = run_script(made, 0, script=made / "train_gpt.py", **corpus, ITERATIONS=2, RUN_ID="again")
+    assert done.returncode == 0 and "final_ngram_exact" in done.stdout, done.stderr[-3000:]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for force in ([], ["--force"]):
+        assert m.main(["copy", str(tmp_path), "--folder", str(good), "--name", "My Run!", *force]) == 1
+        assert "exists already and is left as it is" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_copy_refuses_what_check_refuses(folder, tmp_path, capsys):
+    edit_json(folder, bytes_total=8622077, track="10min_16mb")
+    (tmp_path / "dest").mkdir()
+    command = ["copy", str(tmp_path / "dest"), "--folder", str(folder), "--date", "2026-12-01"]
+    assert m.main(command) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "not made, 3 checks failed: hardware: submission.json:7: track" in error
+    assert not list((tmp_path / "dest").iterdir())
+    assert m.main([*command, "--force"]) == 0
+    assert "21 of 24 checks passed: not ready: hardware, json, json_bytes" in capsys.readouterr().out
+    assert (tmp_path / "dest/records/track_10min_16mb/2026-12-01_Tiny_a_test/submission.json").exists()
+    assert m.main(["copy", str(tmp_path / "nowhere"), "--folder", str(folder)]) == 1
