@@ -255,7 +255,7 @@ class Runtime:
             torch.set_float32_matmul_precision("high")
         if self.world_size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
-        self.previous_step, self.log_path, self.unwritten = None, None, b""
+        self.log_path, self.unwritten = None, b""
         self.stopped = self.patient = False  # a signal came; it waits for the end of the step
         for number in (signal.SIGTERM, signal.SIGINT) if run_id else ():
             signal.signal(number, self.stop)
@@ -324,14 +324,6 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.agree(0)
-
-    def pace(self) -> None:
-        """Let the CPU run at most one step ahead of the GPU, so that the clock is right to within a step."""
-        if self.device.type == "cuda":
-            if self.previous_step:
-                self.previous_step.synchronize()
-            self.previous_step = torch.cuda.Event()
-            self.previous_step.record()
 
     def beside_log(self, ending: str) -> Path:
         return self.log_path.with_name(self.log_path.stem + ending)
@@ -1567,8 +1559,9 @@ def train(trainer: Trainer) -> None:
     rt.patient, saved, hardness, losses = True, trainer.seconds, None, []
     started = time.perf_counter() - trainer.seconds
     while True:
+        # This waits for the step before the last: the GPU has work, and the clock is right to within a step.
+        lost = bool(losses) and not math.isfinite(losses[0])
         now = time.perf_counter() - started if rt.rank == 0 else 0
-        lost = bool(losses) and not math.isfinite(losses[0])  # of the step before the last: no wait for a GPU
         seconds, stopped, lost = rt.agree(now, rt.stopped, lost)
         step, trainer.progress[1] = trainer.steps, seconds
         label, scale = f"step:{step}/{hp.iterations}", lr_scale(step, seconds, hp)
@@ -1599,7 +1592,6 @@ def train(trainer: Trainer) -> None:
                 rt.log(f"late_qat:on step:{step} lr_scale:{scale:.4f} bits:{hp.quant_bits} {hp.qat_rounding}")
             hardness = 1 + 15 * (1 - scale / hp.late_qat_threshold)  # of soft rounding: 1 to 16
         losses = [*losses, trainer.step(scale, hardness)][-2:]
-        rt.pace()
     rt.patient = False
     if capped:
         rt.log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms {label}")
