@@ -850,7 +850,7 @@ def need(ok: bool, why: str) -> None:
 def read_table(text: bytes) -> list[tuple[str, bool, list[int]]]:
     """(name, coded, shape) per tensor, each claim checked before anything of its size is allocated."""
     need(len(text) < 1 << 20, "a tensor table that is too long")
-    lines = [re.fullmatch(rb"([\w.]+) ([01])((?: \d{1,9}){0,4})", line) for line in text.split(b"\n")[:-1]]
+    lines = [re.fullmatch(rb"([\w.]+) ([01])((?: \d{1,9}){0,4})", line) for line in text.splitlines()]
     need(all(lines), "a bad line in the tensor table")
     table = [(m[1].decode(), m[2] == b"1", [int(n) for n in m[3].split()]) for m in lines]
     need(len({name for name, *_ in table}) == len(table), "a name twice")
@@ -1010,13 +1010,11 @@ def group(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ids, prior
 
 def whole_groups(first: np.ndarray):
-    """Slices of about CHUNK positions that cut no group: back to its start, or past the end of a huge one."""
+    """Slices of at least CHUNK positions, but for the last, that end where a group ends."""
     start = 0
     while start < len(first):
-        stop = start + CHUNK
-        if stop < len(first):
-            back = int(np.argmax(first[stop:start:-1]))
-            stop += -back if first[stop - back] else int(np.argmax(np.append(first[stop:], True)))
+        rest = first[start + CHUNK:]
+        stop = start + CHUNK + int(rest.argmax()) if rest.any() else len(first)
         yield slice(start, stop)
         start = stop
 
@@ -1132,13 +1130,9 @@ def bucket_weights(mass: np.ndarray) -> np.ndarray:
     """(3, buckets): posterior mean of the experts' weights in each bucket of mass[expert, state, gap, heat],
     the targets that EM ascribed to each expert so far. Each level, all -> state -> gap -> heat, is the
     Dirichlet prior (worth 20 targets) of the next; where nothing was seen the model has 98 %."""
-    levels, weights = [mass], np.array((0.98, 0.01, 0.01))
-    while levels[-1].ndim > 1:
-        levels.append(levels[-1].sum(-1))
-    for seen in reversed(levels):
-        weights = weights if seen.ndim == 1 else weights[..., None]
-        weights = (seen + 20 * weights) / (seen.sum(0) + 20)
-    return weights.reshape(3, -1)
+    prior = bucket_weights(mass.sum(-1)) if mass.ndim > 1 else np.array((0.98, 0.01, 0.01))
+    prior = prior.reshape(*mass.shape[:-1], 1) if mass.ndim > 1 else prior
+    return ((mass + 20 * prior) / (mass.sum(0) + 20)).reshape(3, -1)
 
 class Mixture:
     """The model's scores mixed with counts, block after block as they come. NGRAM_ALPHA=online: p_1 = model,
@@ -1152,8 +1146,9 @@ class Mixture:
         self.nll, self.edges, self.block = np.empty(self.targets), block_edges(self.targets), 0
         spread = (space(1, max(self.targets, 1), samples) for space in (np.geomspace, np.linspace))
         self.samples = np.unique(np.concatenate(list(spread)).astype(int) - 1)
-        self.decided = {}  # sampled target -> [(order, w0, w1, w2, c(u), c(u, v)), ...], for the audit
-        self.trusted = {}  # sampled target -> (p of the model, trust in the mixture)
+        self.decided = {}  # sampled target -> [(order, w0, w1, w2, c(u), c(u, v)), ..., (model, trust)]
+        # by the longest order that knew the context, 0 for none: targets, and the nats that mixing saved
+        self.order_targets, self.order_gain = np.zeros(hp.ngram_order + 1, int), np.zeros(hp.ngram_order + 1)
         if hp.ngram_alpha == "online":
             counts, orders = ngram_counts(tokens, hp.ngram_order), hp.ngram_order - 1
             self.unigram, self.lead, self.counts = next(counts)[0], 0.0, []
@@ -1171,12 +1166,14 @@ class Mixture:
         while self.block + 1 < len(self.edges) and self.edges[self.block + 1] <= len(nll):
             a, b = self.edges[self.block: self.block + 2]
             model = np.exp(-np.minimum(nll[a:b].astype(np.float64), 690))
-            p, trust = mix(a, b, model, entropy[a:b])
+            p, trust, longest = mix(a, b, model, entropy[a:b])
             self.nll[a:b] = -np.log(trust * p + (1 - trust) * model)
             if not np.isfinite(self.nll[a:b]).all():
                 raise RuntimeError(f"scores of targets {a} to {b} are not finite: the model has diverged")
+            self.order_targets += np.bincount(longest, minlength=len(self.order_gain))
+            self.order_gain += np.bincount(longest, nll[a:b] - self.nll[a:b], len(self.order_gain))
             for target in self.samples[(a <= self.samples) & (self.samples < b)].tolist():
-                self.trusted[target] = model[target - a], trust[target - a]
+                self.decided.setdefault(target, []).append((model[target - a], trust[target - a]))
             self.block += 1
 
     def sample(self, targets: np.ndarray, orders: np.ndarray, weights, counts) -> None:
@@ -1186,24 +1183,27 @@ class Mixture:
             self.decided.setdefault(int(targets[i]), []).append(facts)
 
     def mix_backoff(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray):
-        """(mixed p of the targets [a, b), trust in it: all)."""
+        """(mixed p of the targets [a, b), trust in it: all, the order that won)."""
         order, context, pair = (array[a:b] for array in self.counts)
         alpha, rows = backoff_weight(entropy, order, self.hp), np.flatnonzero(order)
         weights = 1 - alpha[rows], alpha[rows], 0 * rows
-        self.sample(rows + a, order[rows], weights, [context[rows], pair[rows]])
-        return (1 - alpha) * model + alpha * pair / np.maximum(context, 1), np.ones(b - a)
+        self.sample(rows + a, order[rows], weights, (context[rows], pair[rows]))
+        return (1 - alpha) * model + alpha * pair / np.maximum(context, 1), np.ones(b - a), order
 
     def mix_online(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray):
-        """(p_N of the targets [a, b), trust in it against the model by the likelihood of both so far)."""
+        """(p_N of the targets [a, b), trust in it against the model by the likelihood of both so far, the
+        longest order that knew the context)."""
         p, heat, context = model.copy(), np.clip(entropy, 0, HEATS - 1).astype(np.int64), self.unigram[a:b]
+        longest = np.zeros(b - a, np.uint8)
         for i, (mass, carry) in enumerate(zip(self.mass, self.carry)):
             rows = np.flatnonzero(context)
             c_u, at = context[rows], slice(self.cursor[i], self.cursor[i] + len(rows))
             c_uv, code = (array[at] for array in self.counts[2 * i: 2 * i + 2])  # kept where c(u) > 0
             if i + 2 >= self.hp.ngram_min_order:
+                longest[rows] = i + 2
                 bucket = ((code >> 1) - 1) * np.int64(HEATS) + heat[rows]
                 weights = [w[bucket] for w in bucket_weights(mass)]
-                self.sample(rows + a, np.full(len(rows), i + 2), weights, [c_u, c_uv])
+                self.sample(rows + a, longest[rows], weights, (c_u, c_uv))
                 parts = [w * q for w, q in zip(weights, (p[rows], c_uv / c_u, code & 1))]
                 p[rows] = total = sum(parts)
                 for flat, part in zip(mass.reshape(3, -1), parts):
@@ -1213,38 +1213,36 @@ class Mixture:
             self.cursor[i], self.carry[i], context = at.stop, context[-1], context[:-1]
         odds = np.cumsum(np.append(self.lead, np.log(p / model)))
         self.lead = odds[-1]
-        return p, 1 / (1 + np.exp(-np.clip(odds[:-1], -500, 500)))
+        return p, 1 / (1 + np.exp(-np.clip(odds[:-1], -500, 500))), longest
 
     def audit(self) -> str:
         """Recount sampled targets by scanning the stream before them, sum their mixture over the vocabulary,
         and count a prefix alone. Returns facts for the log; RuntimeError if the mixture is no code."""
-        masses, V = [], self.hp.vocab_size
-        for target, (p_target, trust) in self.trusted.items():
-            t = target + 1
-            model = np.full(V, (1 - p_target) / (V - 1))  # the rest of its distribution is not at hand
-            p, model[self.tokens[t]] = model, p_target
-            for n, w0, w1, w2, *counts in self.decided.get(target, ()):
-                past = np.flatnonzero(self.tokens[n - 2: t - 1] == self.tokens[t - 1]) + n - 1
+        tokens, masses, faults, V = self.tokens, [], [], self.hp.vocab_size
+        for target, (*levels, (p_target, trust)) in self.decided.items():
+            t, model = target + 1, np.full(V, (1 - p_target) / (V - 1))
+            p, model[tokens[t]] = model, p_target  # the rest of the model's distribution is not at hand
+            for n, w0, w1, w2, *counts in levels:
+                past = np.flatnonzero(tokens[n - 2: t - 1] == tokens[t - 1]) + n - 1
                 for k in range(2, n):
-                    past = past[self.tokens[past - k] == self.tokens[t - k]]
-                c = np.bincount(self.tokens[past], minlength=V)
-                if [len(past), c[self.tokens[t]]] != counts:
-                    raise RuntimeError(f"target {target}, order {n}: c(u), c(u, v) = {counts}, recounted: "
-                                       f"{len(past)}, {c[self.tokens[t]]}")
+                    past = past[tokens[past - k] == tokens[t - k]]
+                c = np.bincount(tokens[past], minlength=V)
+                if counts != [len(past), c[tokens[t]]]:
+                    faults.append(f"{target}, order {n}: {counts}, recounted {len(past)}, {c[tokens[t]]}")
                 p = w0 * p + w1 * c / len(past)
-                p[self.tokens[past[-1]]] += w2
+                p[tokens[past[-1]]] += w2
             p = trust * p + (1 - trust) * model
             masses.append(p.sum())
-            if abs(self.nll[target] + math.log(p[self.tokens[t]])) > 1e-6:
-                raise RuntimeError(f"target {target} was scored {self.nll[target]} nats, -ln p is "
-                                   f"{-math.log(p[self.tokens[t]])}")
-        prefix = Mixture(self.tokens[: 1 << 14], self.hp)
-        same = all(np.array_equal(some, whole[:len(some)]) for some, whole in zip(prefix.counts, self.counts))
-        if not same or any(abs(mass - 1) > 1e-9 for mass in masses):
-            raise RuntimeError(f"masses {masses}, or the counts of {prefix.targets} targets differ alone")
+            if abs(p.sum() - 1) > 1e-9 or abs(self.nll[target] + math.log(p[tokens[t]])) > 1e-6:
+                faults.append(f"{target}: mass {p.sum()}, p {p[tokens[t]]}, scored {self.nll[target]} nats")
+        prefix = Mixture(tokens[: 1 << 14], self.hp)
+        if not all(np.array_equal(some, full[:len(some)]) for some, full in zip(prefix.counts, self.counts)):
+            faults.append(f"the counts of the first {prefix.targets} differ alone")
+        if faults:
+            raise RuntimeError(f"the mixture is no code; targets {'; '.join(faults)}")
         return (f"targets:{self.edges[self.block]}/{self.targets} mass_min:{min(masses):.12f} "
-                f"mass_max:{max(masses):.12f} recounted:{len(self.decided)} enumerated:{len(masses)} "
-                f"prefix:{prefix.targets}")
+                f"mass_max:{max(masses):.12f} recounted:{sum(len(f) > 1 for f in self.decided.values())} "
+                f"enumerated:{len(masses)} prefix:{prefix.targets}")
 
 # --- 11. Training -------------------------------------------------------------------------------------------
 
