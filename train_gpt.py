@@ -703,7 +703,6 @@ def averaged_parameters(averages: dict[str, WeightAverage], hp: Hyperparameters)
 MAGIC, TABLES, SCALE = b"PGOLF\x03", 64, 14  # a table's frequencies sum to 2^SCALE
 MOST_WEIGHTS, MOST_SIDE = 1 << 28, 1 << 24   # a file that claims more is refused before it is allocated
 CLIP_QUANTILES = (1.0, 0.998, 0.994)         # of |w| in a row: the candidates for its largest code
-KINDS = dict(attn="attention", mlp="mlp")     # of matrices, by the module that holds them; others: embeddings
 LZMA = dict(format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=1 << 20, pb=0)])
 
 def row_clips(w_RC: Tensor) -> Tensor:
@@ -827,7 +826,8 @@ def encode(entries: list[tuple]) -> tuple[bytes, str]:
     blob, bits = MAGIC + hashlib.sha256(body).digest() + body, SCALE - np.log2(np.maximum(freq, 1))
     sizes = dict(side=len(blob), embeddings=0, attention=0, mlp=0)
     for name, count in counts.items():
-        kind, size = KINDS.get(name.split(".")[-3:][0], "embeddings"), round(count @ bits / 8)
+        kind = "attention" if ".attn." in name else "mlp" if ".mlp." in name else "embeddings"
+        size = round(count @ bits / 8)
         sizes[kind], sizes["side"] = sizes[kind] + size, sizes["side"] - size
     return blob, " ".join(f"{kind}:{size}" for kind, size in sizes.items())
 
@@ -838,9 +838,9 @@ def pack(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0) ->
     then 16-bit numbers, all their low bytes before all high ones: 256 frequencies for each of the 64 tables;
     spread classes of all rows, then of all columns (a code's table: row + column - 16, clipped to 0 ... 63);
     per tensor the bfloat16 steps of its rows if coded, else its float16 values. A weight is code * step.
-    rANS words: u32 state per lane, then u16. Symbol i, a code + 128, is in lane i % lanes, whose state x has
-    x % 2^14 in symbol s of its table; then x = f[s] * (x >> 14) + x % 2^14 - sum(f[:s]), and when below 2^16
-    x = x << 16 | next word. All end at 2^16."""
+    rANS words: u32 state per lane (`lane_states`), then u16. Symbol i, a code + 128, is in lane i % lanes.
+    Its state x has x % 2^14 in symbol s of its table: x = f[s] * (x >> 14) + x % 2^14 - sum(f[:s]); if that
+    is below 2^16, x = x << 16 | next word. All end at 2^16."""
     return encode(quantize_state(state, hp, coarsen)[0])[0]
 
 def need(ok: bool, why: str) -> None:
