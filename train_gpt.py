@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import lzma
 import math
 import os
 import platform
+import re
 import signal
-import struct
 import sys
 import time
 import traceback
@@ -828,19 +827,12 @@ def averaged_parameters(averages: dict[str, WeightAverage]) -> list[Tensor] | No
 # A matrix becomes codes in +-levels and a step per row, clipped where that loses least (GPTQ-lite). Codes are
 # near-Gaussian noise that no dictionary coder shortens, so they are range-coded (rANS, Duda 1311.2540) with
 # tables chosen by the spread of row and column: below the zeroth-order entropy per tensor. A file holds only
-# numbers: nothing in it can run. Little-endian; * marks 16-bit arrays: all low bytes, then all high bytes.
-#   "PGOLF" 2 | SHA-256 of the rest | 6 streams: u8 coder (0 raw, 1 LZMA2, 2 rANS), u32 bytes, u32 coded bytes
-#   streams: JSON [[name, shape, coded 0 or 1], ...], the order in all others | bfloat16* steps per row
-#   | u8 spread class per row | per column: table = row + column - 16, in 0 ... 63 (of other streams: 0)
-#   | float16* of the tensors not coded | u8 codes + 128. A weight is code * step, exact in float32.
-#   rANS: u16 lanes, u8 tables, u32 size of the LZMA2-coded u16* frequencies (256 a table, their sum is 2^14),
-#   these, u32 state per lane, u16 words. Symbol i is in lane i % lanes. Its state x has x % 2^14 in symbol s:
-#   x = f[s] * (x >> 14) + x % 2^14 - sum(f[:s]); if x < 2^16: x = x << 16 | next word. All end at 2^16.
+# numbers, nothing that can run; its layout is in the docstring of `pack`.
 
-MAGIC, RANS_BITS, TABLES = b"PGOLF\x02", 14, 64
-MOST_WEIGHTS = 1 << 28                # a file that claims more is refused before anything is allocated
-CLIP_QUANTILES = (1.0, 0.998, 0.994)  # of |w| in a row: the candidates for its largest code
-LZMA = dict(format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=1 << 20)])
+MAGIC, TABLES, SCALE = b"PGOLF\x03", 64, 14  # a table's frequencies sum to 2^SCALE
+MOST_WEIGHTS, MOST_SIDE = 1 << 28, 1 << 24   # a file that claims more is refused before it is allocated
+CLIP_QUANTILES = (1.0, 0.998, 0.994)         # of |w| in a row: the candidates for its largest code
+LZMA = dict(format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=1 << 20, pb=0)])
 
 def row_clips(w_RC: Tensor) -> Tensor:
     """(candidates, R, 1): the magnitudes at CLIP_QUANTILES of each row."""
@@ -901,167 +893,150 @@ def quantize_state(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float
         entries.append((name, w.shape, values.numpy(), steps))
     return entries, math.sqrt(lost / total)
 
-def turn(raw: bytes, *shape: int) -> bytes:
-    """The bytes of a matrix of `shape`, transposed: (-1, 2) brings low bytes together, (2, -1) undoes it."""
-    return np.frombuffer(raw, np.uint8).reshape(shape).T.tobytes()
-
 def spread_classes(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(u8 per row, u8 per column): 16 + 4 * log2 of the codes' spread, columns relative to their rows."""
+    """int16: 16 + 4 * log2 of the codes' spread, by row; by column, relative to the rows."""
     f = codes_RC.astype(np.float32)
     row = np.sqrt(np.square(f).mean(1) + 0.03)
     column = np.sqrt(np.square(f / row[:, None]).mean(0) + 0.003)
-    return tuple(np.clip(np.rint(4 * np.log2(x)) + 16, 0, 47).astype(np.uint8) for x in (row, column))
+    return tuple(np.rint(4 * np.log2(16 * x)).astype("<i2") for x in (row, column))
 
 def table_of(row: np.ndarray, column: np.ndarray) -> np.ndarray:
-    return np.clip(row[:, None].astype(np.int16) + column - 16, 0, TABLES - 1).astype(np.uint8).ravel()
+    """int16 per code, row after row: the frequency table that its classes name."""
+    return np.clip(row[:, None] + column - 16, 0, TABLES - 1).ravel()
 
-def rans_encode(symbols: np.ndarray, table: np.ndarray) -> bytes:
-    """The payload of `symbols` (u8), each coded with the frequencies of its `table` (u8)."""
-    pairs, lanes = table.astype(np.int64) << 8 | symbols, min(1024, 16 + (len(symbols) >> 12))
-    count = np.bincount(pairs, minlength=(int(table.max(initial=0)) + 1) * 256).reshape(-1, 256)
-    spare, total = (1 << RANS_BITS) - (count > 0).sum(1, keepdims=True), count.sum(1, keepdims=True)
-    freq = ((count > 0) + count * spare // np.maximum(total, 1)).astype(np.uint32)
-    freq[np.arange(len(freq)), freq.argmax(1)] += ((1 << RANS_BITS) - freq.sum(1)).astype(np.uint32)
-    packed = lzma.compress(turn(freq.astype("<u2").tobytes(), -1, 2), **LZMA)
-    start, freq = (np.cumsum(freq, 1, dtype=np.uint32) - freq).ravel(), freq.ravel()
-    x, words = np.full(lanes, 1 << 16, np.uint32), []
-    for i in range((len(symbols) - 1) // lanes * lanes, -1, -lanes):  # the decoder's steps, last to first
-        at = pairs[i: i + lanes]
-        f, y = freq[at], x[:len(at)]
-        full = y >> (32 - RANS_BITS) >= f
-        words.append(y[full].astype("<u2").tobytes())
-        quotient, rest = np.divmod(np.where(full, y >> 16, y), f)
-        x[:len(at)] = (quotient << RANS_BITS) + rest + start[at]
-    head = struct.pack("<HBI", lanes, len(count), len(packed)) + packed
-    return head + x.astype("<u4").tobytes() + b"".join(reversed(words))
+def frequencies(count: np.ndarray) -> np.ndarray:
+    """How often each pair came, as uint16 that sum to 2^SCALE in a table, at least 1 for what came."""
+    count = count.reshape(TABLES, 256)
+    spare, total = (1 << SCALE) - (count > 0).sum(1, keepdims=True), count.sum(1, keepdims=True)
+    freq = (count > 0) + count * spare // np.maximum(total, 1)
+    freq[np.arange(TABLES), freq.argmax(1)] += (1 << SCALE) - freq.sum(1)
+    return freq.astype("<u2").ravel()
 
-def rans_decode(coded: bytes, table: np.ndarray) -> bytes:
-    lanes, tables, size = struct.unpack_from("<HBI", coded)
-    need(table.max(initial=0) < tables <= TABLES, "bad tables")
-    raw = turn(decompress(coded[7: 7 + size], 512 * tables), 2, -1)
-    freq = np.frombuffer(raw, "<u2").astype(np.uint32).reshape(-1, 256)
-    need((freq.sum(1) == 1 << RANS_BITS).all(), "frequencies that do not sum to 2^14")
-    owner = np.repeat(np.arange(freq.size), freq.ravel())  # the (table, symbol) that each slot belongs to
-    start, freq = (np.cumsum(freq, 1, dtype=np.uint32) - freq).ravel()[owner], freq.ravel()[owner]
-    symbol, rest = owner.astype(np.uint8), np.arange(len(owner), dtype=np.uint32) % (1 << RANS_BITS) - start
-    x = np.frombuffer(coded, "<u4", lanes, 7 + size).astype(np.uint32)
-    words = np.frombuffer(coded, "<u2", offset=7 + size + 4 * lanes).astype(np.uint32)
-    out, read = np.empty(len(table), np.uint8), 0
-    for i in range(0, len(table), lanes):
-        part = table[i: i + lanes]
-        y = x[:len(part)]
-        slot = part.astype(np.int64) << RANS_BITS | y & ((1 << RANS_BITS) - 1)
-        out[i: i + lanes], y = symbol[slot], freq[slot] * (y >> RANS_BITS) + rest[slot]
+def lane_states(symbols: int) -> np.ndarray:
+    """The encoder's first states, the decoder's last; few for few symbols, as each takes 4 bytes."""
+    return np.full(min(1024, 16 + (symbols >> 12)), 1 << 16, "<u4")
+
+def rans_encode(pairs: np.ndarray, freq: np.ndarray) -> bytes:
+    """The code of `pairs`, int16, 256 * table + symbol: the steps of `rans_decode`, last to first."""
+    start, x, words = np.cumsum(freq, dtype=np.uint32) - freq, lane_states(len(pairs)), []
+    for i in reversed(range(0, len(pairs), len(x))):
+        y, pair = x[:len(pairs) - i], pairs[i: i + len(x)]
+        full = y >> (32 - SCALE) >= freq[pair]
+        words.append(y[full].astype("<u2"))
+        quotient, rest = np.divmod(np.where(full, y >> 16, y), freq[pair])
+        y[:] = (quotient << SCALE) + rest + start[pair] % (1 << SCALE)
+    return b"".join([x, *reversed(words)])
+
+def rans_decode(coded: bytes, table: np.ndarray, freq: np.ndarray) -> np.ndarray:
+    """The symbols (uint8) of the pairs, given the `table` of each."""
+    start, owner = np.cumsum(freq, dtype=np.uint32) - freq, np.repeat(np.arange(len(freq), dtype="<u2"), freq)
+    last, symbols, read = lane_states(len(table)), np.empty(len(table), np.uint8), 0
+    x, words = np.frombuffer(coded, "<u4", len(last)).copy(), np.frombuffer(coded, "<u2", offset=last.nbytes)
+    for i in range(0, len(table), len(x)):
+        y = x[:len(table) - i]
+        slot = table[i: i + len(x)].astype(np.uint32) << SCALE | y & ((1 << SCALE) - 1)
+        pair = owner[slot]
+        symbols[i: i + len(x)], y[:] = pair & 255, freq[pair] * (y >> SCALE) + slot - start[pair]
         low = np.flatnonzero(y < 1 << 16)
         need(read + len(low) <= len(words), "codes end early")
         y[low] = y[low] << 16 | words[read: read + len(low)]
-        x[:len(part)], read = y, read + len(low)
-    need(read == len(words) and (x == 1 << 16).all(), "codes do not end where they should")
-    return out.tobytes()
+        read += len(low)
+    need(read == len(words) and np.array_equal(x, last), "codes do not end where they should")
+    return symbols
 
-def squeeze(raw: bytes, table: np.ndarray | int = 0) -> bytes:
-    """One stream by its shortest coder. LZMA, slow and never the shortest on codes, is tried up to 1 MB."""
-    ways = [raw, lzma.compress(raw, **LZMA) if len(raw) < 1 << 20 else raw,
-            rans_encode(np.frombuffer(raw, np.uint8), np.broadcast_to(np.uint8(table), len(raw)))]
-    coder = min(range(3), key=lambda i: len(ways[i]))
-    return struct.pack("<BII", coder, len(raw), len(ways[coder])) + ways[coder]
-
-def encode(entries: list[tuple]) -> bytes:
-    """The container of what `quantize_state` gave."""
-    header = [[name, list(shape), int(steps is not None)] for name, shape, _, steps in entries]
-    plain = b"".join(values for _, _, values, steps in entries if steps is None)
-    matrices = [(codes, steps, *spread_classes(codes)) for _, _, codes, steps in entries if steps is not None]
-    codes, steps, rows, columns = ([matrix[i] for matrix in matrices] for i in range(4))
-    symbols = np.frombuffer(b"".join(codes), np.uint8) ^ np.uint8(128)
-    table = np.frombuffer(b"".join(map(table_of, rows, columns)), np.uint8)
-    streams = [json.dumps(header, separators=(",", ":")).encode(), turn(b"".join(steps), -1, 2),
-               b"".join(rows), b"".join(columns), turn(plain, -1, 2)]
-    body = b"".join([*map(squeeze, streams), squeeze(symbols.tobytes(), table)])
-    return MAGIC + hashlib.sha256(body).digest() + body
+def encode(entries: list[tuple]) -> tuple[bytes, str]:
+    """The container of what `quantize_state` gave, and its bytes by kind of matrix, the rest being `side`."""
+    text, rows, columns, numbers, pairs = "", [], [], [], {}
+    for name, shape, values, steps in entries:
+        text += " ".join(map(str, (name, int(steps is not None), *shape))) + "\n"
+        numbers.append(values if steps is None else steps)
+        if steps is not None:
+            row, column = spread_classes(values)
+            rows, columns = [*rows, row], [*columns, column]
+            pairs[name] = table_of(row, column) * 256 + values.ravel() + 128
+    counts = {name: np.bincount(pair, minlength=256 * TABLES) for name, pair in pairs.items()}
+    freq = frequencies(sum(counts.values(), np.zeros(256 * TABLES, int)))
+    arrays = np.frombuffer(b"".join([freq, *rows, *columns, *numbers]), np.uint8).reshape(-1, 2).T
+    side = lzma.compress(text.encode() + b"\0" + arrays.tobytes(), **LZMA)
+    words = rans_encode(np.frombuffer(b"".join(pairs.values()), np.int16), freq)
+    body = len(side).to_bytes(4, "little") + side + words
+    blob, bits = MAGIC + hashlib.sha256(body).digest() + body, SCALE - np.log2(np.maximum(freq, 1))
+    sizes = dict(side=len(blob), embeddings=0, attention=0, mlp=0)
+    for name, count in counts.items():
+        kind = "attention" if ".attn." in name else "mlp" if ".mlp." in name else "embeddings"
+        size = round(count @ bits / 8)
+        sizes[kind], sizes["side"] = sizes[kind] + size, sizes["side"] - size
+    return blob, " ".join(f"{kind}:{size}" for kind, size in sizes.items())
 
 def pack(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0) -> bytes:
-    """The container of a state dict; UserError: see `quantize_state`."""
-    return encode(quantize_state(state, hp, coarsen)[0])
+    """The container of a state dict, little-endian; UserError: see `quantize_state`. Its layout:
+        "PGOLF" 3 | SHA-256 of the rest | u32 size of the side stream | side stream, LZMA2 | rANS words
+    Side stream: per tensor a line `name coded(0 or 1) dimensions ...`, the order of all that follows; a zero;
+    then 16-bit numbers, all their low bytes before all high ones: 256 frequencies for each of the 64 tables;
+    spread classes of all rows, then of all columns (a code's table: row + column - 16, clipped to 0 ... 63);
+    per tensor the bfloat16 steps of its rows if coded, else its float16 values. A weight is code * step.
+    rANS words: u32 state per lane (`lane_states`), then u16. Symbol i, a code + 128, is in lane i % lanes.
+    Its state x has x % 2^14 in symbol s of its table: x = f[s] * (x >> 14) + x % 2^14 - sum(f[:s]); if that
+    is below 2^16, x = x << 16 | next word. All end at 2^16."""
+    return encode(quantize_state(state, hp, coarsen)[0])[0]
 
 def need(ok: bool, why: str) -> None:
     if not ok:
         raise ValueError(why)
 
-def decompress(coded: bytes, size: int) -> bytes:
-    """LZMA2 of exactly `size` bytes; never allocates more."""
-    engine = lzma.LZMADecompressor(**LZMA)
-    raw = engine.decompress(coded, size + 1)
-    need(len(raw) == size and engine.eof and not engine.unused_data, "a stream of another length")
-    return raw
-
-def read_header(raw: bytes) -> list[tuple[str, list[int], int]]:
-    """The tensor table, every claim checked before anything of its size is allocated."""
-    header = json.loads(raw)
-    need(type(header) is list and all(type(row) is list and len(row) == 3 for row in header), "bad table")
-    for name, shape, coded in header:
-        need(type(name) is str and type(shape) is list and len(shape) <= 4
-             and all(type(n) is int and 0 <= n <= MOST_WEIGHTS for n in [coded, *shape]) and coded <= 1
-             and (not coded or len(shape) == 2 and min(shape) > 0), f"bad entry {name!r:.80}")
-    need(len({row[0] for row in header}) == len(header), "a name twice")
-    need(sum(math.prod(shape) for _, shape, _ in header) <= MOST_WEIGHTS, "absurdly many weights")
-    return header
-
-def decode(blob: bytes) -> dict[str, Tensor]:
-    need(blob[:6] == MAGIC, f"starts with {blob[:6]!r}, expected {MAGIC!r}: not an artifact of this script")
-    need(hashlib.sha256(blob[38:]).digest() == blob[6:38], "SHA-256 differs: cut or damaged")
-    read = io.BytesIO(blob[38:]).read
-
-    def stream(size: int | None = None, table: np.ndarray | int = 0) -> bytes:
-        coder, raw_size, coded_size = struct.unpack("<BII", read(9))
-        coded = read(coded_size)
-        fits = raw_size < 1 << 20 if size is None else raw_size == size
-        need(fits and len(coded) == coded_size, "bad stream length")
-        if coder == 1:
-            return decompress(coded, raw_size)
-        if coder == 2:
-            return rans_decode(coded, np.broadcast_to(np.uint8(table), raw_size))
-        need(coder == 0 and coded_size == raw_size, "unknown coder")
-        return coded
-
-    def arrays(sizes: list[int], kind: str = "u1", table: np.ndarray | int = 0):
-        width = np.dtype(kind).itemsize
-        values = np.frombuffer(turn(stream(width * sum(sizes), table), width, -1), kind)
-        return iter(np.split(values, np.cumsum(sizes, dtype=int)))  # and an empty one at the end
-
-    header = read_header(stream())
-    plain, coded = ([shape for _, shape, c in header if c == kind] for kind in (0, 1))
-    R, C = ([shape[axis] for shape in coded] for axis in (0, 1))
-    steps, rows, columns = arrays(R, "<u2"), arrays(R), arrays(C)
-    table = np.concatenate(list(map(table_of, rows, columns)))
-    values = arrays(list(map(math.prod, plain)), "<f2"), arrays(list(map(math.prod, coded)), "u1", table)
-    need(not read(1), "bytes after the end")
-    state = {}
-    for name, shape, c in header:
-        w = torch.from_numpy(next(values[c]).astype(np.float32)).view(shape)
-        if c:
-            w = (w - 128) * torch.from_numpy((next(steps).astype(np.uint32) << 16).view(np.float32))[:, None]
-        state[name] = w
-    need(all(w.isfinite().all() for w in state.values()), "NaN or infinity inside")
-    return state
+def read_table(text: bytes) -> list[tuple[str, bool, list[int]]]:
+    """(name, coded, shape) per tensor, each claim checked before anything of its size is allocated."""
+    need(len(text) < 1 << 20, "a tensor table that is too long")
+    lines = [re.fullmatch(rb"([\w.]+) ([01])((?: \d{1,9}){0,4})", line) for line in text.splitlines()]
+    need(all(lines), "a bad line in the tensor table")
+    table = [(m[1].decode(), m[2] == b"1", [int(n) for n in m[3].split()]) for m in lines]
+    need(len({name for name, *_ in table}) == len(table), "a name twice")
+    need(all(len(shape) == 2 and min(shape) > 0 for _, coded, shape in table if coded), "codes of no matrix")
+    need(sum(math.prod(shape) for *_, shape in table) <= MOST_WEIGHTS, "absurdly many weights")
+    return table
 
 def unpack(blob: bytes) -> dict[str, Tensor]:
     """The state dict of a container, all float32; of anything else a ValueError that says what is wrong."""
     try:
-        return decode(blob)
-    except (lzma.LZMAError, struct.error, ValueError, RecursionError) as error:
+        need(blob[:6] == MAGIC, f"starts with {blob[:6]!r}, expected {MAGIC!r}: no artifact of this script")
+        need(hashlib.sha256(blob[38:]).digest() == blob[6:38], "SHA-256 differs: cut or damaged")
+        engine, end = lzma.LZMADecompressor(**LZMA), 42 + int.from_bytes(blob[38:42], "little")
+        text, _, arrays = engine.decompress(blob[42: end], MOST_SIDE).partition(b"\0")
+        need(engine.eof and not engine.unused_data, "a side stream that is cut or too long")
+        table, state = read_table(text), {}
+        rows, columns = ([shape[axis] for _, coded, shape in table if coded] for axis in (0, 1))
+        numbers = [shape[0] if coded else math.prod(shape) for _, coded, shape in table]
+        sizes, R = np.array([256 * TABLES, *rows, *columns, *numbers]), len(rows)
+        need(len(arrays) == 2 * sizes.sum(), "a side stream of another length")
+        by_byte = np.frombuffer(arrays, np.uint8).reshape(2, -1)
+        freq, *parts = np.split(by_byte.T.copy().view("<i2").ravel(), np.cumsum(sizes))
+        need((freq.reshape(TABLES, 256).sum(1) == 1 << SCALE).all() and min(freq) >= 0, "bad frequencies")
+        tables = [*map(table_of, parts[:R], parts[R: 2 * R]), parts[-1]]  # the last is empty
+        symbols = rans_decode(blob[end:], np.concatenate(tables), freq.view("<u2"))
+        for (name, coded, shape), number in zip(table, parts[2 * R:]):
+            kind = torch.bfloat16 if coded else torch.float16
+            w = torch.from_numpy(number).view(kind).float()
+            if coded:
+                codes, symbols = np.split(symbols, [math.prod(shape)])
+                w = (torch.from_numpy(codes).view(shape) - 128.0) * w[:, None]
+            need(w.isfinite().all(), f"NaN or infinity in {name}")
+            state[name] = w.view(shape)
+        return state
+    except (lzma.LZMAError, ValueError) as error:
         raise ValueError(f"artifact: {error}") from None
 
 def fit_artifact(state: dict[str, Tensor], hp: Hyperparameters, budget: int) -> tuple[bytes, str]:
-    """(container of at most `budget` bytes, facts for the log). One scalar divides all levels: 1 if that fits
-    and FILL_BUDGET is off; below 1, finer codes up to +-127, while bytes are left; above 1 where they are too
-    few. Found by packing, to within 4 KB. UserError: not even codes of +-1 fit."""
+    """(container of at most `budget` bytes, two lines of facts: the fit; bytes by kind). One scalar divides
+    all levels: 1 if that fits and FILL_BUDGET is off; below 1, finer codes up to +-127, while bytes are left;
+    above 1 where they are too few. Found by packing, to within 4 KB. UserError: not even codes of +-1 fit."""
     clips = {n: row_clips(w.detach().cpu()) for n, w in state.items() if natural_levels(n, w, hp)}
     count, high, best = max(1, sum(map(torch.numel, state.values()))), 254.0, None
     low = coarsen = 2 ** (hp.quant_bits - 1) / 256 if hp.fill_budget else 1.0
     while high / low > 1 + 1e-7:
         entries, error = quantize_state(state, hp, coarsen, clips)
-        fits = len(blob := encode(entries)) <= budget
-        best, low, high = ((blob, coarsen, error), low, coarsen) if fits else (best, coarsen, high)
+        blob, sizes = encode(entries)
+        fits = len(blob) <= budget
+        best, low, high = ((blob, sizes, coarsen, error), low, coarsen) if fits else (best, coarsen, high)
         if fits and len(blob) > budget - 4096:
             break
         guess = coarsen * 2 ** min((len(blob) - budget + 2000) * 8 / count, 8)  # a bit more halves the step
@@ -1069,22 +1044,24 @@ def fit_artifact(state: dict[str, Tensor], hp: Hyperparameters, budget: int) -> 
     if best is None:
         raise UserError(f"the artifact takes over {budget} bytes even with codes of +-1: lower NUM_LAYERS, "
                         "MODEL_DIM, MLP_MULT, VOCAB_SIZE or BIGRAM_VOCAB_SIZE")
-    (blob, coarsen, after), before = best, quantize_state(state, hp, 1.0, clips)[1]
+    (blob, sizes, coarsen, after), before = best, quantize_state(state, hp, 1.0, clips)[1]
+    levels = min(127, (2 ** (hp.quant_bits - 1) - 1) / coarsen)
     return blob, (f"coarsen:{coarsen:.9f} error_before:{before:.6f} error_after:{after:.6f} "
-                  f"bits_per_parameter:{8 * len(blob) / count:.4f} "
-                  f"levels:{min(127, (2 ** (hp.quant_bits - 1) - 1) / coarsen):.2f}")
+                  f"bits_per_parameter:{8 * len(blob) / count:.4f} levels:{levels:.2f}\n{sizes}")
 
 def write_artifact(model: GPT, path: Path, hp: Hyperparameters, rt: Runtime) -> None:
-    """On rank 0: pack the model into the file `path`, which with this file takes at most SIZE_CAP bytes; UserError: not
-    possible, or no space on the disk."""
+    """On rank 0: pack the model into the file `path`, which with this source takes at most SIZE_CAP bytes.
+    UserError: not possible, or no space on the disk."""
     if rt.rank:
         return
-    blob, facts = fit_artifact(model.state_dict(), hp, SIZE_CAP - len(Path(__file__).read_bytes()))
-    rt.log(f"fit_artifact {facts}")
+    code = len(Path(__file__).read_bytes())
+    blob, facts = fit_artifact(model.state_dict(), hp, SIZE_CAP - code)
+    fit, sizes = facts.splitlines()
+    rt.log(f"fit_artifact {fit}\nartifact_bytes code:{code} {sizes}")
     replace_file(path, lambda file: file.write(blob))
 
 def load_artifact(model: GPT, path: Path, rt: Runtime) -> int:
-    """Every rank's model becomes what rank 0 reads from `path`. Logs and returns the bytes of code + artifact;
+    """Every rank's model becomes what rank 0 reads from `path`. Logs and returns the bytes of code and artifact.
     UserError: no such file, a damaged one, or one of another model."""
     size, label = 0, f"int{model.hp.quant_bits}+rans"
     if rt.rank == 0:
@@ -1192,13 +1169,11 @@ def group(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ids, prior
 
 def whole_groups(first: np.ndarray):
-    """Slices of about CHUNK positions that cut no group: back to its start, or past the end of a huge one."""
+    """Slices of at least CHUNK positions, but for the last, that end where a group ends."""
     start = 0
     while start < len(first):
-        stop = start + CHUNK
-        if stop < len(first):
-            back = int(np.argmax(first[stop:start:-1]))
-            stop += -back if first[stop - back] else int(np.argmax(np.append(first[stop:], True)))
+        rest = first[start + CHUNK:]
+        stop = start + CHUNK + int(rest.argmax()) if rest.any() else len(first)
         yield slice(start, stop)
         start = stop
 
@@ -1314,13 +1289,9 @@ def bucket_weights(mass: np.ndarray) -> np.ndarray:
     """(3, buckets): posterior mean of the experts' weights in each bucket of mass[expert, state, gap, heat],
     the targets that EM ascribed to each expert so far. Each level, all -> state -> gap -> heat, is the
     Dirichlet prior (worth 20 targets) of the next; where nothing was seen the model has 98 %."""
-    levels, weights = [mass], np.array((0.98, 0.01, 0.01))
-    while levels[-1].ndim > 1:
-        levels.append(levels[-1].sum(-1))
-    for seen in reversed(levels):
-        weights = weights if seen.ndim == 1 else weights[..., None]
-        weights = (seen + 20 * weights) / (seen.sum(0) + 20)
-    return weights.reshape(3, -1)
+    prior = bucket_weights(mass.sum(-1)) if mass.ndim > 1 else np.array((0.98, 0.01, 0.01))
+    prior = prior.reshape(*mass.shape[:-1], 1) if mass.ndim > 1 else prior
+    return ((mass + 20 * prior) / (mass.sum(0) + 20)).reshape(3, -1)
 
 class Mixture:
     """The model's scores mixed with counts, block after block as they come. NGRAM_ALPHA=online: p_1 = model,
@@ -1334,8 +1305,9 @@ class Mixture:
         self.nll, self.edges, self.block = np.empty(self.targets), block_edges(self.targets), 0
         spread = (space(1, max(self.targets, 1), samples) for space in (np.geomspace, np.linspace))
         self.samples = np.unique(np.concatenate(list(spread)).astype(int) - 1)
-        self.decided = {}  # sampled target -> [(order, w0, w1, w2, c(u), c(u, v)), ...], for the audit
-        self.trusted = {}  # sampled target -> (p of the model, trust in the mixture)
+        self.decided = {}  # sampled target -> [(order, w0, w1, w2, c(u), c(u, v)), ..., (model, trust)]
+        # by the longest order that knew the context, 0 for none: targets, and the nats that mixing saved
+        self.order_targets, self.order_gain = np.zeros(hp.ngram_order + 1, int), np.zeros(hp.ngram_order + 1)
         if hp.ngram_alpha == "online":
             counts, orders = ngram_counts(tokens, hp.ngram_order), hp.ngram_order - 1
             self.unigram, self.lead, self.counts = next(counts)[0], 0.0, []
@@ -1353,12 +1325,14 @@ class Mixture:
         while self.block + 1 < len(self.edges) and self.edges[self.block + 1] <= len(nll):
             a, b = self.edges[self.block: self.block + 2]
             model = np.exp(-np.minimum(nll[a:b].astype(np.float64), 690))
-            p, trust = mix(a, b, model, entropy[a:b])
+            p, trust, longest = mix(a, b, model, entropy[a:b])
             self.nll[a:b] = -np.log(trust * p + (1 - trust) * model)
             if not np.isfinite(self.nll[a:b]).all():
                 raise RuntimeError(f"scores of targets {a} to {b} are not finite: the model has diverged")
+            self.order_targets += np.bincount(longest, minlength=len(self.order_gain))
+            self.order_gain += np.bincount(longest, nll[a:b] - self.nll[a:b], len(self.order_gain))
             for target in self.samples[(a <= self.samples) & (self.samples < b)].tolist():
-                self.trusted[target] = model[target - a], trust[target - a]
+                self.decided.setdefault(target, []).append((model[target - a], trust[target - a]))
             self.block += 1
 
     def sample(self, targets: np.ndarray, orders: np.ndarray, weights, counts) -> None:
@@ -1368,24 +1342,27 @@ class Mixture:
             self.decided.setdefault(int(targets[i]), []).append(facts)
 
     def mix_backoff(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray):
-        """(mixed p of the targets [a, b), trust in it: all)."""
+        """(mixed p of the targets [a, b), trust in it: all, the order that won)."""
         order, context, pair = (array[a:b] for array in self.counts)
         alpha, rows = backoff_weight(entropy, order, self.hp), np.flatnonzero(order)
         weights = 1 - alpha[rows], alpha[rows], 0 * rows
-        self.sample(rows + a, order[rows], weights, [context[rows], pair[rows]])
-        return (1 - alpha) * model + alpha * pair / np.maximum(context, 1), np.ones(b - a)
+        self.sample(rows + a, order[rows], weights, (context[rows], pair[rows]))
+        return (1 - alpha) * model + alpha * pair / np.maximum(context, 1), np.ones(b - a), order
 
     def mix_online(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray):
-        """(p_N of the targets [a, b), trust in it against the model by the likelihood of both so far)."""
+        """(p_N of the targets [a, b), trust in it against the model by the likelihood of both so far, the
+        longest order that knew the context)."""
         p, heat, context = model.copy(), np.clip(entropy, 0, HEATS - 1).astype(np.int64), self.unigram[a:b]
+        longest = np.zeros(b - a, np.uint8)
         for i, (mass, carry) in enumerate(zip(self.mass, self.carry)):
             rows = np.flatnonzero(context)
             c_u, at = context[rows], slice(self.cursor[i], self.cursor[i] + len(rows))
             c_uv, code = (array[at] for array in self.counts[2 * i: 2 * i + 2])  # kept where c(u) > 0
             if i + 2 >= self.hp.ngram_min_order:
+                longest[rows] = i + 2
                 bucket = ((code >> 1) - 1) * np.int64(HEATS) + heat[rows]
                 weights = [w[bucket] for w in bucket_weights(mass)]
-                self.sample(rows + a, np.full(len(rows), i + 2), weights, [c_u, c_uv])
+                self.sample(rows + a, longest[rows], weights, (c_u, c_uv))
                 parts = [w * q for w, q in zip(weights, (p[rows], c_uv / c_u, code & 1))]
                 p[rows] = total = sum(parts)
                 for flat, part in zip(mass.reshape(3, -1), parts):
@@ -1395,38 +1372,36 @@ class Mixture:
             self.cursor[i], self.carry[i], context = at.stop, context[-1], context[:-1]
         odds = np.cumsum(np.append(self.lead, np.log(p / model)))
         self.lead = odds[-1]
-        return p, 1 / (1 + np.exp(-np.clip(odds[:-1], -500, 500)))
+        return p, 1 / (1 + np.exp(-np.clip(odds[:-1], -500, 500))), longest
 
     def audit(self) -> str:
         """Recount sampled targets by scanning the stream before them, sum their mixture over the vocabulary,
         and count a prefix alone. Returns facts for the log; RuntimeError if the mixture is no code."""
-        masses, V = [], self.hp.vocab_size
-        for target, (p_target, trust) in self.trusted.items():
-            t = target + 1
-            model = np.full(V, (1 - p_target) / (V - 1))  # the rest of its distribution is not at hand
-            p, model[self.tokens[t]] = model, p_target
-            for n, w0, w1, w2, *counts in self.decided.get(target, ()):
-                past = np.flatnonzero(self.tokens[n - 2: t - 1] == self.tokens[t - 1]) + n - 1
+        tokens, masses, faults, V = self.tokens, [], [], self.hp.vocab_size
+        for target, (*levels, (p_target, trust)) in self.decided.items():
+            t, model = target + 1, np.full(V, (1 - p_target) / (V - 1))
+            p, model[tokens[t]] = model, p_target  # the rest of the model's distribution is not at hand
+            for n, w0, w1, w2, *counts in levels:
+                past = np.flatnonzero(tokens[n - 2: t - 1] == tokens[t - 1]) + n - 1
                 for k in range(2, n):
-                    past = past[self.tokens[past - k] == self.tokens[t - k]]
-                c = np.bincount(self.tokens[past], minlength=V)
-                if [len(past), c[self.tokens[t]]] != counts:
-                    raise RuntimeError(f"target {target}, order {n}: c(u), c(u, v) = {counts}, recounted: "
-                                       f"{len(past)}, {c[self.tokens[t]]}")
+                    past = past[tokens[past - k] == tokens[t - k]]
+                c = np.bincount(tokens[past], minlength=V)
+                if counts != [len(past), c[tokens[t]]]:
+                    faults.append(f"{target}, order {n}: {counts}, recounted {len(past)}, {c[tokens[t]]}")
                 p = w0 * p + w1 * c / len(past)
-                p[self.tokens[past[-1]]] += w2
+                p[tokens[past[-1]]] += w2
             p = trust * p + (1 - trust) * model
             masses.append(p.sum())
-            if abs(self.nll[target] + math.log(p[self.tokens[t]])) > 1e-6:
-                raise RuntimeError(f"target {target} was scored {self.nll[target]} nats, -ln p is "
-                                   f"{-math.log(p[self.tokens[t]])}")
-        prefix = Mixture(self.tokens[: 1 << 14], self.hp)
-        same = all(np.array_equal(some, whole[:len(some)]) for some, whole in zip(prefix.counts, self.counts))
-        if not same or any(abs(mass - 1) > 1e-9 for mass in masses):
-            raise RuntimeError(f"masses {masses}, or the counts of {prefix.targets} targets differ alone")
+            if abs(p.sum() - 1) > 1e-9 or abs(self.nll[target] + math.log(p[tokens[t]])) > 1e-6:
+                faults.append(f"{target}: mass {p.sum()}, p {p[tokens[t]]}, scored {self.nll[target]} nats")
+        prefix = Mixture(tokens[: 1 << 14], self.hp)
+        if not all(np.array_equal(some, full[:len(some)]) for some, full in zip(prefix.counts, self.counts)):
+            faults.append(f"the counts of the first {prefix.targets} differ alone")
+        if faults:
+            raise RuntimeError(f"the mixture is no code; targets {'; '.join(faults)}")
         return (f"targets:{self.edges[self.block]}/{self.targets} mass_min:{min(masses):.12f} "
-                f"mass_max:{max(masses):.12f} recounted:{len(self.decided)} enumerated:{len(masses)} "
-                f"prefix:{prefix.targets}")
+                f"mass_max:{max(masses):.12f} recounted:{sum(len(f) > 1 for f in self.decided.values())} "
+                f"enumerated:{len(masses)} prefix:{prefix.targets}")
 
 # --- 11. Training -------------------------------------------------------------------------------------------
 
@@ -1642,6 +1617,9 @@ def report_mixture(mixture: Mixture, scores: np.ndarray, stream_bytes: np.ndarra
         if (at := (low <= entropy) & (entropy < high)).any():
             rt.log(f"calibration entropy:{low}-{high} targets:{at.sum()} expected:{entropy[at].mean():.4f} "
                    f"nll:{nll[at].mean():.4f} mixed:{mixture.nll[at].mean():.4f}")
+    for n in np.flatnonzero(mixture.order_targets):
+        bits = mixture.order_gain[n] / math.log(2)
+        rt.log(f"ngram_order order:{n} targets:{mixture.order_targets[n]} gain:{bits / stream_bytes.sum():.8f}")
     gain = bits_per_byte(nll - mixture.nll, stream_bytes)
     log_score("final_ngram", mean_nats(mixture.nll), bpb, f"gain:{gain:.8f} {facts}", rt)
     return bpb

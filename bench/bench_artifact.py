@@ -58,7 +58,7 @@ def compare(state: dict[str, torch.Tensor], hp: t.Hyperparameters) -> None:
     (entries, error), quantize_s = timed(lambda: t.quantize_state(state, hp))
     coded = [(codes, steps) for _, _, codes, steps in entries if steps is not None]
     h0, stream = sum(entropy_bytes(codes) for codes, _ in coded), b"".join(codes.tobytes() for codes, _ in coded)
-    blob, encode_s = timed(lambda: t.encode(entries))
+    (blob, sizes), encode_s = timed(lambda: t.encode(entries))
     _, decode_s = timed(lambda: t.unpack(blob))
     saved = io.BytesIO()
     torch.save({name: (torch.from_numpy(np.ascontiguousarray(values)), steps if steps is None else torch.tensor(steps))
@@ -75,7 +75,7 @@ def compare(state: dict[str, torch.Tensor], hp: t.Hyperparameters) -> None:
     for name, size, seconds in rows:
         print(f"{name:44} {size:12,} {size / h0:8.4f} {seconds:8.1f}")
     print(f"quantise {quantize_s:.1f} s, encode {encode_s:.1f} s, read back {decode_s:.1f} s; saved over torch.save + "
-          f"lzma: {rows[1][1] - len(blob):,} bytes")
+          f"lzma: {rows[1][1] - len(blob):,} bytes\nbytes of the container: {sizes}")
 
 
 def timed_size(work) -> tuple[int, float]:

@@ -161,6 +161,21 @@ def test_the_past_does_not_change_with_the_future(rng, scheme):
         assert np.array_equal(mixed(tokens[:end + 1], nll[:end], entropy[:end], hp), whole[:end])
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: "-".join(map(str, s.values())))
+def test_gain_by_order_adds_up_and_counts_the_longest_known_context(rng, scheme):
+    tokens, hp = stream_of("documents", rng, 1500), tiny(**scheme)
+    _, nll, entropy = model_of(tokens, rng, 300)
+    mixture = t.Mixture(tokens, hp)
+    mixture.extend(nll[:700], entropy[:700])
+    mixture.extend(nll, entropy)
+    least = 1 if hp.ngram_alpha == "online" else hp.ngram_min_count
+    longest = [max((n for n, (seen, *_) in row.items() if seen >= least and n >= hp.ngram_min_order), default=0)
+               for row in dictionary_counts(tokens.tolist(), hp.ngram_order)]
+    assert np.array_equal(mixture.order_targets, np.bincount(longest, minlength=hp.ngram_order + 1))
+    gain = np.bincount(longest, nll - mixture.nll, hp.ngram_order + 1)
+    np.testing.assert_allclose(mixture.order_gain, gain, rtol=0, atol=1e-9)
+
+
 def test_scores_that_are_not_finite_stop_the_mixture(rng):
     tokens = stream_of("zipf", rng, 300)
     _, nll, entropy = model_of(tokens, rng, 300)
