@@ -702,7 +702,7 @@ class Muon(torch.optim.Optimizer):
         self.rt, stacks = rt, {}
         for p in matrices:
             stacks.setdefault(tuple(sorted(p.shape)), []).append(p)
-        groups = [dict(params=same, buffer=same[0].new_zeros(len(same), *shape))
+        groups = [dict(params=same, buffer=matrices[0].new_zeros(len(same), *shape))
                   for shape, same in sorted(stacks.items())]
         super().__init__(groups, dict(lr=hp.matrix_lr, initial_lr=hp.matrix_lr, weight_decay=hp.muon_wd,
                                       momentum=hp.muon_momentum_warmup_start, steps=hp.muon_backend_steps))
@@ -743,22 +743,21 @@ class Muon(torch.optim.Optimizer):
 
 def build_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime) -> tuple[Muon, torch.optim.AdamW]:
     """Together they hold every parameter exactly once."""
-    tables, heads, matrices, vectors = [], [], [], []
+    table_lr = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr
+    matrices, groups = [], {lr: [] for lr in (table_lr, hp.head_lr, hp.scalar_lr)}
     for name, p in model.named_parameters():
-        kind = (tables if name.endswith((".table.weight", "embed.weight")) else heads if name == "head.weight"
-                else matrices if name.endswith(".weight") else vectors)
-        kind.append(p)
-    rates = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr, hp.head_lr, hp.scalar_lr
-    groups = [dict(params=kind, lr=lr, initial_lr=lr) for kind, lr in zip((tables, heads, vectors), rates) if kind]
-    adamw = torch.optim.AdamW(groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, weight_decay=hp.adam_wd,
-                              fused=True)
-    for p in (*tables, *heads, *vectors):  # as AdamW would at its first step: a checkpoint fills it before
+        is_table = name.endswith((".table.weight", "embed.weight"))
+        (groups[table_lr] if is_table else groups[hp.head_lr] if name == "head.weight"
+         else matrices if name.endswith(".weight") else groups[hp.scalar_lr]).append(p)
+    adamw = torch.optim.AdamW([dict(params=same, lr=lr, initial_lr=lr) for lr, same in groups.items() if same],
+                              betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, weight_decay=hp.adam_wd, fused=True)
+    for p in (p for same in groups.values() for p in same):  # as at its first step: a checkpoint fills it before
         adamw.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
                               exp_avg_sq=torch.zeros_like(p))
-    optimizers = Muon(matrices, hp, rt), adamw
-    owned = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    muon = Muon(matrices, hp, rt)
+    owned = [id(p) for group in muon.param_groups + adamw.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(map(id, model.parameters())), "a parameter without exactly one optimizer"
-    return optimizers
+    return muon, adamw
 
 def set_gradients(params: list[Tensor], flat: Tensor) -> None:
     for p, grad in zip(params, flat.split([p.numel() for p in params])):
@@ -799,11 +798,6 @@ def muon_momentum(step: int, hp: Hyperparameters) -> float:
 # --- 7. Averaging -------------------------------------------------------------------------------------------
 # Averaged weights are better than the last ones. EMA and SWA are one class: running means, but one forgets.
 
-@torch.no_grad()
-def copy_all(into: list[Tensor], tensors: list[Tensor]) -> None:
-    for t, new in zip(into, tensors):
-        t.copy_(new)
-
 class WeightAverage:
     """Mean of snapshots: exponential, free of its start (as Adam's moments), or uniform if decay=1."""
 
@@ -818,10 +812,15 @@ class WeightAverage:
         weight = (1 - self.decay) / (1 - self.decay ** n) if self.decay < 1 else 1 / n
         torch._foreach_lerp_(self.mean, parameters, weight)
 
-def averaged_parameters(averages: dict[str, WeightAverage]) -> list[Tensor] | None:
-    """A mean, or the middle of both; None: the last weights are it (AVERAGING=none, or SWA never began)."""
+def averaged_parameters(averages: dict[str, WeightAverage]) -> list[Tensor]:
+    """A mean, or the middle of both; none: the last weights are it (AVERAGING=none, or SWA never began)."""
     means = [average.mean for average in averages.values() if average.count]
-    return [torch.stack(same).mean(0) for same in zip(*means)] if means else None
+    return [torch.stack(same).mean(0) for same in zip(*means)]
+
+@torch.no_grad()
+def copy_all(into: list[Tensor], tensors: list[Tensor]) -> None:
+    for t, new in zip(into, tensors):
+        t.copy_(new)
 
 # --- 8. Artifact --------------------------------------------------------------------------------------------
 # A matrix becomes codes in +-levels and a step per row, clipped where that loses least (GPTQ-lite). Codes are
@@ -1571,7 +1570,7 @@ def train(trainer: Trainer) -> None:
     if capped:
         rt.log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms {label}")
     weights = averaged_parameters(trainer.averages)
-    copy_all(trainer.parameters, weights or [])
+    copy_all(trainer.parameters, weights)
     counts = " ".join(f"{name}_updates:{average.count}" for name, average in trainer.averages.items())
     rt.log(f"averaging:{hp.averaging if weights else 'none'} {counts} "
            f"parameters:{sum(p.numel() for p in trainer.parameters)}")
@@ -1581,21 +1580,21 @@ def train(trainer: Trainer) -> None:
 
 def log_header(trainer: Trainer) -> None:
     """What a reviewer needs to repeat the run: this source, versions, hardware, data, every setting."""
-    hp, loader, rt = trainer.hp, trainer.loader, trainer.rt
-    rt.log(f"{Path(__file__).read_text(encoding='utf-8')}\n{'=' * 100}", console=False)
-    processor = f"{platform.processor() or platform.machine()} CPU"
-    hardware = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else processor
-    rt.log(f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
-           f"numpy:{np.__version__} platform:{platform.platform()}", console=False)
-    rt.log(f"hardware:{rt.world_size} x {hardware} threads:{torch.get_num_threads()} cores:{os.cpu_count()} "
-           f"attention:{trainer.model.attention_name} accumulation:{loader.accumulation if loader else 0}")
+    hp, loader, rt, cuda = trainer.hp, trainer.loader, trainer.rt, trainer.rt.device.type == "cuda"
+    hardware = torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()} CPU"
     data = dict(train=loader.paths[0]) if loader else {}
     data |= dict(val=find_shards("val", hp)[0], tokenizer=Path(hp.tokenizer_path))
-    for name, path in data.items():
-        rt.log(f"data:{name} first:{path} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}", False)
-    rt.log(f"train_tokens:{loader.tokens if loader else 0} val_targets:{len(trainer.stream_bytes)} "
+    rt.log("\n".join((
+        Path(__file__).read_text(encoding="utf-8"), "=" * 100,
+        f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
+        f"numpy:{np.__version__} platform:{platform.platform()}",
+        *(f"data:{name} first:{path} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+          for name, path in data.items()),
+        *(f"{name}={value}" for name, value in hp.as_env().items()))), console=False)
+    rt.log(f"hardware:{rt.world_size} x {hardware} threads:{torch.get_num_threads()} cores:{os.cpu_count()} "
+           f"attention:{trainer.model.attention_name} accumulation:{loader.accumulation if loader else 0}\n"
+           f"train_tokens:{loader.tokens if loader else 0} val_targets:{len(trainer.stream_bytes)} "
            f"val_bytes:{trainer.stream_bytes.sum()}")
-    rt.log("\n".join(f"{name}={value}" for name, value in hp.as_env().items()), console=False)
 
 def log_score(name: str, loss: float, bpb: float, facts: str, rt: Runtime) -> None:
     rt.log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f} {facts}".rstrip())
