@@ -31,7 +31,7 @@ import time
 import traceback
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -150,7 +150,7 @@ class Hyperparameters:
     ngram_min_count: int = setting(2, "times a context must occur before its order may win; not online", 1)
     alpha_min: float = setting(0.05, "weight where the model is sure; not online", 0, 1)
     alpha_max: float = setting(0.60, "weight where the model is lost; not online", 0, 1)
-    ngram_counts: str = setting("exact", "hashed: as the predecessors', no code", choices=("exact", "hashed"))
+    ngram_counts: str = setting("exact", "hashed: the predecessors' too, no code", choices=("exact", "hashed"))
     ngram_buckets: int = setting(4_194_304, "buckets of each hashed table, a power of two", 2, 2 ** 30)
 
     @property
@@ -1600,28 +1600,30 @@ def log_score(name: str, loss: float, bpb: float, facts: str, rt: Runtime) -> No
     rt.log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f} {facts}".rstrip())
 
 def report_mixture(mixture: Mixture, scores: np.ndarray, stream_bytes: np.ndarray, added: str, rt: Runtime):
-    """Audit the mixture, log its score, return its bpb. Hashed counts get none, NaN: they are no code."""
+    """Audit the mixture, log its score and where it comes from; returns its bpb."""
     hp, bpb, (nll, entropy) = mixture.hp, bits_per_byte(mixture.nll, stream_bytes), scores
-    facts = (f"orders:{hp.ngram_min_order}-{hp.ngram_order} counts:{hp.ngram_counts} alpha:{hp.ngram_alpha} "
-             f"{added}")
-    if hp.ngram_counts == "hashed":
-        order, matched = mixture.counts[0], np.flatnonzero(mixture.counts[0])
-        spread = matched[np.linspace(0, len(matched) - 1, min(64, len(matched))).astype(int)]
-        mean, end = (hashed_mass(mixture.tokens, order, some, hp) for some in (spread, matched[-64:]))
-        rt.log(f"final_ngram_hashed pseudo_bpb:{bpb:.8f} mass:{end:.2f} mass_mean:{mean:.2f} {facts} (not a "
-               f"probability: at the stream's end the counts sum to {end:.3g} over the vocabulary, not to 1)")
-        return math.nan
     rt.log(f"ngram_audit {mixture.audit()}")
     for low, high in pairwise((0, 0.5, 1, 1.5, 2, 3, 4, 5, math.inf)):  # calibrated: nll = expected, the entropy
         if (at := (low <= entropy) & (entropy < high)).any():
             rt.log(f"calibration entropy:{low}-{high} targets:{at.sum()} expected:{entropy[at].mean():.4f} "
                    f"nll:{nll[at].mean():.4f} mixed:{mixture.nll[at].mean():.4f}")
     for n in np.flatnonzero(mixture.order_targets):
-        bits = mixture.order_gain[n] / math.log(2)
-        rt.log(f"ngram_order order:{n} targets:{mixture.order_targets[n]} gain:{bits / stream_bytes.sum():.8f}")
-    gain = bits_per_byte(nll - mixture.nll, stream_bytes)
-    log_score("final_ngram", mean_nats(mixture.nll), bpb, f"gain:{gain:.8f} {facts}", rt)
+        gain = mixture.order_gain[n] / math.log(2) / stream_bytes.sum()
+        rt.log(f"ngram_order order:{n} targets:{mixture.order_targets[n]} gain:{gain:.8f}")
+    log_score("final_ngram", mean_nats(mixture.nll), bpb, f"gain:{bits_per_byte(nll, stream_bytes) - bpb:.8f} "
+              f"orders:{hp.ngram_min_order}-{hp.ngram_order} counts:exact alpha:{hp.ngram_alpha} {added}", rt)
     return bpb
+
+def report_hashed(mixture: Mixture, stream_bytes: np.ndarray, rt: Runtime) -> None:
+    """What the predecessors would have reported, with the sum of their counts over the vocabulary, mean and in
+    the end: no probability, so no bpb."""
+    hp, order = mixture.hp, mixture.counts[0]
+    matched = np.flatnonzero(order)
+    spread = matched[np.linspace(0, len(matched) - 1, min(64, len(matched))).astype(int)]
+    mean, end = (hashed_mass(mixture.tokens, order, some, hp) for some in (spread, matched[-64:]))
+    rt.log(f"final_ngram_hashed pseudo_bpb:{bits_per_byte(mixture.nll, stream_bytes):.8f} mass:{end:.2f} "
+           f"mass_mean:{mean:.2f} orders:{hp.ngram_min_order}-{hp.ngram_order} counts:hashed alpha:{hp.ngram_alpha} "
+           f"(not a probability: at the stream's end the counts sum to {end:.3g} over the vocabulary, not to 1)")
 
 def ttt_batches(trainer: Trainer, begin: int, end: int):
     """(ids, targets, weights), each (B, T), of this rank: the targets [begin, end) in sequences that do not
@@ -1690,7 +1692,8 @@ def evaluate(trainer: Trainer, size: int, began: float) -> None:
     """The model scores the stream and is mixed with counts while it scores; `began`: when training ended."""
     hp, rt, tokens, label = trainer.hp, trainer.rt, trainer.tokens, f"final_int{trainer.hp.quant_bits}"
     background = ThreadPoolExecutor(1)  # not waited for when the run is stopped
-    mixture = background.submit(Mixture, tokens, hp) if hp.ngram_enabled and rt.rank == 0 else None
+    mixture = (background.submit(Mixture, tokens, replace(hp, ngram_counts="exact"))
+               if hp.ngram_enabled and rt.rank == 0 else None)
     log_score(f"{label}_roundtrip", *trainer.validate(), "", rt)
     begun, scores = time.perf_counter(), np.empty((2, len(tokens) - 1 if rt.rank == 0 else 0), np.float32)
     done, pending, mixed, stream_bytes = 0, [], math.nan, trainer.stream_bytes
@@ -1709,6 +1712,10 @@ def evaluate(trainer: Trainer, size: int, began: float) -> None:
             part.result()
         added = f"added_time:{1e3 * (time.perf_counter() - scored):.0f}ms"
         mixed = report_mixture(mixture.result(), scores, stream_bytes, added, rt)
+        if hp.ngram_counts == "hashed":
+            hashed = Mixture(tokens, hp)
+            hashed.extend(*scores)
+            report_hashed(hashed, stream_bytes, rt)
     if hp.save_scores and rt.rank == 0:
         arrays = dict(nll=scores[0], entropy=scores[1], settings=np.array(json.dumps(hp.as_env())))
         arrays |= dict(mixed=mixture.result().nll.astype(np.float32)) if mixture else {}
@@ -1719,7 +1726,7 @@ def evaluate(trainer: Trainer, size: int, began: float) -> None:
         counted = f"{mixed:.4f} bpb   with exact {hp.ngram_min_order}-{hp.ngram_order}-gram counts of the past"
         rt.log(f"""
   neural     {neural:.4f} bpb   every target once
-  mixed      {counted if mixed == mixed else "no score: off, or hashed counts, which are no probability"}
+  mixed      {counted if hp.ngram_enabled else "off"}
   artifact   {size:,} bytes of {SIZE_CAP:,}, code included
   training   {trainer.seconds:.1f} s, {trainer.steps} steps
   evaluation {seconds:.1f} s

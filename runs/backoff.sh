@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# PR #889: 11 layers, GQA 8/4, VRL, value embedding, int6; 2-7-gram backoff, weight by the model's entropy.
+#   bash runs/backoff.sh; SEED=42 bash runs/backoff.sh; every setting likewise.
+# Needs FineWeb under DATA_PATH and TOKENIZER_PATH; one rank per GPU.
+#
+# The log has both numbers: `final_ngram_exact` is the same method on exact counts, a valid bpb; `final_ngram_hashed` is
+# what the PR reported, its counts in two independent hash tables: a pseudo bpb, with the sum of its "probabilities".
+# Different here, and why:
+#   - one cache over the whole stream, not one per rank, so that the score does not depend on the number of GPUs
+#   - SWA is used: AVERAGING packs the middle of EMA and SWA. The PR collected SWA and packed EMA
+#   - late QAT works: it is an argument of the loss, not a class attribute that a compiled graph has already read
+#   - each target is scored once; the PR scored the last 64 tokens 32 times, after they had entered its cache
+#   - the file is range-coded, never over 16,000,000 bytes, and holds no pickle
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export AVERAGING=${AVERAGING:-ema_swa} EMA_DECAY=${EMA_DECAY:-0.997} SWA_EVERY=${SWA_EVERY:-50}
+export QUANT_BITS=${QUANT_BITS:-6} LATE_QAT_THRESHOLD=${LATE_QAT_THRESHOLD:-0.15}
+export NGRAM_ALPHA=${NGRAM_ALPHA:-entropy} NGRAM_COUNTS=${NGRAM_COUNTS:-hashed}
+source runs/common.sh

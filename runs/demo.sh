@@ -3,7 +3,6 @@
 # Two ranks on two CPU cores, or one rank per GPU. Every setting can be overridden: SEED=42 bash runs/demo.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
 
 export DATA_PATH=${DATA_PATH:-data/datasets/demo_sp1024}
 export TOKENIZER_PATH=${TOKENIZER_PATH:-data/tokenizers/demo_1024_bpe.model}
@@ -22,7 +21,4 @@ export MUON_MOMENTUM_WARMUP_STEPS=${MUON_MOMENTUM_WARMUP_STEPS:-100}
 export TIED_EMBED_LR=${TIED_EMBED_LR:-0.03}
 export EVAL_SEQ_LEN=${EVAL_SEQ_LEN:-256} EVAL_STRIDE=${EVAL_STRIDE:-64} VAL_BATCH_SIZE=${VAL_BATCH_SIZE:-16384}
 
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-for ranks in 8 4 2 1; do (( gpus < ranks )) || break; done   # the 8 sequences of a batch divide by these
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node="${NPROC:-$(( gpus > 0 ? ranks : 2 ))}" train_gpt.py
+source runs/common.sh

@@ -1,0 +1,8 @@
+# Sourced by the launch scripts: start train_gpt.py on every GPU, or on two CPU ranks where there is none.
+# NPROC: number of ranks. PYTHON: interpreter. SCRIPT: another train_gpt.py.
+python=${PYTHON:-python3}
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+for ranks in 8 4 2 1; do (( gpus < ranks )) || break; done   # what the batches of the scripts divide by
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$python" -m torch.distributed.run --standalone --nproc_per_node="${NPROC:-$(( gpus > 0 ? ranks : 2 ))}" \
+    "${SCRIPT:-train_gpt.py}"

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# PR #806: LeakyReLU(0.9)^2, GQA 8/4, SmearGate, BigramHash(2048), SWA, warm-down of 3000 steps, int6; 2-7-gram backoff
+# with every rank's cache pre-filled with all earlier tokens.
+#   bash runs/prefill.sh; SEED=42 bash runs/prefill.sh; every setting likewise.
+# Needs FineWeb under DATA_PATH and TOKENIZER_PATH; one rank per GPU.
+#
+# The log has both numbers: `final_ngram_exact` is the same method on exact counts, a valid bpb; `final_ngram_hashed` is
+# what the PR reported: a pseudo bpb, with the sum of its "probabilities".
+# Different here, and why:
+#   - there is nothing to pre-fill: every target sees all earlier tokens of the stream, at any number of GPUs
+#   - the last weights' uniform average, SWA, is what is packed; value residual, value embedding and XSA of the defaults
+#     stay on, though the PR's table does not name them
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export LEAKY_SLOPE=${LEAKY_SLOPE:-0.9} AVERAGING=${AVERAGING:-swa} WARMDOWN_ITERS=${WARMDOWN_ITERS:-3000}
+export NGRAM_ALPHA=${NGRAM_ALPHA:-entropy} NGRAM_COUNTS=${NGRAM_COUNTS:-hashed}
+source runs/common.sh

@@ -1,0 +1,140 @@
+"""The three predecessors' launch scripts, end to end at tiny sizes: what each claims must show in what it did."""
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, tiny, values
+
+import train_gpt as t
+
+# what a script itself sets is left to it
+OWN = ("NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "XSA_LAST_N", "LATE_QAT_THRESHOLD", "EMA_DECAY")
+SMALL = {k: v for k, v in TINY.items() if k not in OWN} | dict(
+    NUM_HEADS=8, WARMDOWN_ITERS=10, SWA_EVERY=1, NGRAM_BUCKETS=65_536, TTT_CHUNK_TOKENS=2048, CHECKPOINT_EVERY=1000)
+
+
+@pytest.fixture(scope="module")
+def logs(corpus, tmp_path_factory):
+    """system -> (log, artifact's state, checkpoint)."""
+    runs = {}
+    for system in ("backoff", "order_adaptive", "prefill"):
+        folder = tmp_path_factory.mktemp(system)
+        (folder / "runs").mkdir()
+        for name in (system, "common"):
+            (folder / f"runs/{name}.sh").write_text((ROOT / f"runs/{name}.sh").read_text())
+        kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV")}
+        env = {**kept, "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable, "SCRIPT": str(ROOT / "train_gpt.py"),
+               **{k: str(v) for k, v in {**SMALL, **corpus}.items()}}
+        done = subprocess.run(["bash", "runs/" + system + ".sh"], cwd=folder, env=env, capture_output=True, text=True,
+                              timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        with np.load(folder / "logs/test.ckpt", allow_pickle=False) as checkpoint:
+            arrays = dict(checkpoint)
+        artifact = next(folder.glob("final_model.int*.ptz"))
+        runs[system] = (folder / "logs/test.txt").read_text(), t.unpack(artifact.read_bytes()), arrays
+    return runs
+
+
+def packed_weights_are(state, arrays, expected) -> bool:
+    """Are the artifact's matrices nearer to `expected`, by parameter, than to the last weights?"""
+    names = [n for n in state if n.startswith("blocks") and n.endswith("weight")]
+    error = {kind: sum(float((state[n] - torch.from_numpy(w[n])).square().sum()) for n in names)
+             for kind, w in (("expected", expected), ("last", {n: arrays[f"model.{n}"] for n in names}))}
+    return error["expected"] < 0.5 * error["last"]
+
+
+def mean_of(arrays, name) -> dict[str, np.ndarray]:
+    order = [k.removeprefix("model.") for k in arrays if k.startswith("model.")]
+    return {n: arrays[f"{name}.{i + 1}"] for i, n in enumerate(order)}
+
+
+@pytest.mark.parametrize("system", ["backoff", "order_adaptive", "prefill"])
+def test_both_numbers_are_in_the_log_and_only_the_valid_one_is_a_bpb(logs, system):
+    log = logs[system][0]
+    exact, hashed = values(log, "final_ngram_exact"), values(log, "final_ngram_hashed")
+    assert exact["alpha"] == hashed["alpha"] == dict(order_adaptive="order").get(system, "entropy")
+    assert float(hashed["mass"]) > 1.5 and "val_bpb" not in hashed and float(exact["val_bpb"]) > 0
+    assert values(log, "ngram_audit")["mass_max"] == "1.000000000000"
+
+
+def test_backoff_packs_the_middle_of_ema_and_tight_swa(logs):
+    log, state, arrays = logs["backoff"]
+    facts = values(log, "averaging:ema_swa")
+    assert int(facts["ema_updates"]) == 12 and int(facts["swa_updates"]) >= 1
+    ema, swa = mean_of(arrays, "ema"), mean_of(arrays, "swa")
+    assert packed_weights_are(state, arrays, {n: (ema[n] + swa[n]) / 2 for n in ema})
+    assert "late_qat:on" in log and "bits:6 straight" in log
+
+
+def test_order_adaptive_is_mha_with_xsa_everywhere_wide_and_int5(logs, corpus):
+    log, state, _ = logs["order_adaptive"]
+    for setting in ("NUM_HEADS=8", "NUM_KV_HEADS=8", "XSA_LAST_N=4", "MLP_MULT=3.5", "QUANT_BITS=5", "TTT_EPOCHS=3"):
+        assert f"\n{setting}\n" in log
+    assert state["blocks.0.attn.k.weight"].shape == (64, 64)                      # as many key heads as query heads
+    assert state["blocks.0.mlp.fc.weight"].shape == (224, 64)                     # 3.5 x 64
+    model = t.GPT(tiny(**{**SMALL, **corpus}, NUM_KV_HEADS=8, XSA_LAST_N=4, MLP_MULT=3.5))
+    assert int(values(log, "averaging:")["parameters"]) == sum(p.numel() for p in model.parameters())
+    assert all(block.attn.xsa for block in model.blocks)
+    assert float(values(log, "fit_artifact")["coarsen"]) == 1
+    for name, w in state.items():
+        if name.startswith("blocks") and name.endswith("weight"):
+            distinct = [len(row.unique()) for row in w]
+            assert max(distinct) <= 31                                            # codes -15 ... 15
+    assert max(len(row.unique()) for row in state["blocks.0.mlp.fc.weight"]) > 15  # and not of fewer bits
+    assert "bits:5 soft" in log
+
+
+def test_order_adaptive_learns_while_it_scores(logs):
+    log = logs["order_adaptive"][0]
+    assert float(values(log, "ttt:on")["moved"]) > 0 and "ttt:on" not in logs["backoff"][0]
+
+
+def test_prefill_packs_swa_of_a_model_with_slope_09(logs):
+    log, state, arrays = logs["prefill"]
+    assert int(values(log, "averaging:swa")["swa_updates"]) >= 1 and "\nLEAKY_SLOPE=0.9\n" in log
+    assert packed_weights_are(state, arrays, mean_of(arrays, "swa"))
+    log_default = logs["backoff"][0]
+    assert values(log, "step:1/12")["train_loss"] != values(log_default, "step:2/12")["train_loss"]
+
+
+def test_each_script_names_its_source_and_takes_the_environment():
+    for system, source, setting in (("backoff", "#889", "NGRAM_ALPHA"), ("order_adaptive", "#825", "TTT_EPOCHS"),
+                                    ("prefill", "#806", "WARMDOWN_ITERS")):
+        text = (ROOT / f"runs/{system}.sh").read_text()
+        assert source in text and f"{setting}=${{{setting}:-" in text and "Different here" in text
+
+
+@pytest.mark.parametrize("hardness", [1.0, 4.0, 16.0])
+def test_soft_rounding_goes_from_identity_to_round(rng, hardness):
+    x = torch.randn(1000, dtype=torch.float64) * 3
+    x.requires_grad_()
+    y = t.soft_round(x, torch.tensor(hardness, dtype=torch.float64))
+    low = torch.floor(x)
+    expected = low + 0.5 + torch.tanh(hardness * (x - low - 0.5)) / (2 * math.tanh(hardness / 2))
+    torch.testing.assert_close(y, expected)
+    assert (torch.gradient(y.detach()[x.argsort()])[0] >= 0).all()                # monotone
+    y.sum().backward()
+    slope = hardness * (1 - torch.tanh(hardness * (x.detach() - low - 0.5)) ** 2) / (2 * math.tanh(hardness / 2))
+    torch.testing.assert_close(x.grad, slope)                                     # its own slope, not a straight-through 1
+    error = (y - x.detach().round()).abs().mean()
+    assert error < {1.0: 0.26, 4.0: 0.15, 16.0: 0.05}[hardness]
+
+
+def test_soft_qat_trains_on_what_it_computes(corpus):
+    """With QAT_ROUNDING=soft forward and gradients are those of the softly rounded weights."""
+    hp = tiny(QAT_ROUNDING="soft", QUANT_BITS=5)
+    torch.manual_seed(5)
+    model, ids = t.GPT(hp), torch.randint(0, 512, (2, 33))
+    losses = {h: float(t.training_loss(model, ids[:, :-1], ids[:, 1:], None if h is None else torch.tensor(h)))
+              for h in (None, 1.0, 200.0)}
+    hard = {n: t.quantize_rows(p.detach(), levels) for n, p in model.named_parameters()
+            if (levels := t.natural_levels(n, p, hp))}
+    for n, p in model.named_parameters():
+        if n in hard:
+            p.data = hard[n][0] * hard[n][1]
+    assert losses[200.0] == pytest.approx(float(model(ids[:, :-1], ids[:, 1:])), abs=1e-3)
+    assert abs(losses[1.0] - losses[None]) < abs(losses[200.0] - losses[None]) + 1e-4
