@@ -87,7 +87,7 @@ def test_only_the_named_parameters_learn_and_all_come_back(stream):
         next(segments)
     moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
     expected = {n for n in before if n.startswith("blocks.3.") or n == "embed.weight" or not n.endswith(".weight")}
-    assert moved == expected - {"blocks.3.attn.vrl_gate"} or moved == expected
+    assert moved == expected
     segments.close()                                                   # as when the stride grows: all as it was
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
 
