@@ -254,7 +254,7 @@ class Runtime:
         while run_id and self.rank == 0 and not self.log_path:
             os.makedirs("logs", exist_ok=True)
             with contextlib.suppress(FileExistsError):
-                self.log_file = os.open(name := next(names), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND)
+                self.log_file = os.open(name := next(names), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o666)
                 self.log_path = Path(name)
 
     def stop(self, number: int, frame) -> None:
@@ -1492,7 +1492,7 @@ class Trainer:
             own(tensors[name]).copy_(own(whole))
             self.rt.sum(tensors[name])
         try:
-            if self.rt.rank == 0:
+            if path:  # on rank 0, unless it is quiet
                 progress = [self.steps, self.seconds, *(average.count for average in self.averages.values())]
                 arrays = {name: t.numpy(force=True) for name, t in tensors.items()} | dict(
                     progress=np.float64(progress), rng=torch.get_rng_state().numpy())

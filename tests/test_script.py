@@ -1,4 +1,5 @@
 """The script as users start it: under torchrun, in an empty folder, with settings from the environment."""
+import json
 import re
 
 import numpy as np
@@ -134,7 +135,9 @@ def test_hashed_counts_get_no_bpb(corpus, tmp_path):
     assert float(line["mass"]) > 2 and "val_bpb" not in line and "not a probability" in done.stdout
     assert "final_ngram_exact" not in done.stdout and "no score: off, or hashed" in done.stdout
     with np.load(tmp_path / "logs/test_scores.npz", allow_pickle=False) as saved:
-        assert {k: (v.shape, v.dtype.name) for k, v in saved.items()} == dict.fromkeys(
+        arrays = dict(saved)
+        assert "NGRAM_BUCKETS" in json.loads(str(arrays.pop("settings")))
+        assert {k: (v.shape, v.dtype.name) for k, v in arrays.items()} == dict.fromkeys(
             ("nll", "entropy", "mixed"), ((6000,), "float32"))
         loss = float(values(done.stdout, "final_int6_sliding")["val_loss"])
         assert saved["nll"].mean() == pytest.approx(loss, abs=1e-5)
