@@ -29,7 +29,6 @@ import signal
 import sys
 import time
 import traceback
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -255,21 +254,21 @@ class Runtime:
         if self.world_size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
         self.log_path, self.unwritten = None, b""
-        self.stopped = self.patient = False  # a signal came; it waits for the end of the step
+        self.stopped, self.patient = "", False  # the signal that came; it waits for the end of the step
         for number in (signal.SIGTERM, signal.SIGINT) if run_id else ():
             signal.signal(number, self.stop)
         names = (f"logs/{run_id}{suffix}.txt" for suffix in ("", *(f"_{i}" for i in range(2, 10_000))))
         while run_id and self.rank == 0 and not self.log_path:
             os.makedirs("logs", exist_ok=True)
             with contextlib.suppress(FileExistsError):
-                self.log_file = os.open(name := next(names), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND)
+                self.log_file = open(name := next(names), "xb", buffering=0)
                 self.log_path = Path(name)
 
     def stop(self, number: int, frame) -> None:
         """On SIGTERM and SIGINT: training ends its step and leaves a checkpoint, all else ends here."""
-        first, self.stopped = not self.stopped, True
+        first, self.stopped = not self.stopped, signal.Signals(number).name
         if first and not self.patient:
-            raise Stopped(f"stopped by {signal.Signals(number).name}")
+            raise Stopped(f"stopped by {self.stopped}")
 
     def log(self, line: str, console: bool = True) -> None:
         """Rank 0 writes `line` to stdout and its log file at once: a run that dies leaves all it said. What
@@ -279,7 +278,7 @@ class Runtime:
         self.unwritten += f"{line}\n".encode()
         try:
             while self.unwritten:
-                self.unwritten = self.unwritten[os.write(self.log_file, self.unwritten):]
+                self.unwritten = self.unwritten[self.log_file.write(self.unwritten):]
         except OSError as error:
             print(f"warning: {self.log_path}: {error.strerror}; the run goes on", file=sys.stderr, flush=True)
         if console:
@@ -478,12 +477,12 @@ class ByteCounter:
         pieces = [sp.id_to_piece(i) if text else "" for i, text in zip(ids, self.is_text)]
         self.opens_word = np.array([piece.startswith("\u2581") for piece in pieces])
         self.length = np.array([1 if sp.is_byte(i) else len(piece.replace("\u2581", "").encode())
-                                for i, piece in zip(ids, pieces)])
+                                for i, piece in zip(ids, pieces)], np.uint16)
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes (uint16) of each target of the stream `tokens`; a word's space counts only after text."""
         space = self.opens_word[tokens[1:]] & self.is_text[tokens[:-1]]
-        return (self.length[tokens[1:]] + space).astype(np.uint16)
+        return self.length[tokens[1:]] + space
 
 # --- 4. Kernels ---------------------------------------------------------------------------------------------
 # The ops that are worth more than what the compiler makes of them, each with its plain form beside it.
@@ -1489,7 +1488,7 @@ class Trainer:
                 arrays[name] = t.numpy(force=True)
         if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
             self.rt.log(f"warning: {bad[0]} is not finite, so step {self.steps} gets no checkpoint")
-        elif arrays:
+        elif arrays and self.rt.log_path:
             try:
                 path, settings = self.rt.beside_log(".ckpt"), np.array(json.dumps(self.hp.as_env()))
                 replace_file(path, lambda file: np.savez(file, settings=settings, **arrays))
@@ -1503,14 +1502,17 @@ class Trainer:
         UserError: no such file, a damaged one, or one of other tensors than the settings describe."""
         arrays = read_checkpoint(path) if path and self.rt.rank == 0 else {}
         then = json.loads(str(arrays.get("settings", "{}")))
-        for name, t in self.tensors().items():
-            if arrays and getattr(arrays.get(name), "shape", None) != t.shape:
-                raise UserError(f"RESUME={path}: no {name} of shape {tuple(t.shape)}: set what the run was begun "
-                                f"with: {' '.join(f'{k}={v}' for k, v in then.items())}")
-            self.rt.from_rank_0(t.copy_(torch.from_numpy(arrays[name])) if arrays else t)
         for name, value in self.hp.as_env().items():
             if then.get(name, value) != value and name not in ("RUN_ID", "RESUME", "CHECKPOINT_EVERY"):
                 self.rt.log(f"warning: {name}={value} here, {then[name]} in the checkpoint")
+        for name, t in self.tensors().items():
+            if arrays:
+                found = arrays[name].shape if name in arrays else "absent"
+                if found != t.shape:
+                    raise UserError(f"RESUME={path}: {name} is {found}, these settings need {tuple(t.shape)}: "
+                                    "set what the run was begun with")
+                t.copy_(torch.from_numpy(arrays[name]))
+            self.rt.from_rank_0(t)
         if path:
             self.rt.log(f"resume:{path} step:{self.steps} train_time:{1e3 * self.seconds:.0f}ms")
 
@@ -1519,8 +1521,8 @@ def read_checkpoint(path: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"RESUME={path}: not a whole checkpoint: {error}") from None
+    except Exception as error:  # of many types: a damaged archive fails in NumPy, zipfile, zlib, struct ...
+        raise UserError(f"RESUME={path}: not a whole checkpoint: {error}".split("\n")[0]) from None
 
 def train(trainer: Trainer) -> None:
     """Trains until ITERATIONS or the wall-clock cap, validations not timed, checkpoints timed. Ranks follow
@@ -1536,12 +1538,13 @@ def train(trainer: Trainer) -> None:
         # This waits for the step before the last: the GPU has work, and the clock is right to within a step.
         lost = bool(losses) and not math.isfinite(losses[0])
         now = time.perf_counter() - started if rt.rank == 0 else 0
-        seconds, stopped, lost = rt.agree(now, rt.stopped, lost)
+        seconds, stopped, lost = rt.agree(now, bool(rt.stopped), lost)
         step, trainer.progress[1] = trainer.steps, seconds
         label, scale = f"step:{step}/{hp.iterations}", lr_scale(step, seconds, hp)
         clock = f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(step, 1):.2f}ms"
         if lost:
-            raise UserError(f"{label}: the loss is not finite: lower the learning rates; {trainer.hint}")
+            raise UserError(f"step:{step + 1 - len(losses)}/{hp.iterations}: the training loss is not finite; lower "
+                            f"the learning rates; {trainer.hint}")
         if losses and (step <= 10 or hp.train_log_every and step % hp.train_log_every == 0):
             rt.log(f"{label} train_loss:{rt.sum(losses[-1].clone()).item():.4f} {clock} "
                    f"tok/s:{hp.train_batch_tokens * step / seconds:.0f} lr_scale:{scale:.4f}")
@@ -1551,7 +1554,7 @@ def train(trainer: Trainer) -> None:
             saved = seconds
             trainer.save()
         if stopped:
-            raise Stopped(f"{label}: stopped by a signal; {trainer.hint}")
+            raise Stopped(f"{label}: stopped by {rt.stopped or 'a signal'}; {trainer.hint}")
         if last or hp.val_loss_every and step and step % hp.val_loss_every == 0:
             rt.barrier()
             paused = time.perf_counter()
@@ -1567,6 +1570,8 @@ def train(trainer: Trainer) -> None:
             hardness = 1 + 15 * (1 - scale / hp.late_qat_threshold)  # of soft rounding: 1 to 16
         losses = [*losses, trainer.step(scale, hardness)][-2:]
     rt.patient = False
+    if rt.agree(bool(rt.stopped))[0]:  # while the last step was validated
+        raise Stopped(f"stopped by {rt.stopped or 'a signal'}; {trainer.hint}")
     if capped:
         rt.log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms {label}")
     weights = averaged_parameters(trainer.averages)
@@ -1767,17 +1772,20 @@ def main(env: dict[str, str]) -> None:
         rt.barrier()
         rt.close()
     except BaseException as error:  # the group stays open, so that the others wait and the cause is seen
+        rt.patient = True  # a signal does not cut short what is said now
+        if "onnection closed by peer" in str(error):
+            error = UserError("another rank ended, see what it said" + f"; {rt.stopped} came" * bool(rt.stopped))
         rt.log(f"error: {type(error).__name__}: {error}", console=False)
-        raise
+        raise error from None
 
 def end(error: BaseException | None) -> None:
     """Leaves the process, with one line for an error that a user can mend. Rank 0 speaks first; then torchrun
     stops the others. Not sys.exit: a thread of gloo that drops its last tensor would crash Python's shutdown."""
     rank, stopped = int(os.environ.get("RANK", 0)), isinstance(error, Stopped)
-    lost = "another rank ended, see what it said" if "onnection closed by peer" in str(error) else ""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun, as rank 0 has spoken
     time.sleep(5 if error and rank and not stopped else 0)
-    if lost or stopped and rank == 0 or isinstance(error, (UserError, OSError)) and not stopped:
-        print(f"train_gpt.py: error: {lost or error}", file=sys.stderr)
+    if isinstance(error, (UserError, OSError)) and not (stopped and rank):
+        print(f"train_gpt.py: error: {f'rank {rank}: ' * bool(rank)}{error}", file=sys.stderr)
     elif error and not stopped:
         traceback.print_exception(error)
     sys.stdout.flush()

@@ -20,10 +20,9 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import prepare_demo  # noqa: E402
-from bench_averaging import quiet_runtime  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 
@@ -36,9 +35,9 @@ def trained_state(seconds: float) -> dict[str, torch.Tensor]:
         tokenizer_path=str(ROOT / "data/tokenizers/demo_1024_bpe.model"),
         train_seq_len=256, train_batch_tokens=1024, warmup_steps=0, max_wallclock_seconds=seconds, warmdown_iters=10,
         ema_decay=0.9, train_log_every=0, compile="0", late_qat_threshold=0.0)
-    trainer = t.Trainer(t.GPT(hp), t.TokenLoader(hp, 0, 1), quiet_runtime())
-    done = t.train(trainer, lambda: (0.0, 0.0))
-    print(f"weights: default shapes, {done['steps']} steps of 1024 tokens in {done['seconds']:.0f} s")
+    trainer = t.Trainer(t.GPT(hp), t.TokenLoader(hp, 0, 1), t.Runtime("", {}))
+    t.train(trainer, lambda: (0.0, 0.0))
+    print(f"weights: default shapes, {trainer.steps} steps of 1024 tokens in {trainer.seconds:.0f} s")
     return trainer.model.state_dict()
 
 

@@ -32,24 +32,16 @@ def demo_settings(**changes) -> t.Hyperparameters:
     return t.Hyperparameters.from_env(env | {k: str(v) for k, v in changes.items()})
 
 
-def quiet_runtime() -> t.Runtime:
-    """One rank on the CPU, without a log file."""
-    rt = object.__new__(t.Runtime)
-    rt.rank, rt.world_size, rt.device, rt.log_file, rt.previous_step = 0, 1, torch.device("cpu"), None, None
-    rt.log = lambda line, console=True: None
-    return rt
-
-
 def bpb(model, state, tokens, stream_bytes) -> float:
     model.load_state_dict(state)
-    nll, _ = t.collect(t.score_stream(model, model, tokens, model.hp.eval_seq_len, quiet_runtime()))
+    nll, _ = t.collect(t.score_stream(model, model, tokens, model.hp.eval_seq_len, t.Runtime("", {})))
     return t.bits_per_byte(nll, stream_bytes)
 
 
 def one_run(hp, tokens, stream_bytes) -> dict[str, tuple[float, float]]:
     """averaging -> (bpb of the float weights, bpb after the round trip)."""
     torch.manual_seed(hp.seed)
-    trainer = t.Trainer(t.GPT(hp), t.TokenLoader(hp, 0, 1), quiet_runtime())
+    trainer = t.Trainer(t.GPT(hp), t.TokenLoader(hp, 0, 1), t.Runtime("", {}))
     last, train_step = {}, trainer.step
 
     def step(*args, **named):                   # keeps the last weights, before train() loads the average
@@ -61,7 +53,8 @@ def one_run(hp, tokens, stream_bytes) -> dict[str, tuple[float, float]]:
     t.train(trainer, lambda: (0.0, 0.0))
     names, results = [n for n, _ in trainer.model.named_parameters()], {}
     for averaging in ("none", "ema", "swa", "ema_swa"):
-        chosen = t.averaged_parameters(trainer.averages, t.Hyperparameters(averaging=averaging)) or last["weights"]
+        watched = {name: trainer.averages[name] for name in averaging.split("_") if name in trainer.averages}
+        chosen = t.averaged_parameters(watched) or last["weights"]
         state = dict(zip(names, chosen))
         float_bpb = bpb(trainer.model, state, tokens, stream_bytes)
         results[averaging] = float_bpb, bpb(trainer.model, t.unpack(t.pack(state, hp)), tokens, stream_bytes)

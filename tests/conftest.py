@@ -1,7 +1,10 @@
 """Shared by all tests: a small corpus in the challenge's format, small settings, fresh random numbers."""
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -66,14 +69,90 @@ def corpus(tmp_path_factory) -> dict[str, str]:
     return dict(DATA_PATH=str(folder), TOKENIZER_PATH=str(folder / "tiny.model"))
 
 
-def run_script(cwd: Path, ranks: int = 1, script: Path = ROOT / "train_gpt.py", **env) -> subprocess.CompletedProcess:
+SCRIPT = ROOT / "train_gpt.py"
+
+
+def start_script(cwd: Path, ranks: int = 1, script: Path = SCRIPT, **env) -> subprocess.Popen:
     """train_gpt.py as users start it: under torchrun, or plainly with ranks=0."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV")}
     settings = {k: str(v) for k, v in {**TINY, **env}.items()}
     env = {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **settings}
-    return subprocess.run([sys.executable, *launcher, str(script)], cwd=cwd, env=env, capture_output=True, text=True,
-                          timeout=240)
+    return subprocess.Popen([sys.executable, *launcher, str(script)], cwd=cwd, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Waits; what does not end is killed, and with it the ranks that torchrun started."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except BaseException:
+        for pid in [*workers(process).values(), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_script(cwd: Path, ranks: int = 1, script: Path = SCRIPT, **env) -> subprocess.CompletedProcess:
+    return finish(start_script(cwd, ranks, script, **env))
+
+
+def workers(process: subprocess.Popen) -> dict[int, int]:
+    """rank -> process id, of the ranks that this torchrun started."""
+    found = {}
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        environ = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        found |= {int(pair[5:]): int(pid) for pair in environ if pair.startswith("RANK=")}
+    return found
+
+
+def wait_for(log: Path, pattern: str, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Until a line of `log` starts with `pattern` (no line of the source, with which a log begins, should)."""
+    end = time.monotonic() + seconds
+    while not (log.exists() and re.search("^" + pattern, log.read_text(), re.M)):
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            raise AssertionError(f"{pattern} did not come: {process.communicate()}")
+        time.sleep(0.01)
+
+
+def patched(path: Path, body: str) -> Path:
+    """A script that is train_gpt.py after `body`, which knows it as t and may wrap what it calls: so a fault comes
+    at one exact moment."""
+    path.write_text(f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train_gpt as t
+RANK = int(os.environ.get("RANK", 0))
+{body}
+try:
+    t.main(dict(os.environ))
+except BaseException as error:
+    t.end(error)
+t.end(None)
+""")
+    return path
+
+
+BEFORE_STEP = """
+plain_step = t.Trainer.step
+def step(trainer, scale, quantize):
+    before(trainer)
+    return plain_step(trainer, scale, quantize)
+t.Trainer.step = step
+"""
+
+
+@pytest.fixture(scope="session")
+def runs(corpus, tmp_path_factory):
+    """The same run on 1, 2 and 4 ranks: ranks -> (folder, what it said)."""
+    done = {}
+    for ranks in (1, 2, 4):
+        cwd = tmp_path_factory.mktemp(f"ranks{ranks}")
+        result = run_script(cwd, ranks, **corpus, NUM_LAYER=3)
+        assert result.returncode == 0, result.stderr[-3000:]
+        done[ranks] = cwd, result
+    return done
 
 
 def values(log: str, line_start: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import tiny
 from reference import Predictor
-from test_scoring import score, t_runtime
+from test_scoring import score
 
 import train_gpt as t
 
@@ -24,7 +24,7 @@ SMALL = dict(NUM_LAYERS=2, VE_LAYERS="1", ITERATIONS=80, WARMDOWN_ITERS=40, TRAI
 def artifact(corpus) -> tuple[bytes, t.Hyperparameters, np.ndarray]:
     """The bytes of a model trained here, and the stream."""
     torch.manual_seed(7)
-    hp, rt = tiny(**corpus, **SMALL), t_runtime()
+    hp, rt = tiny(**corpus, **SMALL), t.Runtime("", {})
     trainer = t.Trainer(t.GPT(hp), t.TokenLoader(hp, 0, 1), rt)
     t.train(trainer, lambda: (0.0, 0.0))
     return t.pack(trainer.model.state_dict(), hp), hp, np.array(t.load_validation(hp)[:TOKENS])
@@ -40,7 +40,7 @@ def load(blob: bytes, hp) -> t.GPT:
 def model_distribution(model, known: list[int], targets: int) -> np.ndarray:
     """p(v) of the token after `known`, in the window that scores it; what is not known yet is zeros."""
     hp, j = model.hp, len(known) - 1
-    starts, first = t.windows(targets, hp.eval_seq_len, hp.eval_stride)
+    starts, first, _ = t.windows(0, targets, hp.eval_seq_len, hp.eval_stride)
     start = int(starts[np.searchsorted(first, j, "right") - 1])
     window = np.zeros(hp.eval_seq_len, np.int64)
     window[: j + 1 - start] = known[start:]

@@ -29,7 +29,7 @@ def test_muon_step_is_the_written_rule(rng):
     hp = tiny(MATRIX_LR=0.1, MUON_WD=0.2)
     params = [torch.nn.Parameter(torch.randn(s)) for s in ((8, 4), (4, 8), (8, 4))]
     plain, buffers = [p.detach().clone() for p in params], [torch.zeros_like(p) for p in params]
-    muon = t.Muon(params, hp)
+    muon = t.Muon(params, hp, t.Runtime("", {}))
     for step in range(3):
         momentum = t.muon_momentum(step * 100, hp)
         for group in muon.param_groups:
@@ -40,6 +40,9 @@ def test_muon_step_is_the_written_rule(rng):
             m.mul_(momentum).add_(p.grad)
             update = t.orthogonalize(p.grad + momentum * m, 5) * math.sqrt(max(1, p.size(0) / p.size(1)))
             w.mul_(1 - 0.1 * 0.2).sub_(0.1 * update)
+        muon.start_reduce()
+        muon.finish_reduce()
+        muon.start_step()
         muon.step()
     for p, w in zip(params, plain):
         torch.testing.assert_close(p.detach(), w)
@@ -48,7 +51,7 @@ def test_muon_step_is_the_written_rule(rng):
 @pytest.mark.parametrize("tied", [0, 1])
 def test_each_parameter_has_the_right_optimizer(tied):
     model = t.GPT(tiny(TIE_EMBEDDINGS=tied))
-    muon, adam = t.build_optimizers(model, model.hp)
+    muon, adam = t.build_optimizers(model, model.hp, t.Runtime("", {}))
     names = {id(p): n for n, p in model.named_parameters()}
     in_muon = {names[id(p)] for g in muon.param_groups for p in g["params"]}
     assert in_muon == {n for n in names.values() if n.startswith("blocks.") and n.endswith(".weight")} | {
@@ -63,9 +66,9 @@ def test_each_parameter_has_the_right_optimizer(tied):
 
 def test_a_parameter_without_optimizer_is_noticed(monkeypatch):
     model = t.GPT(tiny())
-    monkeypatch.setattr(t, "Muon", lambda matrices, hp: torch.optim.SGD(matrices[1:], 0.1))
+    monkeypatch.setattr(t, "Muon", lambda matrices, hp, rt: torch.optim.SGD(matrices[1:], 0.1))
     with pytest.raises(AssertionError, match="exactly one optimizer"):
-        t.build_optimizers(model, model.hp)
+        t.build_optimizers(model, model.hp, t.Runtime("", {}))
 
 
 def test_lr_scale_by_steps_and_by_time():
@@ -85,7 +88,7 @@ def test_muon_momentum_warms_up():
 
 def test_averages_are_the_means_they_claim(rng):
     snapshots = [torch.randn(3, 2) for _ in range(9)]
-    ema, swa = t.WeightAverage(0.8), t.WeightAverage(1.0)
+    ema, swa = (t.WeightAverage(decay, snapshots[:1]) for decay in (0.8, 1.0))
     for s in snapshots:
         ema.update([s])
         swa.update([s])
@@ -97,7 +100,7 @@ def test_averages_are_the_means_they_claim(rng):
 
 def test_long_running_ema_is_the_plain_recursion(rng):
     """From some hundred steps on the bias correction is gone: 0.997 means 0.997."""
-    ema = t.WeightAverage(0.9)
+    ema = t.WeightAverage(0.9, [torch.zeros(2)])
     for _ in range(400):
         ema.update([torch.randn(2)])
     before, new = ema.mean[0].clone(), torch.randn(2)
@@ -107,11 +110,19 @@ def test_long_running_ema_is_the_plain_recursion(rng):
 
 @pytest.mark.parametrize("averaging", ["none", "ema", "swa", "ema_swa"])
 def test_the_average_that_is_named_is_the_one_that_is_used(averaging, rng):
-    hp = tiny(AVERAGING=averaging)
-    a, b = t.WeightAverage(0.5), t.WeightAverage(1.0)
-    for _ in range(3):
-        a.update([torch.randn(4)])
-        b.update([torch.randn(4)])
-    got = t.averaged_parameters(dict(ema=a, swa=b), hp)
-    expected = dict(none=None, ema=a.mean[0], swa=b.mean[0], ema_swa=(a.mean[0] + b.mean[0]) / 2)[averaging]
-    assert got is None if expected is None else torch.allclose(got[0], expected)
+    model = t.GPT(tiny(AVERAGING=averaging))
+    averages = t.Trainer(model, None, t.Runtime("", {})).averages
+    assert "_".join(averages) == averaging.replace("none", "")
+    for average in averages.values():
+        average.update([torch.randn_like(p) for p in average.mean])
+    got, means = t.averaged_parameters(averages), [average.mean[0] for average in averages.values()]
+    assert got is None if averaging == "none" else torch.allclose(got[0], sum(means) / len(means))
+
+
+def test_an_average_that_never_began_is_not_used(rng):
+    """SWA without a snapshot: the EMA alone, or else the last weights."""
+    parameters = [torch.randn(3)]
+    ema, swa = (t.WeightAverage(decay, parameters) for decay in (0.5, 1.0))
+    assert t.averaged_parameters(dict(ema=ema, swa=swa)) is None
+    ema.update(parameters)
+    torch.testing.assert_close(t.averaged_parameters(dict(ema=ema, swa=swa)), parameters)

@@ -15,14 +15,16 @@ import train_gpt as t
 @given(st.integers(1, 400), st.integers(1, 60), st.data())
 def test_windows_score_every_target_once_with_enough_context(targets, length, data):
     stride = data.draw(st.integers(1, length))
-    starts, first = t.windows(targets, length, stride)
+    begin = data.draw(st.integers(0, targets - 1))
     T = min(length, targets)
-    scored = [j for s, f in zip(starts, first) for j in range(f, s + T)]
-    assert scored == list(range(targets))                                       # each once, in stream order
-    assert starts[0] == 0 and first[0] == 0 and starts[-1] + T == targets       # the first whole, the last at the end
-    for s, f in list(zip(starts, first))[1:]:
-        assert f - s >= T - stride                                              # context before the first scored
-    assert all(b - a == stride for a, b in zip(starts[:-2], starts[1:-1]))      # strides of exactly `stride`
+    starts, first, ends = t.windows(begin, targets, T, stride)
+    scored = [j for f, e in zip(first, ends) for j in range(f, e)]
+    assert scored == list(range(begin, targets))                                # each once, in stream order
+    assert (first < ends).all() and ends[-1] == targets                         # none is empty
+    for s, f, e in list(zip(starts, first, ends))[begin == 0:]:
+        assert s >= 0 and e - s <= T and f - s >= min(f, T - stride)            # context before the first scored
+    assert begin or starts[0] == 0 and ends[0] == T                             # the stream's first window is whole
+    assert all(b - a == stride for a, b in zip(ends[:-2], ends[1:-1]))          # strides of exactly `stride`
 
 
 def plain_scores(model, tokens, stride):
@@ -53,30 +55,35 @@ def test_score_stream_equals_one_window_at_a_time(rng, length, stride, targets):
     np.testing.assert_allclose(entropy, expected[1], rtol=2e-5, atol=2e-5)
 
 
-def t_runtime(rank=0, world_size=1):
-    """A Runtime without a log file or a process group."""
-    rt = object.__new__(t.Runtime)
-    rt.rank, rt.world_size, rt.device, rt.log_file = rank, world_size, torch.device("cpu"), None
-    rt.log = lambda line, console=True: None
-    return rt
-
-
-def score(model, tokens, stride):
-    return t.collect(t.score_stream(model, model, tokens, stride, t_runtime()))
+def score(model, tokens, stride, part=None):
+    return t.collect(t.score_stream(model, model, tokens, stride, t.Runtime("", {}), part))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8, 50])
 def test_ranks_share_the_windows(rng, world_size, monkeypatch):
+    """What the ranks contribute, seen before the sum: each target by exactly one of them, with the same numbers."""
     hp = tiny(VAL_BATCH_SIZE=128)
-    model, tokens = t.GPT(hp), rng.integers(0, 300, 300).astype(np.uint16)
-    monkeypatch.setattr(t.Runtime, "gather", lambda self, array: array)
+    model, tokens, sent = t.GPT(hp), rng.integers(0, 300, 300).astype(np.uint16), {}
     whole = score(model, tokens, 8)
     for batches in (1, 3, 100):
         monkeypatch.setattr(t, "SEGMENT_BATCHES", batches)
-        ranks = [t.score_stream(model, model, tokens, 8, t_runtime(r, world_size)) for r in range(world_size)]
-        segments = [[np.concatenate(parts) for parts in zip(*same)] for same in zip(*ranks)]   # as gather joins them
-        for got, expected in zip(t.collect(segments), whole):
-            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+        for rank in range(world_size):
+            rt = t.Runtime("", {})
+            rt.rank, rt.world_size, sent[rank] = rank, world_size, []
+            rt.sum = lambda x, rank=rank: (sent[rank].append(x.clone()), x)[1]
+            yielded = t.collect(t.score_stream(model, model, tokens, 8, rt))
+            assert yielded.shape == (2, 0 if rank else 299)
+        parts = torch.stack([torch.cat(sent[rank], 1) for rank in range(world_size)])
+        assert ((parts[:, 0] != 0).sum(0) == 1).all()
+        np.testing.assert_allclose(parts.sum(0).numpy(), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_part_of_the_stream_gets_the_scores_it_has_in_the_whole(rng):
+    """Begun at a multiple of the stride, its windows are those of the whole, to rounding."""
+    model, tokens = t.GPT(tiny(VAL_BATCH_SIZE=128)), rng.integers(0, 300, 300).astype(np.uint16)
+    whole = score(model, tokens, 8)
+    for begin, end in ((0, 100), (32, 299), (80, 296), (40, 41)):
+        np.testing.assert_allclose(score(model, tokens, 8, (begin, end)), whole[:, begin:end], rtol=1e-4, atol=1e-5)
 
 
 def test_only_scored_positions_go_through_the_head(rng, monkeypatch):

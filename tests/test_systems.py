@@ -14,7 +14,8 @@ import train_gpt as t
 # what a script itself sets is left to it
 OWN = ("NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "XSA_LAST_N", "LATE_QAT_THRESHOLD", "EMA_DECAY")
 SMALL = {k: v for k, v in TINY.items() if k not in OWN} | dict(
-    NUM_HEADS=8, WARMDOWN_ITERS=10, SWA_EVERY=1, SWA_THRESHOLD=0.8, NGRAM_BUCKETS=65_536, TTT_CHUNK_TOKENS=2048, CHECKPOINT_EVERY=1000)
+    NUM_HEADS=8, WARMDOWN_ITERS=10, SWA_EVERY=1, SWA_THRESHOLD=0.8,
+    NGRAM_BUCKETS=65_536, TTT_CHUNK_TOKENS=2048, CHECKPOINT_EVERY=1000)
 
 
 @pytest.fixture(scope="module")

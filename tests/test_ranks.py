@@ -1,0 +1,408 @@
+"""One score whatever the number of ranks and however often the run was interrupted; what is resumed or scored again."""
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BEFORE_STEP, ROOT, SCRIPT, finish, patched, run_script, start_script, tiny, values, write_shard
+
+import train_gpt as t
+
+SCORES = ("final_float_exact", "final_int6_roundtrip_exact", "final_int6_sliding_window_exact", "final_ngram_exact")
+
+
+def log_of(cwd: Path, name: str = "test") -> str:
+    """The log without the source at its beginning."""
+    return (cwd / f"logs/{name}.txt").read_text().split("=" * 100 + "\n")[-1]
+
+
+def losses(log: str) -> dict[int, str]:
+    return {int(step): loss for step, loss in re.findall(r"^step:(\d+)/\d+ train_loss:(\S+)", log, re.M)}
+
+
+def score_lines(log: str) -> list[str]:
+    return [re.sub(r" (eval|added)_time:\S+", "", line) for line in log.splitlines() if line.startswith(SCORES)]
+
+
+# ---- equal whatever the number of ranks
+
+def test_batches_of_any_number_of_ranks_are_those_of_one(corpus):
+    hp = tiny(**corpus, MICRO_BATCH_TOKENS=64)
+
+    def batch(world_size, step):
+        loaders = [t.TokenLoader(hp, rank, world_size) for rank in range(world_size)]
+        parts = [ld.micro_batch(step, micro) for ld in loaders for micro in range(ld.accumulation)]
+        return [torch.cat(side) for side in zip(*parts)]
+
+    for step in (0, 1, 5, 300):
+        whole = batch(1, step)
+        for world_size in (2, 4, 8, 16):
+            assert all(map(torch.equal, batch(world_size, step), whole))
+
+
+def test_a_run_on_1_2_and_4_ranks_is_the_same_run(runs):
+    logs = {ranks: log_of(cwd) for ranks, (cwd, _) in runs.items()}
+    for ranks in (2, 4):
+        for name in SCORES:
+            one, more = (float(values(logs[r], name)["val_bpb"]) for r in (1, ranks))
+            assert one == pytest.approx(more, abs=1e-5), (name, ranks)
+        one, more = losses(logs[1]), losses(logs[ranks])
+        assert list(one) == list(more) == list(range(1, 13))
+        np.testing.assert_allclose(np.float64(list(one.values())), np.float64(list(more.values())), atol=1.01e-4)
+        for line in ("late_qat:", "averaging:", "train_tokens:"):
+            assert re.findall(f"^{line}.*", logs[1], re.M) == re.findall(f"^{line}.*", logs[ranks], re.M)
+
+
+@pytest.fixture(scope="module")
+def scored(runs, corpus, tmp_path_factory):
+    """The artifact of the run on one rank, scored again on 1, 2 and 4: ranks -> (log, arrays)."""
+    artifact, done = runs[1][0] / "final_model.int6.ptz", {}
+    for ranks in (1, 2, 4):
+        cwd = tmp_path_factory.mktemp(f"again{ranks}")
+        result = run_script(cwd, ranks, **corpus, EVAL_ONLY=artifact, SAVE_SCORES=1)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert sorted(p.name for p in cwd.rglob("*")) == ["logs", "test.txt", "test_scores.npz"]
+        with np.load(cwd / "logs/test_scores.npz", allow_pickle=False) as arrays:
+            done[ranks] = log_of(cwd), dict(arrays)
+    return done
+
+
+def test_eval_only_repeats_the_digits_of_the_run(runs, scored):
+    log, _ = scored[1]
+    assert score_lines(log) == score_lines(log_of(runs[1][0]))[1:]      # all but the float weights
+    for line in ("Serialized", "Code size", "Total submission size", "ngram_audit"):
+        assert values(log, line) == values(log_of(runs[1][0]), line)
+    assert "train_loss" not in log and "train_time" not in log
+
+
+def test_scores_and_counts_do_not_depend_on_the_ranks(scored, corpus):
+    tokens = t.load_validation(tiny(**corpus))
+    for ranks, (log, arrays) in scored.items():
+        for name in ("nll", "entropy"):
+            np.testing.assert_allclose(arrays[name], scored[1][1][name], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(arrays["mixed"], scored[1][1]["mixed"], rtol=0, atol=1e-4)
+        mixture = t.Mixture(tokens, tiny(**corpus))             # counted here, on no rank: the same, bit for bit
+        mixture.extend(arrays["nll"], arrays["entropy"])
+        assert np.array_equal(mixture.nll.astype(np.float32), arrays["mixed"]), ranks
+        for name in SCORES[1:]:
+            assert float(values(log, name)["val_bpb"]) == pytest.approx(
+                float(values(scored[1][0], name)["val_bpb"]), abs=1e-6)
+        assert json.loads(str(arrays["settings"]))["EVAL_STRIDE"] == "8"
+
+
+def test_updates_of_1_2_3_and_4_ranks_are_the_written_rule():
+    done = subprocess.run([sys.executable, ROOT / "tests/update_driver.py"], capture_output=True, text=True,
+                          timeout=200)
+    assert done.returncode == 0 and done.stdout.count("world_size:") == 4, done.stderr
+
+
+def test_one_rank_talks_to_nobody(monkeypatch, corpus):
+    """Not even to itself: no function of torch.distributed is called."""
+    for name in ("all_reduce", "broadcast", "all_gather", "barrier", "init_process_group"):
+        monkeypatch.setattr(t.dist, name, None)
+    monkeypatch.setattr(t, "REDUCE_SCATTER", None)
+    monkeypatch.setattr(t, "ALL_GATHER", None)
+    trainer = new_trainer(corpus, ITERATIONS=2)
+    t.train(trainer, lambda: (0.0, 0.0))
+    assert trainer.steps == 2
+
+
+# ---- ranks that disagree
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def pair(folder: Path, both: dict, second: dict, script: Path = SCRIPT) -> list[subprocess.Popen]:
+    """Two ranks started by hand, each in a folder of its own; the second with other settings or another script."""
+    group, ranks = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()), []
+    for rank, (file, changes) in enumerate(((SCRIPT, {}), (script, second))):
+        cwd = folder / str(rank)
+        cwd.mkdir(parents=True, exist_ok=True)
+        ranks.append(start_script(cwd, 0, file, RANK=rank, LOCAL_RANK=rank, **{**group, **both, **changes}))
+    return ranks
+
+
+def test_ranks_that_disagree_are_named(corpus, tmp_path):
+    """Other settings, another version of the script, other shards under the same name, no shards at all."""
+    other_code = tmp_path / "train_gpt.py"
+    other_code.write_text(SCRIPT.read_text() + "# another version\n")
+    for rank, first in (("0", 5), ("1", 6)):
+        write_shard(tmp_path / f"data/{rank}/data/fineweb_train_000000.bin", [first] * 2000)
+        write_shard(tmp_path / f"data/{rank}/data/fineweb_val_000000.bin", [5] * 2000)
+    started = {"settings": pair(tmp_path / "settings", corpus, dict(SEED=2)),
+               "train_gpt.py": pair(tmp_path / "code", corpus, {}, other_code),
+               "data files": pair(tmp_path / "data", dict(corpus, DATA_PATH="data"), {}),
+               "absent": pair(tmp_path / "absent", corpus, dict(DATA_PATH="nowhere"))}
+    for name, ranks in started.items():
+        first, second = (finish(process, 100) for process in ranks)
+        assert first.returncode and second.returncode
+        if name == "absent":
+            assert first.stderr == "train_gpt.py: error: another rank ended, see what it said\n"
+            assert second.stderr.startswith("train_gpt.py: error: rank 1: DATA_PATH=nowhere: no fineweb_train")
+        else:
+            said = f"rank 1: {name} differ from rank 0's: start the same files with the same settings everywhere"
+            assert first.stderr == f"train_gpt.py: error: {said}\n"
+            assert said in (tmp_path / {"train_gpt.py": "code", "data files": "data"}.get(name, name)
+                            / "0/logs/test.txt").read_text()
+        assert second.stderr.count("\n") == 1 and "Traceback" not in second.stderr
+        assert not list(tmp_path.rglob("*.ptz"))
+
+
+def test_a_number_of_ranks_that_does_not_divide_is_refused_with_the_nearest(corpus, tmp_path):
+    done = run_script(tmp_path, 3, **corpus)
+    assert done.returncode != 0 and done.stderr.count("train_gpt.py: error: ") == 1
+    assert ("error: 3 ranks cannot share TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN = 16 sequences equally: start 4 or 2 ranks"
+            in done.stderr)
+
+
+# ---- going on
+
+def new_trainer(corpus, log_path: Path | None = None, **changes) -> t.Trainer:
+    """As main() makes it, in this process and quiet; with a `log_path` it writes checkpoints beside it."""
+    hp, rt = tiny(**corpus, **changes), t.Runtime("", {})
+    torch.manual_seed(hp.seed)
+    trainer = t.Trainer(t.GPT(hp), t.TokenLoader(hp, 0, 1), rt)
+    rt.log_path, rt.log = log_path, lambda line, console=True: rt.lines.append(line)
+    rt.lines = []
+    return trainer
+
+
+def state(trainer: t.Trainer) -> dict:
+    counts = {name: average.count for name, average in trainer.averages.items()}
+    return {name: x.clone() for name, x in trainer.tensors().items()} | dict(steps=trainer.steps, counts=counts)
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert list(a) == list(b)
+    for name in a:
+        assert torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name], name
+
+
+STEADY = dict(AVERAGING="ema_swa", SWA_EVERY=2, SWA_THRESHOLD=0.9, ITERATIONS=9, WARMDOWN_ITERS=6, WARMUP_STEPS=2)
+
+
+def test_warm_up_leaves_no_trace(corpus):
+    trainer = new_trainer(corpus, **STEADY)
+    for _ in range(6):
+        trainer.step(0.3, False)
+    before = state(trainer)
+    trainer.warm_up()
+    assert before["counts"] == dict(ema=6, swa=3)
+    assert_same(before, state(trainer))
+
+
+def test_from_every_checkpoint_the_run_goes_on_as_if_never_interrupted(corpus, tmp_path, monkeypatch):
+    """CHECKPOINT_EVERY: a copy of each is kept, each is resumed in a fresh trainer, all end in the same bits."""
+    kept, path, save = [], tmp_path / "run.ckpt", t.Trainer.save
+
+    def keep(trainer):
+        save(trainer)
+        kept.append(shutil.copy(path, tmp_path / f"{trainer.steps}.ckpt"))
+
+    monkeypatch.setattr(t.Trainer, "save", keep)
+    whole = new_trainer(corpus, tmp_path / "run.txt", **STEADY, CHECKPOINT_EVERY=1e-9)
+    t.train(whole, lambda: (0.0, 0.0))
+    assert [Path(p).name for p in kept] == [f"{step}.ckpt" for step in range(10)]
+    monkeypatch.undo()
+    expected, said = state(whole), losses("\n".join(whole.rt.lines))
+    for path in kept:
+        trainer = new_trainer(corpus, tmp_path / "again.txt", **STEADY, SEED=99)
+        trainer.restore(str(path))
+        step = trainer.steps
+        assert trainer.seconds > 0 and any("SEED=99 here, 1337 in the checkpoint" in x for x in trainer.rt.lines)
+        t.train(trainer, lambda: (0.0, 0.0))
+        assert_same(expected, state(trainer))
+        assert losses("\n".join(trainer.rt.lines)) == {k: v for k, v in said.items() if k > step}
+        assert trainer.seconds > 0
+    assert {p.suffix for p in tmp_path.iterdir()} == {".ckpt"}          # nothing half-written is left
+
+
+def test_the_clock_goes_on_where_it_was(corpus, tmp_path):
+    trainer = new_trainer(corpus, tmp_path / "run.txt", **STEADY)
+    trainer.steps, trainer.seconds = 4, 1000.0
+    trainer.save()
+    again = new_trainer(corpus, tmp_path / "run.txt", **STEADY, MAX_WALLCLOCK_SECONDS=1200)
+    again.restore(str(tmp_path / "run.ckpt"))
+    t.train(again, lambda: (0.0, 0.0))
+    assert again.steps == 4 and 1000 <= again.seconds < 1100            # one more step of 250 s might pass the cap
+
+
+def a_pickle(path: Path) -> None:
+    np.savez(path.open("wb"), **{"model.embed.weight": np.array([object()], object)})
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda path: path.unlink(), "No such file"),
+    (lambda path: path.write_bytes(b""), "not a whole checkpoint"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-40_000]), "not a whole checkpoint"),
+    (lambda path: path.write_bytes(b"\x80\x04\x95 a pickle"), "not a whole checkpoint"),
+    (lambda path: path.write_bytes(b"PGOLF\x02" + bytes(5000)), "not a whole checkpoint"),
+    (lambda path: np.save(path.open("wb"), np.zeros(3)), "not a whole checkpoint"),
+    (a_pickle, "not a whole checkpoint: Object arrays cannot be loaded"),
+    (lambda path: np.savez(path.open("wb"), a=np.zeros(3)), r"model\.\S+ is absent, these settings need \(\d+,\)"),
+    (lambda path: zipfile.ZipFile(path, "w").writestr("a.txt", "text"), "model"),
+], ids=["missing", "empty", "cut", "pickle", "artifact", "npy", "pickle inside", "foreign", "zip"])
+def test_what_is_no_checkpoint_is_refused_in_one_line(corpus, tmp_path, spoil, said):
+    trainer, path = new_trainer(corpus, tmp_path / "run.txt"), tmp_path / "run.ckpt"
+    trainer.save()
+    spoil(path)
+    with pytest.raises(t.UserError, match=f"^RESUME={path}: .*{said}") as error:
+        trainer.restore(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_another_model_is_refused(corpus, tmp_path):
+    new_trainer(corpus, tmp_path / "run.txt", MODEL_DIM=32).save()
+    with pytest.raises(t.UserError, match=r"smear_gate is \(32,\), these settings need \(64,\): set what"):
+        new_trainer(corpus).restore(str(tmp_path / "run.ckpt"))
+    new_trainer(corpus, tmp_path / "run.txt", AVERAGING="none").save()
+    trainer = new_trainer(corpus)
+    with pytest.raises(t.UserError, match="ema.0 is absent, these settings need"):
+        trainer.restore(str(tmp_path / "run.ckpt"))
+    assert trainer.rt.lines == ["warning: AVERAGING=ema here, none in the checkpoint"]
+
+
+def test_a_damaged_checkpoint_never_gets_in(corpus, tmp_path, rng):
+    """Bits turned, bytes cut out or put in, anywhere: one line, or what is read is what was written."""
+    small = dict(NUM_LAYERS=2, VE_LAYERS="1", MODEL_DIM=16, VE_DIM=2, BIGRAM_DIM=2, VOCAB_SIZE=512, ROPE_DIMS=2)
+    trainer, path = new_trainer(corpus, tmp_path / "run.txt", **small), tmp_path / "run.ckpt"
+    trainer.save()
+    blob, whole = path.read_bytes(), t.read_checkpoint(str(path))
+    directory, refused = blob.rindex(b"PK\x01\x02") - 60 * len(whole), 0
+    for i in range(300):
+        damaged, at = bytearray(blob), int(rng.integers(*((0, len(blob)), (directory, len(blob)), (0, 400))[i % 3]))
+        if i % 2:
+            damaged[at] ^= 1 << int(rng.integers(0, 8))
+        else:
+            damaged[at: at + int(rng.integers(0, 9))] = rng.bytes(int(rng.integers(0, 9)))
+        path.write_bytes(damaged)
+        try:
+            assert all(np.array_equal(array, whole[name]) for name, array in t.read_checkpoint(str(path)).items()
+                       if name in whole), i
+        except t.UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 150
+
+
+INTERRUPT = BEFORE_STEP + """
+def before(trainer):
+    if trainer.steps >= 7 and not trainer.hp.resume:
+        if trainer.steps == 7 and RANK == 0:
+            os.kill(os.getppid(), signal.SIGTERM)                      # torchrun
+        time.sleep(0.2)                                                # until the signal comes
+"""
+
+
+@pytest.fixture(scope="module")
+def interrupted(corpus, tmp_path_factory):
+    """Two ranks, stopped by SIGTERM to torchrun: (folder, what it said, settings)."""
+    settings = {**corpus, **STEADY, "ITERATIONS": 40, "WARMDOWN_ITERS": 35, "NGRAM_ENABLED": 0}
+    cwd = tmp_path_factory.mktemp("interrupted")
+    done = run_script(cwd, 2, patched(cwd.with_suffix(".py"), INTERRUPT), **settings)
+    return cwd, done, settings
+
+
+def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_digits(interrupted, tmp_path):
+    cwd, stopped, settings = interrupted
+    first = log_of(cwd)
+    assert stopped.returncode != 0 and not list(cwd.rglob("*.tmp")) and not list(cwd.glob("*.ptz"))
+    step = int(re.search(r"^error: Stopped: step:(\d+)/40: stopped by SIGTERM; RESUME=logs/test.ckpt goes on from "
+                         "there$", first, re.M)[1])
+    assert 7 < step < 40 and list(losses(first)) == list(range(1, step + 1))
+    whole = run_script(tmp_path, 2, **settings)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    expected = log_of(tmp_path)
+    for ranks, name in ((2, "test_2"), (1, "test_3")):
+        done = run_script(cwd, ranks, **settings, RESUME="logs/test.ckpt")
+        assert done.returncode == 0, done.stderr[-3000:]
+        log = log_of(cwd, name)
+        assert values(log, "resume:logs/test.ckpt")["step"] == str(step) and "warning" not in log
+        both = losses(first) | losses(log)
+        if ranks == 2:
+            assert both == losses(expected) and score_lines(log) == score_lines(expected)
+        else:
+            np.testing.assert_allclose(np.float64(list(both.values())), np.float64(list(losses(expected).values())),
+                                       atol=2e-4)
+            for line in SCORES[:3]:
+                assert float(values(log, line)["val_bpb"]) == pytest.approx(
+                    float(values(expected, line)["val_bpb"]), abs=1e-4)
+    assert (cwd / "logs/test.ckpt").exists() and not (cwd / "logs/test_2.ckpt").exists()
+
+
+# ---- evaluate again
+
+def test_what_cannot_be_scored_again_is_refused_in_one_line(corpus, tmp_path, runs):
+    artifact, hp = runs[1][0] / "final_model.int6.ptz", tiny(**corpus)
+    blob = artifact.read_bytes()
+    for spoilt, said in ((None, "No such file"), (blob[:-1], "cut or damaged"), (b"PK", "not an artifact"),
+                         (t.pack(t.GPT(tiny(MODEL_DIM=32)).state_dict(), hp), "the settings describe"),
+                         (t.pack(t.GPT(tiny(NUM_LAYERS=5)).state_dict(), hp), "absent")):
+        path = tmp_path / "a.ptz"
+        path.unlink(missing_ok=True)
+        if spoilt is not None:
+            path.write_bytes(spoilt)
+        with pytest.raises(t.UserError, match=f"^{path}: .*({said})") as error:
+            t.load_artifact(t.GPT(hp), path, t.Runtime("", {}))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("setting", ["EVAL_ONLY", "RESUME"])
+def test_a_file_that_is_not_there_is_named_by_the_script(corpus, tmp_path, setting):
+    done = run_script(tmp_path, 0, **corpus, **{setting: "nowhere"})
+    assert done.returncode != 0 and done.stderr.count("\n") == 1 and "nowhere: " in done.stderr
+    assert done.stderr.startswith("train_gpt.py: error: ")
+    assert "error: UserError: " in log_of(tmp_path)
+
+
+def fake_scoring(monkeypatch, seconds_per_window: float, targets: int = 100_000):
+    """score_stream without a model: segments of 1,000 targets that take their time on a clock of their own."""
+    clock, began = [0.0], []
+
+    def stream(trunk, model, tokens, stride, rt, part=None):
+        began.append(stride)
+        for start in range(0, targets, 1000):
+            clock[0] += min(1000, targets - start) / stride * seconds_per_window
+            yield np.zeros((2, min(1000, targets - start)), np.float32)
+
+    monkeypatch.setattr(t, "score_stream", stream)
+    monkeypatch.setattr(t.time, "perf_counter", lambda: clock[0])
+    return began
+
+
+@pytest.mark.parametrize("budget, expected", [
+    (0, [64]), (1700, [64]), (1610, [64, 96]), (1200, [64, 96]), (1000, [64, 96, 128]), (500, [64, 96, 128, 256]),
+    (1, [64, 96, 128, 256])])
+def test_the_stride_is_the_smallest_that_fits_95_percent_of_the_budget(corpus, monkeypatch, budget, expected):
+    """A window takes a second: 1,562 s at stride 64, 1,042 at 96, 781 at 128, 391 at 256, and what was tried."""
+    trainer = new_trainer(corpus, EVAL_SEQ_LEN=2048, EVAL_STRIDE=64, EVAL_BUDGET_SECONDS=budget)
+    tried = fake_scoring(monkeypatch, 1.0)
+    stride, segments = t.scores_in_time(trainer, np.zeros(100_001, np.uint16), 0.0)
+    assert tried == expected and stride == expected[-1]
+    assert sum(part.shape[1] for part in segments) == 100_000           # each target once, of the last stride only
+    if budget:
+        assert len(trainer.rt.lines) == len(expected) and all("eval_budget projected:" in x for x in trainer.rt.lines)
+
+
+def test_a_budget_that_is_too_small_makes_the_stride_grow_and_says_so(corpus, runs, tmp_path):
+    done = run_script(tmp_path, 2, **corpus, EVAL_ONLY=runs[1][0] / "final_model.int6.ptz", NGRAM_ENABLED=0,
+                      EVAL_SEQ_LEN=256, EVAL_STRIDE=16, EVAL_BUDGET_SECONDS=0.01, VAL_BATCH_SIZE=1024)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = log_of(tmp_path)
+    tried = re.findall(r"^eval_budget projected:\S+s budget:0.01s stride:(\d+)$", log, re.M)
+    assert tried == ["16", "96", "128", "256"]
+    assert values(log, "final_int6_sliding_window_exact")["stride"] == "256"
+    total = values(log, "total_eval_time")
+    assert total["stride"] == "256" and total["budget"] == "0.01s" and float(total["total_eval_time"][:-1]) > 0
+    roundtrip, sliding = (values(log, name)["val_bpb"] for name in SCORES[1:3])
+    assert float(roundtrip) == pytest.approx(float(sliding), abs=1e-6)  # stride 256 is what the round trip takes
