@@ -1,6 +1,8 @@
 # make demo   train, pack, reload, score and mix on a corpus built from this Python's documentation; no download, no GPU
 # make test   the whole suite
 # make prove  a range coder and a decoder: the score is a code length, and hashed counts are none
+# make record README tables, submission.json and figures from the logs that README names; then the reviewers' checks
+# make check  the reviewers' checks alone
 # make lint   ruff
 # make bench  speed and size, as ratios measured in one run
 # Each target sets up what it needs in .venv; nothing outside this folder changes.
@@ -9,7 +11,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 DEV := pytest hypothesis constriction matplotlib ruff
 
-.PHONY: demo test prove lint bench setup clean
+.PHONY: demo test prove record check lint bench setup clean
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt constraints.txt
@@ -27,6 +29,16 @@ test: setup
 
 prove: setup
 	$(RUN) -m pytest tests/test_decodable.py -q -s
+
+record: setup
+	$(RUN) make_record.py report
+	$(RUN) make_record.py systems logs/systems/*.txt
+	$(RUN) make_record.py settings
+	$(RUN) make_record.py plot
+	$(RUN) make_record.py check
+
+check: setup
+	$(RUN) make_record.py check
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -357,7 +357,6 @@ def read_runs(logs: list[Log]) -> list[Run]:
 # --- 3. Report ----------------------------------------------------------------------------------------------------
 # README's table and submission.json are functions of the logs and of what a person says about the submission.
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PERSONAL = {  # what no log knows: --help text of the flag
     "author": "who made it", "github_id": "GitHub account", "name": "title of the submission",
     "blurb": "one or two sentences on what it does", "date": "of the submission, YYYY-MM-DD",
@@ -536,15 +535,15 @@ def read_text(path: Path) -> str:
         raise RecordError(f"{path}: byte {error.start} is not UTF-8, expected text") from None
 
 
-def split_readme(path: Path) -> tuple[str, str, str]:
-    """README up to and with the first marker, what is between, from the second marker on."""
-    text = read_text(path)
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise RecordError(f"{path}: found {text.count(BEGIN)} x {BEGIN} and {text.count(END)} x {END}, expected each "
-                          "once, in this order; put them where the results table belongs")
-    before, _, rest = text.partition(BEGIN)
-    between, _, after = rest.partition(END)
-    return before + BEGIN, between, END + after
+def split_readme(path: Path, part: str = "results") -> tuple[str, str, str]:
+    """README up to and with the first marker of `part`, what is between, from the second marker on."""
+    text, begin, end = read_text(path), f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise RecordError(f"{path}: found {text.count(begin)} x {begin} and {text.count(end)} x {end}, expected each "
+                          f"once, in this order; put them where the {part} table belongs")
+    before, _, rest = text.partition(begin)
+    between, _, after = rest.partition(end)
+    return before + begin, between, end + after
 
 
 def write_all(texts: dict[Path, str]) -> None:
@@ -574,6 +573,67 @@ def report(paths: list[Path], folder: Path, flags: dict[str, str | None]) -> lis
     write_all({folder / "README.md": f"{before}\n{results_table(runs, folder)}\n{after}",
                folder / "submission.json": json.dumps(found, indent=2, ensure_ascii=False) + "\n"})
     return runs
+
+
+def systems_table(runs: dict[str, list[Run]]) -> str:
+    """A row per system: means over its seeds, and the sample standard deviation of the mixed bpb."""
+    heads = ("System", "seeds", "neural bpb", "**mixed bpb**, exact counts", "std", "hashed, *not a bpb*",
+             "its mass", "artifact bytes", "train s", "eval s")
+    rows = [heads, ["---"] * len(heads)]
+    for name, same in runs.items():
+        def mean(read, same=same) -> float:
+            return statistics.fmean(map(read, same))
+        hashed = [run.log.find("final_ngram_hashed") for run in same]
+        bpbs = [run.val_bpb for run in same]
+        rows.append((
+            f"`runs/{name}.sh`", ", ".join(str(run.seed) for run in same), f"{mean(lambda run: run.neural):.4f}",
+            f"**{statistics.fmean(bpbs):.4f}**", f"{statistics.stdev(bpbs):.4f}" if len(same) > 1 else "-",
+            f"*{statistics.fmean(line.number('pseudo_bpb') for line in hashed):.4f}*",
+            f"{statistics.fmean(line.number('mass') for line in hashed):.1f}",
+            f"{mean(lambda run: run.artifact_bytes):,.0f}", f"{mean(lambda run: run.train_s):.1f}",
+            f"{mean(lambda run: run.eval_s):.1f}"))
+    every_run = [run for same in runs.values() for run in same]
+    facts = data_facts(every_run)
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "",
+                      f"Measured on {hardware(every_run)}; {facts['val']}: {facts['val_targets']:,} targets. Hashed: what "
+                      "the pull request's method reports; its counts sum to the mass over the vocabulary, not to 1."])
+
+
+def systems(paths: list[Path], folder: Path) -> dict[str, list[Run]]:
+    """Rewrites README's table of systems from logs named <system>_seed<seed>.txt. RecordError: nothing is written."""
+    before, _, after = split_readme(folder / "README.md", "systems")
+    groups: dict[str, list[Log]] = {}
+    for path in paths:
+        name, mark, _ = path.stem.rpartition("_seed")
+        if not mark:
+            raise RecordError(f"{path}: its name says no system, expected <system>_seed<seed>.txt; set RUN_ID so")
+        groups.setdefault(name, []).append(parse_log(path))
+    runs = {name: read_runs(logs) for name, logs in groups.items()}
+    write_all({folder / "README.md": f"{before}\n{systems_table(runs)}\n{after}"})
+    return runs
+
+
+def settings_table(script: Path) -> str:
+    """Every environment variable of `script`, its default, range and meaning, from its Hyperparameters."""
+    spec = importlib.util.spec_from_file_location("train_gpt", script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    rows, defaults = ["| variable | default | range | meaning |", "|---|---|---|---|"], module.Hyperparameters().as_env()
+    for field in fields(module.Hyperparameters):
+        low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
+        doc = field.metadata["doc"].replace("<", "\\<")
+        bounds = [f"{bound:,}" for bound in (low, high) if bound is not None]
+        span = ", ".join(choices or ()) or " to ".join(bounds)
+        span = f"from {span}" if low is not None and high is None else span
+        rows.append(f"| `{field.name.upper()}` | {defaults[field.name.upper()]} | {span} | {doc} |")
+    return "\n".join(rows)
+
+
+def settings(folder: Path) -> None:
+    """Rewrites README's table of environment variables."""
+    before, _, after = split_readme(folder / "README.md", "settings")
+    write_all({folder / "README.md": f"{before}\n{settings_table(folder / 'train_gpt.py')}\n{after}"})
 
 
 # --- 4. Check -----------------------------------------------------------------------------------------------------
@@ -1180,6 +1240,11 @@ def arguments() -> argparse.ArgumentParser:
                            "status 1 if a check fails")
     one.add_argument("folder", nargs="?", type=Path, default=Path("."), help="the submission (default: here)")
     one.add_argument("--json", action="store_true", help="print the findings as JSON")
+    one = command("systems", "write README's table of the launch scripts' systems")
+    one.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="<system>_seed<seed>.txt")
+    one.add_argument("--folder", type=Path, default=Path("."), help="the submission (default: here)")
+    one = command("settings", "write README's table of environment variables")
+    one.add_argument("--folder", type=Path, default=Path("."), help="the submission (default: here)")
     one = command("plot", "draw the figures that README shows, from the reported logs, into logs/")
     one.add_argument("folder", nargs="?", type=Path, default=Path("."), help="the submission (default: here)")
     one = command("view", "make an HTML page of the scored text, coloured by what the mixture saved")
@@ -1205,6 +1270,17 @@ def run_report(args: argparse.Namespace) -> int:
     print(f"{args.folder / 'README.md'} and {args.folder / 'submission.json'}: "
           f"{statistics.fmean(run.val_bpb for run in runs):.4f} bpb over seeds "
           f"{', '.join(str(run.seed) for run in runs)}")
+    return 0
+
+
+def run_systems(args: argparse.Namespace) -> int:
+    runs = systems(args.logs, args.folder)
+    print(f"{args.folder / 'README.md'}: {', '.join(f'{name} ({len(same)} seeds)' for name, same in runs.items())}")
+    return 0
+
+
+def run_settings(args: argparse.Namespace) -> int:
+    settings(args.folder)
     return 0
 
 
@@ -1254,7 +1330,8 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(probe(Path(argv[1]), json.load(sys.stdin))))
         return 0
     args = arguments().parse_args(argv)
-    run = dict(report=run_report, check=run_check, plot=run_plot, view=run_view, copy=run_copy)[args.command]
+    run = dict(report=run_report, systems=run_systems, settings=run_settings, check=run_check, plot=run_plot,
+               view=run_view, copy=run_copy)[args.command]
     try:
         return run(args)
     except RecordError as error:
