@@ -595,8 +595,8 @@ def systems_table(runs: dict[str, list[Run]]) -> str:
     every_run = [run for same in runs.values() for run in same]
     facts = data_facts(every_run)
     return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "",
-                      f"Measured on {hardware(every_run)}; {facts['val']}: {facts['val_targets']:,} targets. Hashed: what "
-                      "the pull request's method reports; its counts sum to the mass over the vocabulary, not to 1."])
+                      f"Measured on {hardware(every_run)}; {facts['val']}: {facts['val_targets']:,} targets. Hashed: "
+                      "what the pull request's method reports; its counts sum to the mass over the vocabulary, not 1."])
 
 
 def systems(paths: list[Path], folder: Path) -> dict[str, list[Run]]:
@@ -619,7 +619,8 @@ def settings_table(script: Path) -> str:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    rows, defaults = ["| variable | default | range | meaning |", "|---|---|---|---|"], module.Hyperparameters().as_env()
+    rows = ["| variable | default | range | meaning |", "|---|---|---|---|"]
+    defaults = module.Hyperparameters().as_env()
     for field in fields(module.Hyperparameters):
         low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
         doc = field.metadata["doc"].replace("<", "\\<")

@@ -32,7 +32,8 @@ def good(corpus, tmp_path_factory):
     for name in ("train_gpt.py", "requirements.txt"):
         shutil.copy(ROOT / name, folder)
     (folder / "logs/figure.png").write_bytes(b"\x89PNG")
-    (folder / "README.md").write_text("# Tiny\n\n<!-- results:begin -->\nold\n<!-- results:end -->\n\n![loss](logs/figure.png)\n")
+    (folder / "README.md").write_text("# Tiny\n\n<!-- results:begin -->\nold\n<!-- results:end -->\n\n"
+                                      "![loss](logs/figure.png)\n")
     (folder / "logs/seed5.txt").write_text("another experiment, which nobody reports\n")
     assert m.main(["report", *logs_of(folder), "--folder", str(folder), *SAID]) == 0
     return folder
@@ -211,7 +212,8 @@ REFUSED = [
     ("no data line", changed(r"^data:tokenizer.*\n", ""), r"seed2.txt:\d+: the log ends without a line 'data:tok"),
     ("no text", lambda f: (f / "logs/seed2.txt").write_bytes(b"\xff\xfe"), r"seed2.txt: byte 0 is not UTF-8"),
     ("no log", lambda f: (f / "logs/seed2.txt").unlink(), r"seed2.txt: No such file"),
-    ("no markers", changed("<!-- results:begin -->", "", "README.md"), r"README.md: found 0 x <!-- results:begin --> and 1 x"),
+    ("no markers", changed("<!-- results:begin -->", "", "README.md"),
+     r"README.md: found 0 x <!-- results:begin --> and 1 x"),
     ("no JSON", lambda f: (f / "submission.json").write_text("{\n  oops\n}"), r"submission.json:2: .*expected JSON"),
     ("nobody", lambda f: (f / "submission.json").unlink(), r"submission.json: has no 'author'.*give --author"),
 ]

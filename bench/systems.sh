@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The README's table of systems: the three launch scripts at demo size on the built-in corpus, the same training time,
+# three seeds each; logs/systems/<system>_seed<seed>.txt. On two CPU cores about ten minutes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export DATA_PATH=data/datasets/demo_sp1024 TOKENIZER_PATH=data/tokenizers/demo_1024_bpe.model
+export NUM_LAYERS=5 MODEL_DIM=128 NUM_HEADS=4 VE_LAYERS=3,4 VE_DIM=32 BIGRAM_VOCAB_SIZE=1024 BIGRAM_DIM=32
+export TRAIN_BATCH_TOKENS=2048 TRAIN_SEQ_LEN=256 MAX_WALLCLOCK_SECONDS=${MAX_WALLCLOCK_SECONDS:-30} WARMUP_STEPS=2
+export WARMDOWN_ITERS=100 TRAIN_LOG_EVERY=50 EMA_DECAY=0.95 SWA_EVERY=5 MUON_MOMENTUM=0.95
+export MUON_MOMENTUM_WARMUP_STEPS=100 TIED_EMBED_LR=0.03 EVAL_SEQ_LEN=256 EVAL_STRIDE=64 VAL_BATCH_SIZE=16384
+mkdir -p logs/systems
+for system in backoff order_adaptive prefill; do
+    for seed in 42 1337 2025; do
+        name=${system}_seed$seed
+        rm -f "logs/$name.txt"
+        kv=$([ $system = order_adaptive ] && echo 4 || echo 2)
+        xsa=$([ $system = order_adaptive ] && echo 5 || echo 2)
+        NUM_KV_HEADS=$kv XSA_LAST_N=$xsa SEED=$seed RUN_ID=$name bash runs/$system.sh
+        mv "logs/$name.txt" logs/systems/
+    done
+done
+"${PYTHON:-python3}" make_record.py systems logs/systems/*.txt
