@@ -56,8 +56,8 @@ class Stopped(UserError):
 # --- 1. Hyperparameters -------------------------------------------------------------------------------------
 # The only place that reads the environment. What cannot work is refused, in one line, before data is touched.
 
-def setting(default, doc: str, low=None, high=None, choices=None):
-    return field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices))
+def setting(default, doc: str, low=None, high=math.inf, choices=""):
+    return field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices.split()))
 
 @dataclass(frozen=True)
 class Hyperparameters:
@@ -68,8 +68,8 @@ class Hyperparameters:
     seed: int = setting(1337, "seed of the initial weights", 0)
     eval_only: str = setting("", "score this final_model.int6.ptz and train nothing")
     resume: str = setting("", "go on from this logs/<RUN_ID>.ckpt")
-    checkpoint_every: float = setting(0.0, "seconds between checkpoints; 0: at the end and on SIGTERM only", 0)
-    compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
+    checkpoint_every: float = setting(0.0, "seconds between checkpoints; 0: at the end and on SIGTERM", 0)
+    compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
     # training length and batches
     iterations: int = setting(20_000, "most training steps", 1)
     max_wallclock_seconds: float = setting(600.0, "most training time; 0: no limit", 0)
@@ -91,7 +91,7 @@ class Hyperparameters:
     logit_softcap: float = setting(30.0, "c in c*tanh(logits/c); 0: none", 0)
     rope_base: float = setting(10_000.0, "RoPE base", 1)
     rope_dims: int = setting(16, "rotated dimensions of each head; 0: no positions", 0)
-    qk_gain_init: float = setting(1.5, "initial per-head gain of the queries")
+    qk_gain_init: float = setting(1.5, "initial per-head gain of the queries", -100, 100)
     xsa_last_n: int = setting(4, "last layers whose heads drop the part along their own value (XSA)", 0)
     ln_scale: bool = setting(True, "scale a block's normed inputs by 1/sqrt(layer + 1)")
     unet_skips: bool = setting(True, "U-Net skips from the first half of the blocks to the second")
@@ -119,39 +119,36 @@ class Hyperparameters:
     adam_eps: float = setting(1e-8, "AdamW epsilon", 0)
     grad_clip_norm: float = setting(0.3, "largest gradient norm; 0: no clipping", 0)
     # averaging, quantisation, artifact
-    averaging: str = setting("ema", "weights that are packed", choices=("none", "ema", "swa", "ema_swa"))
+    averaging: str = setting("ema", "weights that are packed", choices="none ema swa ema_swa")
     ema_decay: float = setting(0.997, "decay per step of the exponential average", 0, 1)
     swa_every: int = setting(50, "steps between snapshots of the uniform average", 1)
     swa_threshold: float = setting(0.2, "snapshots start once the lr scale is below this", 0, 1)
     late_qat_threshold: float = setting(0.15, "lr scale below which fake quantisation starts; 0: never", 0)
-    qat_rounding: str = setting("straight", "in late QAT: straight-through gradients, or soft rounding (2006.09952)",
-                                choices=("straight", "soft"))
+    qat_rounding: str = setting("straight", "of late QAT; soft as in 2006.09952", choices="straight soft")
     quant_bits: int = setting(6, "bits of the matrices' codes before fitting, and late QAT's", 3, 8)
     fill_budget: bool = setting(True, "spend the bytes that are left on finer codes, up to 8 bits")
     # scoring
     eval_seq_len: int = setting(2048, "tokens per scoring window", 1)
     eval_stride: int = setting(64, "new targets per window of the final score", 1)
-    eval_budget_seconds: float = setting(600.0, "everything after training; a wider stride is taken to keep "
-                                         "95 % of it; 0: never", 0)
+    eval_budget_seconds: float = setting(600.0, "to keep 95 % of it, the stride widens; 0: no budget", 0)
     val_loss_every: int = setting(4000, "steps between validations during training; 0: only the last", 0)
     val_batch_size: int = setting(524_288, "tokens per scoring batch, over all ranks", 1)
     save_scores: bool = setting(False, "write nll, entropy, mixed nll per target to logs/<RUN_ID>_scores.npz")
     # test-time training (PR #825)
     ttt_epochs: int = setting(0, "passes over each chunk once it is scored; 0: off", 0)
     ttt_chunk_tokens: int = setting(32_768, "targets that are scored, then trained on", 1)
-    ttt_lr: float = setting(5e-4, "AdamW lr: times 1 to 3 over the first 30 % of the chunks, then by cosine to 0", 0)
+    ttt_lr: float = setting(5e-4, "AdamW lr; over the stream by cosine to 0, times 1 to 3 at first", 0)
     ttt_blocks: int = setting(2, "last blocks that learn, beside all vectors, scalars and the output head", 0)
     ttt_decay: float = setting(0.998, "decay per step of the average that scores", 0, 1)
     # n-gram mixture
     ngram_enabled: bool = setting(True, "mix the model with counts of what came before in the stream")
     ngram_min_order: int = setting(2, "shortest gram (context + target)", 2, 16)
     ngram_order: int = setting(7, "longest gram", 2, 16)
-    ngram_alpha: str = setting("online", "weight of the counts: learned on the way; by PR #889; by PR #825",
-                               choices=("online", "entropy", "order"))
+    ngram_alpha: str = setting("online", "learned; by PR #889; by PR #825", choices="online entropy order")
     ngram_min_count: int = setting(2, "times a context must occur before its order may win; not online", 1)
     alpha_min: float = setting(0.05, "weight where the model is sure; not online", 0, 1)
     alpha_max: float = setting(0.60, "weight where the model is lost; not online", 0, 1)
-    ngram_counts: str = setting("exact", "hashed: as the predecessors', no code", choices=("exact", "hashed"))
+    ngram_counts: str = setting("exact", "hashed: as the predecessors', no code", choices="exact hashed")
     ngram_buckets: int = setting(4_194_304, "buckets of each hashed table, a power of two", 2, 2 ** 30)
 
     @property
@@ -166,31 +163,28 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work together, with the first rule that they break."""
-        T, last, power = self.train_seq_len, self.num_layers - 1, 1 << self.ngram_buckets.bit_length()
-        sequences, hashed = self.train_batch_tokens / T, self.ngram_counts == "hashed"
-        for ok, names, rule in (
-            (self.model_dim % self.num_heads == 0, "model_dim num_heads", "the heads must divide the width"),
-            (self.num_heads % self.num_kv_heads == 0, "num_heads num_kv_heads", "the latter must divide"),
-            (self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim, "rope_dims",
+        T, L, power = self.train_seq_len, self.num_layers, 1 << self.ngram_buckets.bit_length()
+        whole, ve = self.train_batch_tokens // T * T, self.ve_layers if self.ve_enabled else ()
+        for holds, names, rule in (
+            (self.model_dim % self.num_heads == 0, "MODEL_DIM NUM_HEADS", "the heads must divide the width"),
+            (self.num_heads % self.num_kv_heads == 0, "NUM_HEADS NUM_KV_HEADS", "the latter must divide"),
+            (self.rope_dims in range(0, self.head_dim + 1, 2), "ROPE_DIMS",
              f"expected an even number up to the head width MODEL_DIM/NUM_HEADS = {self.head_dim}"),
-            (int(self.mlp_mult * self.model_dim) >= 1, "mlp_mult", "the MLP would have no units"),
-            (self.xsa_last_n <= self.num_layers, "xsa_last_n num_layers", "there are not so many layers"),
-            (not self.ve_enabled or all(0 <= i <= last for i in self.ve_layers), "ve_layers",
-             f"layers run from 0 to {last}; name some of those or set VE_ENABLED=0"),
-            (self.bigram_vocab_size != 1, "bigram_vocab_size", "expected 0 (off) or at least 2"),
-            (sequences.is_integer(), "train_batch_tokens train_seq_len",
-             f"expected a multiple; nearest are {math.floor(sequences) * T} and {math.ceil(sequences) * T}"),
-            (self.eval_stride <= self.eval_seq_len, "eval_stride eval_seq_len", "targets would go unscored"),
-            (self.ngram_min_order <= self.ngram_order, "ngram_min_order ngram_order", "no order is left"),
-            (not hashed or self.ngram_alpha != "online" and self.ngram_order <= 7,
-             "ngram_counts ngram_alpha ngram_order",
-             "hashed counts are the predecessors': set NGRAM_ALPHA=entropy or order, NGRAM_ORDER up to 7"),
-            (2 * self.ngram_buckets == power, "ngram_buckets", f"expected a power of two, such as {power}"),
-            (self.alpha_min <= self.alpha_max < 1, "alpha_min alpha_max", "expected the first <= second < 1"),
+            (self.mlp_mult * self.model_dim >= 1, "MLP_MULT", "the MLP would have no units"),
+            (self.xsa_last_n <= L, "XSA_LAST_N NUM_LAYERS", "there are not so many layers"),
+            (set(ve) <= set(range(L)), "VE_LAYERS", f"layers run from 0 to {L - 1}; or set VE_ENABLED=0"),
+            (self.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "expected 0 (off) or at least 2"),
+            (self.train_batch_tokens == whole, "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN",
+             f"expected a multiple; nearest are {whole} and {whole + T}"),
+            (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE EVAL_SEQ_LEN", "targets would go unscored"),
+            (self.ngram_min_order <= self.ngram_order, "NGRAM_MIN_ORDER NGRAM_ORDER", "no order is left"),
+            (self.ngram_counts == "exact" or self.ngram_alpha != "online" and self.ngram_order <= 7,
+             "NGRAM_COUNTS NGRAM_ALPHA NGRAM_ORDER", "hashed counts need alpha entropy or order, order <= 7"),
+            (2 * self.ngram_buckets == power, "NGRAM_BUCKETS", f"expected a power of two, such as {power}"),
+            (self.alpha_min <= self.alpha_max < 1, "ALPHA_MIN ALPHA_MAX", "expected the first <= second < 1"),
         ):
-            if not ok:
-                found = ", ".join(f"{name}={self.as_env()[name]}" for name in names.upper().split())
-                raise UserError(f"{found}: {rule}")
+            if not holds:
+                raise UserError(", ".join(f"{n}={self.as_env()[n]}" for n in names.split()) + f": {rule}")
 
     def as_env(self) -> dict[str, str]:
         """All settings as they would be written in the environment."""
@@ -203,34 +197,32 @@ PARSERS = {  # by the type of a setting's default: how to read it, what to expec
     tuple: (lambda text: tuple(int(i) for i in text.split(",") if i.strip()), "comma-separated integers")}
 
 def parse_setting(f, text: str):
-    """The value of field `f` in `text`, of the type of its default, within its bounds."""
-    (parse, expected), bounds, name = PARSERS[type(f.default)], f.metadata, f.name.upper()
-    try:
+    """The value of field `f` in `text`: of the type of its default, finite, within its bounds."""
+    (parse, expected), (_, low, high, choices) = PARSERS[type(f.default)], f.metadata.values()
+    if choices:
+        expected = f"one of {', '.join(choices)}"
+    elif low is not None:
+        expected += f", at least {low}" if high == math.inf else f" from {low} to {high}"
+    with contextlib.suppress(ValueError, KeyError):
         value = parse(text)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError
-    except (ValueError, KeyError):
-        raise UserError(f"{name}={text!r}: expected {expected} (default {f.default!r})") from None
-    if bounds["choices"] and value not in bounds["choices"]:
-        raise UserError(f"{name}={text!r}: expected one of {', '.join(bounds['choices'])}")
-    for sign, bound, word in ((1, bounds["low"], "least"), (-1, bounds["high"], "most")):
-        if bound is not None and sign * value < sign * bound:
-            raise UserError(f"{name}={text}: expected at {word} {bound}")
-    return value
+        fits = value in choices if choices else low is None or low <= value <= high
+        if fits and value != math.inf:
+            return value
+    raise UserError(f"{f.name.upper()}={text!r}: expected {expected} (default {f.default!r})")
 
-def edit_distance(a: str, b: str) -> int:
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
+def is_near(a: str, b: str, edits: int) -> bool:
+    """Can `edits` insertions, deletions and changes of a letter turn `a` into `b`?"""
+    if edits < 0 or not a or not b:
+        return len(a) + len(b) <= edits
+    if a[0] == b[0]:
+        return is_near(a[1:], b[1:], edits)
+    return any(is_near(*rest, edits - 1) for rest in ((a[1:], b), (a, b[1:]), (a[1:], b[1:])))
 
 def mistyped(env: dict[str, str]) -> list[str]:
-    """Warnings for environment names that are within edit distance 2 of a setting but are none."""
-    known = {f.name.upper() for f in fields(Hyperparameters)}
-    near = ((name, min((edit_distance(name, k), k) for k in known)) for name in sorted(set(env) - known))
-    return [f"{name} is set but is no setting; did you mean {k}?" for name, (far, k) in near if far <= 2]
+    """Warnings for environment names that are within edit distance 2 of settings but are none."""
+    known = sorted(f.name.upper() for f in fields(Hyperparameters))
+    meant = {name: " or ".join(k for k in known if is_near(name, k, 2)) for name in sorted({*env} - {*known})}
+    return [f"{name} is set but is no setting; did you mean {k}?" for name, k in meant.items() if k]
 
 # --- 2. Runtime ---------------------------------------------------------------------------------------------
 # All that knows of other ranks: on one rank each method is the identity, so laptop and cluster run the same
