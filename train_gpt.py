@@ -31,9 +31,9 @@ import sys
 import time
 import traceback
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
-from datetime import timedelta
 from itertools import chain, islice, pairwise
 from pathlib import Path
 
@@ -237,26 +237,25 @@ class Runtime:
     def __init__(self, run_id: str, env: dict[str, str]):
         """Joins the process group that torchrun put in `env`; rank 0 opens logs/<run_id>.txt, always new."""
         self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        local_rank, gpus = int(env.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        cuda = torch.cuda.is_available()
-        if cuda and local_rank >= gpus:
-            raise UserError(f"LOCAL_RANK={local_rank}, {gpus} GPUs are visible: set --nproc_per_node={gpus}")
+        local_rank, cuda = int(env.get("LOCAL_RANK", 0)), torch.cuda.is_available()
         self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        if cuda and local_rank >= (gpus := torch.cuda.device_count()):
+            raise UserError(f"LOCAL_RANK={local_rank}, {gpus} GPUs are visible: set --nproc_per_node={gpus}")
         if cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
+        self.previous_step = torch.cuda.Event() if cuda else None
         if self.world_size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
-        self.previous_step, self.log_path, self.unwritten = None, None, b""
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         self.stopped = self.patient = False  # a signal came; it waits for the end of the step
         for number in (signal.SIGTERM, signal.SIGINT) if run_id else ():
             signal.signal(number, self.stop)
-        names = (f"logs/{run_id}{suffix}.txt" for suffix in ("", *(f"_{i}" for i in range(2, 10_000))))
+        self.log_path, self.unwritten, i = None, b"", 1
         while run_id and self.rank == 0 and not self.log_path:
             os.makedirs("logs", exist_ok=True)
+            path, i = Path("logs", f"{run_id}_{i}.txt" if i > 1 else f"{run_id}.txt"), i + 1
             with contextlib.suppress(FileExistsError):
-                self.log_file = os.open(name := next(names), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND)
-                self.log_path = Path(name)
+                self.log_file, self.log_path = path.open("xb", buffering=0), path
 
     def stop(self, number: int, frame) -> None:
         """On SIGTERM and SIGINT: training ends its step and leaves a checkpoint, all else ends here."""
@@ -272,7 +271,7 @@ class Runtime:
         self.unwritten += f"{line}\n".encode()
         try:
             while self.unwritten:
-                self.unwritten = self.unwritten[os.write(self.log_file, self.unwritten):]
+                self.unwritten = self.unwritten[self.log_file.write(self.unwritten):]
         except OSError as error:
             print(f"warning: {self.log_path}: {error.strerror}; the run goes on", file=sys.stderr, flush=True)
         if console:
@@ -295,7 +294,7 @@ class Runtime:
         return x
 
     def start(self, collective, x: Tensor, rows: int):
-        """(`rows` rows that `collective` will make of `x`, a function that waits for them: to be called once)."""
+        """(`rows` rows that `collective` makes of `x`, a function that waits for them, to be called once)."""
         if self.world_size == 1:
             return x, lambda: None
         out = x.new_empty(rows, *x.shape[1:])
@@ -303,13 +302,12 @@ class Runtime:
 
     def compare(self, facts: dict[str, object]) -> None:
         """UserError that names the ranks whose `facts` are not rank 0's."""
-        digests = [hashlib.sha256(repr(fact).encode()).digest() for fact in facts.values()]
         table_RF = torch.zeros(self.world_size, len(facts), dtype=torch.int64)
-        table_RF[self.rank] = torch.tensor([int.from_bytes(d[:8], "big", signed=True) for d in digests])
-        for name, column in zip(facts, self.sum(table_RF).T):
-            if odd := (column != column[0]).nonzero().flatten().tolist():
-                raise UserError(f"rank {', '.join(map(str, odd))}: {name} differ from rank 0's: start the same "
-                                "files with the same settings everywhere")
+        table_RF[self.rank] = torch.tensor([zlib.crc32(repr(fact).encode()) for fact in facts.values()])
+        for name, column in zip(facts, self.sum(table_RF).T.tolist()):
+            if odd := [str(rank) for rank, checksum in enumerate(column) if checksum != column[0]]:
+                raise UserError(f"rank {', '.join(odd)}: {name} differ from rank 0's: start the same files "
+                                "with the same settings everywhere")
 
     def barrier(self) -> None:
         if self.device.type == "cuda":
@@ -318,10 +316,8 @@ class Runtime:
 
     def pace(self) -> None:
         """Let the CPU run at most one step ahead of the GPU, so that the clock is right to within a step."""
-        if self.device.type == "cuda":
-            if self.previous_step:
-                self.previous_step.synchronize()
-            self.previous_step = torch.cuda.Event()
+        if self.previous_step:
+            self.previous_step.synchronize()  # returns at once before the first record
             self.previous_step.record()
 
     def close(self) -> None:
@@ -329,8 +325,8 @@ class Runtime:
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
         if self.unwritten:
-            raise UserError(f"{self.log_path}: its last {len(self.unwritten)} bytes found no space on the disk; "
-                            "free some and keep what was printed")
+            raise UserError(f"{self.log_path}: no disk space for its last {len(self.unwritten)} bytes; free "
+                            "some and keep what was printed")
 
 def replace_file(path: Path, write) -> None:
     """`write(file)` aside, then rename: `path` is whole, the old one until the new one is."""
@@ -355,8 +351,9 @@ class Progress:
 
     def __call__(self, done: int) -> None:
         now, share, live = time.perf_counter(), done / self.total, sys.stdout.isatty()
-        left = (now - self.start) * (1 / share - 1) if share else math.nan
-        line = f"{self.label} {share:.0%} elapsed:{now - self.start:.0f}s left:{left:.0f}s"
+        elapsed = now - self.start
+        left = elapsed * (1 / share - 1) if share else math.nan
+        line = f"{self.label} {share:.0%} elapsed:{elapsed:.0f}s left:{left:.0f}s"
         if live and self.rt.rank == 0:
             print(f"\r[{'#' * round(24 * share):24}] {line}\033[K", end="" if share < 1 else "\n", flush=True)
         if now - self.said >= 10:
