@@ -366,41 +366,34 @@ class Progress:
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
 GET_DATA = ("`make demo` needs no data; for FineWeb get the challenge repository and run its "
-            "data/cached_challenge_fineweb.py, then set DATA_PATH")
+            "data/cached_challenge_fineweb.py, then set DATA_PATH and TOKENIZER_PATH")
 
 def load_shard(path: Path) -> np.memmap:
-    """The uint16 tokens of one shard, memory-mapped. UserError: not a shard, another version, cut short."""
+    """The uint16 tokens of one shard, memory-mapped; UserError: it is none, of another version, or cut."""
     header, size = np.fromfile(path, "<i4", SHARD_HEADER), path.stat().st_size
-    if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC:
-        found = f"starts with {header[0]}" if len(header) else "is empty"
-        raise UserError(f"{path}: {found}, expected the shard magic {SHARD_MAGIC}; {GET_DATA}")
-    if header[1] != SHARD_VERSION:
-        raise UserError(f"{path}: shard version {header[1]}, expected {SHARD_VERSION}; {GET_DATA}")
-    expected = 4 * SHARD_HEADER + 2 * int(header[2])
-    if size != expected or header[2] < 1:
-        raise UserError(f"{path}: {size} bytes, but its header promises {header[2]} tokens, that is "
-                        f"{expected} bytes: the file is cut or damaged; fetch it again")
-    return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER, (int(header[2]),))
+    magic, version, count, *_ = *header.tolist(), 0, 0, 0
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or count < 1 or size != 4 * SHARD_HEADER + 2 * count:
+        raise UserError(f"{path}: magic {magic}, version {version}, {count} tokens in {size} bytes; expected "
+                        f"magic {SHARD_MAGIC}, version {SHARD_VERSION}, n in 1024 + 2 n bytes; {GET_DATA}")
+    return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER, (count,))
 
 def find_shards(part: str, hp: Hyperparameters) -> list[Path]:
     """All shards of `part` (train or val), in order; UserError: none in its folder."""
     name = "train_data_path" if part == "train" and hp.train_data_path else "data_path"
-    paths = sorted(Path(getattr(hp, name)).glob(f"fineweb_{part}_*.bin"))
-    if not paths:
-        raise UserError(f"{name.upper()}={getattr(hp, name)}: no fineweb_{part}_*.bin there; {GET_DATA}")
-    return paths
+    if paths := sorted(Path(getattr(hp, name)).glob(f"fineweb_{part}_*.bin")):
+        return paths
+    raise UserError(f"{name.upper()}={getattr(hp, name)}: no fineweb_{part}_*.bin there; {GET_DATA}")
 
-def check_tokens(tokens: np.ndarray, vocab_size: int, source: str) -> None:
-    if len(tokens) and int(tokens.max()) >= vocab_size:
-        raise UserError(f"{source}: holds token {int(tokens.max())}, but VOCAB_SIZE={vocab_size}: data and "
-                        "VOCAB_SIZE must come from the same tokenizer")
+def check_tokens(tokens: np.ndarray, vocab_size: int, source: str | Path) -> np.ndarray:
+    """`tokens` themselves; UserError: one is outside of the vocabulary."""
+    if (largest := tokens.max(initial=0)) >= vocab_size:
+        raise UserError(f"{source}: holds token {largest}, but VOCAB_SIZE={vocab_size}: data and VOCAB_SIZE "
+                        "must come from the same tokenizer")
+    return tokens
 
 def load_validation(hp: Hyperparameters) -> np.ndarray:
     """The whole validation stream x_0 ... x_N as uint16: the memory map itself when it is one shard."""
-    paths = find_shards("val", hp)
-    shards = [load_shard(path) for path in paths]
-    for path, tokens in zip(paths, shards):
-        check_tokens(tokens, hp.vocab_size, str(path))
+    shards = [check_tokens(load_shard(path), hp.vocab_size, path) for path in find_shards("val", hp)]
     stream = shards[0] if len(shards) == 1 else np.concatenate(shards)
     if len(stream) <= hp.eval_seq_len:
         raise UserError(f"DATA_PATH={hp.data_path}: the validation stream has {len(stream)} tokens, a window "
@@ -413,31 +406,27 @@ class TokenLoader:
     places, and S lanes together read everything once. Rank r takes the r-th share of the sequences."""
 
     def __init__(self, hp: Hyperparameters, rank: int, world_size: int):
-        self.hp, self.rank = hp, rank
-        self.paths = find_shards("train", hp)
+        self.hp, self.rank, self.paths = hp, rank, find_shards("train", hp)
         self.shards = [load_shard(path) for path in self.paths]
-        self.ends = np.cumsum([len(s) for s in self.shards])
-        self.tokens = int(self.ends[-1])
-        self.sequences = sequences = hp.train_batch_tokens // hp.train_seq_len
-        if sequences % world_size:
-            fits = (w for w in range(1, sequences + 1) if sequences % w == 0)
-            near = sorted(fits, key=lambda w: max(w / world_size, world_size / w))[:2]
-            raise UserError(f"{world_size} ranks cannot share TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN = {sequences} "
-                            f"sequences equally: start {' or '.join(map(str, near))} ranks")
-        self.share, most = sequences // world_size, max(1, hp.micro_batch_tokens // hp.train_seq_len)
-        self.accumulation = next(a for a in range(1, self.share + 1)
-                                 if self.share % a == 0 and self.share // a <= most)
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.tokens, self.sequences = int(self.ends[-1]), hp.train_batch_tokens // hp.train_seq_len
+        if self.sequences % world_size:
+            fits = (n for n in range(1, self.sequences + 1) if self.sequences % n == 0)
+            near = sorted(fits, key=lambda n: max(n / world_size, world_size / n))[:2]
+            raise UserError(f"{world_size} ranks cannot share TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN = "
+                            f"{self.sequences} sequences equally: start {' or '.join(map(str, near))} ranks")
+        self.share, most = self.sequences // world_size, max(1, hp.micro_batch_tokens // hp.train_seq_len)
+        self.accumulation = next(n for n in range(1, self.share + 1)
+                                 if self.share % n == 0 and self.share // n <= most)
 
     def span(self, start: int, count: int) -> np.ndarray:
         """`count` tokens of the circular stream from `start`, as int64."""
-        parts, position = [], start % self.tokens
-        while count:
-            i = int(np.searchsorted(self.ends, position, "right"))
-            part = self.shards[i][position - int(self.ends[i]):][:count]  # counted from the shard's end
-            check_tokens(part, self.hp.vocab_size, str(self.paths[i]))
-            parts.append(part)
-            count, position = count - len(part), (position + len(part)) % self.tokens
-        return np.concatenate(parts).astype(np.int64)
+        position = start % self.tokens
+        i = int(np.searchsorted(self.ends, position, "right"))
+        part = self.shards[i][position - int(self.ends[i]):][:count]  # counted from the shard's end
+        head = check_tokens(part, self.hp.vocab_size, self.paths[i]).astype(np.int64)
+        rest = count - len(head)
+        return np.concatenate([head, self.span(start + len(head), rest)]) if rest else head
 
     def micro_batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
         """This rank's inputs and targets of a micro-batch of step `step`, both (B, T) int64 on the CPU."""
@@ -449,7 +438,8 @@ class TokenLoader:
 
 def fingerprint(hp: Hyperparameters) -> list[tuple]:
     """(name, bytes, SHA-256 of the first 64 KB) of every data file, so that ranks can compare theirs."""
-    paths = [*find_shards("val", hp), *([] if hp.eval_only else find_shards("train", hp)), Path(hp.tokenizer_path)]
+    paths = [Path(hp.tokenizer_path), *find_shards("val", hp)]
+    paths += [] if hp.eval_only else find_shards("train", hp)
     return [(path.name, path.stat().st_size, hashlib.sha256(path.open("rb").read(1 << 16)).hexdigest())
             for path in paths]
 
@@ -457,18 +447,16 @@ class ByteCounter:
     """UTF-8 bytes of each target, from the tokenizer's pieces (the challenge's definition of a byte)."""
 
     def __init__(self, hp: Hyperparameters):
-        import sentencepiece
-        name, ids = f"TOKENIZER_PATH={hp.tokenizer_path}", range(hp.vocab_size)
-        if not Path(hp.tokenizer_path).is_file():
-            raise UserError(f"{name}: no such file; {GET_DATA} and TOKENIZER_PATH")
+        from sentencepiece import SentencePieceProcessor
+        name, sp, ids = f"TOKENIZER_PATH={hp.tokenizer_path}", SentencePieceProcessor(), range(hp.vocab_size)
         try:
-            sp = sentencepiece.SentencePieceProcessor(model_file=hp.tokenizer_path)
-        except (RuntimeError, OSError):
-            raise UserError(f"{name}: not a SentencePiece model") from None
+            sp.Load(hp.tokenizer_path)
+        except (RuntimeError, OSError, ValueError):
+            raise UserError(f"{name}: no such file or not a SentencePiece model; {GET_DATA}") from None
         if sp.vocab_size() != hp.vocab_size:
             raise UserError(f"{name}: has {sp.vocab_size()} pieces, but VOCAB_SIZE={hp.vocab_size}: set "
                             f"VOCAB_SIZE={sp.vocab_size()} or name the data's own tokenizer")
-        self.is_text = ~np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
+        self.is_text = np.array([not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)) for i in ids])
         pieces = [sp.id_to_piece(i) if text else "" for i, text in zip(ids, self.is_text)]
         self.opens_word = np.array([piece.startswith("\u2581") for piece in pieces])
         self.length = np.array([1 if sp.is_byte(i) else len(piece.replace("\u2581", "").encode())
