@@ -500,10 +500,7 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 class Linear(nn.Linear):
-    """Without bias; float32 weights, computed in the dtype of its input."""
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
+    """Float32 weights, computed in the dtype of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -536,8 +533,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.flash = (hp.num_heads, hp.num_kv_heads, hp.head_dim), flash
         D, (H, G, K) = hp.model_dim, self.heads
-        self.q, self.k, self.v = Linear(D, H * K), Linear(D, G * K), Linear(D, G * K)
-        self.proj = Linear(H * K, D)
+        self.q, self.k, self.v = (Linear(D, heads * K, bias=False) for heads in (H, G, G))
+        self.proj = Linear(H * K, D, bias=False)
         self.q_gain = nn.Parameter(torch.full((H,), hp.qk_gain_init))
         self.xsa = layer >= hp.num_layers - hp.xsa_last_n
         self.ve_scale = nn.Parameter(torch.ones(())) if hp.ve_enabled and layer in hp.ve_layers else None
@@ -562,7 +559,7 @@ class MLP(nn.Module):
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         D, width, self.slope = hp.model_dim, int(hp.mlp_mult * hp.model_dim), hp.leaky_slope
-        self.fc, self.proj = Linear(D, width), Linear(width, D)
+        self.fc, self.proj = Linear(D, width, bias=False), Linear(width, D, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.proj(F.leaky_relu(self.fc(x_BTD), self.slope).square())
@@ -593,7 +590,7 @@ class NarrowEmbedding(nn.Module):
 
     def __init__(self, rows: int, width: int, out: int, scale: float):
         super().__init__()
-        self.table, self.proj = nn.Embedding(rows, width), Linear(width, out)
+        self.table, self.proj = nn.Embedding(rows, width), Linear(width, out, bias=False)
         self.scale = nn.Parameter(torch.tensor(scale))
 
     def forward(self, rows_BT: Tensor, dtype: torch.dtype) -> Tensor:
@@ -602,18 +599,17 @@ class NarrowEmbedding(nn.Module):
 class GPT(nn.Module):
     def __init__(self, hp: Hyperparameters):
         super().__init__()
-        self.hp, L = hp, hp.num_layers
-        self.attention_name, flash = find_flash_attention()
-        self.embed = nn.Embedding(hp.vocab_size, hp.model_dim)
-        self.bigram = (NarrowEmbedding(hp.bigram_vocab_size, hp.bigram_dim, hp.model_dim, 0.05)
-                       if hp.bigram_vocab_size else None)
-        self.smear_gate = nn.Parameter(torch.zeros(hp.model_dim)) if hp.smear_enabled else None
-        self.value_embed = (NarrowEmbedding(hp.vocab_size, hp.ve_dim, hp.num_kv_heads * hp.head_dim, 0.1)
-                            if hp.ve_enabled and hp.ve_layers else None)
-        self.blocks = nn.ModuleList(Block(hp, layer, flash) for layer in range(L))
+        self.hp, D, V, L, rows = hp, hp.model_dim, hp.vocab_size, hp.num_layers, hp.bigram_vocab_size
+        values = hp.num_kv_heads * hp.head_dim if hp.ve_enabled and hp.ve_layers else 0
         skips = L // 2 if hp.unet_skips else 0
-        self.skip_weights = nn.Parameter(torch.ones(skips, hp.model_dim)) if skips else None
-        self.head = None if hp.tie_embeddings else Linear(hp.model_dim, hp.vocab_size)
+        self.attention_name, flash = find_flash_attention()
+        self.embed = nn.Embedding(V, D)
+        self.bigram = NarrowEmbedding(rows, hp.bigram_dim, D, 0.05) if rows else None
+        self.smear_gate = nn.Parameter(torch.zeros(D)) if hp.smear_enabled else None
+        self.value_embed = NarrowEmbedding(V, hp.ve_dim, values, 0.1) if values else None
+        self.blocks = nn.ModuleList(Block(hp, layer, flash) for layer in range(L))
+        self.skip_weights = nn.Parameter(torch.ones(skips, D)) if skips else None
+        self.head = None if hp.tie_embeddings else Linear(D, V, bias=False)
         self.initialize()
 
     @torch.no_grad()
@@ -628,9 +624,8 @@ class GPT(nn.Module):
             elif name.endswith(".weight") and min(p.shape) >= 64:
                 nn.init.orthogonal_(p, 1 if name.startswith("blocks") else (2 * self.hp.num_layers) ** -0.5)
 
-    def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None, weights_BT: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, D) before the head; with targets the mean, with weights the weighted sum, of
-        their losses in nats."""
+    def forward(self, ids_BT: Tensor, targets_BT=None, weights_BT=None) -> Tensor:
+        """Hidden states (B, T, D); with targets their mean loss in nats, with weights the weighted sum."""
         x = self.embed(ids_BT)
         if self.bigram is not None:
             x = x + self.bigram(bigram_rows(ids_BT, self.hp.bigram_vocab_size), x.dtype)
