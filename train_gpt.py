@@ -515,8 +515,7 @@ def rotary_tables(T: int, hp: Hyperparameters, device: torch.device) -> tuple[Te
 def rotate(x_BTHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """RoPE on the first 2 * rope width of K, in half-split pairs; the other dimensions carry no position."""
     cos, sin = rope
-    half = cos.size(-1)
-    a, b, rest = x_BTHK[..., :half], x_BTHK[..., half: 2 * half], x_BTHK[..., 2 * half:]
+    a, b, rest = x_BTHK.tensor_split((cos.size(-1), 2 * cos.size(-1)), -1)
     rotated = torch.cat((a * cos + b * sin, b * cos - a * sin), -1).to(x_BTHK.dtype)
     return torch.cat((rotated, rest), -1)
 
