@@ -623,10 +623,9 @@ def settings_table(script: Path) -> str:
     defaults = module.Hyperparameters().as_env()
     for field in fields(module.Hyperparameters):
         low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
+        span = ", ".join(choices) or ("" if low is None else f"from {low:,}" if high == math.inf else
+                                      f"{low:,} to {high:,}")
         doc = field.metadata["doc"].replace("<", "\\<")
-        bounds = [f"{bound:,}" for bound in (low, high) if bound is not None]
-        span = ", ".join(choices or ()) or " to ".join(bounds)
-        span = f"from {span}" if low is not None and high is None else span
         rows.append(f"| `{field.name.upper()}` | {defaults[field.name.upper()]} | {span} | {doc} |")
     return "\n".join(rows)
 

@@ -29,9 +29,9 @@ import signal
 import sys
 import time
 import traceback
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from datetime import timedelta
 from itertools import chain, islice, pairwise
 from pathlib import Path
 
@@ -53,9 +53,8 @@ class Stopped(UserError):
 
 # --- 1. Hyperparameters -------------------------------------------------------------------------------------
 # The only place that reads the environment. What cannot work is refused, in one line, before data is touched.
-
-def setting(default, doc: str, low=None, high=None, choices=None):
-    return field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices))
+def setting(default, doc: str, low=None, high=math.inf, choices=""):
+    return field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices.split()))
 
 @dataclass(frozen=True)
 class Hyperparameters:
@@ -66,8 +65,8 @@ class Hyperparameters:
     seed: int = setting(1337, "seed of the initial weights", 0)
     eval_only: str = setting("", "score this final_model.int6.ptz and train nothing")
     resume: str = setting("", "go on from this logs/<RUN_ID>.ckpt")
-    checkpoint_every: float = setting(0.0, "seconds between checkpoints; 0: at the end and on SIGTERM only", 0)
-    compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
+    checkpoint_every: float = setting(0.0, "seconds between checkpoints; 0: at the end and on SIGTERM", 0)
+    compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
     # training length and batches
     iterations: int = setting(20_000, "most training steps", 1)
     max_wallclock_seconds: float = setting(600.0, "most training time; 0: no limit", 0)
@@ -89,7 +88,7 @@ class Hyperparameters:
     logit_softcap: float = setting(30.0, "c in c*tanh(logits/c); 0: none", 0)
     rope_base: float = setting(10_000.0, "RoPE base", 1)
     rope_dims: int = setting(16, "rotated dimensions of each head; 0: no positions", 0)
-    qk_gain_init: float = setting(1.5, "initial per-head gain of the queries")
+    qk_gain_init: float = setting(1.5, "initial per-head gain of the queries", -100, 100)
     xsa_last_n: int = setting(4, "last layers whose heads drop the part along their own value (XSA)", 0)
     ln_scale: bool = setting(True, "scale a block's normed inputs by 1/sqrt(layer + 1)")
     unet_skips: bool = setting(True, "U-Net skips from the first half of the blocks to the second")
@@ -117,79 +116,69 @@ class Hyperparameters:
     adam_eps: float = setting(1e-8, "AdamW epsilon", 0)
     grad_clip_norm: float = setting(0.3, "largest gradient norm; 0: no clipping", 0)
     # averaging, quantisation, artifact
-    averaging: str = setting("ema", "weights that are packed", choices=("none", "ema", "swa", "ema_swa"))
+    averaging: str = setting("ema", "weights that are packed", choices="none ema swa ema_swa")
     ema_decay: float = setting(0.997, "decay per step of the exponential average", 0, 1)
     swa_every: int = setting(50, "steps between snapshots of the uniform average", 1)
     swa_threshold: float = setting(0.2, "snapshots start once the lr scale is below this", 0, 1)
     late_qat_threshold: float = setting(0.15, "lr scale below which fake quantisation starts; 0: never", 0)
-    qat_rounding: str = setting("straight", "in late QAT: straight-through gradients, or soft rounding (2006.09952)",
-                                choices=("straight", "soft"))
+    qat_rounding: str = setting("straight", "of late QAT; soft as in 2006.09952", choices="straight soft")
     quant_bits: int = setting(6, "bits of the matrices' codes before fitting, and late QAT's", 3, 8)
     fill_budget: bool = setting(True, "spend the bytes that are left on finer codes, up to 8 bits")
     # scoring
     eval_seq_len: int = setting(2048, "tokens per scoring window", 1)
     eval_stride: int = setting(64, "new targets per window of the final score", 1)
-    eval_budget_seconds: float = setting(600.0, "everything after training; a wider stride is taken to keep "
-                                         "95 % of it; 0: never", 0)
+    eval_budget_seconds: float = setting(600.0, "to keep 95 % of it, the stride widens; 0: no budget", 0)
     val_loss_every: int = setting(4000, "steps between validations during training; 0: only the last", 0)
     val_batch_size: int = setting(524_288, "tokens per scoring batch, over all ranks", 1)
     save_scores: bool = setting(False, "write nll, entropy, mixed nll per target to logs/<RUN_ID>_scores.npz")
     # test-time training (PR #825)
     ttt_epochs: int = setting(0, "passes over each chunk once it is scored; 0: off", 0)
     ttt_chunk_tokens: int = setting(32_768, "targets that are scored, then trained on", 1)
-    ttt_lr: float = setting(5e-4, "AdamW lr: times 1 to 3 over the first 30 % of the chunks, then by cosine to 0", 0)
+    ttt_lr: float = setting(5e-4, "AdamW lr; over the stream by cosine to 0, times 1 to 3 at first", 0)
     ttt_blocks: int = setting(2, "last blocks that learn, beside all vectors, scalars and the output head", 0)
     ttt_decay: float = setting(0.998, "decay per step of the average that scores", 0, 1)
     # n-gram mixture
     ngram_enabled: bool = setting(True, "mix the model with counts of what came before in the stream")
     ngram_min_order: int = setting(2, "shortest gram (context + target)", 2, 16)
     ngram_order: int = setting(7, "longest gram", 2, 16)
-    ngram_alpha: str = setting("online", "weight of the counts: learned on the way; by PR #889; by PR #825",
-                               choices=("online", "entropy", "order"))
+    ngram_alpha: str = setting("online", "learned; by PR #889; by PR #825", choices="online entropy order")
     ngram_min_count: int = setting(2, "times a context must occur before its order may win; not online", 1)
     alpha_min: float = setting(0.05, "weight where the model is sure; not online", 0, 1)
     alpha_max: float = setting(0.60, "weight where the model is lost; not online", 0, 1)
-    ngram_counts: str = setting("exact", "hashed: the predecessors' too, no code", choices=("exact", "hashed"))
+    ngram_counts: str = setting("exact", "hashed: the predecessors' too, no code", choices="exact hashed")
     ngram_buckets: int = setting(4_194_304, "buckets of each hashed table, a power of two", 2, 2 ** 30)
-
     @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
-
     @classmethod
     def from_env(cls, env: dict[str, str]) -> Hyperparameters:
         """Typed, checked settings from `env`; UserError names the variable, its value, what it may hold."""
         return cls(**{f.name: parse_setting(f, env[f.name.upper()])
                       for f in fields(cls) if f.name.upper() in env})
-
     def __post_init__(self) -> None:
         """Refuse settings that cannot work together, with the first rule that they break."""
-        T, last, power = self.train_seq_len, self.num_layers - 1, 1 << self.ngram_buckets.bit_length()
-        sequences, hashed = self.train_batch_tokens / T, self.ngram_counts == "hashed"
-        for ok, names, rule in (
-            (self.model_dim % self.num_heads == 0, "model_dim num_heads", "the heads must divide the width"),
-            (self.num_heads % self.num_kv_heads == 0, "num_heads num_kv_heads", "the latter must divide"),
-            (self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim, "rope_dims",
+        T, L, power = self.train_seq_len, self.num_layers, 1 << self.ngram_buckets.bit_length()
+        whole, ve = self.train_batch_tokens // T * T, self.ve_layers if self.ve_enabled else ()
+        for holds, names, rule in (
+            (self.model_dim % self.num_heads == 0, "MODEL_DIM NUM_HEADS", "the heads must divide the width"),
+            (self.num_heads % self.num_kv_heads == 0, "NUM_HEADS NUM_KV_HEADS", "the latter must divide"),
+            (self.rope_dims in range(0, self.head_dim + 1, 2), "ROPE_DIMS",
              f"expected an even number up to the head width MODEL_DIM/NUM_HEADS = {self.head_dim}"),
-            (int(self.mlp_mult * self.model_dim) >= 1, "mlp_mult", "the MLP would have no units"),
-            (self.xsa_last_n <= self.num_layers, "xsa_last_n num_layers", "there are not so many layers"),
-            (not self.ve_enabled or all(0 <= i <= last for i in self.ve_layers), "ve_layers",
-             f"layers run from 0 to {last}; name some of those or set VE_ENABLED=0"),
-            (self.bigram_vocab_size != 1, "bigram_vocab_size", "expected 0 (off) or at least 2"),
-            (sequences.is_integer(), "train_batch_tokens train_seq_len",
-             f"expected a multiple; nearest are {math.floor(sequences) * T} and {math.ceil(sequences) * T}"),
-            (self.eval_stride <= self.eval_seq_len, "eval_stride eval_seq_len", "targets would go unscored"),
-            (self.ngram_min_order <= self.ngram_order, "ngram_min_order ngram_order", "no order is left"),
-            (not hashed or self.ngram_alpha != "online" and self.ngram_order <= 7,
-             "ngram_counts ngram_alpha ngram_order",
-             "hashed counts are the predecessors': set NGRAM_ALPHA=entropy or order, NGRAM_ORDER up to 7"),
-            (2 * self.ngram_buckets == power, "ngram_buckets", f"expected a power of two, such as {power}"),
-            (self.alpha_min <= self.alpha_max < 1, "alpha_min alpha_max", "expected the first <= second < 1"),
+            (self.mlp_mult * self.model_dim >= 1, "MLP_MULT", "the MLP would have no units"),
+            (self.xsa_last_n <= L, "XSA_LAST_N NUM_LAYERS", "there are not so many layers"),
+            (set(ve) <= set(range(L)), "VE_LAYERS", f"layers run from 0 to {L - 1}; or set VE_ENABLED=0"),
+            (self.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "expected 0 (off) or at least 2"),
+            (self.train_batch_tokens == whole, "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN",
+             f"expected a multiple; nearest are {whole} and {whole + T}"),
+            (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE EVAL_SEQ_LEN", "targets would go unscored"),
+            (self.ngram_min_order <= self.ngram_order, "NGRAM_MIN_ORDER NGRAM_ORDER", "no order is left"),
+            (self.ngram_counts == "exact" or self.ngram_alpha != "online" and self.ngram_order <= 7,
+             "NGRAM_COUNTS NGRAM_ALPHA NGRAM_ORDER", "hashed counts need alpha entropy or order, order <= 7"),
+            (2 * self.ngram_buckets == power, "NGRAM_BUCKETS", f"expected a power of two, such as {power}"),
+            (self.alpha_min <= self.alpha_max < 1, "ALPHA_MIN ALPHA_MAX", "expected the first <= second < 1"),
         ):
-            if not ok:
-                found = ", ".join(f"{name}={self.as_env()[name]}" for name in names.upper().split())
-                raise UserError(f"{found}: {rule}")
-
+            if not holds:
+                raise UserError(", ".join(f"{n}={self.as_env()[n]}" for n in names.split()) + f": {rule}")
     def as_env(self) -> dict[str, str]:
         """All settings as they would be written in the environment."""
         return {name.upper(): ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -201,75 +190,67 @@ PARSERS = {  # by the type of a setting's default: how to read it, what to expec
     tuple: (lambda text: tuple(int(i) for i in text.split(",") if i.strip()), "comma-separated integers")}
 
 def parse_setting(f, text: str):
-    """The value of field `f` in `text`, of the type of its default, within its bounds."""
-    (parse, expected), bounds, name = PARSERS[type(f.default)], f.metadata, f.name.upper()
-    try:
+    """The value of field `f` in `text`: of the type of its default, finite, within its bounds."""
+    (parse, expected), (_, low, high, choices) = PARSERS[type(f.default)], f.metadata.values()
+    if choices:
+        expected = f"one of {', '.join(choices)}"
+    elif low is not None:
+        expected += f", at least {low}" if high == math.inf else f" from {low} to {high}"
+    with contextlib.suppress(ValueError, KeyError):
         value = parse(text)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError
-    except (ValueError, KeyError):
-        raise UserError(f"{name}={text!r}: expected {expected} (default {f.default!r})") from None
-    if bounds["choices"] and value not in bounds["choices"]:
-        raise UserError(f"{name}={text!r}: expected one of {', '.join(bounds['choices'])}")
-    for sign, bound, word in ((1, bounds["low"], "least"), (-1, bounds["high"], "most")):
-        if bound is not None and sign * value < sign * bound:
-            raise UserError(f"{name}={text}: expected at {word} {bound}")
-    return value
+        fits = value in choices if choices else low is None or low <= value <= high
+        if fits and value != math.inf:
+            return value
+    raise UserError(f"{f.name.upper()}={text!r}: expected {expected} (default {f.default!r})")
 
-def edit_distance(a: str, b: str) -> int:
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
+def is_near(a: str, b: str, edits: int) -> bool:
+    """Can `edits` insertions, deletions and changes of a letter turn `a` into `b`?"""
+    if edits < 0 or not a or not b:
+        return len(a) + len(b) <= edits
+    if a[0] == b[0]:
+        return is_near(a[1:], b[1:], edits)
+    return any(is_near(*rest, edits - 1) for rest in ((a[1:], b), (a, b[1:]), (a[1:], b[1:])))
 
 def mistyped(env: dict[str, str]) -> list[str]:
-    """Warnings for environment names that are within edit distance 2 of a setting but are none."""
-    known = {f.name.upper() for f in fields(Hyperparameters)}
-    near = ((name, min((edit_distance(name, k), k) for k in known)) for name in sorted(set(env) - known))
-    return [f"{name} is set but is no setting; did you mean {k}?" for name, (far, k) in near if far <= 2]
+    """Warnings for environment names that are within edit distance 2 of settings but are none."""
+    known = sorted(f.name.upper() for f in fields(Hyperparameters))
+    meant = {name: " or ".join(k for k in known if is_near(name, k, 2)) for name in sorted({*env} - {*known})}
+    return [f"{name} is set but is no setting; did you mean {k}?" for name, k in meant.items() if k]
 
 # --- 2. Runtime ---------------------------------------------------------------------------------------------
 # All that knows of other ranks: on one rank each method is the identity, so laptop and cluster run the same
 # lines. What is on the CPU travels by gloo: agreeing on the clock never waits for a GPU.
-
 REDUCE_SCATTER, ALL_GATHER = (getattr(dist, new, None) or getattr(dist, old) for new, old in (  # torch 2.13
     ("reduce_scatter_single", "reduce_scatter_tensor"), ("all_gather_single", "all_gather_into_tensor")))
 
 class Runtime:
     """This process among the others, its device and its log. Without `run_id` it writes nothing."""
-
     def __init__(self, run_id: str, env: dict[str, str]):
         """Joins the process group that torchrun put in `env`; rank 0 opens logs/<run_id>.txt, always new."""
         self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        local_rank, gpus = int(env.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        cuda = torch.cuda.is_available()
-        if cuda and local_rank >= gpus:
-            raise UserError(f"LOCAL_RANK={local_rank}, {gpus} GPUs are visible: set --nproc_per_node={gpus}")
+        local_rank, cuda = int(env.get("LOCAL_RANK", 0)), torch.cuda.is_available()
         self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        if cuda and local_rank >= (gpus := torch.cuda.device_count()):
+            raise UserError(f"LOCAL_RANK={local_rank}, {gpus} GPUs are visible: set --nproc_per_node={gpus}")
         if cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.world_size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
-        self.log_path, self.unwritten = None, b""
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         self.stopped, self.patient = "", False  # the signal that came; it waits for the end of the step
         for number in (signal.SIGTERM, signal.SIGINT) if run_id else ():
             signal.signal(number, self.stop)
-        names = (f"logs/{run_id}{suffix}.txt" for suffix in ("", *(f"_{i}" for i in range(2, 10_000))))
+        self.log_path, self.unwritten, i = None, b"", 1
         while run_id and self.rank == 0 and not self.log_path:
             os.makedirs("logs", exist_ok=True)
+            path, i = Path("logs", f"{run_id}_{i}.txt" if i > 1 else f"{run_id}.txt"), i + 1
             with contextlib.suppress(FileExistsError):
-                self.log_file = open(name := next(names), "xb", buffering=0)
-                self.log_path = Path(name)
-
+                self.log_file, self.log_path = path.open("xb", buffering=0), path
     def stop(self, number: int, frame) -> None:
         """On SIGTERM and SIGINT: training ends its step and leaves a checkpoint, all else ends here."""
         first, self.stopped = not self.stopped, signal.Signals(number).name
         if first and not self.patient:
             raise Stopped(f"stopped by {self.stopped}")
-
     def log(self, line: str, console: bool = True) -> None:
         """Rank 0 writes `line` to stdout and its log file at once: a run that dies leaves all it said. What
         a full disk does not take is tried again with every later line."""
@@ -283,23 +264,19 @@ class Runtime:
             print(f"warning: {self.log_path}: {error.strerror}; the run goes on", file=sys.stderr, flush=True)
         if console:
             print(line, flush=True)
-
     def sum(self, x: Tensor) -> Tensor:
         """In-place sum of `x` over the ranks."""
         if self.world_size > 1:
             dist.all_reduce(x)
         return x
-
     def agree(self, *numbers: float) -> list[float]:
         """Sums over the ranks, by way of the CPU."""
         return self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
-
     def from_rank_0(self, x: Tensor) -> Tensor:
         """`x` becomes rank 0's, in place."""
         if self.world_size > 1:
             dist.broadcast(x, 0)
         return x
-
     def start(self, collective, x: Tensor, rows: int):
         """A function that waits for the `rows` rows that `collective` makes of `x`. To be called once."""
         if self.world_size == 1:
@@ -307,32 +284,27 @@ class Runtime:
         out = x.new_empty(rows, *x.shape[1:])
         work = collective(out, x, async_op=True)
         return lambda: (work.wait(), out)[1]
-
     def compare(self, facts: dict[str, object]) -> None:
         """UserError that names the ranks whose `facts` are not rank 0's."""
-        digests = [hashlib.sha256(repr(fact).encode()).digest() for fact in facts.values()]
         table_RF = torch.zeros(self.world_size, len(facts), dtype=torch.int64)
-        table_RF[self.rank] = torch.tensor([int.from_bytes(d[:8], "big", signed=True) for d in digests])
-        for name, column in zip(facts, self.sum(table_RF).T):
-            if odd := (column != column[0]).nonzero().flatten().tolist():
-                raise UserError(f"rank {', '.join(map(str, odd))}: {name} differ from rank 0's: start the same "
-                                "files with the same settings everywhere")
-
+        table_RF[self.rank] = torch.tensor([zlib.crc32(repr(fact).encode()) for fact in facts.values()])
+        for name, column in zip(facts, self.sum(table_RF).T.tolist()):
+            if odd := [str(rank) for rank, checksum in enumerate(column) if checksum != column[0]]:
+                raise UserError(f"rank {', '.join(odd)}: {name} differ from rank 0's: start the same files "
+                                "with the same settings everywhere")
     def barrier(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.agree(0)
-
     def beside_log(self, ending: str) -> Path:
         return self.log_path.with_name(self.log_path.stem + ending)
-
     def close(self) -> None:
         """UserError: lines of the log that no later one could bring to the disk."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
         if self.unwritten:
-            raise UserError(f"{self.log_path}: its last {len(self.unwritten)} bytes found no space on the disk; "
-                            "free some and keep what was printed")
+            raise UserError(f"{self.log_path}: no disk space for its last {len(self.unwritten)} bytes; free "
+                            "some and keep what was printed")
 
 def replace_file(path: Path, write) -> None:
     """`write(file)` aside, then rename: `path` is whole, the old one until the new one is."""
@@ -350,15 +322,14 @@ def replace_file(path: Path, write) -> None:
 
 class Progress:
     """How far long work is and how long it will take: a live bar on a terminal, and a line every 10 s."""
-
     def __init__(self, rt: Runtime, label: str, total: int):
         self.rt, self.label, self.total = rt, label, max(total, 1)
         self.start = self.said = time.perf_counter()
-
     def __call__(self, done: int) -> None:
         now, share, live = time.perf_counter(), done / self.total, sys.stdout.isatty()
-        left = (now - self.start) * (1 / share - 1) if share else math.nan
-        line = f"{self.label} {share:.0%} elapsed:{now - self.start:.0f}s left:{left:.0f}s"
+        elapsed = now - self.start
+        left = elapsed * (1 / share - 1) if share else math.nan
+        line = f"{self.label} {share:.0%} elapsed:{elapsed:.0f}s left:{left:.0f}s"
         if live and self.rt.rank == 0:
             print(f"\r[{'#' * round(24 * share):24}] {line}\033[K", end="" if share < 1 else "\n", flush=True)
         if now - self.said >= 10:
@@ -368,44 +339,36 @@ class Progress:
 # --- 3. Data ------------------------------------------------------------------------------------------------
 # A shard is 256 little-endian int32 (20240520, 1, count, 0 ...), then `count` uint16 tokens, memory-mapped.
 # The loader has no state: batch k is a function of k, the same tokens whatever the number of ranks.
-
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
 GET_DATA = ("`make demo` needs no data; for FineWeb get the challenge repository and run its "
-            "data/cached_challenge_fineweb.py, then set DATA_PATH")
+            "data/cached_challenge_fineweb.py, then set DATA_PATH and TOKENIZER_PATH")
 
 def load_shard(path: Path) -> np.memmap:
-    """The uint16 tokens of one shard, memory-mapped. UserError: not a shard, another version, cut short."""
+    """The uint16 tokens of one shard, memory-mapped; UserError: it is none, of another version, or cut."""
     header, size = np.fromfile(path, "<i4", SHARD_HEADER), path.stat().st_size
-    if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC:
-        found = f"starts with {header[0]}" if len(header) else "is empty"
-        raise UserError(f"{path}: {found}, expected the shard magic {SHARD_MAGIC}; {GET_DATA}")
-    if header[1] != SHARD_VERSION:
-        raise UserError(f"{path}: shard version {header[1]}, expected {SHARD_VERSION}; {GET_DATA}")
-    expected = 4 * SHARD_HEADER + 2 * int(header[2])
-    if size != expected or header[2] < 1:
-        raise UserError(f"{path}: {size} bytes, but its header promises {header[2]} tokens, that is "
-                        f"{expected} bytes: the file is cut or damaged; fetch it again")
-    return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER, (int(header[2]),))
+    magic, version, count, *_ = *header.tolist(), 0, 0, 0
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or count < 1 or size != 4 * SHARD_HEADER + 2 * count:
+        raise UserError(f"{path}: magic {magic}, version {version}, {count} tokens in {size} bytes; expected "
+                        f"magic {SHARD_MAGIC}, version {SHARD_VERSION}, n in 1024 + 2 n bytes; {GET_DATA}")
+    return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER, (count,))
 
 def find_shards(part: str, hp: Hyperparameters) -> list[Path]:
     """All shards of `part` (train or val), in order; UserError: none in its folder."""
     name = "train_data_path" if part == "train" and hp.train_data_path else "data_path"
-    paths = sorted(Path(getattr(hp, name)).glob(f"fineweb_{part}_*.bin"))
-    if not paths:
-        raise UserError(f"{name.upper()}={getattr(hp, name)}: no fineweb_{part}_*.bin there; {GET_DATA}")
-    return paths
+    if paths := sorted(Path(getattr(hp, name)).glob(f"fineweb_{part}_*.bin")):
+        return paths
+    raise UserError(f"{name.upper()}={getattr(hp, name)}: no fineweb_{part}_*.bin there; {GET_DATA}")
 
-def check_tokens(tokens: np.ndarray, vocab_size: int, source: str) -> None:
-    if len(tokens) and int(tokens.max()) >= vocab_size:
-        raise UserError(f"{source}: holds token {int(tokens.max())}, but VOCAB_SIZE={vocab_size}: data and "
-                        "VOCAB_SIZE must come from the same tokenizer")
+def check_tokens(tokens: np.ndarray, vocab_size: int, source: str | Path) -> np.ndarray:
+    """`tokens` themselves; UserError: one is outside of the vocabulary."""
+    if (largest := tokens.max(initial=0)) >= vocab_size:
+        raise UserError(f"{source}: holds token {largest}, but VOCAB_SIZE={vocab_size}: data and VOCAB_SIZE "
+                        "must come from the same tokenizer")
+    return tokens
 
 def load_validation(hp: Hyperparameters) -> np.ndarray:
     """The whole validation stream x_0 ... x_N as uint16: the memory map itself when it is one shard."""
-    paths = find_shards("val", hp)
-    shards = [load_shard(path) for path in paths]
-    for path, tokens in zip(paths, shards):
-        check_tokens(tokens, hp.vocab_size, str(path))
+    shards = [check_tokens(load_shard(path), hp.vocab_size, path) for path in find_shards("val", hp)]
     stream = shards[0] if len(shards) == 1 else np.concatenate(shards)
     if len(stream) <= hp.eval_seq_len:
         raise UserError(f"DATA_PATH={hp.data_path}: the validation stream has {len(stream)} tokens, a window "
@@ -416,34 +379,27 @@ class TokenLoader:
     """All training shards laid end to end as one circular stream, read in lanes: sequence i of a batch of S
     starts at i/S of the stream and moves on by T tokens a step, so that even a small batch holds S different
     places, and S lanes together read everything once. Rank r takes the r-th share of the sequences."""
-
     def __init__(self, hp: Hyperparameters, rank: int, world_size: int):
-        self.hp, self.rank = hp, rank
-        self.paths = find_shards("train", hp)
+        self.hp, self.rank, self.paths = hp, rank, find_shards("train", hp)
         self.shards = [load_shard(path) for path in self.paths]
-        self.ends = np.cumsum([len(s) for s in self.shards])
-        self.tokens = int(self.ends[-1])
-        self.sequences = sequences = hp.train_batch_tokens // hp.train_seq_len
-        if sequences % world_size:
-            fits = (w for w in range(1, sequences + 1) if sequences % w == 0)
-            near = sorted(fits, key=lambda w: max(w / world_size, world_size / w))[:2]
-            raise UserError(f"{world_size} ranks cannot share TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN = {sequences} "
-                            f"sequences equally: start {' or '.join(map(str, near))} ranks")
-        self.share, most = sequences // world_size, max(1, hp.micro_batch_tokens // hp.train_seq_len)
-        self.accumulation = next(a for a in range(1, self.share + 1)
-                                 if self.share % a == 0 and self.share // a <= most)
-
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.tokens, self.sequences = int(self.ends[-1]), hp.train_batch_tokens // hp.train_seq_len
+        if self.sequences % world_size:
+            fits = (n for n in range(1, self.sequences + 1) if self.sequences % n == 0)
+            near = sorted(fits, key=lambda n: max(n / world_size, world_size / n))[:2]
+            raise UserError(f"{world_size} ranks cannot share TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN = "
+                            f"{self.sequences} sequences equally: start {' or '.join(map(str, near))} ranks")
+        self.share, most = self.sequences // world_size, max(1, hp.micro_batch_tokens // hp.train_seq_len)
+        self.accumulation = next(n for n in range(1, self.share + 1)
+                                 if self.share % n == 0 and self.share // n <= most)
     def span(self, start: int, count: int) -> np.ndarray:
         """`count` tokens of the circular stream from `start`, as int64."""
-        parts, position = [], start % self.tokens
-        while count:
-            i = int(np.searchsorted(self.ends, position, "right"))
-            part = self.shards[i][position - int(self.ends[i]):][:count]  # counted from the shard's end
-            check_tokens(part, self.hp.vocab_size, str(self.paths[i]))
-            parts.append(part)
-            count, position = count - len(part), (position + len(part)) % self.tokens
-        return np.concatenate(parts).astype(np.int64)
-
+        position = start % self.tokens
+        i = int(np.searchsorted(self.ends, position, "right"))
+        part = self.shards[i][position - int(self.ends[i]):][:count]  # counted from the shard's end
+        head = check_tokens(part, self.hp.vocab_size, self.paths[i]).astype(np.int64)
+        rest = count - len(head)
+        return np.concatenate([head, self.span(start + len(head), rest)]) if rest else head
     def micro_batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
         """This rank's inputs and targets of a micro-batch of step `step`, both (B, T) int64 on the CPU."""
         T, rows = self.hp.train_seq_len, self.share // self.accumulation
@@ -453,32 +409,28 @@ class TokenLoader:
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 def fingerprint(hp: Hyperparameters) -> list[tuple]:
-    """(name, bytes, SHA-256 of the first 64 KB) of every data file, so that ranks can compare theirs."""
-    paths = [*find_shards("val", hp), *([] if hp.eval_only else find_shards("train", hp)), Path(hp.tokenizer_path)]
-    return [(path.name, path.stat().st_size, hashlib.sha256(path.open("rb").read(1 << 16)).hexdigest())
-            for path in paths]
+    """(name, bytes, CRC-32 of the first 64 KB) of every data file, so that ranks can compare theirs."""
+    paths = [Path(hp.tokenizer_path), *find_shards("val", hp)]
+    paths += [] if hp.eval_only else find_shards("train", hp)
+    return [(path.name, path.stat().st_size, zlib.crc32(path.open("rb").read(1 << 16))) for path in paths]
 
 class ByteCounter:
     """UTF-8 bytes of each target, from the tokenizer's pieces (the challenge's definition of a byte)."""
-
     def __init__(self, hp: Hyperparameters):
-        import sentencepiece
-        name, ids = f"TOKENIZER_PATH={hp.tokenizer_path}", range(hp.vocab_size)
-        if not Path(hp.tokenizer_path).is_file():
-            raise UserError(f"{name}: no such file; {GET_DATA} and TOKENIZER_PATH")
+        from sentencepiece import SentencePieceProcessor
+        name, sp, ids = f"TOKENIZER_PATH={hp.tokenizer_path}", SentencePieceProcessor(), range(hp.vocab_size)
         try:
-            sp = sentencepiece.SentencePieceProcessor(model_file=hp.tokenizer_path)
-        except (RuntimeError, OSError):
-            raise UserError(f"{name}: not a SentencePiece model") from None
+            sp.Load(hp.tokenizer_path)
+        except (RuntimeError, OSError, ValueError):
+            raise UserError(f"{name}: no such file or not a SentencePiece model; {GET_DATA}") from None
         if sp.vocab_size() != hp.vocab_size:
             raise UserError(f"{name}: has {sp.vocab_size()} pieces, but VOCAB_SIZE={hp.vocab_size}: set "
                             f"VOCAB_SIZE={sp.vocab_size()} or name the data's own tokenizer")
-        self.is_text = ~np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
+        self.is_text = np.array([not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)) for i in ids])
         pieces = [sp.id_to_piece(i) if text else "" for i, text in zip(ids, self.is_text)]
         self.opens_word = np.array([piece.startswith("\u2581") for piece in pieces])
         self.length = np.array([1 if sp.is_byte(i) else len(piece.replace("\u2581", "").encode())
                                 for i, piece in zip(ids, pieces)], np.uint16)
-
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes (uint16) of each target of the stream `tokens`; a word's space counts only after text."""
         space = self.opens_word[tokens[1:]] & self.is_text[tokens[:-1]]
@@ -486,7 +438,6 @@ class ByteCounter:
 
 # --- 4. Kernels ---------------------------------------------------------------------------------------------
 # The ops that are worth more than what the compiler makes of them, each with its plain form beside it.
-
 def find_flash_attention():
     """(name, function) of the fastest attention that is installed and runs here, or (name, None): torch's."""
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
@@ -512,16 +463,11 @@ def causal_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, flash=None)
 # Master weights are float32; every op follows the dtype of the residual stream (bfloat16 on CUDA, float32 on
 # CPU): no autocast. Sources: GQA 2305.13245, RoPE 2104.09864, QK-norm 2302.05442, value residual 2410.17897,
 # XSA and SmearGate as in PR #889, U-Net skips and x0 mixes as in modded-nanogpt.
-
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 class Linear(nn.Linear):
-    """Without bias; float32 weights, computed in the dtype of its input."""
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
-
+    """Float32 weights, computed in the dtype of the input."""
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
@@ -536,8 +482,7 @@ def rotary_tables(T: int, hp: Hyperparameters, device: torch.device) -> tuple[Te
 def rotate(x_BTHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """RoPE on the first 2 * rope width of K, in half-split pairs; the other dimensions carry no position."""
     cos, sin = rope
-    half = cos.size(-1)
-    a, b, rest = x_BTHK[..., :half], x_BTHK[..., half: 2 * half], x_BTHK[..., 2 * half:]
+    a, b, rest = x_BTHK.tensor_split((cos.size(-1), 2 * cos.size(-1)), -1)
     rotated = torch.cat((a * cos + b * sin, b * cos - a * sin), -1).to(x_BTHK.dtype)
     return torch.cat((rotated, rest), -1)
 
@@ -553,13 +498,12 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.flash = (hp.num_heads, hp.num_kv_heads, hp.head_dim), flash
         D, (H, G, K) = hp.model_dim, self.heads
-        self.q, self.k, self.v = Linear(D, H * K), Linear(D, G * K), Linear(D, G * K)
-        self.proj = Linear(H * K, D)
+        self.q, self.k, self.v = (Linear(D, heads * K, bias=False) for heads in (H, G, G))
+        self.proj = Linear(H * K, D, bias=False)
         self.q_gain = nn.Parameter(torch.full((H,), hp.qk_gain_init))
         self.xsa = layer >= hp.num_layers - hp.xsa_last_n
         self.ve_scale = nn.Parameter(torch.ones(())) if hp.ve_enabled and layer in hp.ve_layers else None
         self.vrl_gate = nn.Parameter(torch.tensor(-1.5)) if hp.vrl_enabled and layer else None
-
     def forward(self, x_BTD: Tensor, rope, ve_BTGK: Tensor | None, v_first_BTGK: Tensor | None):
         """(B, T, D) out, and this layer's values before any change (layer 0's are the others' v_first)."""
         B, T, _ = x_BTD.shape
@@ -579,8 +523,7 @@ class MLP(nn.Module):
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         D, width, self.slope = hp.model_dim, int(hp.mlp_mult * hp.model_dim), hp.leaky_slope
-        self.fc, self.proj = Linear(D, width), Linear(width, D)
-
+        self.fc, self.proj = Linear(D, width, bias=False), Linear(width, D, bias=False)
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.proj(F.leaky_relu(self.fc(x_BTD), self.slope).square())
 
@@ -591,7 +534,6 @@ class Block(nn.Module):
         self.mix_x, self.mix_x0, self.attn_scale, self.mlp_scale = (
             nn.Parameter(torch.full((hp.model_dim,), value)) for value in (1.0, 0.0, 1.0, 1.0))
         self.norm_scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
-
     def forward(self, x_BTD: Tensor, x0_BTD: Tensor, rope, ve_BTGK, v_first_BTGK):
         mix_x, mix_x0, a, b = (p.to(x_BTD.dtype)
                                for p in (self.mix_x, self.mix_x0, self.attn_scale, self.mlp_scale))
@@ -607,32 +549,28 @@ def bigram_rows(ids_BT: Tensor, rows: int) -> Tensor:
 
 class NarrowEmbedding(nn.Module):
     """A table of `width` columns, projected to `out` and scaled."""
-
     def __init__(self, rows: int, width: int, out: int, scale: float):
         super().__init__()
-        self.table, self.proj = nn.Embedding(rows, width), Linear(width, out)
+        self.table, self.proj = nn.Embedding(rows, width), Linear(width, out, bias=False)
         self.scale = nn.Parameter(torch.tensor(scale))
-
     def forward(self, rows_BT: Tensor, dtype: torch.dtype) -> Tensor:
         return self.proj(self.table(rows_BT).to(dtype)) * self.scale.to(dtype)
 
 class GPT(nn.Module):
     def __init__(self, hp: Hyperparameters):
         super().__init__()
-        self.hp, L = hp, hp.num_layers
-        self.attention_name, flash = find_flash_attention()
-        self.embed = nn.Embedding(hp.vocab_size, hp.model_dim)
-        self.bigram = (NarrowEmbedding(hp.bigram_vocab_size, hp.bigram_dim, hp.model_dim, 0.05)
-                       if hp.bigram_vocab_size else None)
-        self.smear_gate = nn.Parameter(torch.zeros(hp.model_dim)) if hp.smear_enabled else None
-        self.value_embed = (NarrowEmbedding(hp.vocab_size, hp.ve_dim, hp.num_kv_heads * hp.head_dim, 0.1)
-                            if hp.ve_enabled and hp.ve_layers else None)
-        self.blocks = nn.ModuleList(Block(hp, layer, flash) for layer in range(L))
+        self.hp, D, V, L, rows = hp, hp.model_dim, hp.vocab_size, hp.num_layers, hp.bigram_vocab_size
+        values = hp.num_kv_heads * hp.head_dim if hp.ve_enabled and hp.ve_layers else 0
         skips = L // 2 if hp.unet_skips else 0
-        self.skip_weights = nn.Parameter(torch.ones(skips, hp.model_dim)) if skips else None
-        self.head = None if hp.tie_embeddings else Linear(hp.model_dim, hp.vocab_size)
+        self.attention_name, flash = find_flash_attention()
+        self.embed = nn.Embedding(V, D)
+        self.bigram = NarrowEmbedding(rows, hp.bigram_dim, D, 0.05) if rows else None
+        self.smear_gate = nn.Parameter(torch.zeros(D)) if hp.smear_enabled else None
+        self.value_embed = NarrowEmbedding(V, hp.ve_dim, values, 0.1) if values else None
+        self.blocks = nn.ModuleList(Block(hp, layer, flash) for layer in range(L))
+        self.skip_weights = nn.Parameter(torch.ones(skips, D)) if skips else None
+        self.head = None if hp.tie_embeddings else Linear(D, V, bias=False)
         self.initialize()
-
     @torch.no_grad()
     def initialize(self) -> None:
         """Initial values not set where the parameter is made. Small matrices keep nn.Linear's default."""
@@ -644,10 +582,8 @@ class GPT(nn.Module):
                 p.normal_(std=std[name])
             elif name.endswith(".weight") and min(p.shape) >= 64:
                 nn.init.orthogonal_(p, 1 if name.startswith("blocks") else (2 * self.hp.num_layers) ** -0.5)
-
-    def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None, weights_BT: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, D) before the head; with targets the mean, with weights the weighted sum, of
-        their losses in nats."""
+    def forward(self, ids_BT: Tensor, targets_BT=None, weights_BT=None) -> Tensor:
+        """Hidden states (B, T, D); with targets their mean loss in nats, with weights the weighted sum."""
         x = self.embed(ids_BT)
         if self.bigram is not None:
             x = x + self.bigram(bigram_rows(ids_BT, self.hp.bigram_vocab_size), x.dtype)
@@ -669,7 +605,6 @@ class GPT(nn.Module):
             return x
         nll_N = F.cross_entropy(self.logits(x).flatten(0, 1), targets_BT.ravel(), reduction="none")
         return nll_N.mean() if weights_BT is None else (nll_N * weights_BT.ravel()).sum()
-
     def logits(self, hidden_D: Tensor) -> Tensor:
         """(..., D) -> (..., V) float32, softly capped to +-LOGIT_SOFTCAP."""
         weight = self.embed.weight if self.head is None else self.head.weight
