@@ -17,11 +17,12 @@ def test_load_shard_is_a_memory_map_of_what_was_written(tmp_path, rng):
 
 
 @pytest.mark.parametrize("damage, said", [
-    (lambda b: b"\x00" * 4 + b[4:], "expected the shard magic 20240520"),
-    (lambda b: b[:4] + (7).to_bytes(4, "little") + b[8:], "shard version 7, expected 1"),
-    (lambda b: b[:-2], "the file is cut or damaged"),
-    (lambda b: b[:100], "expected the shard magic|not a token shard"),
-    (lambda b: b"", "is empty"),
+    (lambda b: b"\x00" * 4 + b[4:], "magic 0, version 1, 100 tokens in 1224 bytes; expected magic 20240520, version 1"),
+    (lambda b: b[:4] + (7).to_bytes(4, "little") + b[8:], "magic 20240520, version 7, 100 tokens"),
+    (lambda b: b[:-2], "100 tokens in 1222 bytes; expected .* 1024 \\+ 2 n bytes"),
+    (lambda b: b[:100], "100 tokens in 100 bytes; expected .* 1024 \\+ 2 n bytes"),
+    (lambda b: b"", "0 tokens in 0 bytes; expected"),
+    (lambda b: b[:8] + bytes(1016), "0 tokens in 1024 bytes; expected"),
 ])
 def test_bad_shards_are_refused_by_name(tmp_path, damage, said):
     path = write_shard(tmp_path / "fineweb_val_000000.bin", range(100))
