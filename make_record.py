@@ -226,7 +226,7 @@ def refuse_unfinished(log: Log) -> None:
     totals = log.all("total_eval_time:")
     if len(totals) > 1:
         raise totals[1].error(f"a second run in one log, the first ended in line {totals[0].no}; use one log per run")
-    for line in log.all("final_ngram_hashed"):
+    for line in [] if log.has("final_ngram_exact") else log.all("final_ngram_hashed"):
         raise line.error("hashed counts are no probability and have no bpb; run with NGRAM_COUNTS=exact")
     run_id = log.setting("RUN_ID")
     if run_id and not re.fullmatch(rf"{re.escape(run_id)}(_\d+)?", log.name):

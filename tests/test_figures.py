@@ -208,13 +208,11 @@ def test_settings_come_from_the_scores_or_from_the_log_beside_them(run, tmp_path
 
 def test_scores_that_do_not_fit_are_refused_in_one_line(run, tmp_path):
     arrays, hp = dict(np.load(run)), figures.load_scores(run).hp
-    hashed = replace(hp, ngram_counts="hashed", ngram_alpha="order")
     bad = arrays["mixed"].copy()
     bad[7] = np.nan
     for changes, message in (
         (dict(nll=arrays["nll"][:-1]), "expected the data of that run"),
         (dict(mixed=bad), "not finite"), (dict(mixed=None), "holds no mixed"),
-        (dict(settings=json.dumps(asdict(hashed))), "no probability"),
         (dict(settings=json.dumps(asdict(replace(hp, data_path="nowhere")))), "DATA_PATH=nowhere"),
     ):
         path = tmp_path / "bad_scores.npz"

@@ -1,4 +1,5 @@
 """make_record.py: logs in; table, JSON, verdicts and the folder for records/ out. Three tiny runs serve all tests."""
+import dataclasses
 import json
 import re
 import shutil
@@ -428,3 +429,9 @@ def test_copy_refuses_what_check_refuses(folder, tmp_path, capsys):
     assert "21 of 24 checks passed: not ready: hardware, json, json_bytes" in capsys.readouterr().out
     assert (tmp_path / "dest/records/track_10min_16mb/2026-12-01_Tiny_a_test/submission.json").exists()
     assert m.main(["copy", str(tmp_path / "nowhere"), "--folder", str(folder)]) == 1
+
+
+def test_the_readme_lists_every_setting_as_the_script_has_it():
+    before, between, _ = m.split_readme(ROOT / "README.md", "settings")
+    assert between == f"\n{m.settings_table(ROOT / 'train_gpt.py')}\n", "run `make_record.py settings`"
+    assert between.count("\n| `") == len(dataclasses.fields(t.Hyperparameters))

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import make_record
 import numpy as np
 import pytest
 import torch
@@ -139,3 +140,25 @@ def test_soft_qat_trains_on_what_it_computes(corpus):
             p.data = hard[n][0] * hard[n][1]
     assert losses[200.0] == pytest.approx(model(ids[:, :-1], ids[:, 1:]).item(), abs=1e-3)
     assert abs(losses[1.0] - losses[None]) < abs(losses[200.0] - losses[None]) + 1e-4
+
+
+def test_the_readme_table_of_systems_is_that_of_the_logs(logs, tmp_path):
+    (tmp_path / "README.md").write_text("# x\n<!-- systems:begin -->\nold\n<!-- systems:end -->\nrest\n")
+    paths = []
+    for system in logs:
+        paths.append(tmp_path / f"logs/systems/{system}_seed1337.txt")
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        paths[-1].write_text(logs[system][0])
+    make_record.systems(paths, tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert "old" not in readme and readme.endswith("rest\n")
+    for system, (log, *_) in logs.items():
+        row = next(line for line in readme.splitlines() if f"runs/{system}.sh" in line)
+        for line in ("final_int", "final_ngram_exact", "final_ngram_hashed"):
+            found = values(log, line)
+            assert f"{float(found.get('val_bpb') or found['pseudo_bpb']):.4f}" in row
+        assert f"{int(log.split('Total submission size')[-1].split(': ')[1].split(' ')[0]):,}" in row
+    (tmp_path / "logs/odd.txt").write_text("")
+    with pytest.raises(make_record.RecordError, match="odd.txt: its name says no system"):
+        make_record.systems([tmp_path / "logs/odd.txt"], tmp_path)
+    assert (tmp_path / "README.md").read_text() == readme
