@@ -201,7 +201,7 @@ def test_settings_come_from_the_scores_or_from_the_log_beside_them(run, tmp_path
     np.savez(logs / "old_scores.npz", **arrays)
     with pytest.raises(RecordError, match=r"old_scores.npz: holds no settings.*old.txt"):
         figures.view(logs / "old_scores.npz")
-    (logs / "old.txt").write_text("".join(f"{k.upper()}={hp.shown(k)}\n" for k in asdict(hp)))
+    (logs / "old.txt").write_text("".join(f"{k}={v}\n" for k, v in hp.as_env().items()))
     out = figures.view(logs / "old_scores.npz", tokens=50)
     assert out == logs / "old_view.html" and figures.load_scores(logs / "old_scores.npz").hp == hp
 

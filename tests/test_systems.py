@@ -4,12 +4,12 @@ import os
 import subprocess
 import sys
 
-import make_record
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, tiny, values
 
+import make_record
 import train_gpt as t
 
 # what a script itself sets is left to it
@@ -148,7 +148,7 @@ def test_the_readme_table_of_systems_is_that_of_the_logs(logs, tmp_path):
     for system in logs:
         paths.append(tmp_path / f"logs/systems/{system}_seed1337.txt")
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
-        paths[-1].write_text(logs[system][0])
+        paths[-1].write_text(logs[system][0].replace("\nRUN_ID=test\n", f"\nRUN_ID={system}_seed1337\n"))
     make_record.systems(paths, tmp_path)
     readme = (tmp_path / "README.md").read_text()
     assert "old" not in readme and readme.endswith("rest\n")
