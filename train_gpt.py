@@ -613,25 +613,21 @@ class GPT(nn.Module):
 
 # --- 6. Optimizer -------------------------------------------------------------------------------------------
 # Muon (Jordan et al. 2024), whose update is the momentum made orthogonal, for matrices; AdamW for the rest.
-
 def orthogonalize(G_NRC: Tensor, steps: int) -> Tensor:
-    """Nearly the orthogonal factor U V' of each matrix U S V': singular values come out in about [0.7, 1.2].
-    A quintic Newton-Schulz iteration, tuned for speed at zero, not convergence to one. bfloat16 on CUDA."""
+    """Nearly the orthogonal factor U V' of each wide matrix U S V': singular values come out in [0.7, 1.2]. A
+    quintic Newton-Schulz iteration, tuned for speed at zero, not convergence to one. bfloat16 on CUDA."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G_NRC.bfloat16() if G_NRC.is_cuda else G_NRC.float()
-    tall = X.size(-2) > X.size(-1)
-    X = X.mT if tall else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
-    return X.mT if tall else X
+    return X
 
 class Muon(torch.optim.Optimizer):
     """One group per shape: a stack, tall matrices transposed, so that one batched iteration serves them all.
     Each rank owns an equal share of every stack (zero matrices fill it up): it gets the sum over the ranks of
     those gradients only, keeps their momentum only, and sends the others its updates."""
-
     def __init__(self, matrices: list[nn.Parameter], hp: Hyperparameters, rt: Runtime):
         self.rt, stacks = rt, {}
         for p in matrices:
@@ -640,12 +636,10 @@ class Muon(torch.optim.Optimizer):
                   for shape, same in sorted(stacks.items())]
         super().__init__(groups, dict(lr=hp.matrix_lr, initial_lr=hp.matrix_lr, weight_decay=hp.muon_wd,
                                       momentum=hp.muon_momentum_warmup_start, steps=hp.muon_backend_steps))
-
     def own(self, stack: Tensor) -> Tensor:
         """This rank's share of a whole stack, as a view; the last ranks' may be short, or empty."""
         share = -(-len(stack) // self.rt.world_size)
         return stack[self.rt.rank * share:][:share]
-
     def send_gradients(self) -> list:
         """Per stack a function that waits for this rank's share, (share, R, C), of the sum over the ranks."""
         sent, ranks = [], self.rt.world_size
@@ -654,8 +648,6 @@ class Muon(torch.optim.Optimizer):
             wide += [torch.zeros_like(wide[0])] * (-len(wide) % ranks)
             sent.append(self.rt.start(REDUCE_SCATTER, torch.stack(wide), len(wide) // ranks))
         return sent
-
-    @torch.no_grad()
     def send_updates(self, shares: list[Tensor]) -> list:
         """Per stack a function that waits for all its orthogonal updates, (N, R, C)."""
         sent = []
@@ -666,8 +658,6 @@ class Muon(torch.optim.Optimizer):
             update_NRC = orthogonalize(grads_NRC, group["steps"])
             sent.append(self.rt.start(ALL_GATHER, update_NRC, len(update_NRC) * self.rt.world_size))
         return sent
-
-    @torch.no_grad()
     def step(self, sent: list) -> None:
         for group, updates in zip(self.param_groups, sent):
             torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
@@ -676,45 +666,38 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(update.mT if R > C else update, alpha=group["lr"] * max(1, R / C) ** 0.5)
 
 def build_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime) -> tuple[Muon, torch.optim.AdamW]:
-    """Together they hold every parameter exactly once."""
-    table_lr = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr
-    matrices, groups = [], {lr: [] for lr in (table_lr, hp.head_lr, hp.scalar_lr)}
+    """Together they hold every parameter exactly once: Muon the matrices but tables and head."""
+    table_lr, groups = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr, {}
     for name, p in model.named_parameters():
-        is_table = name.endswith((".table.weight", "embed.weight"))
-        (groups[table_lr] if is_table else groups[hp.head_lr] if name == "head.weight"
-         else matrices if name.endswith(".weight") else groups[hp.scalar_lr]).append(p)
-    adamw = torch.optim.AdamW([dict(params=same, lr=lr, initial_lr=lr) for lr, same in groups.items() if same],
-                              betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, weight_decay=hp.adam_wd, fused=True)
-    for p in (p for same in groups.values() for p in same):  # as at its first step: a checkpoint fills it before
-        adamw.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                              exp_avg_sq=torch.zeros_like(p))
-    muon = Muon(matrices, hp, rt)
-    owned = [id(p) for group in muon.param_groups + adamw.param_groups for p in group["params"]]
-    assert sorted(owned) == sorted(map(id, model.parameters())), "a parameter without exactly one optimizer"
-    return muon, adamw
-
-def set_gradients(params: list[Tensor], flat: Tensor) -> None:
-    for p, grad in zip(params, flat.split([p.numel() for p in params])):
-        p.grad = grad.view_as(p)
+        lr = (table_lr if name.endswith(("table.weight", "embed.weight")) else
+              hp.head_lr if name == "head.weight" else "muon" if name.endswith(".weight") else hp.scalar_lr)
+        groups.setdefault(lr, []).append(p)
+    muon = Muon(groups.pop("muon"), hp, rt)
+    adam = torch.optim.AdamW([dict(params=same, lr=lr, initial_lr=lr) for lr, same in groups.items()],
+                             betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, weight_decay=hp.adam_wd, fused=True)
+    for p in chain(*groups.values()):  # as at its first step: a checkpoint fills it before
+        adam.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                             exp_avg_sq=torch.zeros_like(p))
+    return muon, adam
 
 @torch.no_grad()
 def update(muon: Muon, adamw: torch.optim.AdamW, rt: Runtime, clip: float) -> None:
     """One step on the sum over the ranks of all gradients, scaled to a norm of at most `clip`. Muon's updates
     travel while AdamW works; one rank sends nothing."""
-    params = [p for group in adamw.param_groups for p in group["params"]]
+    grads = [p.grad for group in adamw.param_groups for p in group["params"]]
     sent = muon.send_gradients()
-    flat = rt.sum(torch.cat([p.grad.flatten() for p in params]))
+    flat = rt.sum(nn.utils.parameters_to_vector(grads))
     shares = [arrived() for arrived in sent]
     if clip:
         squares = rt.sum(sum(share.square().sum() for share in shares)) + flat.square().sum()
         torch._foreach_mul_([flat, *shares], (clip / (squares.sqrt() + 1e-6)).clamp_max(1))
     sent = muon.send_updates(shares)
-    set_gradients(params, flat)
+    nn.utils.vector_to_parameters(flat, grads)
     adamw.step()
     muon.step(sent)
 
 def ttt_scale(done: float) -> float:
-    """Factor of TTT_LR when a share `done` of the stream is scored: by cosine to 0, times 1 to 3 over 30 %."""
+    """Factor of TTT_LR at a share `done` of the stream: by cosine to 0, times 1 to 3 over the first 30 %."""
     return (1 + 2 * min(1.0, done / 0.3)) * (1 + math.cos(math.pi * done)) / 2
 
 def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
@@ -731,14 +714,11 @@ def muon_momentum(step: int, hp: Hyperparameters) -> float:
 
 # --- 7. Averaging -------------------------------------------------------------------------------------------
 # Averaged weights are better than the last ones. EMA and SWA are one class: running means, but one forgets.
-
 class WeightAverage:
     """Mean of snapshots: exponential, free of its start (as Adam's moments), or uniform if decay=1."""
-
     def __init__(self, decay: float, parameters: list[Tensor]):
         self.decay, self.count = decay, torch.zeros((), dtype=torch.int64)
         self.mean = [torch.zeros_like(p) for p in parameters]
-
     @torch.no_grad()
     def update(self, parameters: list[Tensor]) -> None:
         self.count += 1
@@ -751,33 +731,24 @@ def averaged_parameters(averages: dict[str, WeightAverage]) -> list[Tensor]:
     means = [average.mean for average in averages.values() if average.count]
     return [torch.stack(same).mean(0) for same in zip(*means)]
 
-@torch.no_grad()
-def copy_all(into: list[Tensor], tensors: list[Tensor]) -> None:
-    for t, new in zip(into, tensors):
-        t.copy_(new)
-
 # --- 8. Artifact --------------------------------------------------------------------------------------------
 # A matrix becomes codes in +-levels and a step per row, clipped where that loses least (GPTQ-lite). Codes are
 # near-Gaussian noise that no dictionary coder shortens, so they are range-coded (rANS, Duda 1311.2540) with
 # tables chosen by the spread of row and column: below the zeroth-order entropy per tensor. A file holds only
 # numbers, nothing that can run; its layout is in the docstring of `pack`.
-
 MAGIC, TABLES, SCALE = b"PGOLF\x03", 64, 14  # a table's frequencies sum to 2^SCALE
 MOST_WEIGHTS, MOST_SIDE = 1 << 28, 1 << 24   # a file that claims more is refused before it is allocated
 CLIP_QUANTILES = (1.0, 0.998, 0.994)         # of |w| in a row: the candidates for its largest code
 LZMA = dict(format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=1 << 20, pb=0)])
 
-def row_clips(w_RC: Tensor) -> Tensor:
-    """(candidates, R, 1): the magnitudes at CLIP_QUANTILES of each row."""
-    magnitude, last = w_RC.float().abs().sort(-1).values, w_RC.size(-1) - 1
-    return torch.stack([magnitude[:, round(q * last), None] for q in CLIP_QUANTILES])
-
-def quantize_rows(w_RC: Tensor, levels, clips: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows(w_RC: Tensor, levels) -> tuple[Tensor, Tensor]:
     """Codes (R, C) in +-levels, as floats, and bfloat16 steps (R, 1): their product is exact in float32.
     `levels`, a number or one per row, is at most 127. Per row the clip of least squared error wins and is
     the code `levels` itself, so that quantising the product again changes nothing."""
-    w = w_RC.float()
-    steps = ((row_clips(w) if clips is None else clips) / levels).clamp_min(1e-30).bfloat16().float()
+    w, last = w_RC.float(), w_RC.size(-1) - 1
+    ranks = [last - round(q * last) for q in CLIP_QUANTILES]  # 0: the largest magnitude of a row
+    clips = w.abs().topk(max(ranks) + 1).values[:, ranks].T[..., None]
+    steps = (clips / levels).clamp_min(1e-30).bfloat16().float()
     errors = [((w / s).round().clamp(-levels, levels) * s - w).square().sum(-1, keepdim=True) for s in steps]
     step = steps.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
     return (w / step).round().clamp(-levels, levels), step
@@ -786,7 +757,7 @@ def natural_levels(name: str, tensor: Tensor, hp: Hyperparameters) -> int:
     """Largest code by kind: 127 for tables, 2^(QUANT_BITS-1) - 1 for other matrices; 0: not coded."""
     if tensor.ndim != 2 or not name.endswith(".weight") or not tensor.numel():
         return 0
-    table = name.endswith((".table.weight", "embed.weight", "head.weight"))
+    table = name.endswith(("table.weight", "embed.weight", "head.weight"))
     return 127 if table else 2 ** (hp.quant_bits - 1) - 1
 
 def soft_round(x: Tensor, hardness: Tensor) -> Tensor:
@@ -801,30 +772,9 @@ def fake_quantized(model: GPT, hp: Hyperparameters, hardness: Tensor) -> dict[st
     for name, p in model.named_parameters():
         if levels := natural_levels(name, p, hp):
             codes, step = quantize_rows(p.detach(), levels)
-            soft = hp.qat_rounding == "soft"
-            weights[name] = (soft_round((p / step).clamp(-levels, levels), hardness) * step if soft
-                             else p + (codes * step - p.detach()))
+            weights[name] = (p + (codes * step - p.detach()) if hp.qat_rounding == "straight"
+                             else soft_round((p / step).clamp(-levels, levels), hardness) * step)
     return weights
-
-def quantize_state(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0, clips=None):
-    """[(name, shape, codes or float16 values, bfloat16 steps as int16 or None)] in numpy, and the relative
-    error of the matrices. Levels are divided by `coarsen`, rounded up in some rows, down in others, so that
-    sizes move by single rows. UserError: a tensor holds NaN, infinity or more than its kind can."""
-    entries, lost, total = [], 0.0, 1e-300
-    for name, tensor in state.items():
-        w, natural = tensor.detach().float().cpu().contiguous(), natural_levels(name, tensor, hp)
-        if w.numel() and not w.abs().max() <= (1e30 if natural else 65504):
-            raise UserError(f"{name}: holds NaN, infinity or huge values; training diverged, lower the rates")
-        values, steps = w.half(), None
-        if natural:
-            dither = torch.arange(len(w), dtype=torch.float64)[:, None] * 0.6180339887498949 % 1
-            levels = (natural / coarsen + dither).floor().clamp(1, 127).float()
-            codes, step = quantize_rows(w, levels, clips and clips[name])
-            lost += float((codes * step - w).square().sum(dtype=torch.float64))
-            total += float(w.square().sum(dtype=torch.float64))
-            values, steps = codes.to(torch.int8), step.bfloat16().view(torch.int16).numpy()
-        entries.append((name, w.shape, values.numpy(), steps))
-    return entries, math.sqrt(lost / total)
 
 def spread_classes(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int16: 16 + 4 * log2 of the codes' spread, by row; by column, relative to the rows."""
@@ -833,110 +783,101 @@ def spread_classes(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     column = np.sqrt(np.square(f / row[:, None]).mean(0) + 0.003)
     return tuple(np.rint(4 * np.log2(16 * x)).astype("<i2") for x in (row, column))
 
-def table_of(row: np.ndarray, column: np.ndarray) -> np.ndarray:
-    """int16 per code, row after row: the frequency table that its classes name."""
-    return np.clip(row[:, None] + column - 16, 0, TABLES - 1).ravel()
-
-def frequencies(count: np.ndarray) -> np.ndarray:
-    """How often each pair came, as uint16 that sum to 2^SCALE in a table, at least 1 for what came."""
-    count = count.reshape(TABLES, 256)
+def rans_encode(pairs: np.ndarray) -> tuple[np.ndarray, bytes]:
+    """(freq, coded) of int16 `pairs`, 256 * table + symbol: how often each came, as uint16 that sum to
+    2^SCALE in a table, at least 1 for what came; and the steps of `rans_decode`, last to first."""
+    count = np.bincount(pairs, minlength=256 * TABLES).reshape(TABLES, 256)
     spare, total = (1 << SCALE) - (count > 0).sum(1, keepdims=True), count.sum(1, keepdims=True)
     freq = (count > 0) + count * spare // np.maximum(total, 1)
     freq[np.arange(TABLES), freq.argmax(1)] += (1 << SCALE) - freq.sum(1)
-    return freq.astype("<u2").ravel()
-
-def lane_states(symbols: int) -> np.ndarray:
-    """The encoder's first states, the decoder's last; few for few symbols, as each takes 4 bytes."""
-    return np.full(min(1024, 16 + (symbols >> 12)), 1 << 16, "<u4")
-
-def rans_encode(pairs: np.ndarray, freq: np.ndarray) -> bytes:
-    """The code of `pairs`, int16, 256 * table + symbol: the steps of `rans_decode`, last to first."""
-    start, x, words = np.cumsum(freq, dtype=np.uint32) - freq, lane_states(len(pairs)), []
-    for i in reversed(range(0, len(pairs), len(x))):
-        y, pair = x[:len(pairs) - i], pairs[i: i + len(x)]
+    freq, lanes, words = freq.astype("<u2").ravel(), min(1024, 16 + (len(pairs) >> 12)), []
+    start, x = np.cumsum(freq, dtype=np.uint32) - freq, np.full(lanes, 1 << 16, "<u4")
+    for i in reversed(range(0, len(pairs), lanes)):
+        y, pair = x[:len(pairs) - i], pairs[i: i + lanes]
         full = y >> (32 - SCALE) >= freq[pair]
         words.append(y[full].astype("<u2"))
         quotient, rest = np.divmod(np.where(full, y >> 16, y), freq[pair])
         y[:] = (quotient << SCALE) + rest + start[pair] % (1 << SCALE)
-    return b"".join([x, *reversed(words)])
+    return freq, b"".join([x, *reversed(words)])
 
 def rans_decode(coded: bytes, table: np.ndarray, freq: np.ndarray) -> np.ndarray:
     """The symbols (uint8) of the pairs, given the `table` of each."""
     start, owner = np.cumsum(freq, dtype=np.uint32) - freq, np.repeat(np.arange(len(freq), dtype="<u2"), freq)
-    last, symbols, read = lane_states(len(table)), np.empty(len(table), np.uint8), 0
-    x, words = np.frombuffer(coded, "<u4", len(last)).copy(), np.frombuffer(coded, "<u2", offset=last.nbytes)
-    for i in range(0, len(table), len(x)):
+    symbols, lanes, read = np.empty(len(table), np.uint8), min(1024, 16 + (len(table) >> 12)), 0
+    x, words = np.frombuffer(coded, "<u4", lanes).copy(), np.frombuffer(coded, "<u2", offset=4 * lanes)
+    for i in range(0, len(table), lanes):
         y = x[:len(table) - i]
-        slot = table[i: i + len(x)].astype(np.uint32) << SCALE | y & ((1 << SCALE) - 1)
+        slot = table[i: i + lanes].astype(np.uint32) << SCALE | y & ((1 << SCALE) - 1)
         pair = owner[slot]
-        symbols[i: i + len(x)], y[:] = pair & 255, freq[pair] * (y >> SCALE) + slot - start[pair]
+        symbols[i: i + lanes], y[:] = pair & 255, freq[pair] * (y >> SCALE) + slot - start[pair]
         low = np.flatnonzero(y < 1 << 16)
         need(read + len(low) <= len(words), "codes end early")
         y[low] = y[low] << 16 | words[read: read + len(low)]
         read += len(low)
-    need(read == len(words) and np.array_equal(x, last), "codes do not end where they should")
+    need(read == len(words) and (x == 1 << 16).all(), "codes do not end where they should")
     return symbols
 
-def encode(entries: list[tuple]) -> tuple[bytes, str]:
-    """The container of what `quantize_state` gave, and its bytes by kind of matrix, the rest being `side`."""
-    text, rows, columns, numbers, pairs = "", [], [], [], {}
-    for name, shape, values, steps in entries:
-        text += " ".join(map(str, (name, int(steps is not None), *shape))) + "\n"
-        numbers.append(values if steps is None else steps)
-        if steps is not None:
-            row, column = spread_classes(values)
-            rows, columns = [*rows, row], [*columns, column]
-            pairs[name] = table_of(row, column) * 256 + values.ravel() + 128
-    counts = {name: np.bincount(pair, minlength=256 * TABLES) for name, pair in pairs.items()}
-    freq = frequencies(sum(counts.values(), np.zeros(256 * TABLES, int)))
-    arrays = np.frombuffer(b"".join([freq, *rows, *columns, *numbers]), np.uint8).reshape(-1, 2).T
-    side = lzma.compress(text.encode() + b"\0" + arrays.tobytes(), **LZMA)
-    words = rans_encode(np.frombuffer(b"".join(pairs.values()), np.int16), freq)
-    body = len(side).to_bytes(4, "little") + side + words
-    blob, bits = MAGIC + hashlib.sha256(body).digest() + body, SCALE - np.log2(np.maximum(freq, 1))
-    sizes = dict(side=len(blob), embeddings=0, attention=0, mlp=0)
-    for name, count in counts.items():
-        kind = "attention" if ".attn." in name else "mlp" if ".mlp." in name else "embeddings"
-        size = round(count @ bits / 8)
-        sizes[kind], sizes["side"] = sizes[kind] + size, sizes["side"] - size
-    return blob, " ".join(f"{kind}:{size}" for kind, size in sizes.items())
-
-def pack(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0) -> bytes:
-    """The container of a state dict, little-endian; UserError: see `quantize_state`. Its layout:
+def pack(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0) -> tuple[bytes, str, float]:
+    """(container of a state dict, its bytes by kind of matrix, the matrices' relative error). Levels are
+    divided by `coarsen`, rounded up in some rows, down in others, so that sizes move by single rows.
+    UserError: a tensor holds NaN, infinity or more than its kind can. The container, little-endian:
         "PGOLF" 3 | SHA-256 of the rest | u32 size of the side stream | side stream, LZMA2 | rANS words
     Side stream: per tensor a line `name coded(0 or 1) dimensions ...`, the order of all that follows; a zero;
     then 16-bit numbers, all their low bytes before all high ones: 256 frequencies for each of the 64 tables;
     spread classes of all rows, then of all columns (a code's table: row + column - 16, clipped to 0 ... 63);
     per tensor the bfloat16 steps of its rows if coded, else its float16 values. A weight is code * step.
-    rANS words: u32 state per lane (`lane_states`), then u16. Symbol i, a code + 128, is in lane i % lanes.
-    Its state x has x % 2^14 in symbol s of its table: x = f[s] * (x >> 14) + x % 2^14 - sum(f[:s]); if that
-    is below 2^16, x = x << 16 | next word. All end at 2^16."""
-    return encode(quantize_state(state, hp, coarsen)[0])[0]
+    rANS words: u32 states of min(1024, 16 + symbols // 4096) lanes, then u16. Symbol i, a code + 128, is in
+    lane i % lanes. Its state x has x % 2^14 in symbol s of its table: x = f[s] * (x >> 14) + x % 2^14 -
+    sum(f[:s]); if that is below 2^16, x = x << 16 | next word. All end at 2^16."""
+    text, classes, numbers, pairs, lost, total = "", [], [], {}, 0.0, 1e-300
+    for name, tensor in state.items():
+        w, natural = tensor.detach().float().cpu().contiguous(), natural_levels(name, tensor, hp)
+        if w.numel() and not w.abs().max() <= (1e30 if natural else 65504):
+            raise UserError(f"{name}: holds NaN, infinity or huge values; training diverged, lower the rates")
+        text += " ".join(map(str, (name, int(natural > 0), *w.shape))) + "\n"
+        numbers.append(w.half().numpy())
+        if natural:
+            dither = torch.arange(len(w), dtype=torch.float64)[:, None] * 0.6180339887498949 % 1
+            codes, step = quantize_rows(w, (natural / coarsen + dither).floor().clamp(1, 127).float())
+            lost += float((codes * step - w).square().sum(dtype=torch.float64))
+            total += float(w.square().sum(dtype=torch.float64))
+            numbers[-1] = step.bfloat16().view(torch.int16).numpy()
+            row, column = spread_classes(codes.numpy())
+            classes.append((row, column))
+            table = np.clip(np.add.outer(row, column) - 16, 0, TABLES - 1)
+            pairs[name] = (table * 256 + codes.numpy().astype(np.int16) + 128).ravel()
+    freq, words = rans_encode(np.concatenate([np.empty(0, np.int16), *pairs.values()]))
+    arrays = np.frombuffer(b"".join([freq, *chain(*zip(*classes)), *numbers]), np.uint8).reshape(-1, 2).T
+    side = lzma.compress(text.encode() + b"\0" + arrays.tobytes(), **LZMA)
+    body = len(side).to_bytes(4, "little") + side + words
+    blob, bits = MAGIC + hashlib.sha256(body).digest() + body, SCALE - np.log2(np.maximum(freq, 1))
+    sizes = dict(side=len(blob), embeddings=0, attention=0, mlp=0)
+    for name, pair in pairs.items():
+        kind = "attention" if ".attn." in name else "mlp" if ".mlp." in name else "embeddings"
+        size = round(bits[pair].sum() / 8)
+        sizes[kind], sizes["side"] = sizes[kind] + size, sizes["side"] - size
+    return blob, " ".join(f"{kind}:{size}" for kind, size in sizes.items()), math.sqrt(lost / total)
 
 def need(ok: bool, why: str) -> None:
     if not ok:
         raise ValueError(why)
 
-def read_table(text: bytes) -> list[tuple[str, bool, list[int]]]:
-    """(name, coded, shape) per tensor, each claim checked before anything of its size is allocated."""
-    need(len(text) < 1 << 20, "a tensor table that is too long")
-    lines = [re.fullmatch(rb"([\w.]+) ([01])((?: \d{1,9}){0,4})", line) for line in text.splitlines()]
-    need(all(lines), "a bad line in the tensor table")
-    table = [(m[1].decode(), m[2] == b"1", [int(n) for n in m[3].split()]) for m in lines]
-    need(len({name for name, *_ in table}) == len(table), "a name twice")
-    need(all(len(shape) == 2 and min(shape) > 0 for _, coded, shape in table if coded), "codes of no matrix")
-    need(sum(math.prod(shape) for *_, shape in table) <= MOST_WEIGHTS, "absurdly many weights")
-    return table
-
 def unpack(blob: bytes) -> dict[str, Tensor]:
-    """The state dict of a container, all float32; of anything else a ValueError that says what is wrong."""
+    """The state dict of a container, all float32; of anything else a ValueError that says what is wrong. Each
+    claim is checked before anything of its size is allocated."""
     try:
         need(blob[:6] == MAGIC, f"starts with {blob[:6]!r}, expected {MAGIC!r}: no artifact of this script")
         need(hashlib.sha256(blob[38:]).digest() == blob[6:38], "SHA-256 differs: cut or damaged")
         engine, end = lzma.LZMADecompressor(**LZMA), 42 + int.from_bytes(blob[38:42], "little")
         text, _, arrays = engine.decompress(blob[42: end], MOST_SIDE).partition(b"\0")
         need(engine.eof and not engine.unused_data, "a side stream that is cut or too long")
-        table, state = read_table(text), {}
+        need(len(text) < 1 << 20, "a tensor table that is too long")
+        lines = [re.fullmatch(rb"([\w.]+) ([01])((?: \d{1,9}){0,4})", line) for line in text.splitlines()]
+        need(all(lines), "a bad line in the tensor table")
+        table, state = [(m[1].decode(), m[2] == b"1", [int(n) for n in m[3].split()]) for m in lines], {}
+        need(len({name for name, *_ in table}) == len(table), "a name twice")
+        need(all(len(shape) == 2 and min(shape) for _, coded, shape in table if coded), "codes of no matrix")
+        need(sum(math.prod(shape) for *_, shape in table) <= MOST_WEIGHTS, "absurdly many weights")
         rows, columns = ([shape[axis] for _, coded, shape in table if coded] for axis in (0, 1))
         numbers = [shape[0] if coded else math.prod(shape) for _, coded, shape in table]
         sizes, R = np.array([256 * TABLES, *rows, *columns, *numbers]), len(rows)
@@ -944,11 +885,10 @@ def unpack(blob: bytes) -> dict[str, Tensor]:
         by_byte = np.frombuffer(arrays, np.uint8).reshape(2, -1)
         freq, *parts = np.split(by_byte.T.copy().view("<i2").ravel(), np.cumsum(sizes))
         need((freq.reshape(TABLES, 256).sum(1) == 1 << SCALE).all() and min(freq) >= 0, "bad frequencies")
-        tables = [*map(table_of, parts[:R], parts[R: 2 * R]), parts[-1]]  # the last is empty
-        symbols = rans_decode(blob[end:], np.concatenate(tables), freq.view("<u2"))
+        tables = [np.clip(x - 16, 0, TABLES - 1).ravel() for x in map(np.add.outer, parts[:R], parts[R:])]
+        symbols = rans_decode(blob[end:], np.concatenate([*tables, parts[-1]]), freq.view("<u2"))  # + nothing
         for (name, coded, shape), number in zip(table, parts[2 * R:]):
-            kind = torch.bfloat16 if coded else torch.float16
-            w = torch.from_numpy(number).view(kind).float()
+            w = torch.from_numpy(number).view(torch.bfloat16 if coded else torch.float16).float()
             if coded:
                 codes, symbols = np.split(symbols, [math.prod(shape)])
                 w = (torch.from_numpy(codes).view(shape) - 128.0) * w[:, None]
@@ -962,75 +902,69 @@ def fit_artifact(state: dict[str, Tensor], hp: Hyperparameters, budget: int) -> 
     """(container of at most `budget` bytes, two lines of facts: the fit; bytes by kind). One scalar divides
     all levels: 1 if that fits and FILL_BUDGET is off; below 1, finer codes up to +-127, while bytes are left;
     above 1 where they are too few. Found by packing, to within 4 KB. UserError: not even codes of +-1 fit."""
-    clips = {n: row_clips(w.detach().cpu()) for n, w in state.items() if natural_levels(n, w, hp)}
-    count, high, best = max(1, sum(map(torch.numel, state.values()))), 254.0, None
+    count, before, best = max(1, sum(map(torch.numel, state.values()))), pack(state, hp)[2], None
     low = coarsen = 2 ** (hp.quant_bits - 1) / 256 if hp.fill_budget else 1.0
-    while high / low > 1 + 1e-7:
-        entries, error = quantize_state(state, hp, coarsen, clips)
-        blob, sizes = encode(entries)
-        fits = len(blob) <= budget
-        best, low, high = ((blob, sizes, coarsen, error), low, coarsen) if fits else (best, coarsen, high)
-        if fits and len(blob) > budget - 4096:
-            break
+    high = 254.0
+    while high / low > 1 + 1e-7 and (best is None or len(best[0]) <= budget - 4096):
+        blob, sizes, error = pack(state, hp, coarsen)
+        if len(blob) <= budget:
+            levels = min(127, (2 ** (hp.quant_bits - 1) - 1) / coarsen)
+            high, fit = coarsen, f"coarsen:{coarsen:.9f} error_before:{before:.6f} error_after:{error:.6f}"
+            best = blob, f"{fit} bits_per_parameter:{8 * len(blob) / count:.4f} levels:{levels:.2f}\n{sizes}"
+        else:
+            low = coarsen
         guess = coarsen * 2 ** min((len(blob) - budget + 2000) * 8 / count, 8)  # a bit more halves the step
         coarsen = guess if low < guess < high else math.sqrt(low * high)
     if best is None:
         raise UserError(f"the artifact takes over {budget} bytes even with codes of +-1: lower NUM_LAYERS, "
                         "MODEL_DIM, MLP_MULT, VOCAB_SIZE or BIGRAM_VOCAB_SIZE")
-    (blob, sizes, coarsen, after), before = best, quantize_state(state, hp, 1.0, clips)[1]
-    levels = min(127, (2 ** (hp.quant_bits - 1) - 1) / coarsen)
-    return blob, (f"coarsen:{coarsen:.9f} error_before:{before:.6f} error_after:{after:.6f} "
-                  f"bits_per_parameter:{8 * len(blob) / count:.4f} levels:{levels:.2f}\n{sizes}")
+    return best
 
 def write_artifact(model: GPT, path: Path, hp: Hyperparameters, rt: Runtime) -> None:
     """On rank 0: pack the model into the file `path`, which with this source takes at most SIZE_CAP bytes.
     UserError: not possible, or no space on the disk."""
-    if rt.rank:
-        return
-    code = len(Path(__file__).read_bytes())
-    blob, facts = fit_artifact(model.state_dict(), hp, SIZE_CAP - code)
-    fit, sizes = facts.splitlines()
-    rt.log(f"fit_artifact {fit}\nartifact_bytes code:{code} {sizes}")
-    replace_file(path, lambda file: file.write(blob))
+    if rt.rank == 0:
+        code = len(Path(__file__).read_bytes())
+        blob, facts = fit_artifact(model.state_dict(), hp, SIZE_CAP - code)
+        rt.log("fit_artifact " + facts.replace("\n", f"\nartifact_bytes code:{code} "))
+        replace_file(path, lambda file: file.write(blob))
 
 def load_artifact(model: GPT, path: Path, rt: Runtime) -> int:
-    """Every rank's model becomes what rank 0 reads from `path`. Logs and returns the bytes of code and artifact.
-    UserError: no such file, a damaged one, or one of another model."""
-    size, label = 0, f"int{model.hp.quant_bits}+rans"
+    """Every rank's model becomes what rank 0 reads from `path`, which logs and returns the bytes of code and
+    artifact. UserError: no such file, a damaged one, or one of another model."""
+    code, blob, label = len(Path(__file__).read_bytes()), b"", f"int{model.hp.quant_bits}+rans"
     if rt.rank == 0:
         try:
-            blob, code = path.read_bytes(), len(Path(__file__).read_bytes())
+            blob = path.read_bytes()
             model.load_state_dict(unpack(blob))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: {error}") from None
         except RuntimeError as error:
             raise UserError(f"{path}: is of another model than the settings (its log has those that it was "
                             f"trained with): {str(error).splitlines()[1].strip()}") from None
-        size = code + len(blob)
         rt.log(f"Serialized model {label}: {len(blob)} bytes\nCode size: {code} bytes\n"
-               f"Total submission size {label}: {size} bytes")
+               f"Total submission size {label}: {code + len(blob)} bytes")
     for p in model.parameters():
         rt.from_rank_0(p.data)
-    return size
+    return code + len(blob)
 
 # --- 9. Neural scoring --------------------------------------------------------------------------------------
 # Overlapping windows give every target a long context; the window that ends nearest after it scores it, once.
 # Ranks share the windows, rank 0 gets nll[t] and entropy[t] in stream order.
-
 SEGMENT_BATCHES = 32  # most global batches that are scored between two sums over the ranks
 
 def windows(begin: int, end: int, length: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(start, first scored target, its end), one entry per window, of the targets [begin, end), counted from 0
-    (target j is token j + 1). A window reads tokens [start, start + length); the first scores `length` targets
-    if the stream begins with it, each other `stride`, the last what is left."""
+    """(start, first scored target, its end) per window of the targets [begin, end); target j is token j + 1.
+    A window reads tokens [start, start + length); the first scores `length` targets if the stream begins
+    with it, each other `stride`, the last what is left."""
     ends = np.minimum(np.arange(begin + stride if begin else length, end + stride, stride), end)
     return np.maximum(ends - length, 0), np.append(begin, ends[:-1]), ends
 
 @torch.inference_mode()
 def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int, rt: Runtime, part=None):
-    """Yields (2, N) float32, nll and entropy in nats, of the targets [begin, end) = `part`, by default all, in
-    stream order, in segments that grow; N = 0 on ranks other than 0. `trunk` is the model, compiled or not;
-    only scored positions go through the head."""
+    """Yields (2, N) float32, nll and entropy in nats, of the targets [begin, end) = `part`, by default all,
+    in segments that grow, in stream order; N = 0 on ranks other than 0. `trunk`: the model, compiled or
+    not; only scored positions go through the head."""
     hp, (begin, end) = model.hp, part or (0, len(tokens) - 1)
     length = min(hp.eval_seq_len, end)
     starts, first, ends = windows(begin, end, length, stride)
@@ -1040,7 +974,7 @@ def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int, rt: Runtime
     while done < len(starts):
         segment = np.arange(done, min(done + batches * batch * rt.world_size, len(starts)))
         share, offset = np.array_split(segment, rt.world_size)[rt.rank], first[done]
-        scores_2N = torch.zeros(2, ends[segment[-1]] - offset, device=rt.device)  # a rank fills in its windows
+        scores_2N = torch.zeros(2, ends[segment[-1]] - offset, device=rt.device)  # a rank fills its windows
         for i in range(0, len(share), batch):
             mine = share[i: i + batch]
             full = np.pad(mine, (0, batch - len(mine) if len(starts) > batch else 0), "edge")  # one shape
@@ -1057,13 +991,6 @@ def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int, rt: Runtime
         done, batches = done + len(segment), min(2 * batches, SEGMENT_BATCHES)
         yield rt.sum(scores_2N)[:, :0 if rt.rank else None].cpu().numpy()
         progress(int(ends[done - 1]))
-
-def collect(segments) -> np.ndarray:
-    """All segments of score_stream as one (nll, entropy)."""
-    return np.concatenate(list(segments), 1)
-
-def mean_nats(nll: np.ndarray) -> float:
-    return float(nll.mean(dtype=np.float64))
 
 def bits_per_byte(nll: np.ndarray, stream_bytes: np.ndarray) -> float:
     """Code length of the targets in bits over their UTF-8 bytes; sums in float64, divided once."""
@@ -1350,7 +1277,7 @@ class Trainer:
 
     def __init__(self, model: GPT, loader: TokenLoader | None, rt: Runtime):
         self.model, self.loader, self.rt, self.hp = model, loader, rt, model.hp
-        self.parameters, self.progress = list(model.parameters()), torch.zeros(2).double()
+        self.parameters, self.progress = [p.data for p in model.parameters()], torch.zeros(2).double()
         self.tokens = self.stream_bytes = None  # the validation stream, its bytes per target
         self.hint = "there is no checkpoint"  # what a user can do if this run ends now
         compiled = self.hp.compile == "1" or self.hp.compile == "auto" and rt.device.type == "cuda"
@@ -1385,8 +1312,9 @@ class Trainer:
 
     def validate(self) -> tuple[float, float]:
         """(nats per target, bits per byte) of the stream in windows that do not overlap; rank 0 only."""
-        nll, _ = collect(score_stream(self.trunk, self.model, self.tokens, self.hp.eval_seq_len, self.rt))
-        return (mean_nats(nll), bits_per_byte(nll, self.stream_bytes)) if self.rt.rank == 0 else (0.0, 0.0)
+        segments = score_stream(self.trunk, self.model, self.tokens, self.hp.eval_seq_len, self.rt)
+        nll, _ = np.concatenate(list(segments), 1)
+        return (nll.mean(dtype=float), bits_per_byte(nll, self.stream_bytes)) if self.rt.rank == 0 else (0.0, 0.0)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training changes, by name, to be read or written; of Muon's momentum only this rank's share
@@ -1408,7 +1336,7 @@ class Trainer:
         for i in range(self.hp.warmup_steps):
             self.step(1.0, hardness=1.0 if self.hp.late_qat_threshold and i % 2 else None)
             progress(i + 1)
-        copy_all(self.tensors().values(), kept)
+        torch._foreach_copy_([*self.tensors().values()], kept)
 
     def save(self) -> None:
         """Write the checkpoint logs/<RUN_ID>.ckpt, a NumPy archive: the run between two steps, for any number
@@ -1510,7 +1438,7 @@ def train(trainer: Trainer) -> None:
     if capped:
         rt.log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms {label}")
     weights = averaged_parameters(trainer.averages)
-    copy_all(trainer.parameters, weights)
+    torch._foreach_copy_(trainer.parameters, weights or trainer.parameters)
     counts = " ".join(f"{name}_updates:{average.count}" for name, average in trainer.averages.items())
     rt.log(f"averaging:{hp.averaging if weights else 'none'} {counts} "
            f"parameters:{sum(p.numel() for p in trainer.parameters)}")
@@ -1550,7 +1478,7 @@ def report_mixture(mixture: Mixture, scores: np.ndarray, stream_bytes: np.ndarra
     for n in np.flatnonzero(mixture.order_targets):
         gain = mixture.order_gain[n] / math.log(2) / stream_bytes.sum()
         rt.log(f"ngram_order order:{n} targets:{mixture.order_targets[n]} gain:{gain:.8f}")
-    log_score("final_ngram", mean_nats(mixture.nll), bpb, f"gain:{bits_per_byte(nll, stream_bytes) - bpb:.8f} "
+    log_score("final_ngram", mixture.nll.mean(), bpb, f"gain:{bits_per_byte(nll, stream_bytes) - bpb:.8f} "
               f"orders:{hp.ngram_min_order}-{hp.ngram_order} counts:exact alpha:{hp.ngram_alpha} {added}", rt)
     return bpb
 
@@ -1585,29 +1513,30 @@ def score_and_learn(trainer: Trainer, stride: int):
     tuned = [p.requires_grad_() for name, p in model.requires_grad_(False).named_parameters()
              if name.startswith(last) or not name.endswith(".weight")
              or name == ("embed.weight" if hp.tie_embeddings else "head.weight")]
-    initial, weights, mean = ([p.detach().clone() for p in tuned] for _ in range(3))
+    live = [p.data for p in tuned]
+    initial, weights, mean = ([p.clone() for p in live] for _ in range(3))
     optimizer = torch.optim.AdamW(tuned, betas=(hp.beta1, hp.beta2), weight_decay=0.0, fused=True)
     try:
         for begin, end in pairwise([*range(0, total, hp.ttt_chunk_tokens), total]):
-            yield collect(score_stream(trainer.trunk, model, tokens, stride, rt, (begin, end)))
+            yield np.concatenate(list(score_stream(trainer.trunk, model, tokens, stride, rt, (begin, end))), 1)
             if end == total:
                 return
-            copy_all(tuned, weights)
+            torch._foreach_copy_(live, weights)
             optimizer.param_groups[0]["lr"] = hp.ttt_lr * ttt_scale(begin / total)
             for ids, targets, share in chain(*(ttt_batches(trainer, begin, end) for _ in range(hp.ttt_epochs))):
                 trainer.loss(model, ids, targets, None, share).backward()
-                flat = rt.sum(torch.cat([p.grad.flatten() for p in tuned]))
+                flat = rt.sum(nn.utils.parameters_to_vector(p.grad for p in tuned))
                 flat *= (1 / (flat.norm() + 1e-6)).clamp_max(1)
-                set_gradients(tuned, flat)
+                nn.utils.vector_to_parameters(flat, [p.grad for p in tuned])
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                torch._foreach_lerp_(mean, [p.detach() for p in tuned], 1 - hp.ttt_decay)
-            copy_all(weights, tuned)
-            copy_all(tuned, mean)
+                torch._foreach_lerp_(mean, live, 1 - hp.ttt_decay)
+            torch._foreach_copy_(weights, live)
+            torch._foreach_copy_(live, mean)
     finally:
         moved = sum((a - b).square().sum() for a, b in zip(weights, initial)).sqrt()
         rt.log(f"ttt:on epochs:{hp.ttt_epochs} parameters:{sum(p.numel() for p in tuned)} moved:{moved:.4f}")
-        copy_all(tuned, initial)
+        torch._foreach_copy_(live, initial)
 
 def scores_in_time(trainer: Trainer, began: float):
     """(stride, segments of scores): EVAL_STRIDE or, where the third segment's speed projects an end later than
@@ -1645,8 +1574,9 @@ def evaluate(trainer: Trainer, size: int, began: float) -> None:
             pending.append(background.submit(lambda now=scores[:, :done]: mixture.result().extend(*now)))
     scored = time.perf_counter()
     if rt.rank == 0:
-        neural, took = bits_per_byte(scores[0], stream_bytes), f"{1e3 * (scored - begun):.0f}ms"
-        log_score(f"{label}_sliding_window", mean_nats(scores[0]), neural, f"stride:{stride} eval_time:{took}", rt)
+        neural, facts = bits_per_byte(scores[0], stream_bytes), f"eval_time:{1e3 * (scored - begun):.0f}ms"
+        facts = f"stride:{stride} {facts}"
+        log_score(f"{label}_sliding_window", scores[0].mean(dtype=float), neural, facts, rt)
     if mixture:
         for part in pending:
             part.result()

@@ -36,7 +36,9 @@ def trained_state(seconds: float) -> dict[str, torch.Tensor]:
         train_seq_len=256, train_batch_tokens=1024, warmup_steps=0, max_wallclock_seconds=seconds, warmdown_iters=10,
         ema_decay=0.9, train_log_every=0, compile="0", late_qat_threshold=0.0)
     trainer = t.Trainer(t.GPT(hp), t.TokenLoader(hp, 0, 1), t.Runtime("", {}))
-    t.train(trainer, lambda: (0.0, 0.0))
+    trainer.tokens = t.load_validation(hp)[: 16 * hp.train_seq_len + 1]
+    trainer.stream_bytes = np.ones(len(trainer.tokens) - 1)  # its validation is not looked at
+    t.train(trainer)
     print(f"weights: default shapes, {trainer.steps} steps of 1024 tokens in {trainer.seconds:.0f} s")
     return trainer.model.state_dict()
 
@@ -44,6 +46,12 @@ def trained_state(seconds: float) -> dict[str, torch.Tensor]:
 def entropy_bytes(codes: np.ndarray) -> float:
     p = np.unique(codes, return_counts=True)[1] / codes.size
     return float(-(p * np.log2(p)).sum() * codes.size / 8)
+
+
+def quantized(w: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes as pack makes them, int8, and their steps, bfloat16."""
+    codes, step = t.quantize_rows(w.detach(), levels)
+    return codes.to(torch.int8), step.bfloat16()
 
 
 def timed(work):
@@ -54,14 +62,15 @@ def timed(work):
 
 def compare(state: dict[str, torch.Tensor], hp: t.Hyperparameters) -> None:
     """One row per coder of the same natural codes: bytes, bytes / H0, seconds."""
-    (entries, error), quantize_s = timed(lambda: t.quantize_state(state, hp))
-    coded = [(codes, steps) for _, _, codes, steps in entries if steps is not None]
-    h0, stream = sum(entropy_bytes(codes) for codes, _ in coded), b"".join(codes.tobytes() for codes, _ in coded)
-    (blob, sizes), encode_s = timed(lambda: t.encode(entries))
+    coded, quantize_s = timed(lambda: {name: quantized(w, levels) for name, w in state.items()
+                                       if (levels := t.natural_levels(name, w, hp))})
+    h0 = sum(entropy_bytes(codes.numpy()) for codes, _ in coded.values())
+    stream = b"".join(codes.numpy().tobytes() for codes, _ in coded.values())
+    (blob, sizes, error), pack_s = timed(lambda: t.pack(state, hp))
+    encode_s = pack_s - quantize_s
     _, decode_s = timed(lambda: t.unpack(blob))
     saved = io.BytesIO()
-    torch.save({name: (torch.from_numpy(np.ascontiguousarray(values)), steps if steps is None else torch.tensor(steps))
-                for name, _, values, steps in entries}, saved)
+    torch.save(coded | {name: w.half() for name, w in state.items() if name not in coded}, saved)
     print(f"codes: {len(stream):,}, H0 {h0:,.0f} bytes = {8 * h0 / len(stream):.4f} bits per code, "
           f"relative error {error:.5f}")
     print(f"{'coder':44} {'bytes':>12} {'/ H0':>8} {'seconds':>8}")

@@ -34,7 +34,8 @@ def demo_settings(**changes) -> t.Hyperparameters:
 
 def bpb(model, state, tokens, stream_bytes) -> float:
     model.load_state_dict(state)
-    nll, _ = t.collect(t.score_stream(model, model, tokens, model.hp.eval_seq_len, t.Runtime("", {})))
+    segments = t.score_stream(model, model, tokens, model.hp.eval_seq_len, t.Runtime("", {}))
+    nll, _ = np.concatenate(list(segments), 1)
     return t.bits_per_byte(nll, stream_bytes)
 
 
@@ -42,6 +43,7 @@ def one_run(hp, tokens, stream_bytes) -> dict[str, tuple[float, float]]:
     """averaging -> (bpb of the float weights, bpb after the round trip)."""
     torch.manual_seed(hp.seed)
     trainer = t.Trainer(t.GPT(hp), t.TokenLoader(hp, 0, 1), t.Runtime("", {}))
+    trainer.tokens, trainer.stream_bytes = tokens, stream_bytes
     last, train_step = {}, trainer.step
 
     def step(*args, **named):                   # keeps the last weights, before train() loads the average
@@ -50,14 +52,14 @@ def one_run(hp, tokens, stream_bytes) -> dict[str, tuple[float, float]]:
         return loss
 
     trainer.step = step
-    t.train(trainer, lambda: (0.0, 0.0))
+    t.train(trainer)
     names, results = [n for n, _ in trainer.model.named_parameters()], {}
     for averaging in ("none", "ema", "swa", "ema_swa"):
         watched = {name: trainer.averages[name] for name in averaging.split("_") if name in trainer.averages}
         chosen = t.averaged_parameters(watched) or last["weights"]
         state = dict(zip(names, chosen))
         float_bpb = bpb(trainer.model, state, tokens, stream_bytes)
-        results[averaging] = float_bpb, bpb(trainer.model, t.unpack(t.pack(state, hp)), tokens, stream_bytes)
+        results[averaging] = float_bpb, bpb(trainer.model, t.unpack(t.pack(state, hp)[0]), tokens, stream_bytes)
     return results
 
 

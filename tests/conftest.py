@@ -42,6 +42,11 @@ def rng():
     return np.random.default_rng(seed)
 
 
+def collect(segments) -> np.ndarray:
+    """All segments of score_stream as one (nll, entropy)."""
+    return np.concatenate(list(segments), 1)
+
+
 def write_shard(path: Path, tokens) -> Path:
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, len(tokens)

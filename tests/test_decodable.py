@@ -26,8 +26,9 @@ def artifact(corpus) -> tuple[bytes, t.Hyperparameters, np.ndarray]:
     torch.manual_seed(7)
     hp, rt = tiny(**corpus, **SMALL), t.Runtime("", {})
     trainer = t.Trainer(t.GPT(hp), t.TokenLoader(hp, 0, 1), rt)
-    t.train(trainer, lambda: (0.0, 0.0))
-    return t.pack(trainer.model.state_dict(), hp), hp, np.array(t.load_validation(hp)[:TOKENS])
+    trainer.tokens, trainer.stream_bytes = np.array(t.load_validation(hp)[:TOKENS]), np.ones(TOKENS - 1)
+    t.train(trainer)
+    return t.pack(trainer.model.state_dict(), hp)[0], hp, trainer.tokens
 
 
 def load(blob: bytes, hp) -> t.GPT:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, collect, run_script
 
 import make_record as m
 import train_gpt as t
@@ -322,13 +322,13 @@ class Piecewise(t.Mixture):
 
 def tail_twice(*args):
     """As the predecessors' windows: the end of the stream is scored again."""
-    nll, entropy = t.collect(SCORE_STREAM(*args))
+    nll, entropy = collect(SCORE_STREAM(*args))
     yield nll, entropy
     yield nll[-4:], entropy[-4:]
 
 
 def out_of_order(*args):
-    nll, entropy = t.collect(SCORE_STREAM(*args))
+    nll, entropy = collect(SCORE_STREAM(*args))
     yield np.roll(nll, 1), np.roll(entropy, 1)
 
 

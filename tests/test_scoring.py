@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny
+from conftest import ROOT, collect, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,7 +56,7 @@ def test_score_stream_equals_one_window_at_a_time(rng, length, stride, targets):
 
 
 def score(model, tokens, stride, part=None):
-    return t.collect(t.score_stream(model, model, tokens, stride, t.Runtime("", {}), part))
+    return collect(t.score_stream(model, model, tokens, stride, t.Runtime("", {}), part))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8, 50])
@@ -71,7 +71,7 @@ def test_ranks_share_the_windows(rng, world_size, monkeypatch):
             rt = t.Runtime("", {})
             rt.rank, rt.world_size, sent[rank] = rank, world_size, []
             rt.sum = lambda x, rank=rank: (sent[rank].append(x.clone()), x)[1]
-            yielded = t.collect(t.score_stream(model, model, tokens, 8, rt))
+            yielded = collect(t.score_stream(model, model, tokens, 8, rt))
             assert yielded.shape == (2, 0 if rank else 299)
         parts = torch.stack([torch.cat(sent[rank], 1) for rank in range(world_size)])
         assert ((parts[:, 0] != 0).sum(0) == 1).all()

@@ -5,7 +5,7 @@ import constriction
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, tiny, values
+from conftest import collect, run_script, tiny, values
 from reference import Predictor
 
 import train_gpt as t
@@ -25,7 +25,7 @@ def trainer_with(tokens, stream_bytes, **settings) -> t.Trainer:
 
 
 def scores_of(tokens, stream_bytes, stride=8, **settings) -> np.ndarray:
-    return t.collect(t.score_and_learn(trainer_with(tokens, stream_bytes, **settings), stride))
+    return collect(t.score_and_learn(trainer_with(tokens, stream_bytes, **settings), stride))
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def stream(rng) -> tuple[np.ndarray, np.ndarray]:
 def test_learning_changes_later_scores_and_never_earlier_ones(stream):
     tokens, stream_bytes = stream
     plain = trainer_with(tokens, stream_bytes)
-    untrained = t.collect(t.score_stream(plain.model, plain.model, tokens, 4, plain.rt))
+    untrained = collect(t.score_stream(plain.model, plain.model, tokens, 4, plain.rt))
     learned = scores_of(tokens, stream_bytes, stride=4)   # 100 = 32 + 17 * 4: chunks end where windows do
     np.testing.assert_array_equal(learned[:, :100], untrained[:, :100])
     assert all((learned[0, k: k + 100] != untrained[0, k: k + 100]).mean() > 0.9 for k in (100, 200, 300))
@@ -74,7 +74,7 @@ def test_one_update_is_the_written_rule(stream):
     for p, old, grad in zip(tuned, before, grads):                     # AdamW's first step; its average with the old
         g = grad * scale
         p.data = old - 0.5 * hp.ttt_lr * g / (g.abs() + hp.adam_eps)
-    expected = t.collect(t.score_stream(model, model, tokens, 32, trainer.rt, (32, 64)))
+    expected = collect(t.score_stream(model, model, tokens, 32, trainer.rt, (32, 64)))
     np.testing.assert_allclose(got[:, 32:], expected, rtol=2e-4, atol=2e-4)
 
 
@@ -168,7 +168,7 @@ def test_a_decoder_that_learns_as_it_reads_restores_the_stream(corpus):
     stream_bytes = t.ByteCounter(hp)(tokens)
     settings = dict(**corpus, TTT_CHUNK_TOKENS=300)
     trainer = trainer_with(tokens, stream_bytes, **settings)
-    nll, entropy = t.collect(t.score_and_learn(trainer, hp.eval_stride))
+    nll, entropy = collect(t.score_and_learn(trainer, hp.eval_stride))
     mixture = t.Mixture(tokens, trainer.hp)
     mixture.extend(nll, entropy)
     claimed = mixture.nll.sum() / math.log(2)

@@ -60,7 +60,7 @@ def check_update(rt, clip):
     for step in range(3):
         for p, g in zip(model.parameters(), gradients(model, 100 * step + rt.rank)):
             p.grad = g
-        t.update(optimizers, rt, clip)
+        t.update(*optimizers, rt, clip)
     assert clipped == (3 if clip and clip < 1 else 0)
     for (name, p), w in zip(model.named_parameters(), expected):
         torch.testing.assert_close(p.detach().double(), w, rtol=2e-4, atol=2e-5,
@@ -74,12 +74,10 @@ def check_update(rt, clip):
 def check_runtime(rt):
     R, r = rt.world_size, rt.rank
     assert rt.agree(1, r) == [R, R * (R - 1) / 2]
-    share, wait = rt.start_scatter(torch.arange(2.0 * R * 3).view(2 * R, 3) + r)
-    wait()
-    assert torch.equal(share, (torch.arange(2.0 * R * 3).view(2 * R, 3) * R + R * (R - 1) / 2)[2 * r: 2 * r + 2])
-    whole, wait = rt.start_gather(torch.full((2, 3), float(r)))
-    wait()
-    assert torch.equal(whole[:, 0], torch.arange(R).repeat_interleave(2).float())
+    arrived = rt.start(t.REDUCE_SCATTER, torch.arange(2.0 * R * 3).view(2 * R, 3) + r, 2)
+    assert torch.equal(arrived(), (torch.arange(2.0 * R * 3).view(2 * R, 3) * R + R * (R - 1) / 2)[2 * r: 2 * r + 2])
+    arrived = rt.start(t.ALL_GATHER, torch.full((2, 3), float(r)), 2 * R)
+    assert torch.equal(arrived()[:, 0], torch.arange(R).repeat_interleave(2).float())
     rt.compare(dict(settings="same", code=b"same"))
     if R > 2:
         try:
