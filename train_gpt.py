@@ -1138,33 +1138,27 @@ def bits_per_byte(nll: np.ndarray, stream_bytes: np.ndarray) -> float:
 # The model forgets what it read a window ago; counts do not. Counting is sorting: positions lie grouped by
 # the n - 1 tokens before them, in stream order; sorting a group by its next token splits it into groups of n:
 # exact counts of strictly earlier positions. It runs in a thread while the GPUs score.
-
 CHUNK = 1 << 18  # positions refined at a time, so that what a sort touches stays in the cache
 ORDER_CENTERS = np.array((4.5, 4.2, 3.8, 3.5, 3.2, 3.0))  # nats, orders 2...7 and beyond (PR #825)
 HASH_PRIMES = np.array((36313, 27191, 51647, 81929, 131071, 175447, 209591), np.uint64)
 BOS = 1  # token that opens a document
 STATES, GAPS, HEATS = 128, 13, 6  # buckets of the online weights: state of the context x distance x entropy
 
-def sort_runs(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(order, first): `order` brings equal keys together, each run in stream order; `first` marks, in that
-    order, where runs start. One in-place sort of integers, of key and position in 64 bits, does it."""
-    bits = np.uint64(len(keys).bit_length())
-    keys = keys.astype(np.uint64) << bits | np.arange(len(keys), dtype=np.uint64)
-    keys.sort()
-    order, keys = (keys & ((np.uint64(1) << bits) - np.uint64(1))).view(np.int64), keys >> bits
-    return order, np.append(True, keys[1:] != keys[:-1])[:len(keys)]
-
 def since_start(values: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """`values` minus the value at the start of their run."""
+    """`values` minus the value at the start of their run; `first` marks where runs start."""
     starts = np.flatnonzero(first)
     return values - np.repeat(values[starts], np.diff(starts, append=len(first)))
 
-def group(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each position: a dense id of its key, and how many earlier positions hold that key (both int64)."""
-    order, first = sort_runs(keys)
-    ids, prior = np.empty_like(order), np.empty_like(order)
-    ids[order], prior[order] = np.cumsum(first) - 1, since_start(np.arange(len(keys)), first)
-    return ids, prior
+def sort_runs(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(order, first, prior): `order` brings equal keys together, each run in stream order; `first` marks, in
+    that order, where runs start; prior[t]: how many positions before t hold the same key."""
+    number, bits = np.arange(len(keys), dtype=np.uint32), np.uint64(len(keys).bit_length())
+    keys = keys.astype(np.uint64) << bits | number  # key and position in 64 bits: one in-place sort
+    keys.sort()
+    order, keys = (keys & ((np.uint64(1) << bits) - np.uint64(1))).view(np.int64), keys >> bits
+    first, prior = np.append(True, keys[1:] != keys[:-1])[:len(keys)], np.empty_like(number)
+    prior[order] = since_start(number, first)
+    return order, first, prior
 
 def whole_groups(first: np.ndarray):
     """Slices of at least CHUNK positions, but for the last, that end where a group ends."""
@@ -1187,10 +1181,9 @@ def describe_contexts(t, token, age, first, context, pair) -> np.ndarray:
     repeated = np.append(False, same[:-1]) & ~first
     gap = np.where(first, 1, np.diff(t, prepend=t[:1])).view(np.int32)
     known, context = (pair > 0).astype(np.int32), context.view(np.int32)
-    share = np.minimum(4 * since_start(np.cumsum(known, dtype=np.int32) - known, first)
-                       // np.maximum(context, 1), 3)
-    size = np.minimum(floor_log2(np.maximum(context, 1)), 7)
-    state = ((size * 4 + share) * 2 + repeated) * 2 + (gap <= age)
+    earlier, often = since_start(np.cumsum(known, dtype=np.int32) - known, first), np.maximum(context, 1)
+    state = np.minimum(floor_log2(often), 7) * 4 + np.minimum(4 * earlier // often, 3)
+    state = (state * 2 + repeated) * 2 + (gap <= age)
     return np.where(context, 2 * (1 + state * GAPS + np.minimum(floor_log2(gap) >> 1, GAPS - 1)) + same, 0)
 
 def ngram_counts(tokens: np.ndarray, highest: int, describe: bool = True):
@@ -1212,14 +1205,12 @@ def ngram_counts(tokens: np.ndarray, highest: int, describe: bool = True):
         pair, code, kept = np.zeros(len(tokens), np.uint32), np.zeros(len(code), np.uint16), 0
         for part in whole_groups(first):
             target, begin = t[part], first[part]
-            word, number = stream[target], np.arange(len(target), dtype=np.uint32)
-            order, split = sort_runs(np.cumsum(begin, dtype=np.uint64) << np.uint64(16) | (word & 0xFFFF))
-            count = np.empty_like(number)
-            count[order] = since_start(number, split)
+            word, age = (seen := stream[target]) & 0xFFFF, seen >> 16
+            order, split, count = sort_runs(np.cumsum(begin, dtype=np.uint64) << np.uint64(16) | word)
             pair[target] = count
             if describe:
-                code[target] = describe_contexts(target, word & 0xFFFF, word >> 16, begin,
-                                                 since_start(number, begin), count)
+                context = since_start(np.arange(len(target), dtype=np.uint32), begin)
+                code[target] = describe_contexts(target, word, age, begin, context, count)
             target = target[order] + 1
             keep = ~(split & np.append(split[1:], True)) & (target < len(tokens))
             size = np.count_nonzero(keep)
@@ -1236,9 +1227,7 @@ def ngram_backoff(tokens: np.ndarray, hp: Hyperparameters) -> tuple[np.ndarray, 
     exact = ((n, shorter[:-1], pair[1:]) for n, (shorter, pair) in levels if n >= hp.ngram_min_order)
     for n, c_u, c_uv in hashed_counts(tokens, hp) if hp.ngram_counts == "hashed" else exact:
         wins = c_u >= hp.ngram_min_count
-        order[wins] = n
-        np.copyto(context, c_u, "unsafe", wins)
-        np.copyto(pair, c_uv, "unsafe", wins)
+        order[wins], context[wins], pair[wins] = n, c_u[wins], c_uv[wins]
     return order, context, pair
 
 def hash_buckets(tokens: np.ndarray, n: int, hp: Hyperparameters, following: np.ndarray | None = None):
@@ -1254,8 +1243,8 @@ def hashed_counts(tokens: np.ndarray, hp: Hyperparameters):
     """Yields (n, c(u), c(u, v)) of two independent hash tables (PR #889, #825, #806). Their quotient is NOT a
     probability: a token that never followed may own a bucket that others filled."""
     for n in range(hp.ngram_min_order, hp.ngram_order + 1):
-        early = np.zeros(min(n - 2, len(tokens) - 1), np.int64)
-        context, pair = (np.append(early, group(keys)[1]) for keys in hash_buckets(tokens, n, hp))
+        early = np.zeros(min(n - 2, len(tokens) - 1), np.uint32)
+        context, pair = (np.append(early, sort_runs(keys)[2]) for keys in hash_buckets(tokens, n, hp))
         yield n, context, np.minimum(pair, context)
 
 def hashed_mass(tokens: np.ndarray, order: np.ndarray, targets: np.ndarray, hp: Hyperparameters) -> float:
@@ -1287,7 +1276,7 @@ def bucket_weights(mass: np.ndarray) -> np.ndarray:
     """(3, buckets): posterior mean of the experts' weights in each bucket of mass[expert, state, gap, heat],
     the targets that EM ascribed to each expert so far. Each level, all -> state -> gap -> heat, is the
     Dirichlet prior (worth 20 targets) of the next; where nothing was seen the model has 98 %."""
-    prior = bucket_weights(mass.sum(-1)) if mass.ndim > 1 else np.array((0.98, 0.01, 0.01))
+    prior = np.array((0.98, 0.01, 0.01)) if mass.ndim == 1 else bucket_weights(mass.sum(-1))
     prior = prior.reshape(*mass.shape[:-1], 1) if mass.ndim > 1 else prior
     return ((mass + 20 * prior) / (mass.sum(0) + 20)).reshape(3, -1)
 
@@ -1297,48 +1286,45 @@ class Mixture:
     with weights of the context's bucket, learned by EM from strictly earlier blocks; then Bayes between p_N
     and the model: over the stream at most one bit worse than either. Else one order per target, mixed by
     entropy. All sum to 1 over the vocabulary, fixed by the prefix alone, in whatever pieces scores arrive."""
-
-    def __init__(self, tokens: np.ndarray, hp: Hyperparameters, samples: int = 16):
+    def __init__(self, tokens: np.ndarray, hp: Hyperparameters):
         self.tokens, self.hp, self.targets = tokens, hp, len(tokens) - 1
         self.nll, self.edges, self.block = np.empty(self.targets), block_edges(self.targets), 0
-        spread = (space(1, max(self.targets, 1), samples) for space in (np.geomspace, np.linspace))
-        self.samples = np.unique(np.concatenate(list(spread)).astype(int) - 1)
+        spread = [space(1, max(self.targets, 1), 16) for space in (np.geomspace, np.linspace)]
+        self.samples = np.unique(np.concatenate(spread).astype(int) - 1)
         self.decided = {}  # sampled target -> [(order, w0, w1, w2, c(u), c(u, v)), ..., (model, trust)]
         # by the longest order that knew the context, 0 for none: targets, and the nats that mixing saved
         self.order_targets, self.order_gain = np.zeros(hp.ngram_order + 1, int), np.zeros(hp.ngram_order + 1)
-        if hp.ngram_alpha == "online":
-            counts, orders = ngram_counts(tokens, hp.ngram_order), hp.ngram_order - 1
-            self.unigram, self.lead, self.counts = next(counts)[0], 0.0, []
-            for pair, code in counts:
-                self.counts += pair[code > 0].astype(np.min_scalar_type(pair.max())), code[code > 0]
-                del pair, code  # a level is large: free it before the next is counted
-            self.cursor, self.carry = np.zeros(orders, np.int64), np.zeros(orders, np.uint32)
-            self.mass = np.zeros((orders, 3, STATES, GAPS, HEATS))
-        else:
+        if hp.ngram_alpha != "online":
             self.counts = ngram_backoff(tokens, hp)
-
+            return
+        counts, orders = ngram_counts(tokens, hp.ngram_order), hp.ngram_order - 1
+        self.unigram, self.lead, self.counts = next(counts)[0], 0.0, []
+        for pair, code in counts:
+            self.counts += pair[code > 0].astype(np.min_scalar_type(pair.max())), code[code > 0]
+            del pair, code  # a level is large: free it before the next is counted
+        self.cursor, self.carry = np.zeros(orders, np.int64), np.zeros(orders, np.uint32)
+        self.mass = np.zeros((orders, 3, STATES, GAPS, HEATS))
     def extend(self, nll: np.ndarray, entropy: np.ndarray) -> None:
-        """Mix every block that ends within the scores so far: nats of the stream's first len(nll) targets."""
+        """Mix every block that ends within the scores so far: nats of the stream's first len(nll) targets.
+        RuntimeError, before anything changes: a score is not finite."""
         mix = self.mix_online if self.hp.ngram_alpha == "online" else self.mix_backoff
         while self.block + 1 < len(self.edges) and self.edges[self.block + 1] <= len(nll):
             a, b = self.edges[self.block: self.block + 2]
+            if not np.isfinite(nll[a:b] + entropy[a:b]).all():
+                raise RuntimeError(f"scores of targets {a} to {b} are not finite: the model has diverged")
             model = np.exp(-np.minimum(nll[a:b].astype(np.float64), 690))
             p, trust, longest = mix(a, b, model, entropy[a:b])
             self.nll[a:b] = -np.log(trust * p + (1 - trust) * model)
-            if not np.isfinite(self.nll[a:b]).all():
-                raise RuntimeError(f"scores of targets {a} to {b} are not finite: the model has diverged")
             self.order_targets += np.bincount(longest, minlength=len(self.order_gain))
             self.order_gain += np.bincount(longest, nll[a:b] - self.nll[a:b], len(self.order_gain))
             for target in self.samples[(a <= self.samples) & (self.samples < b)].tolist():
                 self.decided.setdefault(target, []).append((model[target - a], trust[target - a]))
             self.block += 1
-
     def sample(self, targets: np.ndarray, orders: np.ndarray, weights, counts) -> None:
         """Remember what decides those of `targets` that the audit will look at."""
         for i in np.flatnonzero(np.isin(targets, self.samples)):
             facts = int(orders[i]), *(float(w[i]) for w in weights), *(int(c[i]) for c in counts)
             self.decided.setdefault(int(targets[i]), []).append(facts)
-
     def mix_backoff(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray):
         """(mixed p of the targets [a, b), trust in it: all, the order that won)."""
         order, context, pair = (array[a:b] for array in self.counts)
@@ -1346,7 +1332,6 @@ class Mixture:
         weights = 1 - alpha[rows], alpha[rows], 0 * rows
         self.sample(rows + a, order[rows], weights, (context[rows], pair[rows]))
         return (1 - alpha) * model + alpha * pair / np.maximum(context, 1), np.ones(b - a), order
-
     def mix_online(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray):
         """(p_N of the targets [a, b), trust in it against the model by the likelihood of both so far, the
         longest order that knew the context)."""
@@ -1371,7 +1356,6 @@ class Mixture:
         odds = np.cumsum(np.append(self.lead, np.log(p / model)))
         self.lead = odds[-1]
         return p, 1 / (1 + np.exp(-np.clip(odds[:-1], -500, 500))), longest
-
     def audit(self) -> str:
         """Recount sampled targets by scanning the stream before them, sum their mixture over the vocabulary,
         and count a prefix alone. Returns facts for the log; RuntimeError if the mixture is no code."""
@@ -1402,6 +1386,7 @@ class Mixture:
                 f"enumerated:{len(masses)} prefix:{prefix.targets}")
 
 # --- 11. Training -------------------------------------------------------------------------------------------
+# All that training changes is one dictionary of tensors: warm-up undoes it, a checkpoint holds it.
 
 def training_loss(model: GPT, ids_BT: Tensor, targets_BT: Tensor, hardness: Tensor | None, weights_BT=None):
     """Loss as in GPT.forward; with `hardness` (a compiler makes a graph for each), of the artifact's weights."""
@@ -1412,20 +1397,17 @@ class Trainer:
     """The model with all that changes while it learns: optimizers, averages, progress."""
     steps = property(lambda self: int(self.progress[0]), doc="that were done")
     seconds = property(lambda self: float(self.progress[1]), doc="of training")
-
     def __init__(self, model: GPT, loader: TokenLoader | None, rt: Runtime):
         self.model, self.loader, self.rt, self.hp = model, loader, rt, model.hp
         self.parameters, self.progress = list(model.parameters()), torch.zeros(2).double()
         self.tokens = self.stream_bytes = None  # the validation stream, its bytes per target
         self.hint = "there is no checkpoint"  # what a user can do if this run ends now
         compiled = self.hp.compile == "1" or self.hp.compile == "auto" and rt.device.type == "cuda"
-        self.loss = torch.compile(training_loss, dynamic=False) if compiled else training_loss
-        self.trunk = torch.compile(model, dynamic=False) if compiled else model
+        self.loss, self.trunk = (torch.compile(part, dynamic=False) if compiled else part
+                                 for part in (training_loss, model))
         self.optimizers = build_optimizers(model, self.hp, rt)
-        decays = dict(ema=self.hp.ema_decay, swa=1.0)
-        self.averages = {name: WeightAverage(decays[name], self.parameters)
-                         for name in self.hp.averaging.split("_") if name in decays}
-
+        self.averages = {name: WeightAverage(decay, self.parameters) for name, decay in (
+            ("ema", self.hp.ema_decay), ("swa", 1.0)) if name in self.hp.averaging.split("_")}
     def step(self, scale: float, hardness: float | None) -> Tensor:
         """One update on batch `self.steps`, every lr times `scale`, shown to the averages. Returns the part of
         the batch's mean loss that this rank saw, detached: the ranks' sum is the loss."""
@@ -1447,25 +1429,21 @@ class Trainer:
             if name == "ema" or scale < self.hp.swa_threshold and self.steps % self.hp.swa_every == 0:
                 average.update(self.parameters)
         return total
-
     def validate(self) -> tuple[float, float]:
         """(nats per target, bits per byte) of the stream in windows that do not overlap; rank 0 only."""
         nll, _ = collect(score_stream(self.trunk, self.model, self.tokens, self.hp.eval_seq_len, self.rt))
         return (mean_nats(nll), bits_per_byte(nll, self.stream_bytes)) if self.rt.rank == 0 else (0.0, 0.0)
-
     def tensors(self) -> dict[str, Tensor]:
         """All that training changes, by name, to be read or written; of Muon's momentum only this rank's share
         is current. Batches follow from the steps, and nothing draws random numbers after the first weights."""
         muon, adamw = self.optimizers
-        named = dict(progress=self.progress)
-        named |= {f"model.{name}": p.data for name, p in self.model.named_parameters()}
+        named = dict(progress=self.progress) | {f"model.{n}": p.data for n, p in self.model.named_parameters()}
         named |= {f"muon.{i}": group["buffer"] for i, group in enumerate(muon.param_groups)}
         for i, state in enumerate(adamw.state.values()):
             named |= {f"adamw.{key}.{i}": value for key, value in state.items()}
         for name, average in self.averages.items():
             named |= {f"{name}.{i}": t for i, t in enumerate([average.count, *average.mean])}
         return named
-
     def warm_up(self) -> None:
         """Run WARMUP_STEPS steps so that everything is compiled, the quantised graph too, then undo them."""
         kept = [t.clone() for t in self.tensors().values()]
@@ -1474,7 +1452,6 @@ class Trainer:
             self.step(1.0, hardness=1.0 if self.hp.late_qat_threshold and i % 2 else None)
             progress(i + 1)
         copy_all(self.tensors().values(), kept)
-
     def save(self) -> None:
         """Write the checkpoint logs/<RUN_ID>.ckpt, a NumPy archive: the run between two steps, for any number
         of ranks. Where a number is not finite or the disk is full it warns, and the one before is kept."""
@@ -1484,11 +1461,11 @@ class Trainer:
                 mine, t = t, torch.zeros_like(t)
                 own(t).copy_(own(mine))
                 self.rt.sum(t)
-            if self.rt.rank == 0:
+            if self.rt.log_path:
                 arrays[name] = t.numpy(force=True)
         if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
             self.rt.log(f"warning: {bad[0]} is not finite, so step {self.steps} gets no checkpoint")
-        elif arrays and self.rt.log_path:
+        elif arrays:
             try:
                 path, settings = self.rt.beside_log(".ckpt"), np.array(json.dumps(self.hp.as_env()))
                 replace_file(path, lambda file: np.savez(file, settings=settings, **arrays))
@@ -1496,7 +1473,6 @@ class Trainer:
             except UserError as error:
                 self.rt.log(f"warning: {error}")
         self.rt.barrier()
-
     def restore(self, path: str) -> None:
         """Every rank gets what rank 0 has: the checkpoint at `path`, or, if that is "", the initial weights.
         UserError: no such file, a damaged one, or one of other tensors than the settings describe."""
@@ -1527,8 +1503,8 @@ def read_checkpoint(path: str) -> dict[str, np.ndarray]:
 def train(trainer: Trainer) -> None:
     """Trains until ITERATIONS or the wall-clock cap, validations not timed, checkpoints timed. Ranks follow
     rank 0's clock; no step is begun that would pass the cap by taking twice the average. Leaves a checkpoint
-    of the last step and the averaged weights in the model. Stopped: a signal came, the step was ended, a
-    checkpoint left; UserError: the loss is not finite."""
+    and the averaged weights in the model. Stopped: a signal came, the step was ended, a checkpoint left;
+    UserError: the loss is not finite."""
     hp, rt = trainer.hp, trainer.rt
     trainer.warm_up()
     rt.barrier()
@@ -1536,15 +1512,14 @@ def train(trainer: Trainer) -> None:
     started = time.perf_counter() - trainer.seconds
     while True:
         # This waits for the step before the last: the GPU has work, and the clock is right to within a step.
-        lost = bool(losses) and not math.isfinite(losses[0])
-        now = time.perf_counter() - started if rt.rank == 0 else 0
-        seconds, stopped, lost = rt.agree(now, bool(rt.stopped), lost)
+        lost, now = bool(losses) and not math.isfinite(losses[0]), time.perf_counter() - started
+        seconds, stopped, lost = rt.agree(0 if rt.rank else now, bool(rt.stopped), lost)
         step, trainer.progress[1] = trainer.steps, seconds
         label, scale = f"step:{step}/{hp.iterations}", lr_scale(step, seconds, hp)
         clock = f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(step, 1):.2f}ms"
         if lost:
-            raise UserError(f"step:{step + 1 - len(losses)}/{hp.iterations}: the training loss is not finite; lower "
-                            f"the learning rates; {trainer.hint}")
+            raise UserError(f"step:{step + 1 - len(losses)}/{hp.iterations}: the training loss is not finite; "
+                            f"lower the learning rates; {trainer.hint}")
         if losses and (step <= 10 or hp.train_log_every and step % hp.train_log_every == 0):
             rt.log(f"{label} train_loss:{rt.sum(losses[-1].clone()).item():.4f} {clock} "
                    f"tok/s:{hp.train_batch_tokens * step / seconds:.0f} lr_scale:{scale:.4f}")
@@ -1553,15 +1528,16 @@ def train(trainer: Trainer) -> None:
         if stopped or last or 0 < hp.checkpoint_every <= seconds - saved:
             saved = seconds
             trainer.save()
-        if stopped:
-            raise Stopped(f"{label}: stopped by {rt.stopped or 'a signal'}; {trainer.hint}")
-        if last or hp.val_loss_every and step and step % hp.val_loss_every == 0:
+        if not stopped and (last or hp.val_loss_every and step and step % hp.val_loss_every == 0):
             rt.barrier()
             paused = time.perf_counter()
             loss, bpb = trainer.validate()
             rt.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {clock}")
-            rt.barrier()
+            rt.patient = not last  # a signal from here on ends the run at once
+            stopped = rt.agree(bool(rt.stopped))[0] and last
             started += time.perf_counter() - paused
+        if stopped:
+            raise Stopped(f"{label}: stopped by {rt.stopped or 'a signal'}; {trainer.hint}")
         if last:
             break
         if scale < hp.late_qat_threshold:
@@ -1569,9 +1545,6 @@ def train(trainer: Trainer) -> None:
                 rt.log(f"late_qat:on step:{step} lr_scale:{scale:.4f} bits:{hp.quant_bits} {hp.qat_rounding}")
             hardness = 1 + 15 * (1 - scale / hp.late_qat_threshold)  # of soft rounding: 1 to 16
         losses = [*losses, trainer.step(scale, hardness)][-2:]
-    rt.patient = False
-    if rt.agree(bool(rt.stopped))[0]:  # while the last step was validated
-        raise Stopped(f"stopped by {rt.stopped or 'a signal'}; {trainer.hint}")
     if capped:
         rt.log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms {label}")
     weights = averaged_parameters(trainer.averages)
@@ -1585,28 +1558,30 @@ def train(trainer: Trainer) -> None:
 
 def log_header(trainer: Trainer) -> None:
     """What a reviewer needs to repeat the run: this source, versions, hardware, data, every setting."""
-    hp, loader, rt, cuda = trainer.hp, trainer.loader, trainer.rt, trainer.rt.device.type == "cuda"
-    hardware = torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()} CPU"
-    data = dict(train=loader.paths[0]) if loader else {}
-    data |= dict(val=find_shards("val", hp)[0], tokenizer=Path(hp.tokenizer_path))
+    hp, loader, rt = trainer.hp, trainer.loader, trainer.rt
+    hardware = (torch.cuda.get_device_name() if rt.device.type == "cuda"
+                else f"{platform.processor() or platform.machine()} CPU")
+    files = dict(train=loader.paths[0]) if loader else {}
+    files |= dict(val=find_shards("val", hp)[0], tokenizer=Path(hp.tokenizer_path))
     rt.log("\n".join((
         Path(__file__).read_text(encoding="utf-8"), "=" * 100,
         f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
         f"numpy:{np.__version__} platform:{platform.platform()}",
         *(f"data:{name} first:{path} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
-          for name, path in data.items()),
+          for name, path in files.items()),
         *(f"{name}={value}" for name, value in hp.as_env().items()))), console=False)
     rt.log(f"hardware:{rt.world_size} x {hardware} threads:{torch.get_num_threads()} cores:{os.cpu_count()} "
            f"attention:{trainer.model.attention_name} accumulation:{loader.accumulation if loader else 0}\n"
            f"train_tokens:{loader.tokens if loader else 0} val_targets:{len(trainer.stream_bytes)} "
            f"val_bytes:{trainer.stream_bytes.sum()}")
 
-def log_score(name: str, loss: float, bpb: float, facts: str, rt: Runtime) -> None:
+def log_score(rt: Runtime, name: str, loss: float, bpb: float, facts: str = "") -> None:
     rt.log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f} {facts}".rstrip())
 
-def report_mixture(mixture: Mixture, scores: np.ndarray, stream_bytes: np.ndarray, added: str, rt: Runtime):
-    """Audit the mixture, log its score and where it comes from; returns its bpb."""
-    hp, bpb, (nll, entropy) = mixture.hp, bits_per_byte(mixture.nll, stream_bytes), scores
+def report_mixture(trainer: Trainer, mixture: Mixture, scores: np.ndarray, added: str) -> float:
+    """Audit the mixture, log its score and where it comes from; returns its bpb. With NGRAM_COUNTS=hashed also
+    what the predecessors would have reported: no probability, so no bpb, but the sum over the vocabulary."""
+    hp, rt, stream_bytes, (nll, entropy) = trainer.hp, trainer.rt, trainer.stream_bytes, scores
     rt.log(f"ngram_audit {mixture.audit()}")
     for low, high in pairwise((0, 0.5, 1, 1.5, 2, 3, 4, 5, math.inf)):  # calibrated: nll = expected, the entropy
         if (at := (low <= entropy) & (entropy < high)).any():
@@ -1615,20 +1590,19 @@ def report_mixture(mixture: Mixture, scores: np.ndarray, stream_bytes: np.ndarra
     for n in np.flatnonzero(mixture.order_targets):
         gain = mixture.order_gain[n] / math.log(2) / stream_bytes.sum()
         rt.log(f"ngram_order order:{n} targets:{mixture.order_targets[n]} gain:{gain:.8f}")
-    log_score("final_ngram", mean_nats(mixture.nll), bpb, f"gain:{bits_per_byte(nll, stream_bytes) - bpb:.8f} "
-              f"orders:{hp.ngram_min_order}-{hp.ngram_order} counts:exact alpha:{hp.ngram_alpha} {added}", rt)
+    bpb, orders = bits_per_byte(mixture.nll, stream_bytes), f"orders:{hp.ngram_min_order}-{hp.ngram_order}"
+    log_score(rt, "final_ngram", mean_nats(mixture.nll), bpb, f"gain:{bits_per_byte(nll, stream_bytes) - bpb:.8f} "
+              f"{orders} counts:exact alpha:{hp.ngram_alpha} {added}")
+    if hp.ngram_counts == "hashed":
+        hashed = Mixture(trainer.tokens, hp)
+        hashed.extend(*scores)
+        matched = np.flatnonzero(hashed.counts[0])
+        spread = matched[np.linspace(0, len(matched) - 1, min(64, len(matched))).astype(int)]
+        mean, end = (hashed_mass(trainer.tokens, hashed.counts[0], some, hp) for some in (spread, matched[-64:]))
+        rt.log(f"final_ngram_hashed pseudo_bpb:{bits_per_byte(hashed.nll, stream_bytes):.8f} mass:{end:.2f} "
+               f"mass_mean:{mean:.2f} {orders} counts:hashed alpha:{hp.ngram_alpha} "
+               f"(not a probability: at the stream's end the counts sum to {end:.3g} over the vocabulary, not to 1)")
     return bpb
-
-def report_hashed(mixture: Mixture, stream_bytes: np.ndarray, rt: Runtime) -> None:
-    """What the predecessors would have reported, with the sum of their counts over the vocabulary, mean and in
-    the end: no probability, so no bpb."""
-    hp, order = mixture.hp, mixture.counts[0]
-    matched = np.flatnonzero(order)
-    spread = matched[np.linspace(0, len(matched) - 1, min(64, len(matched))).astype(int)]
-    mean, end = (hashed_mass(mixture.tokens, order, some, hp) for some in (spread, matched[-64:]))
-    rt.log(f"final_ngram_hashed pseudo_bpb:{bits_per_byte(mixture.nll, stream_bytes):.8f} mass:{end:.2f} "
-           f"mass_mean:{mean:.2f} orders:{hp.ngram_min_order}-{hp.ngram_order} counts:hashed alpha:{hp.ngram_alpha} "
-           f"(not a probability: at the stream's end the counts sum to {end:.3g} over the vocabulary, not to 1)")
 
 def ttt_batches(trainer: Trainer, begin: int, end: int):
     """(ids, targets, weights), each (B, T), of this rank: the targets [begin, end) in sequences that do not
@@ -1647,9 +1621,9 @@ def score_and_learn(trainer: Trainer, stride: int):
     TTT_BLOCKS, all vectors and scalars, and the head. In the end the model is what it was."""
     hp, rt, model, tokens, total = trainer.hp, trainer.rt, trainer.model, trainer.tokens, len(trainer.tokens) - 1
     last = tuple(f"blocks.{i}." for i in range(hp.num_layers)[-hp.ttt_blocks or hp.num_layers:])
+    head = "embed.weight" if hp.tie_embeddings else "head.weight"
     tuned = [p.requires_grad_() for name, p in model.requires_grad_(False).named_parameters()
-             if name.startswith(last) or not name.endswith(".weight")
-             or name == ("embed.weight" if hp.tie_embeddings else "head.weight")]
+             if name.startswith(last) or not name.endswith(".weight") or name == head]
     initial, weights, mean = ([p.detach().clone() for p in tuned] for _ in range(3))
     optimizer = torch.optim.AdamW(tuned, betas=(hp.beta1, hp.beta2), weight_decay=0.0, fused=True)
     try:
@@ -1662,8 +1636,7 @@ def score_and_learn(trainer: Trainer, stride: int):
             for ids, targets, share in chain(*(ttt_batches(trainer, begin, end) for _ in range(hp.ttt_epochs))):
                 trainer.loss(model, ids, targets, None, share).backward()
                 flat = rt.sum(torch.cat([p.grad.flatten() for p in tuned]))
-                flat *= (1 / (flat.norm() + 1e-6)).clamp_max(1)
-                set_gradients(tuned, flat)
+                set_gradients(tuned, flat * (1 / (flat.norm() + 1e-6)).clamp_max(1))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 torch._foreach_lerp_(mean, [p.detach() for p in tuned], 1 - hp.ttt_decay)
@@ -1682,8 +1655,7 @@ def scores_in_time(trainer: Trainer, began: float):
     for stride in strides:
         segments = (score_and_learn(trainer, stride) if hp.ttt_epochs
                     else score_stream(trainer.trunk, trainer.model, trainer.tokens, stride, rt))
-        held = list(islice(segments, 2))
-        begun = time.perf_counter()
+        held, begun = list(islice(segments, 2)), time.perf_counter()
         held += islice(segments, 1)
         now, done = time.perf_counter(), [part.shape[1] for part in held]
         projected = now - began + (now - begun) * (total - sum(done)) / max(done[-1], 1)
@@ -1696,74 +1668,60 @@ def scores_in_time(trainer: Trainer, began: float):
 def evaluate(trainer: Trainer, size: int, began: float) -> None:
     """The model scores the stream and is mixed with counts while it scores; `began`: when training ended."""
     hp, rt, tokens, label = trainer.hp, trainer.rt, trainer.tokens, f"final_int{trainer.hp.quant_bits}"
-    background = ThreadPoolExecutor(1)  # not waited for when the run is stopped
-    mixture = (background.submit(Mixture, tokens, replace(hp, ngram_counts="exact"))
-               if hp.ngram_enabled and rt.rank == 0 else None)
-    log_score(f"{label}_roundtrip", *trainer.validate(), "", rt)
-    begun, scores = time.perf_counter(), np.empty((2, len(tokens) - 1 if rt.rank == 0 else 0), np.float32)
-    done, pending, mixed, stream_bytes = 0, [], math.nan, trainer.stream_bytes
+    background, mixture, added = ThreadPoolExecutor(1), None, None  # not waited for when the run is stopped
+    if hp.ngram_enabled and rt.rank == 0:
+        mixture = background.submit(Mixture, tokens, replace(hp, ngram_counts="exact"))
+    log_score(rt, f"{label}_roundtrip", *trainer.validate())
+    begun, done = time.perf_counter(), 0
+    scores = np.empty((2, 0 if rt.rank else len(tokens) - 1), np.float32)
     stride, segments = scores_in_time(trainer, began)
     for segment in segments:
         scores[:, done: done + segment.shape[1]] = segment
         done += segment.shape[1]
-        if mixture:
-            pending.append(background.submit(lambda now=scores[:, :done]: mixture.result().extend(*now)))
+        if mixture:  # what fails in one of these calls fails in the last one again
+            added = background.submit(lambda now=scores[:, :done]: mixture.result().extend(*now))
     scored = time.perf_counter()
     if rt.rank == 0:
-        neural, took = bits_per_byte(scores[0], stream_bytes), f"{1e3 * (scored - begun):.0f}ms"
-        log_score(f"{label}_sliding_window", mean_nats(scores[0]), neural, f"stride:{stride} eval_time:{took}", rt)
+        neural, took = bits_per_byte(scores[0], trainer.stream_bytes), f"{1e3 * (scored - begun):.0f}ms"
+        log_score(rt, f"{label}_sliding_window", mean_nats(scores[0]), neural, f"stride:{stride} eval_time:{took}")
+        arrays, mixed = dict(nll=scores[0], entropy=scores[1]), "off"
     if mixture:
-        for part in pending:
-            part.result()
-        added = f"added_time:{1e3 * (time.perf_counter() - scored):.0f}ms"
-        mixed = report_mixture(mixture.result(), scores, stream_bytes, added, rt)
-        if hp.ngram_counts == "hashed":
-            hashed = Mixture(tokens, hp)
-            hashed.extend(*scores)
-            report_hashed(hashed, stream_bytes, rt)
+        added.result()
+        took = f"added_time:{1e3 * (time.perf_counter() - scored):.0f}ms"
+        mixed = f"{report_mixture(trainer, mixture.result(), scores, took):.4f} bpb"
+        arrays |= dict(mixed=mixture.result().nll.astype(np.float32))
     if hp.save_scores and rt.rank == 0:
-        arrays = dict(nll=scores[0], entropy=scores[1], settings=np.array(json.dumps(hp.as_env())))
-        arrays |= dict(mixed=mixture.result().nll.astype(np.float32)) if mixture else {}
-        replace_file(rt.beside_log("_scores.npz"), lambda file: np.savez(file, **arrays))
+        settings = np.array(json.dumps(hp.as_env()))
+        replace_file(rt.beside_log("_scores.npz"), lambda file: np.savez(file, settings=settings, **arrays))
     seconds = time.perf_counter() - began
     rt.log(f"total_eval_time:{seconds:.1f}s budget:{hp.eval_budget_seconds:g}s stride:{stride}")
     if rt.rank == 0:
-        counted = f"{mixed:.4f} bpb   with exact {hp.ngram_min_order}-{hp.ngram_order}-gram counts of the past"
-        rt.log(f"""
-  neural     {neural:.4f} bpb   every target once
-  mixed      {counted if hp.ngram_enabled else "off"}
-  artifact   {size:,} bytes of {SIZE_CAP:,}, code included
-  training   {trainer.seconds:.1f} s, {trainer.steps} steps
-  evaluation {seconds:.1f} s
-  log        {rt.log_path}""")
-
-def prepare(hp: Hyperparameters, rt: Runtime, env: dict[str, str]) -> Trainer:
-    """All data found, all ranks the same, the log begun; the initial weights, or those of RESUME."""
-    torch.manual_seed(hp.seed)
-    loader = None if hp.eval_only else TokenLoader(hp, rt.rank, rt.world_size)
-    tokens, count = load_validation(hp), ByteCounter(hp)
-    rt.compare({"train_gpt.py": Path(__file__).read_bytes(), "settings": hp, "torch": torch.__version__,
-                "data files": fingerprint(hp)})
-    trainer = Trainer(GPT(hp).to(rt.device), loader, rt)
-    trainer.tokens, trainer.stream_bytes = tokens, count(tokens) if rt.rank == 0 or hp.ttt_epochs else None
-    if rt.rank == 0:
-        log_header(trainer)
-    for warning in mistyped(env):
-        rt.log(f"warning: {warning}")
-    trainer.restore(hp.resume)
-    return trainer
+        rt.log(f"\n  neural     {neural:.4f} bpb   every target once\n  mixed      {mixed}   with exact counts of the past"
+               f"\n  artifact   {size:,} bytes of {SIZE_CAP:,}, code included\n  training   {trainer.seconds:.1f} s, "
+               f"{trainer.steps} steps\n  evaluation {seconds:.1f} s\n  log        {rt.log_path}")
 
 def main(env: dict[str, str]) -> None:
+    """All data found, all ranks the same, the log begun; train, pack, read back, score, mix, report."""
     hp = Hyperparameters.from_env(env)
     rt = Runtime(hp.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}_seed{hp.seed}", env)
     try:
-        trainer = prepare(hp, rt, env)
-        path = Path(hp.eval_only or f"final_model.int{hp.quant_bits}.ptz")
+        torch.manual_seed(hp.seed)
+        loader = None if hp.eval_only else TokenLoader(hp, rt.rank, rt.world_size)
+        tokens, count = load_validation(hp), ByteCounter(hp)
+        rt.compare({"train_gpt.py": Path(__file__).read_bytes(), "settings": hp, "torch": torch.__version__,
+                    "data files": fingerprint(hp)})
+        trainer = Trainer(GPT(hp).to(rt.device), loader, rt)
+        trainer.tokens, trainer.stream_bytes = tokens, count(tokens) if rt.rank == 0 or hp.ttt_epochs else None
+        if rt.rank == 0:
+            log_header(trainer)
+        for warning in mistyped(env):
+            rt.log(f"warning: {warning}")
+        trainer.restore(hp.resume)
+        path, began = Path(hp.eval_only or f"final_model.int{hp.quant_bits}.ptz"), time.perf_counter()
         if not hp.eval_only:
             train(trainer)
-        began = time.perf_counter()
-        if not hp.eval_only:
-            log_score("final_float", *trainer.validate(), "", rt)  # of the weights that are packed
+            began = time.perf_counter()
+            log_score(rt, "final_float", *trainer.validate())  # of the weights that are packed
             write_artifact(trainer.model, path, hp, rt)
         size = load_artifact(trainer.model, path, rt)
         if rt.rank == 0 and not hp.checkpoint_every:
@@ -1773,7 +1731,7 @@ def main(env: dict[str, str]) -> None:
         rt.close()
     except BaseException as error:  # the group stays open, so that the others wait and the cause is seen
         rt.patient = True  # a signal does not cut short what is said now
-        if "onnection closed by peer" in str(error):
+        if "gloo/transport" in str(error):  # connection closed, reset, pipe broken ...
             error = UserError("another rank ended, see what it said" + f"; {rt.stopped} came" * bool(rt.stopped))
         rt.log(f"error: {type(error).__name__}: {error}", console=False)
         raise error from None
@@ -1781,20 +1739,20 @@ def main(env: dict[str, str]) -> None:
 def end(error: BaseException | None) -> None:
     """Leaves the process, with one line for an error that a user can mend. Rank 0 speaks first; then torchrun
     stops the others. Not sys.exit: a thread of gloo that drops its last tensor would crash Python's shutdown."""
-    rank, stopped = int(os.environ.get("RANK", 0)), isinstance(error, Stopped)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun, as rank 0 has spoken
-    time.sleep(5 if error and rank and not stopped else 0)
-    if isinstance(error, (UserError, OSError)) and not (stopped and rank):
-        print(f"train_gpt.py: error: {f'rank {rank}: ' * bool(rank)}{error}", file=sys.stderr)
-    elif error and not stopped:
-        traceback.print_exception(error)
+    rank = int(os.environ.get("RANK", 0))
+    if error and not (rank and isinstance(error, Stopped)):
+        time.sleep(5 if rank else 0)
+        if isinstance(error, (UserError, OSError)):
+            print(f"train_gpt.py: error: {f'rank {rank}: ' * bool(rank)}{error}", file=sys.stderr)
+        else:
+            traceback.print_exception(error)
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(1 if error else 0)
 
 if __name__ == "__main__":
     try:
         main(dict(os.environ))
+        end(None)
     except BaseException as error:
         end(error)
-    end(None)
