@@ -1160,23 +1160,14 @@ def sort_runs(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     prior[order] = since_start(number, first)
     return order, first, prior
 
-def whole_groups(first: np.ndarray):
-    """Slices of at least CHUNK positions, but for the last, that end where a group ends."""
-    start = 0
-    while start < len(first):
-        rest = first[start + CHUNK:]
-        stop = start + CHUNK + int(rest.argmax()) if rest.any() else len(first)
-        yield slice(start, stop)
-        start = stop
-
 def floor_log2(x: np.ndarray) -> np.ndarray:
     return (x.astype(np.float32).view(np.int32) >> 23) - 127  # the exponent of a float; exact below 2^24
 
 def describe_contexts(t, token, age, first, context, pair) -> np.ndarray:
-    """What the online weights may know, for positions grouped by context: 2 * (1 + bucket) + (the target is
-    the context's last continuation), 0 where the context is new. The bucket, of the prefix alone: how often
-    the context occurred, the share of continuations that were not new, whether the last repeated the one
-    before, whether it lies in this document (of `age` tokens so far), the distance to it."""
+    """For positions grouped by context, 0 where it is new, else 2 * (1 + bucket) + (the target repeats the
+    context's last continuation). The bucket, of the prefix alone: how often the context occurred, the share
+    of continuations that were not new, whether the last repeated the one before, lies in this document (of
+    `age` tokens so far), and how far back."""
     same = np.append(False, token[1:] == token[:-1]) & ~first
     repeated = np.append(False, same[:-1]) & ~first
     gap = np.where(first, 1, np.diff(t, prepend=t[:1])).view(np.int32)
@@ -1202,9 +1193,11 @@ def ngram_counts(tokens: np.ndarray, highest: int, describe: bool = True):
     t, first = t[keep] + 1, first[keep]
     yield pair, code
     for _ in range(2, highest + 1):
-        pair, code, kept = np.zeros(len(tokens), np.uint32), np.zeros(len(code), np.uint16), 0
-        for part in whole_groups(first):
-            target, begin = t[part], first[part]
+        pair, code, kept, stop = np.zeros(len(tokens), np.uint32), np.zeros(len(code), np.uint16), 0, 0
+        while stop < len(first):  # whole groups, of at least CHUNK positions in all
+            start, rest = stop, first[stop + CHUNK:]
+            stop = start + CHUNK + int(rest.argmax()) if rest.any() else len(first)
+            target, begin = t[start:stop], first[start:stop]
             word, age = (seen := stream[target]) & 0xFFFF, seen >> 16
             order, split, count = sort_runs(np.cumsum(begin, dtype=np.uint64) << np.uint64(16) | word)
             pair[target] = count
@@ -1274,10 +1267,11 @@ def block_edges(total: int) -> list[int]:
 
 def bucket_weights(mass: np.ndarray) -> np.ndarray:
     """(3, buckets): posterior mean of the experts' weights in each bucket of mass[expert, state, gap, heat],
-    the targets that EM ascribed to each expert so far. Each level, all -> state -> gap -> heat, is the
-    Dirichlet prior (worth 20 targets) of the next; where nothing was seen the model has 98 %."""
-    prior = np.array((0.98, 0.01, 0.01)) if mass.ndim == 1 else bucket_weights(mass.sum(-1))
-    prior = prior.reshape(*mass.shape[:-1], 1) if mass.ndim > 1 else prior
+    the targets that EM ascribed to each so far. Each level, all -> state -> gap -> heat, is the Dirichlet
+    prior (worth 20 targets) of the next; where nothing was seen the model has 98 %."""
+    prior = np.array((0.98, 0.01, 0.01))
+    if mass.ndim > 1:
+        prior = bucket_weights(mass.sum(-1)).reshape(*mass.shape[:-1], 1)
     return ((mass + 20 * prior) / (mass.sum(0) + 20)).reshape(3, -1)
 
 class Mixture:
@@ -1294,25 +1288,21 @@ class Mixture:
         self.decided = {}  # sampled target -> [(order, w0, w1, w2, c(u), c(u, v)), ..., (model, trust)]
         # by the longest order that knew the context, 0 for none: targets, and the nats that mixing saved
         self.order_targets, self.order_gain = np.zeros(hp.ngram_order + 1, int), np.zeros(hp.ngram_order + 1)
-        if hp.ngram_alpha != "online":
+        if hp.ngram_alpha == "online":  # of order n: counts[2 * n - 2] pairs, counts[2 * n - 1] codes
+            self.counts, self.lead = [], 0.0
+            for pair, code in ngram_counts(tokens, hp.ngram_order):
+                self.counts += pair.astype(np.min_scalar_type(pair.max())), code
+            self.mass = np.zeros((hp.ngram_order + 1, 3, STATES, GAPS, HEATS))
+        else:
             self.counts = ngram_backoff(tokens, hp)
-            return
-        counts, orders = ngram_counts(tokens, hp.ngram_order), hp.ngram_order - 1
-        self.unigram, self.lead, self.counts = next(counts)[0], 0.0, []
-        for pair, code in counts:
-            self.counts += pair[code > 0].astype(np.min_scalar_type(pair.max())), code[code > 0]
-            del pair, code  # a level is large: free it before the next is counted
-        self.cursor, self.carry = np.zeros(orders, np.int64), np.zeros(orders, np.uint32)
-        self.mass = np.zeros((orders, 3, STATES, GAPS, HEATS))
     def extend(self, nll: np.ndarray, entropy: np.ndarray) -> None:
-        """Mix every block that ends within the scores so far: nats of the stream's first len(nll) targets.
-        RuntimeError, before anything changes: a score is not finite."""
-        mix = self.mix_online if self.hp.ngram_alpha == "online" else self.mix_backoff
+        """Mix every block that ends within the scores so far: nats of the stream's first len(nll) targets."""
         while self.block + 1 < len(self.edges) and self.edges[self.block + 1] <= len(nll):
             a, b = self.edges[self.block: self.block + 2]
             if not np.isfinite(nll[a:b] + entropy[a:b]).all():
                 raise RuntimeError(f"scores of targets {a} to {b} are not finite: the model has diverged")
             model = np.exp(-np.minimum(nll[a:b].astype(np.float64), 690))
+            mix = self.mix_online if self.hp.ngram_alpha == "online" else self.mix_backoff
             p, trust, longest = mix(a, b, model, entropy[a:b])
             self.nll[a:b] = -np.log(trust * p + (1 - trust) * model)
             self.order_targets += np.bincount(longest, minlength=len(self.order_gain))
@@ -1333,32 +1323,26 @@ class Mixture:
         self.sample(rows + a, order[rows], weights, (context[rows], pair[rows]))
         return (1 - alpha) * model + alpha * pair / np.maximum(context, 1), np.ones(b - a), order
     def mix_online(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray):
-        """(p_N of the targets [a, b), trust in it against the model by the likelihood of both so far, the
-        longest order that knew the context)."""
-        p, heat, context = model.copy(), np.clip(entropy, 0, HEATS - 1).astype(np.int64), self.unigram[a:b]
-        longest = np.zeros(b - a, np.uint8)
-        for i, (mass, carry) in enumerate(zip(self.mass, self.carry)):
-            rows = np.flatnonzero(context)
-            c_u, at = context[rows], slice(self.cursor[i], self.cursor[i] + len(rows))
-            c_uv, code = (array[at] for array in self.counts[2 * i: 2 * i + 2])  # kept where c(u) > 0
-            if i + 2 >= self.hp.ngram_min_order:
-                longest[rows] = i + 2
-                bucket = ((code >> 1) - 1) * np.int64(HEATS) + heat[rows]
-                weights = [w[bucket] for w in bucket_weights(mass)]
-                self.sample(rows + a, longest[rows], weights, (c_u, c_uv))
-                parts = [w * q for w, q in zip(weights, (p[rows], c_uv / c_u, code & 1))]
-                p[rows] = total = sum(parts)
-                for flat, part in zip(mass.reshape(3, -1), parts):
-                    flat += np.bincount(bucket, part / total, len(flat))
-            context = np.zeros(b - a + 1, np.uint32)  # c(u, v) of this order is c(u) of the next, one later
-            context[0], context[rows + 1] = carry, c_uv
-            self.cursor[i], self.carry[i], context = at.stop, context[-1], context[:-1]
+        """(p_N of the targets [a, b), trust in it by the likelihood so far, longest order that knew the context)."""
+        p, heat, longest = model.copy(), np.clip(entropy, 0, HEATS - 1).astype(np.int64), np.zeros(b - a, np.uint8)
+        for n in range(self.hp.ngram_min_order, self.hp.ngram_order + 1):
+            pair, code = (array[a + 1: b + 1] for array in self.counts[2 * n - 2: 2 * n])
+            rows = np.flatnonzero(code)
+            c_u, c_uv, code = self.counts[2 * n - 4][a:b][rows].astype(float), pair[rows], code[rows]
+            longest[rows] = n
+            bucket = ((code >> 1) - 1) * np.int64(HEATS) + heat[rows]
+            weights = [w[bucket] for w in bucket_weights(self.mass[n])]
+            self.sample(rows + a, longest[rows], weights, (c_u, c_uv))
+            parts = [w * q for w, q in zip(weights, (p[rows], c_uv / c_u, code & 1))]
+            p[rows] = total = sum(parts)
+            for flat, part in zip(self.mass[n].reshape(3, -1), parts):
+                flat += np.bincount(bucket, part / total, len(flat))
         odds = np.cumsum(np.append(self.lead, np.log(p / model)))
         self.lead = odds[-1]
         return p, 1 / (1 + np.exp(-np.clip(odds[:-1], -500, 500))), longest
     def audit(self) -> str:
-        """Recount sampled targets by scanning the stream before them, sum their mixture over the vocabulary,
-        and count a prefix alone. Returns facts for the log; RuntimeError if the mixture is no code."""
+        """Recounts sampled targets, sums their mixture over the vocabulary, counts a prefix alone. Facts for the
+        log; RuntimeError: the mixture is no code."""
         tokens, masses, faults, V = self.tokens, [], [], self.hp.vocab_size
         for target, (*levels, (p_target, trust)) in self.decided.items():
             t, model = target + 1, np.full(V, (1 - p_target) / (V - 1))
