@@ -1283,11 +1283,10 @@ class Mixture:
     def __init__(self, tokens: np.ndarray, hp: Hyperparameters):
         self.tokens, self.hp, self.targets = tokens, hp, len(tokens) - 1
         self.nll, self.edges, self.block = np.empty(self.targets), block_edges(self.targets), 0
+        self.longest = np.zeros(self.targets, np.uint8)  # order that knew the context; 0: none did
         spread = [space(1, max(self.targets, 1), 16) for space in (np.geomspace, np.linspace)]
         self.samples = np.unique(np.concatenate(spread).astype(int) - 1)
-        self.decided = {}  # sampled target -> [(order, w0, w1, w2, c(u), c(u, v)), ..., (model, trust)]
-        # by the longest order that knew the context, 0 for none: targets, and the nats that mixing saved
-        self.order_targets, self.order_gain = np.zeros(hp.ngram_order + 1, int), np.zeros(hp.ngram_order + 1)
+        self.decided = {}  # sampled target -> [[order, w0, w1, w2, c(u), c(u, v)], ..., [model, trust]]
         if hp.ngram_alpha == "online":  # of order n: counts[2 * n - 2] pairs, counts[2 * n - 1] codes
             self.counts, self.lead = [], 0.0
             for pair, code in ngram_counts(tokens, hp.ngram_order):
@@ -1304,23 +1303,19 @@ class Mixture:
             model = np.exp(-np.minimum(nll[a:b].astype(np.float64), 690))
             mix = self.mix_online if self.hp.ngram_alpha == "online" else self.mix_backoff
             p, trust, longest = mix(a, b, model, entropy[a:b])
-            self.nll[a:b] = -np.log(trust * p + (1 - trust) * model)
-            self.order_targets += np.bincount(longest, minlength=len(self.order_gain))
-            self.order_gain += np.bincount(longest, nll[a:b] - self.nll[a:b], len(self.order_gain))
-            for target in self.samples[(a <= self.samples) & (self.samples < b)].tolist():
-                self.decided.setdefault(target, []).append((model[target - a], trust[target - a]))
+            self.nll[a:b], self.longest[a:b] = -np.log(trust * p + (1 - trust) * model), longest
+            self.sample(np.arange(a, b), model, trust)
             self.block += 1
-    def sample(self, targets: np.ndarray, orders: np.ndarray, weights, counts) -> None:
+    def sample(self, targets: np.ndarray, *facts: np.ndarray) -> None:
         """Remember what decides those of `targets` that the audit will look at."""
         for i in np.flatnonzero(np.isin(targets, self.samples)):
-            facts = int(orders[i]), *(float(w[i]) for w in weights), *(int(c[i]) for c in counts)
-            self.decided.setdefault(int(targets[i]), []).append(facts)
+            self.decided.setdefault(int(targets[i]), []).append([fact[i].item() for fact in facts])
     def mix_backoff(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray):
         """(mixed p of the targets [a, b), trust in it: all, the order that won)."""
         order, context, pair = (array[a:b] for array in self.counts)
         alpha, rows = backoff_weight(entropy, order, self.hp), np.flatnonzero(order)
         weights = 1 - alpha[rows], alpha[rows], 0 * rows
-        self.sample(rows + a, order[rows], weights, (context[rows], pair[rows]))
+        self.sample(rows + a, order[rows], *weights, context[rows], pair[rows])
         return (1 - alpha) * model + alpha * pair / np.maximum(context, 1), np.ones(b - a), order
     def mix_online(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray):
         """(p_N of the targets [a, b), trust in it by the likelihood so far, longest order that knew the context)."""
@@ -1332,7 +1327,7 @@ class Mixture:
             longest[rows] = n
             bucket = ((code >> 1) - 1) * np.int64(HEATS) + heat[rows]
             weights = [w[bucket] for w in bucket_weights(self.mass[n])]
-            self.sample(rows + a, longest[rows], weights, (c_u, c_uv))
+            self.sample(rows + a, longest[rows], *weights, c_u, c_uv)
             parts = [w * q for w, q in zip(weights, (p[rows], c_uv / c_u, code & 1))]
             p[rows] = total = sum(parts)
             for flat, part in zip(self.mass[n].reshape(3, -1), parts):
@@ -1370,7 +1365,8 @@ class Mixture:
                 f"enumerated:{len(masses)} prefix:{prefix.targets}")
 
 # --- 11. Training -------------------------------------------------------------------------------------------
-# All that training changes is one dictionary of tensors: warm-up undoes it, a checkpoint holds it.
+# All that changes is one dictionary of tensors: warm-up undoes it, a checkpoint holds it. Batches follow from
+# the number of steps, and nothing draws random numbers after the first weights.
 
 def training_loss(model: GPT, ids_BT: Tensor, targets_BT: Tensor, hardness: Tensor | None, weights_BT=None):
     """Loss as in GPT.forward; with `hardness` (a compiler makes a graph for each), of the artifact's weights."""
@@ -1393,8 +1389,7 @@ class Trainer:
         self.averages = {name: WeightAverage(decay, self.parameters) for name, decay in (
             ("ema", self.hp.ema_decay), ("swa", 1.0)) if name in self.hp.averaging.split("_")}
     def step(self, scale: float, hardness: float | None) -> Tensor:
-        """One update on batch `self.steps`, every lr times `scale`, shown to the averages. Returns the part of
-        the batch's mean loss that this rank saw, detached: the ranks' sum is the loss."""
+        """One update on batch `self.steps`, every lr times `scale`. This rank's part of the mean loss, detached."""
         total, passes = torch.zeros((), device=self.rt.device), self.loader.accumulation
         hardness = None if hardness is None else torch.tensor(hardness, device=self.rt.device)
         for micro in range(passes):
@@ -1404,7 +1399,7 @@ class Trainer:
             loss = self.loss(self.model, ids, targets, hardness) / (passes * self.rt.world_size)
             loss.backward()
             total += loss.detach()
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+        for group in chain(*(optimizer.param_groups for optimizer in self.optimizers)):
             group |= dict(lr=group["initial_lr"] * scale, momentum=muon_momentum(self.steps, self.hp))
         update(*self.optimizers, self.rt, self.hp.grad_clip_norm)
         self.model.zero_grad(set_to_none=True)
@@ -1418,8 +1413,7 @@ class Trainer:
         nll, _ = collect(score_stream(self.trunk, self.model, self.tokens, self.hp.eval_seq_len, self.rt))
         return (mean_nats(nll), bits_per_byte(nll, self.stream_bytes)) if self.rt.rank == 0 else (0.0, 0.0)
     def tensors(self) -> dict[str, Tensor]:
-        """All that training changes, by name, to be read or written; of Muon's momentum only this rank's share
-        is current. Batches follow from the steps, and nothing draws random numbers after the first weights."""
+        """All that training changes, to be read or written; of Muon's momentum this rank's share is current."""
         muon, adamw = self.optimizers
         named = dict(progress=self.progress) | {f"model.{n}": p.data for n, p in self.model.named_parameters()}
         named |= {f"muon.{i}": group["buffer"] for i, group in enumerate(muon.param_groups)}
@@ -1437,14 +1431,14 @@ class Trainer:
             progress(i + 1)
         copy_all(self.tensors().values(), kept)
     def save(self) -> None:
-        """Write the checkpoint logs/<RUN_ID>.ckpt, a NumPy archive: the run between two steps, for any number
-        of ranks. Where a number is not finite or the disk is full it warns, and the one before is kept."""
+        """Write logs/<RUN_ID>.ckpt, a NumPy archive for any number of ranks. Where a number is not finite or the
+        disk is full it warns, and the checkpoint before is kept."""
         arrays, own = {}, self.optimizers[0].own
         for name, t in self.tensors().items():
             if name.startswith("muon"):
-                mine, t = t, torch.zeros_like(t)
-                own(t).copy_(own(mine))
-                self.rt.sum(t)
+                whole = torch.zeros_like(t)
+                own(whole).copy_(own(t))
+                t = self.rt.sum(whole)
             if self.rt.log_path:
                 arrays[name] = t.numpy(force=True)
         if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
@@ -1459,7 +1453,7 @@ class Trainer:
         self.rt.barrier()
     def restore(self, path: str) -> None:
         """Every rank gets what rank 0 has: the checkpoint at `path`, or, if that is "", the initial weights.
-        UserError: no such file, a damaged one, or one of other tensors than the settings describe."""
+        UserError: of other tensors than the settings describe."""
         arrays = read_checkpoint(path) if path and self.rt.rank == 0 else {}
         then = json.loads(str(arrays.get("settings", "{}")))
         for name, value in self.hp.as_env().items():
@@ -1485,10 +1479,9 @@ def read_checkpoint(path: str) -> dict[str, np.ndarray]:
         raise UserError(f"RESUME={path}: not a whole checkpoint: {error}".split("\n")[0]) from None
 
 def train(trainer: Trainer) -> None:
-    """Trains until ITERATIONS or the wall-clock cap, validations not timed, checkpoints timed. Ranks follow
-    rank 0's clock; no step is begun that would pass the cap by taking twice the average. Leaves a checkpoint
-    and the averaged weights in the model. Stopped: a signal came, the step was ended, a checkpoint left;
-    UserError: the loss is not finite."""
+    """Trains until ITERATIONS or the wall-clock cap on rank 0's clock, which stands still in validations; begins
+    no step that would pass the cap by taking twice the average. Leaves a checkpoint, and the averaged weights
+    in the model. Stopped: a signal came, the step was ended; UserError: the loss is not finite."""
     hp, rt = trainer.hp, trainer.rt
     trainer.warm_up()
     rt.barrier()
@@ -1571,9 +1564,9 @@ def report_mixture(trainer: Trainer, mixture: Mixture, scores: np.ndarray, added
         if (at := (low <= entropy) & (entropy < high)).any():
             rt.log(f"calibration entropy:{low}-{high} targets:{at.sum()} expected:{entropy[at].mean():.4f} "
                    f"nll:{nll[at].mean():.4f} mixed:{mixture.nll[at].mean():.4f}")
-    for n in np.flatnonzero(mixture.order_targets):
-        gain = mixture.order_gain[n] / math.log(2) / stream_bytes.sum()
-        rt.log(f"ngram_order order:{n} targets:{mixture.order_targets[n]} gain:{gain:.8f}")
+    gain = np.bincount(mixture.longest, nll - mixture.nll) / math.log(2) / stream_bytes.sum()
+    for n, targets in zip(*np.unique(mixture.longest, return_counts=True)):
+        rt.log(f"ngram_order order:{n} targets:{targets} gain:{gain[n]:.8f}")
     bpb, orders = bits_per_byte(mixture.nll, stream_bytes), f"orders:{hp.ngram_min_order}-{hp.ngram_order}"
     log_score(rt, "final_ngram", mean_nats(mixture.nll), bpb, f"gain:{bits_per_byte(nll, stream_bytes) - bpb:.8f} "
               f"{orders} counts:exact alpha:{hp.ngram_alpha} {added}")
@@ -1656,33 +1649,31 @@ def evaluate(trainer: Trainer, size: int, began: float) -> None:
     if hp.ngram_enabled and rt.rank == 0:
         mixture = background.submit(Mixture, tokens, replace(hp, ngram_counts="exact"))
     log_score(rt, f"{label}_roundtrip", *trainer.validate())
-    begun, done = time.perf_counter(), 0
-    scores = np.empty((2, 0 if rt.rank else len(tokens) - 1), np.float32)
-    stride, segments = scores_in_time(trainer, began)
+    begun, scores = time.perf_counter(), np.empty((2, 0 if rt.rank else len(tokens) - 1), np.float32)
+    (stride, segments), done, mixed = scores_in_time(trainer, began), 0, "off"
     for segment in segments:
         scores[:, done: done + segment.shape[1]] = segment
         done += segment.shape[1]
         if mixture:  # what fails in one of these calls fails in the last one again
             added = background.submit(lambda now=scores[:, :done]: mixture.result().extend(*now))
-    scored = time.perf_counter()
+    scored, arrays = time.perf_counter(), dict(nll=scores[0], entropy=scores[1])
     if rt.rank == 0:
-        neural, took = bits_per_byte(scores[0], trainer.stream_bytes), f"{1e3 * (scored - begun):.0f}ms"
-        log_score(rt, f"{label}_sliding_window", mean_nats(scores[0]), neural, f"stride:{stride} eval_time:{took}")
-        arrays, mixed = dict(nll=scores[0], entropy=scores[1]), "off"
+        neural, facts = bits_per_byte(scores[0], trainer.stream_bytes), f"eval_time:{1e3 * (scored - begun):.0f}ms"
+        log_score(rt, f"{label}_sliding_window", mean_nats(scores[0]), neural, f"stride:{stride} {facts}")
     if mixture:
         added.result()
-        took = f"added_time:{1e3 * (time.perf_counter() - scored):.0f}ms"
-        mixed = f"{report_mixture(trainer, mixture.result(), scores, took):.4f} bpb"
+        facts = f"added_time:{1e3 * (time.perf_counter() - scored):.0f}ms"
+        mixed = f"{report_mixture(trainer, mixture.result(), scores, facts):.4f} bpb"
         arrays |= dict(mixed=mixture.result().nll.astype(np.float32))
     if hp.save_scores and rt.rank == 0:
-        settings = np.array(json.dumps(hp.as_env()))
-        replace_file(rt.beside_log("_scores.npz"), lambda file: np.savez(file, settings=settings, **arrays))
+        arrays |= dict(settings=np.array(json.dumps(hp.as_env())))
+        replace_file(rt.beside_log("_scores.npz"), lambda file: np.savez(file, **arrays))
     seconds = time.perf_counter() - began
     rt.log(f"total_eval_time:{seconds:.1f}s budget:{hp.eval_budget_seconds:g}s stride:{stride}")
     if rt.rank == 0:
-        rt.log(f"\n  neural     {neural:.4f} bpb   every target once\n  mixed      {mixed}   with exact counts of the past"
-               f"\n  artifact   {size:,} bytes of {SIZE_CAP:,}, code included\n  training   {trainer.seconds:.1f} s, "
-               f"{trainer.steps} steps\n  evaluation {seconds:.1f} s\n  log        {rt.log_path}")
+        rt.log(f"\n  neural {neural:.4f} bpb, mixed with exact counts of the past {mixed}\n"
+               f"  artifact {size:,} bytes of {SIZE_CAP:,}, code included\n"
+               f"  training {trainer.seconds:.1f} s, {trainer.steps} steps; evaluation {seconds:.1f} s; log {rt.log_path}")
 
 def main(env: dict[str, str]) -> None:
     """All data found, all ranks the same, the log begun; train, pack, read back, score, mix, report."""
