@@ -1216,10 +1216,15 @@ def ngram_backoff(tokens: np.ndarray, hp: Hyperparameters) -> tuple[np.ndarray, 
     """(order, context count, pair count) per target: the longest gram whose context was followed by something
     at least NGRAM_MIN_COUNT times before. Order 0: none was. The choice never looks at the target."""
     order, context, pair = (np.zeros(len(tokens) - 1, kind) for kind in (np.uint8, np.uint32, np.uint32))
-    levels = enumerate(pairwise(pair for pair, _ in ngram_counts(tokens, hp.ngram_order, describe=False)), 2)
-    exact = ((n, shorter[:-1], pair[1:]) for n, (shorter, pair) in levels if n >= hp.ngram_min_order)
-    for n, c_u, c_uv in hashed_counts(tokens, hp) if hp.ngram_counts == "hashed" else exact:
-        wins = c_u >= hp.ngram_min_count
+    exact = pairwise(pair for pair, _ in ngram_counts(tokens, hp.ngram_order, describe=False))
+    for n in range(2, hp.ngram_order + 1):
+        if hp.ngram_counts == "hashed":  # a token that never followed may own a bucket that others filled
+            early = np.zeros(min(n - 2, len(tokens) - 1), np.uint32)
+            c_u, c_uv = (np.append(early, sort_runs(keys)[2]) for keys in hash_buckets(tokens, n, hp))
+            c_uv = np.minimum(c_u, c_uv)
+        else:
+            c_u, c_uv = (pair[late: len(tokens) - 1 + late] for late, pair in enumerate(next(exact)))
+        wins = c_u >= (hp.ngram_min_count if n >= hp.ngram_min_order else len(tokens))
         order[wins], context[wins], pair[wins] = n, c_u[wins], c_uv[wins]
     return order, context, pair
 
@@ -1231,14 +1236,6 @@ def hash_buckets(tokens: np.ndarray, n: int, hp: Hyperparameters, following: np.
         h ^= tokens[k: k + len(h)].astype(np.uint64) * HASH_PRIMES[k]
     h &= np.uint64(hp.ngram_buckets - 1)
     return h, (h ^ following.astype(np.uint64) * HASH_PRIMES[n - 1]) & np.uint64(hp.ngram_buckets - 1)
-
-def hashed_counts(tokens: np.ndarray, hp: Hyperparameters):
-    """Yields (n, c(u), c(u, v)) of two independent hash tables (PR #889, #825, #806). Their quotient is NOT a
-    probability: a token that never followed may own a bucket that others filled."""
-    for n in range(hp.ngram_min_order, hp.ngram_order + 1):
-        early = np.zeros(min(n - 2, len(tokens) - 1), np.uint32)
-        context, pair = (np.append(early, sort_runs(keys)[2]) for keys in hash_buckets(tokens, n, hp))
-        yield n, context, np.minimum(pair, context)
 
 def hashed_mass(tokens: np.ndarray, order: np.ndarray, targets: np.ndarray, hp: Hyperparameters) -> float:
     """What the hashed quotients of one position sum to over the vocabulary; the mean of matched `targets`."""
@@ -1318,8 +1315,9 @@ class Mixture:
         self.sample(rows + a, order[rows], *weights, context[rows], pair[rows])
         return (1 - alpha) * model + alpha * pair / np.maximum(context, 1), np.ones(b - a), order
     def mix_online(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray):
-        """(p_N of the targets [a, b), trust in it by the likelihood so far, longest order that knew the context)."""
-        p, heat, longest = model.copy(), np.clip(entropy, 0, HEATS - 1).astype(np.int64), np.zeros(b - a, np.uint8)
+        """(p_N of the targets [a, b), trust in it by the likelihood so far, longest order that matched)."""
+        heat, longest = np.clip(entropy, 0, HEATS - 1).astype(np.int64), np.zeros(b - a, np.uint8)
+        p = model.copy()
         for n in range(self.hp.ngram_min_order, self.hp.ngram_order + 1):
             pair, code = (array[a + 1: b + 1] for array in self.counts[2 * n - 2: 2 * n])
             rows = np.flatnonzero(code)
@@ -1336,8 +1334,7 @@ class Mixture:
         self.lead = odds[-1]
         return p, 1 / (1 + np.exp(-np.clip(odds[:-1], -500, 500))), longest
     def audit(self) -> str:
-        """Recounts sampled targets, sums their mixture over the vocabulary, counts a prefix alone. Facts for the
-        log; RuntimeError: the mixture is no code."""
+        """Recounts samples, sums their mixture over the vocabulary, counts a prefix; facts for the log."""
         tokens, masses, faults, V = self.tokens, [], [], self.hp.vocab_size
         for target, (*levels, (p_target, trust)) in self.decided.items():
             t, model = target + 1, np.full(V, (1 - p_target) / (V - 1))
@@ -1369,7 +1366,7 @@ class Mixture:
 # the number of steps, and nothing draws random numbers after the first weights.
 
 def training_loss(model: GPT, ids_BT: Tensor, targets_BT: Tensor, hardness: Tensor | None, weights_BT=None):
-    """Loss as in GPT.forward; with `hardness` (a compiler makes a graph for each), of the artifact's weights."""
+    """Loss as in GPT.forward; with `hardness` (a graph of its own), of the artifact's weights."""
     quantized = {} if hardness is None else fake_quantized(model, model.hp, hardness)
     return torch.func.functional_call(model, quantized, (ids_BT, targets_BT, weights_BT))
 
@@ -1389,7 +1386,7 @@ class Trainer:
         self.averages = {name: WeightAverage(decay, self.parameters) for name, decay in (
             ("ema", self.hp.ema_decay), ("swa", 1.0)) if name in self.hp.averaging.split("_")}
     def step(self, scale: float, hardness: float | None) -> Tensor:
-        """One update on batch `self.steps`, every lr times `scale`. This rank's part of the mean loss, detached."""
+        """One update on batch `self.steps`, lr times `scale`; returns this rank's part of the mean loss."""
         total, passes = torch.zeros((), device=self.rt.device), self.loader.accumulation
         hardness = None if hardness is None else torch.tensor(hardness, device=self.rt.device)
         for micro in range(passes):
@@ -1408,14 +1405,18 @@ class Trainer:
             if name == "ema" or scale < self.hp.swa_threshold and self.steps % self.hp.swa_every == 0:
                 average.update(self.parameters)
         return total
-    def validate(self) -> tuple[float, float]:
-        """(nats per target, bits per byte) of the stream in windows that do not overlap; rank 0 only."""
+    def validate(self, name: str = "") -> tuple[float, float]:
+        """(nats per target, bits per byte) on rank 0, of windows that do not overlap; logged as `name`."""
         nll, _ = collect(score_stream(self.trunk, self.model, self.tokens, self.hp.eval_seq_len, self.rt))
-        return (mean_nats(nll), bits_per_byte(nll, self.stream_bytes)) if self.rt.rank == 0 else (0.0, 0.0)
+        loss, bpb = (0.0, 0.0) if self.rt.rank else (mean_nats(nll), bits_per_byte(nll, self.stream_bytes))
+        if name:
+            self.rt.log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
+        return loss, bpb
     def tensors(self) -> dict[str, Tensor]:
-        """All that training changes, to be read or written; of Muon's momentum this rank's share is current."""
+        """All that training changes, to read or write; of Muon's momentum this rank's share is true."""
         muon, adamw = self.optimizers
-        named = dict(progress=self.progress) | {f"model.{n}": p.data for n, p in self.model.named_parameters()}
+        named = {"progress": self.progress}
+        named |= {f"model.{k}": p.data for k, p in self.model.named_parameters()}
         named |= {f"muon.{i}": group["buffer"] for i, group in enumerate(muon.param_groups)}
         for i, state in enumerate(adamw.state.values()):
             named |= {f"adamw.{key}.{i}": value for key, value in state.items()}
@@ -1431,8 +1432,7 @@ class Trainer:
             progress(i + 1)
         copy_all(self.tensors().values(), kept)
     def save(self) -> None:
-        """Write logs/<RUN_ID>.ckpt, a NumPy archive for any number of ranks. Where a number is not finite or the
-        disk is full it warns, and the checkpoint before is kept."""
+        """Write logs/<RUN_ID>.ckpt, an archive for any number of ranks; where it fails, the last is kept."""
         arrays, own = {}, self.optimizers[0].own
         for name, t in self.tensors().items():
             if name.startswith("muon"):
@@ -1461,9 +1461,9 @@ class Trainer:
                 self.rt.log(f"warning: {name}={value} here, {then[name]} in the checkpoint")
         for name, t in self.tensors().items():
             if arrays:
-                found = arrays[name].shape if name in arrays else "absent"
-                if found != t.shape:
-                    raise UserError(f"RESUME={path}: {name} is {found}, these settings need {tuple(t.shape)}: "
+                found, needed = arrays[name].shape if name in arrays else "absent", tuple(t.shape)
+                if found != needed:
+                    raise UserError(f"RESUME={path}: {name} is {found}, these settings need {needed}: "
                                     "set what the run was begun with")
                 t.copy_(torch.from_numpy(arrays[name]))
             self.rt.from_rank_0(t)
@@ -1479,9 +1479,9 @@ def read_checkpoint(path: str) -> dict[str, np.ndarray]:
         raise UserError(f"RESUME={path}: not a whole checkpoint: {error}".split("\n")[0]) from None
 
 def train(trainer: Trainer) -> None:
-    """Trains until ITERATIONS or the wall-clock cap on rank 0's clock, which stands still in validations; begins
-    no step that would pass the cap by taking twice the average. Leaves a checkpoint, and the averaged weights
-    in the model. Stopped: a signal came, the step was ended; UserError: the loss is not finite."""
+    """Trains until ITERATIONS or the wall-clock cap on rank 0's clock, which stops in validations; begins no
+    step that would pass the cap by taking twice the average. Leaves a checkpoint, and the averaged weights in
+    the model. Stopped: a signal came, the step was ended; UserError: the loss is not finite."""
     hp, rt = trainer.hp, trainer.rt
     trainer.warm_up()
     rt.barrier()
@@ -1495,8 +1495,8 @@ def train(trainer: Trainer) -> None:
         label, scale = f"step:{step}/{hp.iterations}", lr_scale(step, seconds, hp)
         clock = f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(step, 1):.2f}ms"
         if lost:
-            raise UserError(f"step:{step + 1 - len(losses)}/{hp.iterations}: the training loss is not finite; "
-                            f"lower the learning rates; {trainer.hint}")
+            raise UserError(f"step:{step + 1 - len(losses)}/{hp.iterations}: the training loss is not "
+                            f"finite; lower the learning rates; {trainer.hint}")
         if losses and (step <= 10 or hp.train_log_every and step % hp.train_log_every == 0):
             rt.log(f"{label} train_loss:{rt.sum(losses[-1].clone()).item():.4f} {clock} "
                    f"tok/s:{hp.train_batch_tokens * step / seconds:.0f} lr_scale:{scale:.4f}")
@@ -1536,8 +1536,7 @@ def train(trainer: Trainer) -> None:
 def log_header(trainer: Trainer) -> None:
     """What a reviewer needs to repeat the run: this source, versions, hardware, data, every setting."""
     hp, loader, rt = trainer.hp, trainer.loader, trainer.rt
-    hardware = (torch.cuda.get_device_name() if rt.device.type == "cuda"
-                else f"{platform.processor() or platform.machine()} CPU")
+    cpu, cuda = f"{platform.processor() or platform.machine()} CPU", rt.device.type == "cuda"
     files = dict(train=loader.paths[0]) if loader else {}
     files |= dict(val=find_shards("val", hp)[0], tokenizer=Path(hp.tokenizer_path))
     rt.log("\n".join((
@@ -1547,38 +1546,37 @@ def log_header(trainer: Trainer) -> None:
         *(f"data:{name} first:{path} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
           for name, path in files.items()),
         *(f"{name}={value}" for name, value in hp.as_env().items()))), console=False)
-    rt.log(f"hardware:{rt.world_size} x {hardware} threads:{torch.get_num_threads()} cores:{os.cpu_count()} "
-           f"attention:{trainer.model.attention_name} accumulation:{loader.accumulation if loader else 0}\n"
-           f"train_tokens:{loader.tokens if loader else 0} val_targets:{len(trainer.stream_bytes)} "
-           f"val_bytes:{trainer.stream_bytes.sum()}")
-
-def log_score(rt: Runtime, name: str, loss: float, bpb: float, facts: str = "") -> None:
-    rt.log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f} {facts}".rstrip())
+    rt.log(f"hardware:{rt.world_size} x {torch.cuda.get_device_name() if cuda else cpu} threads:"
+           f"{torch.get_num_threads()} cores:{os.cpu_count()} attention:{trainer.model.attention_name} "
+           f"accumulation:{loader.accumulation if loader else 0}\n"
+           f"train_tokens:{loader.tokens if loader else 0} "
+           f"val_targets:{len(trainer.stream_bytes)} val_bytes:{trainer.stream_bytes.sum()}")
 
 def report_mixture(trainer: Trainer, mixture: Mixture, scores: np.ndarray, added: str) -> float:
-    """Audit the mixture, log its score and where it comes from; returns its bpb. With NGRAM_COUNTS=hashed also
+    """Audits the mixture, logs its score and where it comes from; returns its bpb. NGRAM_COUNTS=hashed: also
     what the predecessors would have reported: no probability, so no bpb, but the sum over the vocabulary."""
     hp, rt, stream_bytes, (nll, entropy) = trainer.hp, trainer.rt, trainer.stream_bytes, scores
+    neural, bpb = (bits_per_byte(x, stream_bytes) for x in (nll, mixture.nll))
     rt.log(f"ngram_audit {mixture.audit()}")
-    for low, high in pairwise((0, 0.5, 1, 1.5, 2, 3, 4, 5, math.inf)):  # calibrated: nll = expected, the entropy
+    for low, high in pairwise((0, 0.5, 1, 1.5, 2, 3, 4, 5, math.inf)):  # calibrated: nll = expected
         if (at := (low <= entropy) & (entropy < high)).any():
             rt.log(f"calibration entropy:{low}-{high} targets:{at.sum()} expected:{entropy[at].mean():.4f} "
                    f"nll:{nll[at].mean():.4f} mixed:{mixture.nll[at].mean():.4f}")
     gain = np.bincount(mixture.longest, nll - mixture.nll) / math.log(2) / stream_bytes.sum()
     for n, targets in zip(*np.unique(mixture.longest, return_counts=True)):
         rt.log(f"ngram_order order:{n} targets:{targets} gain:{gain[n]:.8f}")
-    bpb, orders = bits_per_byte(mixture.nll, stream_bytes), f"orders:{hp.ngram_min_order}-{hp.ngram_order}"
-    log_score(rt, "final_ngram", mean_nats(mixture.nll), bpb, f"gain:{bits_per_byte(nll, stream_bytes) - bpb:.8f} "
-              f"{orders} counts:exact alpha:{hp.ngram_alpha} {added}")
+    orders = f"orders:{hp.ngram_min_order}-{hp.ngram_order}"
+    rt.log(f"final_ngram_exact val_loss:{mean_nats(mixture.nll):.8f} val_bpb:{bpb:.8f} "
+           f"gain:{neural - bpb:.8f} {orders} counts:exact alpha:{hp.ngram_alpha} {added}")
     if hp.ngram_counts == "hashed":
         hashed = Mixture(trainer.tokens, hp)
         hashed.extend(*scores)
-        matched = np.flatnonzero(hashed.counts[0])
+        matched = np.flatnonzero(order := hashed.counts[0])
         spread = matched[np.linspace(0, len(matched) - 1, min(64, len(matched))).astype(int)]
-        mean, end = (hashed_mass(trainer.tokens, hashed.counts[0], some, hp) for some in (spread, matched[-64:]))
+        mean, end = (hashed_mass(trainer.tokens, order, some, hp) for some in (spread, matched[-64:]))
         rt.log(f"final_ngram_hashed pseudo_bpb:{bits_per_byte(hashed.nll, stream_bytes):.8f} mass:{end:.2f} "
-               f"mass_mean:{mean:.2f} {orders} counts:hashed alpha:{hp.ngram_alpha} "
-               f"(not a probability: at the stream's end the counts sum to {end:.3g} over the vocabulary, not to 1)")
+               f"mass_mean:{mean:.2f} {orders} counts:hashed alpha:{hp.ngram_alpha} (not a probability: at "
+               f"the stream's end the counts sum to {end:.3g} over the vocabulary, not to 1)")
     return bpb
 
 def ttt_batches(trainer: Trainer, begin: int, end: int):
@@ -1589,14 +1587,15 @@ def ttt_batches(trainer: Trainer, begin: int, end: int):
     for rows in np.array_split(np.arange(len(starts)), -(-len(starts) // TTT_BATCH)):
         at = starts[rows][:, None] + np.arange(length)
         weights = trainer.stream_bytes[at] * ((at >= first[rows][:, None]) & (at < ends[rows][:, None]))
-        batch = tokens[at].astype(np.int64), tokens[at + 1].astype(np.int64), np.float32(weights / weights.sum())
+        batch = *(np.int64(tokens[i]) for i in (at, at + 1)), np.float32(weights / weights.sum())
         yield [torch.from_numpy(np.array_split(x, rt.world_size)[rt.rank]).to(rt.device) for x in batch]
 
 def score_and_learn(trainer: Trainer, stride: int):
     """Score-first test-time training (PR #825). Yields segments as score_stream does: each is a chunk, scored
     with an average of the weights; only when the next is asked for the weights learn from it: the last
     TTT_BLOCKS, all vectors and scalars, and the head. In the end the model is what it was."""
-    hp, rt, model, tokens, total = trainer.hp, trainer.rt, trainer.model, trainer.tokens, len(trainer.tokens) - 1
+    hp, rt, model, tokens = trainer.hp, trainer.rt, trainer.model, trainer.tokens
+    total = len(tokens) - 1
     last = tuple(f"blocks.{i}." for i in range(hp.num_layers)[-hp.ttt_blocks or hp.num_layers:])
     head = "embed.weight" if hp.tie_embeddings else "head.weight"
     tuned = [p.requires_grad_() for name, p in model.requires_grad_(False).named_parameters()
@@ -1610,7 +1609,8 @@ def score_and_learn(trainer: Trainer, stride: int):
                 return
             copy_all(tuned, weights)
             optimizer.param_groups[0]["lr"] = hp.ttt_lr * ttt_scale(begin / total)
-            for ids, targets, share in chain(*(ttt_batches(trainer, begin, end) for _ in range(hp.ttt_epochs))):
+            epochs = (ttt_batches(trainer, begin, end) for _ in range(hp.ttt_epochs))
+            for ids, targets, share in chain.from_iterable(epochs):
                 trainer.loss(model, ids, targets, None, share).backward()
                 flat = rt.sum(torch.cat([p.grad.flatten() for p in tuned]))
                 set_gradients(tuned, flat * (1 / (flat.norm() + 1e-6)).clamp_max(1))
@@ -1625,8 +1625,8 @@ def score_and_learn(trainer: Trainer, stride: int):
         copy_all(tuned, initial)
 
 def scores_in_time(trainer: Trainer, began: float):
-    """(stride, segments of scores): EVAL_STRIDE or, where the third segment's speed projects an end later than
-    95 % of EVAL_BUDGET_SECONDS after `began`, the smallest of WIDER_STRIDES that fits, or else the widest."""
+    """(stride, segments of scores): EVAL_STRIDE or, where the third segment's speed projects an end over 95 %
+    of EVAL_BUDGET_SECONDS after `began`, the smallest of WIDER_STRIDES that fits, or else the widest."""
     hp, rt, total = trainer.hp, trainer.rt, len(trainer.tokens) - 1
     strides = [hp.eval_stride, *(s for s in WIDER_STRIDES if hp.eval_stride < s <= hp.eval_seq_len)]
     for stride in strides:
@@ -1648,7 +1648,7 @@ def evaluate(trainer: Trainer, size: int, began: float) -> None:
     background, mixture, added = ThreadPoolExecutor(1), None, None  # not waited for when the run is stopped
     if hp.ngram_enabled and rt.rank == 0:
         mixture = background.submit(Mixture, tokens, replace(hp, ngram_counts="exact"))
-    log_score(rt, f"{label}_roundtrip", *trainer.validate())
+    trainer.validate(f"{label}_roundtrip")
     begun, scores = time.perf_counter(), np.empty((2, 0 if rt.rank else len(tokens) - 1), np.float32)
     (stride, segments), done, mixed = scores_in_time(trainer, began), 0, "off"
     for segment in segments:
@@ -1658,8 +1658,9 @@ def evaluate(trainer: Trainer, size: int, began: float) -> None:
             added = background.submit(lambda now=scores[:, :done]: mixture.result().extend(*now))
     scored, arrays = time.perf_counter(), dict(nll=scores[0], entropy=scores[1])
     if rt.rank == 0:
-        neural, facts = bits_per_byte(scores[0], trainer.stream_bytes), f"eval_time:{1e3 * (scored - begun):.0f}ms"
-        log_score(rt, f"{label}_sliding_window", mean_nats(scores[0]), neural, f"stride:{stride} {facts}")
+        neural = bits_per_byte(scores[0], trainer.stream_bytes)
+        rt.log(f"{label}_sliding_window_exact val_loss:{mean_nats(scores[0]):.8f} val_bpb:{neural:.8f} "
+               f"stride:{stride} eval_time:{1e3 * (scored - begun):.0f}ms")
     if mixture:
         added.result()
         facts = f"added_time:{1e3 * (time.perf_counter() - scored):.0f}ms"
@@ -1673,7 +1674,8 @@ def evaluate(trainer: Trainer, size: int, began: float) -> None:
     if rt.rank == 0:
         rt.log(f"\n  neural {neural:.4f} bpb, mixed with exact counts of the past {mixed}\n"
                f"  artifact {size:,} bytes of {SIZE_CAP:,}, code included\n"
-               f"  training {trainer.seconds:.1f} s, {trainer.steps} steps; evaluation {seconds:.1f} s; log {rt.log_path}")
+               f"  training {trainer.seconds:.1f} s, {trainer.steps} steps; evaluation {seconds:.1f} s; "
+               f"log {rt.log_path}")
 
 def main(env: dict[str, str]) -> None:
     """All data found, all ranks the same, the log begun; train, pack, read back, score, mix, report."""
@@ -1686,7 +1688,8 @@ def main(env: dict[str, str]) -> None:
         rt.compare({"train_gpt.py": Path(__file__).read_bytes(), "settings": hp, "torch": torch.__version__,
                     "data files": fingerprint(hp)})
         trainer = Trainer(GPT(hp).to(rt.device), loader, rt)
-        trainer.tokens, trainer.stream_bytes = tokens, count(tokens) if rt.rank == 0 or hp.ttt_epochs else None
+        trainer.tokens = tokens
+        trainer.stream_bytes = count(tokens) if rt.rank == 0 or hp.ttt_epochs else None
         if rt.rank == 0:
             log_header(trainer)
         for warning in mistyped(env):
@@ -1696,7 +1699,7 @@ def main(env: dict[str, str]) -> None:
         if not hp.eval_only:
             train(trainer)
             began = time.perf_counter()
-            log_score(rt, "final_float", *trainer.validate())  # of the weights that are packed
+            trainer.validate("final_float")  # the weights that are packed
             write_artifact(trainer.model, path, hp, rt)
         size = load_artifact(trainer.model, path, rt)
         if rt.rank == 0 and not hp.checkpoint_every:
@@ -1707,13 +1710,14 @@ def main(env: dict[str, str]) -> None:
     except BaseException as error:  # the group stays open, so that the others wait and the cause is seen
         rt.patient = True  # a signal does not cut short what is said now
         if "gloo/transport" in str(error):  # connection closed, reset, pipe broken ...
-            error = UserError("another rank ended, see what it said" + f"; {rt.stopped} came" * bool(rt.stopped))
+            came = f"; {rt.stopped} came" * bool(rt.stopped)
+            error = UserError(f"another rank ended, see what it said{came}")
         rt.log(f"error: {type(error).__name__}: {error}", console=False)
         raise error from None
 
 def end(error: BaseException | None) -> None:
-    """Leaves the process, with one line for an error that a user can mend. Rank 0 speaks first; then torchrun
-    stops the others. Not sys.exit: a thread of gloo that drops its last tensor would crash Python's shutdown."""
+    """Leaves the process, with one line for an error that a user can mend; rank 0 speaks first, then torchrun
+    stops the others. Not sys.exit: gloo's thread that drops its last tensor would crash Python's shutdown."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun, as rank 0 has spoken
     rank = int(os.environ.get("RANK", 0))
     if error and not (rank and isinstance(error, Stopped)):
