@@ -1000,59 +1000,43 @@ def bits_per_byte(nll: np.ndarray, stream_bytes: np.ndarray) -> float:
 # The model forgets what it read a window ago; counts do not. Counting is sorting: positions lie grouped by
 # the n - 1 tokens before them, in stream order; sorting a group by its next token splits it into groups of n:
 # exact counts of strictly earlier positions. It runs in a thread while the GPUs score.
-
 CHUNK = 1 << 18  # positions refined at a time, so that what a sort touches stays in the cache
 ORDER_CENTERS = np.array((4.5, 4.2, 3.8, 3.5, 3.2, 3.0))  # nats, orders 2...7 and beyond (PR #825)
 HASH_PRIMES = np.array((36313, 27191, 51647, 81929, 131071, 175447, 209591), np.uint64)
 BOS = 1  # token that opens a document
 STATES, GAPS, HEATS = 128, 13, 6  # buckets of the online weights: state of the context x distance x entropy
 
-def sort_runs(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(order, first): `order` brings equal keys together, each run in stream order; `first` marks, in that
-    order, where runs start. One in-place sort of integers, of key and position in 64 bits, does it."""
-    bits = np.uint64(len(keys).bit_length())
-    keys = keys.astype(np.uint64) << bits | np.arange(len(keys), dtype=np.uint64)
-    keys.sort()
-    order, keys = (keys & ((np.uint64(1) << bits) - np.uint64(1))).view(np.int64), keys >> bits
-    return order, np.append(True, keys[1:] != keys[:-1])[:len(keys)]
-
 def since_start(values: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """`values` minus the value at the start of their run."""
+    """`values` minus the value at the start of their run; `first` marks where runs start."""
     starts = np.flatnonzero(first)
     return values - np.repeat(values[starts], np.diff(starts, append=len(first)))
 
-def group(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each position: a dense id of its key, and how many earlier positions hold that key (both int64)."""
-    order, first = sort_runs(keys)
-    ids, prior = np.empty_like(order), np.empty_like(order)
-    ids[order], prior[order] = np.cumsum(first) - 1, since_start(np.arange(len(keys)), first)
-    return ids, prior
-
-def whole_groups(first: np.ndarray):
-    """Slices of at least CHUNK positions, but for the last, that end where a group ends."""
-    start = 0
-    while start < len(first):
-        rest = first[start + CHUNK:]
-        stop = start + CHUNK + int(rest.argmax()) if rest.any() else len(first)
-        yield slice(start, stop)
-        start = stop
+def sort_runs(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(order, first, prior): `order` brings equal keys together, each run in stream order; `first` marks, in
+    that order, where runs start; prior[t]: how many positions before t hold the same key."""
+    number, bits = np.arange(len(keys), dtype=np.uint32), np.uint64(len(keys).bit_length())
+    keys = keys.astype(np.uint64) << bits | number  # key and position in 64 bits: one in-place sort
+    keys.sort()
+    order, keys = (keys & ((np.uint64(1) << bits) - np.uint64(1))).view(np.int64), keys >> bits
+    first, prior = np.append(True, keys[1:] != keys[:-1])[:len(keys)], np.empty_like(number)
+    prior[order] = since_start(number, first)
+    return order, first, prior
 
 def floor_log2(x: np.ndarray) -> np.ndarray:
     return (x.astype(np.float32).view(np.int32) >> 23) - 127  # the exponent of a float; exact below 2^24
 
 def describe_contexts(t, token, age, first, context, pair) -> np.ndarray:
-    """What the online weights may know, for positions grouped by context: 2 * (1 + bucket) + (the target is
-    the context's last continuation), 0 where the context is new. The bucket, of the prefix alone: how often
-    the context occurred, the share of continuations that were not new, whether the last repeated the one
-    before, whether it lies in this document (of `age` tokens so far), the distance to it."""
+    """For positions grouped by context, 0 where it is new, else 2 * (1 + bucket) + (the target repeats the
+    context's last continuation). The bucket, of the prefix alone: how often the context occurred, the share
+    of continuations that were not new, whether the last repeated the one before, lies in this document (of
+    `age` tokens so far), and how far back."""
     same = np.append(False, token[1:] == token[:-1]) & ~first
     repeated = np.append(False, same[:-1]) & ~first
     gap = np.where(first, 1, np.diff(t, prepend=t[:1])).view(np.int32)
     known, context = (pair > 0).astype(np.int32), context.view(np.int32)
-    share = np.minimum(4 * since_start(np.cumsum(known, dtype=np.int32) - known, first)
-                       // np.maximum(context, 1), 3)
-    size = np.minimum(floor_log2(np.maximum(context, 1)), 7)
-    state = ((size * 4 + share) * 2 + repeated) * 2 + (gap <= age)
+    earlier, often = since_start(np.cumsum(known, dtype=np.int32) - known, first), np.maximum(context, 1)
+    state = np.minimum(floor_log2(often), 7) * 4 + np.minimum(4 * earlier // often, 3)
+    state = (state * 2 + repeated) * 2 + (gap <= age)
     return np.where(context, 2 * (1 + state * GAPS + np.minimum(floor_log2(gap) >> 1, GAPS - 1)) + same, 0)
 
 def ngram_counts(tokens: np.ndarray, highest: int, describe: bool = True):
@@ -1071,17 +1055,17 @@ def ngram_counts(tokens: np.ndarray, highest: int, describe: bool = True):
     t, first = t[keep] + 1, first[keep]
     yield pair, code
     for _ in range(2, highest + 1):
-        pair, code, kept = np.zeros(len(tokens), np.uint32), np.zeros(len(code), np.uint16), 0
-        for part in whole_groups(first):
-            target, begin = t[part], first[part]
-            word, number = stream[target], np.arange(len(target), dtype=np.uint32)
-            order, split = sort_runs(np.cumsum(begin, dtype=np.uint64) << np.uint64(16) | (word & 0xFFFF))
-            count = np.empty_like(number)
-            count[order] = since_start(number, split)
+        pair, code, kept, stop = np.zeros(len(tokens), np.uint32), np.zeros(len(code), np.uint16), 0, 0
+        while stop < len(first):  # whole groups, of at least CHUNK positions in all
+            start, rest = stop, first[stop + CHUNK:]
+            stop = start + CHUNK + int(rest.argmax()) if rest.any() else len(first)
+            target, begin = t[start:stop], first[start:stop]
+            word, age = (seen := stream[target]) & 0xFFFF, seen >> 16
+            order, split, count = sort_runs(np.cumsum(begin, dtype=np.uint64) << np.uint64(16) | word)
             pair[target] = count
             if describe:
-                code[target] = describe_contexts(target, word & 0xFFFF, word >> 16, begin,
-                                                 since_start(number, begin), count)
+                context = since_start(np.arange(len(target), dtype=np.uint32), begin)
+                code[target] = describe_contexts(target, word, age, begin, context, count)
             target = target[order] + 1
             keep = ~(split & np.append(split[1:], True)) & (target < len(tokens))
             size = np.count_nonzero(keep)
@@ -1094,13 +1078,16 @@ def ngram_backoff(tokens: np.ndarray, hp: Hyperparameters) -> tuple[np.ndarray, 
     """(order, context count, pair count) per target: the longest gram whose context was followed by something
     at least NGRAM_MIN_COUNT times before. Order 0: none was. The choice never looks at the target."""
     order, context, pair = (np.zeros(len(tokens) - 1, kind) for kind in (np.uint8, np.uint32, np.uint32))
-    levels = enumerate(pairwise(pair for pair, _ in ngram_counts(tokens, hp.ngram_order, describe=False)), 2)
-    exact = ((n, shorter[:-1], pair[1:]) for n, (shorter, pair) in levels if n >= hp.ngram_min_order)
-    for n, c_u, c_uv in hashed_counts(tokens, hp) if hp.ngram_counts == "hashed" else exact:
-        wins = c_u >= hp.ngram_min_count
-        order[wins] = n
-        np.copyto(context, c_u, "unsafe", wins)
-        np.copyto(pair, c_uv, "unsafe", wins)
+    exact = pairwise(pair for pair, _ in ngram_counts(tokens, hp.ngram_order, describe=False))
+    for n in range(2, hp.ngram_order + 1):
+        if hp.ngram_counts == "hashed":  # a token that never followed may own a bucket that others filled
+            early = np.zeros(min(n - 2, len(tokens) - 1), np.uint32)
+            c_u, c_uv = (np.append(early, sort_runs(keys)[2]) for keys in hash_buckets(tokens, n, hp))
+            c_uv = np.minimum(c_u, c_uv)
+        else:
+            c_u, c_uv = (pair[late: len(tokens) - 1 + late] for late, pair in enumerate(next(exact)))
+        wins = c_u >= (hp.ngram_min_count if n >= hp.ngram_min_order else len(tokens))
+        order[wins], context[wins], pair[wins] = n, c_u[wins], c_uv[wins]
     return order, context, pair
 
 def hash_buckets(tokens: np.ndarray, n: int, hp: Hyperparameters, following: np.ndarray | None = None):
@@ -1111,14 +1098,6 @@ def hash_buckets(tokens: np.ndarray, n: int, hp: Hyperparameters, following: np.
         h ^= tokens[k: k + len(h)].astype(np.uint64) * HASH_PRIMES[k]
     h &= np.uint64(hp.ngram_buckets - 1)
     return h, (h ^ following.astype(np.uint64) * HASH_PRIMES[n - 1]) & np.uint64(hp.ngram_buckets - 1)
-
-def hashed_counts(tokens: np.ndarray, hp: Hyperparameters):
-    """Yields (n, c(u), c(u, v)) of two independent hash tables (PR #889, #825, #806). Their quotient is NOT a
-    probability: a token that never followed may own a bucket that others filled."""
-    for n in range(hp.ngram_min_order, hp.ngram_order + 1):
-        early = np.zeros(min(n - 2, len(tokens) - 1), np.int64)
-        context, pair = (np.append(early, group(keys)[1]) for keys in hash_buckets(tokens, n, hp))
-        yield n, context, np.minimum(pair, context)
 
 def hashed_mass(tokens: np.ndarray, order: np.ndarray, targets: np.ndarray, hp: Hyperparameters) -> float:
     """What the hashed quotients of one position sum to over the vocabulary; the mean of matched `targets`."""
@@ -1147,10 +1126,11 @@ def block_edges(total: int) -> list[int]:
 
 def bucket_weights(mass: np.ndarray) -> np.ndarray:
     """(3, buckets): posterior mean of the experts' weights in each bucket of mass[expert, state, gap, heat],
-    the targets that EM ascribed to each expert so far. Each level, all -> state -> gap -> heat, is the
-    Dirichlet prior (worth 20 targets) of the next; where nothing was seen the model has 98 %."""
-    prior = bucket_weights(mass.sum(-1)) if mass.ndim > 1 else np.array((0.98, 0.01, 0.01))
-    prior = prior.reshape(*mass.shape[:-1], 1) if mass.ndim > 1 else prior
+    the targets that EM ascribed to each so far. Each level, all -> state -> gap -> heat, is the Dirichlet
+    prior (worth 20 targets) of the next; where nothing was seen the model has 98 %."""
+    prior = np.array((0.98, 0.01, 0.01))
+    if mass.ndim > 1:
+        prior = bucket_weights(mass.sum(-1)).reshape(*mass.shape[:-1], 1)
     return ((mass + 20 * prior) / (mass.sum(0) + 20)).reshape(3, -1)
 
 class Mixture:
@@ -1159,84 +1139,64 @@ class Mixture:
     with weights of the context's bucket, learned by EM from strictly earlier blocks; then Bayes between p_N
     and the model: over the stream at most one bit worse than either. Else one order per target, mixed by
     entropy. All sum to 1 over the vocabulary, fixed by the prefix alone, in whatever pieces scores arrive."""
-
-    def __init__(self, tokens: np.ndarray, hp: Hyperparameters, samples: int = 16):
+    def __init__(self, tokens: np.ndarray, hp: Hyperparameters):
         self.tokens, self.hp, self.targets = tokens, hp, len(tokens) - 1
         self.nll, self.edges, self.block = np.empty(self.targets), block_edges(self.targets), 0
-        spread = (space(1, max(self.targets, 1), samples) for space in (np.geomspace, np.linspace))
-        self.samples = np.unique(np.concatenate(list(spread)).astype(int) - 1)
-        self.decided = {}  # sampled target -> [(order, w0, w1, w2, c(u), c(u, v)), ..., (model, trust)]
-        # by the longest order that knew the context, 0 for none: targets, and the nats that mixing saved
-        self.order_targets, self.order_gain = np.zeros(hp.ngram_order + 1, int), np.zeros(hp.ngram_order + 1)
-        if hp.ngram_alpha == "online":
-            counts, orders = ngram_counts(tokens, hp.ngram_order), hp.ngram_order - 1
-            self.unigram, self.lead, self.counts = next(counts)[0], 0.0, []
-            for pair, code in counts:
-                self.counts += pair[code > 0].astype(np.min_scalar_type(pair.max())), code[code > 0]
-                del pair, code  # a level is large: free it before the next is counted
-            self.cursor, self.carry = np.zeros(orders, np.int64), np.zeros(orders, np.uint32)
-            self.mass = np.zeros((orders, 3, STATES, GAPS, HEATS))
+        self.longest = np.zeros(self.targets, np.uint8)  # order that knew the context; 0: none did
+        spread = [space(1, max(self.targets, 1), 16) for space in (np.geomspace, np.linspace)]
+        self.samples = np.unique(np.concatenate(spread).astype(int) - 1)
+        self.decided = {}  # sampled target -> [[order, w0, w1, w2, c(u), c(u, v)], ..., [model, trust]]
+        if hp.ngram_alpha == "online":  # of order n: counts[2 * n - 2] pairs, counts[2 * n - 1] codes
+            self.counts, self.lead = [], 0.0
+            for pair, code in ngram_counts(tokens, hp.ngram_order):
+                self.counts += pair.astype(np.min_scalar_type(pair.max())), code
+            self.mass = np.zeros((hp.ngram_order + 1, 3, STATES, GAPS, HEATS))
         else:
             self.counts = ngram_backoff(tokens, hp)
-
     def extend(self, nll: np.ndarray, entropy: np.ndarray) -> None:
         """Mix every block that ends within the scores so far: nats of the stream's first len(nll) targets."""
-        mix = self.mix_online if self.hp.ngram_alpha == "online" else self.mix_backoff
         while self.block + 1 < len(self.edges) and self.edges[self.block + 1] <= len(nll):
             a, b = self.edges[self.block: self.block + 2]
-            model = np.exp(-np.minimum(nll[a:b].astype(np.float64), 690))
-            p, trust, longest = mix(a, b, model, entropy[a:b])
-            self.nll[a:b] = -np.log(trust * p + (1 - trust) * model)
-            if not np.isfinite(self.nll[a:b]).all():
+            if not np.isfinite(nll[a:b] + entropy[a:b]).all():
                 raise RuntimeError(f"scores of targets {a} to {b} are not finite: the model has diverged")
-            self.order_targets += np.bincount(longest, minlength=len(self.order_gain))
-            self.order_gain += np.bincount(longest, nll[a:b] - self.nll[a:b], len(self.order_gain))
-            for target in self.samples[(a <= self.samples) & (self.samples < b)].tolist():
-                self.decided.setdefault(target, []).append((model[target - a], trust[target - a]))
+            model = np.exp(-np.minimum(nll[a:b].astype(np.float64), 690))
+            mix = self.mix_online if self.hp.ngram_alpha == "online" else self.mix_backoff
+            p, trust, longest = mix(a, b, model, entropy[a:b])
+            self.nll[a:b], self.longest[a:b] = -np.log(trust * p + (1 - trust) * model), longest
+            self.sample(np.arange(a, b), model, trust)
             self.block += 1
-
-    def sample(self, targets: np.ndarray, orders: np.ndarray, weights, counts) -> None:
+    def sample(self, targets: np.ndarray, *facts: np.ndarray) -> None:
         """Remember what decides those of `targets` that the audit will look at."""
         for i in np.flatnonzero(np.isin(targets, self.samples)):
-            facts = int(orders[i]), *(float(w[i]) for w in weights), *(int(c[i]) for c in counts)
-            self.decided.setdefault(int(targets[i]), []).append(facts)
-
+            self.decided.setdefault(int(targets[i]), []).append([fact[i].item() for fact in facts])
     def mix_backoff(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray):
         """(mixed p of the targets [a, b), trust in it: all, the order that won)."""
         order, context, pair = (array[a:b] for array in self.counts)
         alpha, rows = backoff_weight(entropy, order, self.hp), np.flatnonzero(order)
         weights = 1 - alpha[rows], alpha[rows], 0 * rows
-        self.sample(rows + a, order[rows], weights, (context[rows], pair[rows]))
+        self.sample(rows + a, order[rows], *weights, context[rows], pair[rows])
         return (1 - alpha) * model + alpha * pair / np.maximum(context, 1), np.ones(b - a), order
-
     def mix_online(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray):
-        """(p_N of the targets [a, b), trust in it against the model by the likelihood of both so far, the
-        longest order that knew the context)."""
-        p, heat, context = model.copy(), np.clip(entropy, 0, HEATS - 1).astype(np.int64), self.unigram[a:b]
-        longest = np.zeros(b - a, np.uint8)
-        for i, (mass, carry) in enumerate(zip(self.mass, self.carry)):
-            rows = np.flatnonzero(context)
-            c_u, at = context[rows], slice(self.cursor[i], self.cursor[i] + len(rows))
-            c_uv, code = (array[at] for array in self.counts[2 * i: 2 * i + 2])  # kept where c(u) > 0
-            if i + 2 >= self.hp.ngram_min_order:
-                longest[rows] = i + 2
-                bucket = ((code >> 1) - 1) * np.int64(HEATS) + heat[rows]
-                weights = [w[bucket] for w in bucket_weights(mass)]
-                self.sample(rows + a, longest[rows], weights, (c_u, c_uv))
-                parts = [w * q for w, q in zip(weights, (p[rows], c_uv / c_u, code & 1))]
-                p[rows] = total = sum(parts)
-                for flat, part in zip(mass.reshape(3, -1), parts):
-                    flat += np.bincount(bucket, part / total, len(flat))
-            context = np.zeros(b - a + 1, np.uint32)  # c(u, v) of this order is c(u) of the next, one later
-            context[0], context[rows + 1] = carry, c_uv
-            self.cursor[i], self.carry[i], context = at.stop, context[-1], context[:-1]
+        """(p_N of the targets [a, b), trust in it by the likelihood so far, longest order that matched)."""
+        heat, longest = np.clip(entropy, 0, HEATS - 1).astype(np.int64), np.zeros(b - a, np.uint8)
+        p = model.copy()
+        for n in range(self.hp.ngram_min_order, self.hp.ngram_order + 1):
+            pair, code = (array[a + 1: b + 1] for array in self.counts[2 * n - 2: 2 * n])
+            rows = np.flatnonzero(code)
+            c_u, c_uv, code = self.counts[2 * n - 4][a:b][rows].astype(float), pair[rows], code[rows]
+            longest[rows] = n
+            bucket = ((code >> 1) - 1) * np.int64(HEATS) + heat[rows]
+            weights = [w[bucket] for w in bucket_weights(self.mass[n])]
+            self.sample(rows + a, longest[rows], *weights, c_u, c_uv)
+            parts = [w * q for w, q in zip(weights, (p[rows], c_uv / c_u, code & 1))]
+            p[rows] = total = sum(parts)
+            for flat, part in zip(self.mass[n].reshape(3, -1), parts):
+                flat += np.bincount(bucket, part / total, len(flat))
         odds = np.cumsum(np.append(self.lead, np.log(p / model)))
         self.lead = odds[-1]
         return p, 1 / (1 + np.exp(-np.clip(odds[:-1], -500, 500))), longest
-
     def audit(self) -> str:
-        """Recount sampled targets by scanning the stream before them, sum their mixture over the vocabulary,
-        and count a prefix alone. Returns facts for the log; RuntimeError if the mixture is no code."""
+        """Recounts samples, sums their mixture over the vocabulary, counts a prefix; facts for the log."""
         tokens, masses, faults, V = self.tokens, [], [], self.hp.vocab_size
         for target, (*levels, (p_target, trust)) in self.decided.items():
             t, model = target + 1, np.full(V, (1 - p_target) / (V - 1))
@@ -1264,9 +1224,11 @@ class Mixture:
                 f"enumerated:{len(masses)} prefix:{prefix.targets}")
 
 # --- 11. Training -------------------------------------------------------------------------------------------
+# All that changes is one dictionary of tensors: warm-up undoes it, a checkpoint holds it. Batches follow from
+# the number of steps, and nothing draws random numbers after the first weights.
 
 def training_loss(model: GPT, ids_BT: Tensor, targets_BT: Tensor, hardness: Tensor | None, weights_BT=None):
-    """Loss as in GPT.forward; with `hardness` (a compiler makes a graph for each), of the artifact's weights."""
+    """Loss as in GPT.forward; with `hardness` (a graph of its own), of the artifact's weights."""
     quantized = {} if hardness is None else fake_quantized(model, model.hp, hardness)
     return torch.func.functional_call(model, quantized, (ids_BT, targets_BT, weights_BT))
 
@@ -1274,23 +1236,19 @@ class Trainer:
     """The model with all that changes while it learns: optimizers, averages, progress."""
     steps = property(lambda self: int(self.progress[0]), doc="that were done")
     seconds = property(lambda self: float(self.progress[1]), doc="of training")
-
     def __init__(self, model: GPT, loader: TokenLoader | None, rt: Runtime):
         self.model, self.loader, self.rt, self.hp = model, loader, rt, model.hp
         self.parameters, self.progress = [p.data for p in model.parameters()], torch.zeros(2).double()
         self.tokens = self.stream_bytes = None  # the validation stream, its bytes per target
         self.hint = "there is no checkpoint"  # what a user can do if this run ends now
         compiled = self.hp.compile == "1" or self.hp.compile == "auto" and rt.device.type == "cuda"
-        self.loss = torch.compile(training_loss, dynamic=False) if compiled else training_loss
-        self.trunk = torch.compile(model, dynamic=False) if compiled else model
+        self.loss, self.trunk = (torch.compile(part, dynamic=False) if compiled else part
+                                 for part in (training_loss, model))
         self.optimizers = build_optimizers(model, self.hp, rt)
-        decays = dict(ema=self.hp.ema_decay, swa=1.0)
-        self.averages = {name: WeightAverage(decays[name], self.parameters)
-                         for name in self.hp.averaging.split("_") if name in decays}
-
+        self.averages = {name: WeightAverage(decay, self.parameters) for name, decay in (
+            ("ema", self.hp.ema_decay), ("swa", 1.0)) if name in self.hp.averaging.split("_")}
     def step(self, scale: float, hardness: float | None) -> Tensor:
-        """One update on batch `self.steps`, every lr times `scale`, shown to the averages. Returns the part of
-        the batch's mean loss that this rank saw, detached: the ranks' sum is the loss."""
+        """One update on batch `self.steps`, lr times `scale`; returns this rank's part of the mean loss."""
         total, passes = torch.zeros((), device=self.rt.device), self.loader.accumulation
         hardness = None if hardness is None else torch.tensor(hardness, device=self.rt.device)
         for micro in range(passes):
@@ -1300,7 +1258,7 @@ class Trainer:
             loss = self.loss(self.model, ids, targets, hardness) / (passes * self.rt.world_size)
             loss.backward()
             total += loss.detach()
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+        for group in chain(*(optimizer.param_groups for optimizer in self.optimizers)):
             group |= dict(lr=group["initial_lr"] * scale, momentum=muon_momentum(self.steps, self.hp))
         update(*self.optimizers, self.rt, self.hp.grad_clip_norm)
         self.model.zero_grad(set_to_none=True)
@@ -1309,26 +1267,25 @@ class Trainer:
             if name == "ema" or scale < self.hp.swa_threshold and self.steps % self.hp.swa_every == 0:
                 average.update(self.parameters)
         return total
-
-    def validate(self) -> tuple[float, float]:
-        """(nats per target, bits per byte) of the stream in windows that do not overlap; rank 0 only."""
+    def validate(self, name: str = "") -> tuple[float, float]:
+        """(nats per target, bits per byte) on rank 0, of windows that do not overlap; logged as `name`."""
         segments = score_stream(self.trunk, self.model, self.tokens, self.hp.eval_seq_len, self.rt)
         nll, _ = np.concatenate(list(segments), 1)
-        return (nll.mean(dtype=float), bits_per_byte(nll, self.stream_bytes)) if self.rt.rank == 0 else (0.0, 0.0)
-
+        loss, bpb = (0.0, 0.0) if self.rt.rank else (nll.mean(dtype=float), bits_per_byte(nll, self.stream_bytes))
+        if name:
+            self.rt.log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
+        return loss, bpb
     def tensors(self) -> dict[str, Tensor]:
-        """All that training changes, by name, to be read or written; of Muon's momentum only this rank's share
-        is current. Batches follow from the steps, and nothing draws random numbers after the first weights."""
+        """All that training changes, to read or write; of Muon's momentum this rank's share is true."""
         muon, adamw = self.optimizers
-        named = dict(progress=self.progress)
-        named |= {f"model.{name}": p.data for name, p in self.model.named_parameters()}
+        named = {"progress": self.progress}
+        named |= {f"model.{k}": p.data for k, p in self.model.named_parameters()}
         named |= {f"muon.{i}": group["buffer"] for i, group in enumerate(muon.param_groups)}
         for i, state in enumerate(adamw.state.values()):
             named |= {f"adamw.{key}.{i}": value for key, value in state.items()}
         for name, average in self.averages.items():
             named |= {f"{name}.{i}": t for i, t in enumerate([average.count, *average.mean])}
         return named
-
     def warm_up(self) -> None:
         """Run WARMUP_STEPS steps so that everything is compiled, the quantised graph too, then undo them."""
         kept = [t.clone() for t in self.tensors().values()]
@@ -1337,21 +1294,19 @@ class Trainer:
             self.step(1.0, hardness=1.0 if self.hp.late_qat_threshold and i % 2 else None)
             progress(i + 1)
         torch._foreach_copy_([*self.tensors().values()], kept)
-
     def save(self) -> None:
-        """Write the checkpoint logs/<RUN_ID>.ckpt, a NumPy archive: the run between two steps, for any number
-        of ranks. Where a number is not finite or the disk is full it warns, and the one before is kept."""
+        """Write logs/<RUN_ID>.ckpt, an archive for any number of ranks; where it fails, the last is kept."""
         arrays, own = {}, self.optimizers[0].own
         for name, t in self.tensors().items():
             if name.startswith("muon"):
-                mine, t = t, torch.zeros_like(t)
-                own(t).copy_(own(mine))
-                self.rt.sum(t)
-            if self.rt.rank == 0:
+                whole = torch.zeros_like(t)
+                own(whole).copy_(own(t))
+                t = self.rt.sum(whole)
+            if self.rt.log_path:
                 arrays[name] = t.numpy(force=True)
         if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
             self.rt.log(f"warning: {bad[0]} is not finite, so step {self.steps} gets no checkpoint")
-        elif arrays and self.rt.log_path:
+        elif arrays:
             try:
                 path, settings = self.rt.beside_log(".ckpt"), np.array(json.dumps(self.hp.as_env()))
                 replace_file(path, lambda file: np.savez(file, settings=settings, **arrays))
@@ -1359,10 +1314,9 @@ class Trainer:
             except UserError as error:
                 self.rt.log(f"warning: {error}")
         self.rt.barrier()
-
     def restore(self, path: str) -> None:
         """Every rank gets what rank 0 has: the checkpoint at `path`, or, if that is "", the initial weights.
-        UserError: no such file, a damaged one, or one of other tensors than the settings describe."""
+        UserError: of other tensors than the settings describe."""
         arrays = read_checkpoint(path) if path and self.rt.rank == 0 else {}
         then = json.loads(str(arrays.get("settings", "{}")))
         for name, value in self.hp.as_env().items():
@@ -1370,9 +1324,9 @@ class Trainer:
                 self.rt.log(f"warning: {name}={value} here, {then[name]} in the checkpoint")
         for name, t in self.tensors().items():
             if arrays:
-                found = arrays[name].shape if name in arrays else "absent"
-                if found != t.shape:
-                    raise UserError(f"RESUME={path}: {name} is {found}, these settings need {tuple(t.shape)}: "
+                found, needed = arrays[name].shape if name in arrays else "absent", tuple(t.shape)
+                if found != needed:
+                    raise UserError(f"RESUME={path}: {name} is {found}, these settings need {needed}: "
                                     "set what the run was begun with")
                 t.copy_(torch.from_numpy(arrays[name]))
             self.rt.from_rank_0(t)
@@ -1388,10 +1342,9 @@ def read_checkpoint(path: str) -> dict[str, np.ndarray]:
         raise UserError(f"RESUME={path}: not a whole checkpoint: {error}".split("\n")[0]) from None
 
 def train(trainer: Trainer) -> None:
-    """Trains until ITERATIONS or the wall-clock cap, validations not timed, checkpoints timed. Ranks follow
-    rank 0's clock; no step is begun that would pass the cap by taking twice the average. Leaves a checkpoint
-    of the last step and the averaged weights in the model. Stopped: a signal came, the step was ended, a
-    checkpoint left; UserError: the loss is not finite."""
+    """Trains until ITERATIONS or the wall-clock cap on rank 0's clock, which stops in validations; begins no
+    step that would pass the cap by taking twice the average. Leaves a checkpoint, and the averaged weights in
+    the model. Stopped: a signal came, the step was ended; UserError: the loss is not finite."""
     hp, rt = trainer.hp, trainer.rt
     trainer.warm_up()
     rt.barrier()
@@ -1399,15 +1352,14 @@ def train(trainer: Trainer) -> None:
     started = time.perf_counter() - trainer.seconds
     while True:
         # This waits for the step before the last: the GPU has work, and the clock is right to within a step.
-        lost = bool(losses) and not math.isfinite(losses[0])
-        now = time.perf_counter() - started if rt.rank == 0 else 0
-        seconds, stopped, lost = rt.agree(now, bool(rt.stopped), lost)
+        lost, now = bool(losses) and not math.isfinite(losses[0]), time.perf_counter() - started
+        seconds, stopped, lost = rt.agree(0 if rt.rank else now, bool(rt.stopped), lost)
         step, trainer.progress[1] = trainer.steps, seconds
         label, scale = f"step:{step}/{hp.iterations}", lr_scale(step, seconds, hp)
         clock = f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(step, 1):.2f}ms"
         if lost:
-            raise UserError(f"step:{step + 1 - len(losses)}/{hp.iterations}: the training loss is not finite; lower "
-                            f"the learning rates; {trainer.hint}")
+            raise UserError(f"step:{step + 1 - len(losses)}/{hp.iterations}: the training loss is not "
+                            f"finite; lower the learning rates; {trainer.hint}")
         if losses and (step <= 10 or hp.train_log_every and step % hp.train_log_every == 0):
             rt.log(f"{label} train_loss:{rt.sum(losses[-1].clone()).item():.4f} {clock} "
                    f"tok/s:{hp.train_batch_tokens * step / seconds:.0f} lr_scale:{scale:.4f}")
@@ -1416,15 +1368,16 @@ def train(trainer: Trainer) -> None:
         if stopped or last or 0 < hp.checkpoint_every <= seconds - saved:
             saved = seconds
             trainer.save()
-        if stopped:
-            raise Stopped(f"{label}: stopped by {rt.stopped or 'a signal'}; {trainer.hint}")
-        if last or hp.val_loss_every and step and step % hp.val_loss_every == 0:
+        if not stopped and (last or hp.val_loss_every and step and step % hp.val_loss_every == 0):
             rt.barrier()
             paused = time.perf_counter()
             loss, bpb = trainer.validate()
             rt.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {clock}")
-            rt.barrier()
+            rt.patient = not last  # a signal from here on ends the run at once
+            stopped = rt.agree(bool(rt.stopped))[0] and last
             started += time.perf_counter() - paused
+        if stopped:
+            raise Stopped(f"{label}: stopped by {rt.stopped or 'a signal'}; {trainer.hint}")
         if last:
             break
         if scale < hp.late_qat_threshold:
@@ -1432,9 +1385,6 @@ def train(trainer: Trainer) -> None:
                 rt.log(f"late_qat:on step:{step} lr_scale:{scale:.4f} bits:{hp.quant_bits} {hp.qat_rounding}")
             hardness = 1 + 15 * (1 - scale / hp.late_qat_threshold)  # of soft rounding: 1 to 16
         losses = [*losses, trainer.step(scale, hardness)][-2:]
-    rt.patient = False
-    if rt.agree(bool(rt.stopped))[0]:  # while the last step was validated
-        raise Stopped(f"stopped by {rt.stopped or 'a signal'}; {trainer.hint}")
     if capped:
         rt.log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms {label}")
     weights = averaged_parameters(trainer.averages)
@@ -1448,50 +1398,49 @@ def train(trainer: Trainer) -> None:
 
 def log_header(trainer: Trainer) -> None:
     """What a reviewer needs to repeat the run: this source, versions, hardware, data, every setting."""
-    hp, loader, rt, cuda = trainer.hp, trainer.loader, trainer.rt, trainer.rt.device.type == "cuda"
-    hardware = torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()} CPU"
-    data = dict(train=loader.paths[0]) if loader else {}
-    data |= dict(val=find_shards("val", hp)[0], tokenizer=Path(hp.tokenizer_path))
+    hp, loader, rt = trainer.hp, trainer.loader, trainer.rt
+    cpu, cuda = f"{platform.processor() or platform.machine()} CPU", rt.device.type == "cuda"
+    files = dict(train=loader.paths[0]) if loader else {}
+    files |= dict(val=find_shards("val", hp)[0], tokenizer=Path(hp.tokenizer_path))
     rt.log("\n".join((
         Path(__file__).read_text(encoding="utf-8"), "=" * 100,
         f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
         f"numpy:{np.__version__} platform:{platform.platform()}",
         *(f"data:{name} first:{path} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
-          for name, path in data.items()),
+          for name, path in files.items()),
         *(f"{name}={value}" for name, value in hp.as_env().items()))), console=False)
-    rt.log(f"hardware:{rt.world_size} x {hardware} threads:{torch.get_num_threads()} cores:{os.cpu_count()} "
-           f"attention:{trainer.model.attention_name} accumulation:{loader.accumulation if loader else 0}\n"
-           f"train_tokens:{loader.tokens if loader else 0} val_targets:{len(trainer.stream_bytes)} "
-           f"val_bytes:{trainer.stream_bytes.sum()}")
+    rt.log(f"hardware:{rt.world_size} x {torch.cuda.get_device_name() if cuda else cpu} threads:"
+           f"{torch.get_num_threads()} cores:{os.cpu_count()} attention:{trainer.model.attention_name} "
+           f"accumulation:{loader.accumulation if loader else 0}\n"
+           f"train_tokens:{loader.tokens if loader else 0} "
+           f"val_targets:{len(trainer.stream_bytes)} val_bytes:{trainer.stream_bytes.sum()}")
 
-def log_score(name: str, loss: float, bpb: float, facts: str, rt: Runtime) -> None:
-    rt.log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f} {facts}".rstrip())
-
-def report_mixture(mixture: Mixture, scores: np.ndarray, stream_bytes: np.ndarray, added: str, rt: Runtime):
-    """Audit the mixture, log its score and where it comes from; returns its bpb."""
-    hp, bpb, (nll, entropy) = mixture.hp, bits_per_byte(mixture.nll, stream_bytes), scores
+def report_mixture(trainer: Trainer, mixture: Mixture, scores: np.ndarray, added: str) -> float:
+    """Audits the mixture, logs its score and where it comes from; returns its bpb. NGRAM_COUNTS=hashed: also
+    what the predecessors would have reported: no probability, so no bpb, but the sum over the vocabulary."""
+    hp, rt, stream_bytes, (nll, entropy) = trainer.hp, trainer.rt, trainer.stream_bytes, scores
+    neural, bpb = (bits_per_byte(x, stream_bytes) for x in (nll, mixture.nll))
     rt.log(f"ngram_audit {mixture.audit()}")
-    for low, high in pairwise((0, 0.5, 1, 1.5, 2, 3, 4, 5, math.inf)):  # calibrated: nll = expected, the entropy
+    for low, high in pairwise((0, 0.5, 1, 1.5, 2, 3, 4, 5, math.inf)):  # calibrated: nll = expected
         if (at := (low <= entropy) & (entropy < high)).any():
             rt.log(f"calibration entropy:{low}-{high} targets:{at.sum()} expected:{entropy[at].mean():.4f} "
                    f"nll:{nll[at].mean():.4f} mixed:{mixture.nll[at].mean():.4f}")
-    for n in np.flatnonzero(mixture.order_targets):
-        gain = mixture.order_gain[n] / math.log(2) / stream_bytes.sum()
-        rt.log(f"ngram_order order:{n} targets:{mixture.order_targets[n]} gain:{gain:.8f}")
-    log_score("final_ngram", mixture.nll.mean(), bpb, f"gain:{bits_per_byte(nll, stream_bytes) - bpb:.8f} "
-              f"orders:{hp.ngram_min_order}-{hp.ngram_order} counts:exact alpha:{hp.ngram_alpha} {added}", rt)
+    gain = np.bincount(mixture.longest, nll - mixture.nll) / math.log(2) / stream_bytes.sum()
+    for n, targets in zip(*np.unique(mixture.longest, return_counts=True)):
+        rt.log(f"ngram_order order:{n} targets:{targets} gain:{gain[n]:.8f}")
+    orders = f"orders:{hp.ngram_min_order}-{hp.ngram_order}"
+    rt.log(f"final_ngram_exact val_loss:{mixture.nll.mean():.8f} val_bpb:{bpb:.8f} "
+           f"gain:{neural - bpb:.8f} {orders} counts:exact alpha:{hp.ngram_alpha} {added}")
+    if hp.ngram_counts == "hashed":
+        hashed = Mixture(trainer.tokens, hp)
+        hashed.extend(*scores)
+        matched = np.flatnonzero(order := hashed.counts[0])
+        spread = matched[np.linspace(0, len(matched) - 1, min(64, len(matched))).astype(int)]
+        mean, end = (hashed_mass(trainer.tokens, order, some, hp) for some in (spread, matched[-64:]))
+        rt.log(f"final_ngram_hashed pseudo_bpb:{bits_per_byte(hashed.nll, stream_bytes):.8f} mass:{end:.2f} "
+               f"mass_mean:{mean:.2f} {orders} counts:hashed alpha:{hp.ngram_alpha} (not a probability: at "
+               f"the stream's end the counts sum to {end:.3g} over the vocabulary, not to 1)")
     return bpb
-
-def report_hashed(mixture: Mixture, stream_bytes: np.ndarray, rt: Runtime) -> None:
-    """What the predecessors would have reported, with the sum of their counts over the vocabulary, mean and in
-    the end: no probability, so no bpb."""
-    hp, order = mixture.hp, mixture.counts[0]
-    matched = np.flatnonzero(order)
-    spread = matched[np.linspace(0, len(matched) - 1, min(64, len(matched))).astype(int)]
-    mean, end = (hashed_mass(mixture.tokens, order, some, hp) for some in (spread, matched[-64:]))
-    rt.log(f"final_ngram_hashed pseudo_bpb:{bits_per_byte(mixture.nll, stream_bytes):.8f} mass:{end:.2f} "
-           f"mass_mean:{mean:.2f} orders:{hp.ngram_min_order}-{hp.ngram_order} counts:hashed alpha:{hp.ngram_alpha} "
-           f"(not a probability: at the stream's end the counts sum to {end:.3g} over the vocabulary, not to 1)")
 
 def ttt_batches(trainer: Trainer, begin: int, end: int):
     """(ids, targets, weights), each (B, T), of this rank: the targets [begin, end) in sequences that do not
@@ -1501,18 +1450,19 @@ def ttt_batches(trainer: Trainer, begin: int, end: int):
     for rows in np.array_split(np.arange(len(starts)), -(-len(starts) // TTT_BATCH)):
         at = starts[rows][:, None] + np.arange(length)
         weights = trainer.stream_bytes[at] * ((at >= first[rows][:, None]) & (at < ends[rows][:, None]))
-        batch = tokens[at].astype(np.int64), tokens[at + 1].astype(np.int64), np.float32(weights / weights.sum())
+        batch = *(np.int64(tokens[i]) for i in (at, at + 1)), np.float32(weights / weights.sum())
         yield [torch.from_numpy(np.array_split(x, rt.world_size)[rt.rank]).to(rt.device) for x in batch]
 
 def score_and_learn(trainer: Trainer, stride: int):
     """Score-first test-time training (PR #825). Yields segments as score_stream does: each is a chunk, scored
     with an average of the weights; only when the next is asked for the weights learn from it: the last
     TTT_BLOCKS, all vectors and scalars, and the head. In the end the model is what it was."""
-    hp, rt, model, tokens, total = trainer.hp, trainer.rt, trainer.model, trainer.tokens, len(trainer.tokens) - 1
+    hp, rt, model, tokens = trainer.hp, trainer.rt, trainer.model, trainer.tokens
+    total = len(tokens) - 1
     last = tuple(f"blocks.{i}." for i in range(hp.num_layers)[-hp.ttt_blocks or hp.num_layers:])
+    head = "embed.weight" if hp.tie_embeddings else "head.weight"
     tuned = [p.requires_grad_() for name, p in model.requires_grad_(False).named_parameters()
-             if name.startswith(last) or not name.endswith(".weight")
-             or name == ("embed.weight" if hp.tie_embeddings else "head.weight")]
+             if name.startswith(last) or not name.endswith(".weight") or name == head]
     live = [p.data for p in tuned]
     initial, weights, mean = ([p.clone() for p in live] for _ in range(3))
     optimizer = torch.optim.AdamW(tuned, betas=(hp.beta1, hp.beta2), weight_decay=0.0, fused=True)
@@ -1523,7 +1473,8 @@ def score_and_learn(trainer: Trainer, stride: int):
                 return
             torch._foreach_copy_(live, weights)
             optimizer.param_groups[0]["lr"] = hp.ttt_lr * ttt_scale(begin / total)
-            for ids, targets, share in chain(*(ttt_batches(trainer, begin, end) for _ in range(hp.ttt_epochs))):
+            epochs = (ttt_batches(trainer, begin, end) for _ in range(hp.ttt_epochs))
+            for ids, targets, share in chain.from_iterable(epochs):
                 trainer.loss(model, ids, targets, None, share).backward()
                 flat = rt.sum(nn.utils.parameters_to_vector(p.grad for p in tuned))
                 flat *= (1 / (flat.norm() + 1e-6)).clamp_max(1)
@@ -1539,15 +1490,14 @@ def score_and_learn(trainer: Trainer, stride: int):
         torch._foreach_copy_(live, initial)
 
 def scores_in_time(trainer: Trainer, began: float):
-    """(stride, segments of scores): EVAL_STRIDE or, where the third segment's speed projects an end later than
-    95 % of EVAL_BUDGET_SECONDS after `began`, the smallest of WIDER_STRIDES that fits, or else the widest."""
+    """(stride, segments of scores): EVAL_STRIDE or, where the third segment's speed projects an end over 95 %
+    of EVAL_BUDGET_SECONDS after `began`, the smallest of WIDER_STRIDES that fits, or else the widest."""
     hp, rt, total = trainer.hp, trainer.rt, len(trainer.tokens) - 1
     strides = [hp.eval_stride, *(s for s in WIDER_STRIDES if hp.eval_stride < s <= hp.eval_seq_len)]
     for stride in strides:
         segments = (score_and_learn(trainer, stride) if hp.ttt_epochs
                     else score_stream(trainer.trunk, trainer.model, trainer.tokens, stride, rt))
-        held = list(islice(segments, 2))
-        begun = time.perf_counter()
+        held, begun = list(islice(segments, 2)), time.perf_counter()
         held += islice(segments, 1)
         now, done = time.perf_counter(), [part.shape[1] for part in held]
         projected = now - began + (now - begun) * (total - sum(done)) / max(done[-1], 1)
@@ -1560,75 +1510,61 @@ def scores_in_time(trainer: Trainer, began: float):
 def evaluate(trainer: Trainer, size: int, began: float) -> None:
     """The model scores the stream and is mixed with counts while it scores; `began`: when training ended."""
     hp, rt, tokens, label = trainer.hp, trainer.rt, trainer.tokens, f"final_int{trainer.hp.quant_bits}"
-    background = ThreadPoolExecutor(1)  # not waited for when the run is stopped
-    mixture = (background.submit(Mixture, tokens, replace(hp, ngram_counts="exact"))
-               if hp.ngram_enabled and rt.rank == 0 else None)
-    log_score(f"{label}_roundtrip", *trainer.validate(), "", rt)
-    begun, scores = time.perf_counter(), np.empty((2, len(tokens) - 1 if rt.rank == 0 else 0), np.float32)
-    done, pending, mixed, stream_bytes = 0, [], math.nan, trainer.stream_bytes
-    stride, segments = scores_in_time(trainer, began)
+    background, mixture, added = ThreadPoolExecutor(1), None, None  # not waited for when the run is stopped
+    if hp.ngram_enabled and rt.rank == 0:
+        mixture = background.submit(Mixture, tokens, replace(hp, ngram_counts="exact"))
+    trainer.validate(f"{label}_roundtrip")
+    begun, scores = time.perf_counter(), np.empty((2, 0 if rt.rank else len(tokens) - 1), np.float32)
+    (stride, segments), done, mixed = scores_in_time(trainer, began), 0, "off"
     for segment in segments:
         scores[:, done: done + segment.shape[1]] = segment
         done += segment.shape[1]
-        if mixture:
-            pending.append(background.submit(lambda now=scores[:, :done]: mixture.result().extend(*now)))
-    scored = time.perf_counter()
+        if mixture:  # what fails in one of these calls fails in the last one again
+            added = background.submit(lambda now=scores[:, :done]: mixture.result().extend(*now))
+    scored, arrays = time.perf_counter(), dict(nll=scores[0], entropy=scores[1])
     if rt.rank == 0:
-        neural, facts = bits_per_byte(scores[0], stream_bytes), f"eval_time:{1e3 * (scored - begun):.0f}ms"
-        facts = f"stride:{stride} {facts}"
-        log_score(f"{label}_sliding_window", scores[0].mean(dtype=float), neural, facts, rt)
+        neural = bits_per_byte(scores[0], trainer.stream_bytes)
+        rt.log(f"{label}_sliding_window_exact val_loss:{scores[0].mean(dtype=float):.8f} val_bpb:{neural:.8f} "
+               f"stride:{stride} eval_time:{1e3 * (scored - begun):.0f}ms")
     if mixture:
-        for part in pending:
-            part.result()
-        added = f"added_time:{1e3 * (time.perf_counter() - scored):.0f}ms"
-        mixed = report_mixture(mixture.result(), scores, stream_bytes, added, rt)
-        if hp.ngram_counts == "hashed":
-            hashed = Mixture(tokens, hp)
-            hashed.extend(*scores)
-            report_hashed(hashed, stream_bytes, rt)
+        added.result()
+        facts = f"added_time:{1e3 * (time.perf_counter() - scored):.0f}ms"
+        mixed = f"{report_mixture(trainer, mixture.result(), scores, facts):.4f} bpb"
+        arrays |= dict(mixed=mixture.result().nll.astype(np.float32))
     if hp.save_scores and rt.rank == 0:
-        arrays = dict(nll=scores[0], entropy=scores[1], settings=np.array(json.dumps(hp.as_env())))
-        arrays |= dict(mixed=mixture.result().nll.astype(np.float32)) if mixture else {}
+        arrays |= dict(settings=np.array(json.dumps(hp.as_env())))
         replace_file(rt.beside_log("_scores.npz"), lambda file: np.savez(file, **arrays))
     seconds = time.perf_counter() - began
     rt.log(f"total_eval_time:{seconds:.1f}s budget:{hp.eval_budget_seconds:g}s stride:{stride}")
     if rt.rank == 0:
-        counted = f"{mixed:.4f} bpb   with exact {hp.ngram_min_order}-{hp.ngram_order}-gram counts of the past"
-        rt.log(f"""
-  neural     {neural:.4f} bpb   every target once
-  mixed      {counted if hp.ngram_enabled else "off"}
-  artifact   {size:,} bytes of {SIZE_CAP:,}, code included
-  training   {trainer.seconds:.1f} s, {trainer.steps} steps
-  evaluation {seconds:.1f} s
-  log        {rt.log_path}""")
-
-def prepare(hp: Hyperparameters, rt: Runtime, env: dict[str, str]) -> Trainer:
-    """All data found, all ranks the same, the log begun; the initial weights, or those of RESUME."""
-    torch.manual_seed(hp.seed)
-    loader = None if hp.eval_only else TokenLoader(hp, rt.rank, rt.world_size)
-    tokens, count = load_validation(hp), ByteCounter(hp)
-    rt.compare({"train_gpt.py": Path(__file__).read_bytes(), "settings": hp, "torch": torch.__version__,
-                "data files": fingerprint(hp)})
-    trainer = Trainer(GPT(hp).to(rt.device), loader, rt)
-    trainer.tokens, trainer.stream_bytes = tokens, count(tokens) if rt.rank == 0 or hp.ttt_epochs else None
-    if rt.rank == 0:
-        log_header(trainer)
-    for warning in mistyped(env):
-        rt.log(f"warning: {warning}")
-    trainer.restore(hp.resume)
-    return trainer
+        rt.log(f"\n  neural {neural:.4f} bpb, mixed with exact counts of the past {mixed}\n"
+               f"  artifact {size:,} bytes of {SIZE_CAP:,}, code included\n"
+               f"  training {trainer.seconds:.1f} s, {trainer.steps} steps; evaluation {seconds:.1f} s; "
+               f"log {rt.log_path}")
 
 def main(env: dict[str, str]) -> None:
+    """All data found, all ranks the same, the log begun; train, pack, read back, score, mix, report."""
     hp = Hyperparameters.from_env(env)
     rt = Runtime(hp.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}_seed{hp.seed}", env)
     try:
-        trainer = prepare(hp, rt, env)
-        path = Path(hp.eval_only or f"final_model.int{hp.quant_bits}.ptz")
+        torch.manual_seed(hp.seed)
+        loader = None if hp.eval_only else TokenLoader(hp, rt.rank, rt.world_size)
+        tokens, count = load_validation(hp), ByteCounter(hp)
+        rt.compare({"train_gpt.py": Path(__file__).read_bytes(), "settings": hp, "torch": torch.__version__,
+                    "data files": fingerprint(hp)})
+        trainer = Trainer(GPT(hp).to(rt.device), loader, rt)
+        trainer.tokens = tokens
+        trainer.stream_bytes = count(tokens) if rt.rank == 0 or hp.ttt_epochs else None
+        if rt.rank == 0:
+            log_header(trainer)
+        for warning in mistyped(env):
+            rt.log(f"warning: {warning}")
+        trainer.restore(hp.resume)
+        path, began = Path(hp.eval_only or f"final_model.int{hp.quant_bits}.ptz"), time.perf_counter()
         if not hp.eval_only:
             train(trainer)
-        began = time.perf_counter()
-        if not hp.eval_only:
-            log_score("final_float", *trainer.validate(), "", rt)  # of the weights that are packed
+            began = time.perf_counter()
+            trainer.validate("final_float")  # the weights that are packed
             write_artifact(trainer.model, path, hp, rt)
         size = load_artifact(trainer.model, path, rt)
         if rt.rank == 0 and not hp.checkpoint_every:
@@ -1638,28 +1574,29 @@ def main(env: dict[str, str]) -> None:
         rt.close()
     except BaseException as error:  # the group stays open, so that the others wait and the cause is seen
         rt.patient = True  # a signal does not cut short what is said now
-        if "onnection closed by peer" in str(error):
-            error = UserError("another rank ended, see what it said" + f"; {rt.stopped} came" * bool(rt.stopped))
+        if "gloo/transport" in str(error):  # connection closed, reset, pipe broken ...
+            came = f"; {rt.stopped} came" * bool(rt.stopped)
+            error = UserError(f"another rank ended, see what it said{came}")
         rt.log(f"error: {type(error).__name__}: {error}", console=False)
         raise error from None
 
 def end(error: BaseException | None) -> None:
-    """Leaves the process, with one line for an error that a user can mend. Rank 0 speaks first; then torchrun
-    stops the others. Not sys.exit: a thread of gloo that drops its last tensor would crash Python's shutdown."""
-    rank, stopped = int(os.environ.get("RANK", 0)), isinstance(error, Stopped)
+    """Leaves the process, with one line for an error that a user can mend; rank 0 speaks first, then torchrun
+    stops the others. Not sys.exit: gloo's thread that drops its last tensor would crash Python's shutdown."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun, as rank 0 has spoken
-    time.sleep(5 if error and rank and not stopped else 0)
-    if isinstance(error, (UserError, OSError)) and not (stopped and rank):
-        print(f"train_gpt.py: error: {f'rank {rank}: ' * bool(rank)}{error}", file=sys.stderr)
-    elif error and not stopped:
-        traceback.print_exception(error)
+    rank = int(os.environ.get("RANK", 0))
+    if error and not (rank and isinstance(error, Stopped)):
+        time.sleep(5 if rank else 0)
+        if isinstance(error, (UserError, OSError)):
+            print(f"train_gpt.py: error: {f'rank {rank}: ' * bool(rank)}{error}", file=sys.stderr)
+        else:
+            traceback.print_exception(error)
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(1 if error else 0)
 
 if __name__ == "__main__":
     try:
         main(dict(os.environ))
+        end(None)
     except BaseException as error:
         end(error)
-    end(None)

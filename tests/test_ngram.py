@@ -88,12 +88,12 @@ def test_backoff_takes_the_longest_context_that_was_seen_often_enough(rng, lowes
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 2**40), max_size=50), st.sampled_from([1, 2**20]))
-def test_group_numbers_keys_and_counts_earlier_ones(keys, scale):
+def test_sorting_groups_keys_and_counts_earlier_ones(keys, scale):
     keys = [k % 5 * scale**2 if scale > 1 else k % 7 for k in keys]
-    ids, prior = t.group(np.array(keys, np.uint64))
-    for i, key in enumerate(keys):
-        assert prior[i] == keys[:i].count(key) and all((ids[i] == ids[j]) == (key == keys[j]) for j in range(i))
-    assert set(ids) == set(range(len(set(keys))))
+    order, first, prior = t.sort_runs(np.array(keys, np.uint64))
+    assert order.tolist() == sorted(range(len(keys)), key=keys.__getitem__)       # stable
+    assert prior.tolist() == [keys[:i].count(key) for i, key in enumerate(keys)]
+    assert first.tolist() == [prior[i] == 0 for i in order]
 
 
 def model_of(tokens, rng, V):
@@ -162,7 +162,7 @@ def test_the_past_does_not_change_with_the_future(rng, scheme):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: "-".join(map(str, s.values())))
-def test_gain_by_order_adds_up_and_counts_the_longest_known_context(rng, scheme):
+def test_the_longest_known_context_of_each_target_is_kept(rng, scheme):
     tokens, hp = stream_of("documents", rng, 1500), tiny(**scheme)
     _, nll, entropy = model_of(tokens, rng, 300)
     mixture = t.Mixture(tokens, hp)
@@ -171,9 +171,7 @@ def test_gain_by_order_adds_up_and_counts_the_longest_known_context(rng, scheme)
     least = 1 if hp.ngram_alpha == "online" else hp.ngram_min_count
     longest = [max((n for n, (seen, *_) in row.items() if seen >= least and n >= hp.ngram_min_order), default=0)
                for row in dictionary_counts(tokens.tolist(), hp.ngram_order)]
-    assert np.array_equal(mixture.order_targets, np.bincount(longest, minlength=hp.ngram_order + 1))
-    gain = np.bincount(longest, nll - mixture.nll, hp.ngram_order + 1)
-    np.testing.assert_allclose(mixture.order_gain, gain, rtol=0, atol=1e-9)
+    assert np.array_equal(mixture.longest, longest)
 
 
 def test_scores_that_are_not_finite_stop_the_mixture(rng):
