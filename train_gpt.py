@@ -1753,7 +1753,7 @@ def main(env: dict[str, str]) -> None:
         rt.close()
     except BaseException as error:  # the group stays open, so that the others wait and the cause is seen
         rt.patient = True  # a signal does not cut short what is said now
-        if "onnection closed by peer" in str(error):
+        if "gloo/transport" in str(error):  # connection closed, reset, pipe broken ...
             error = UserError("another rank ended, see what it said" + f"; {rt.stopped} came" * bool(rt.stopped))
         rt.log(f"error: {type(error).__name__}: {error}", console=False)
         raise error from None
