@@ -1520,8 +1520,8 @@ class Trainer:
             if arrays:
                 found = arrays[name].shape if name in arrays else "absent"
                 if found != t.shape:
-                    raise UserError(f"RESUME={path}: {name} is {found}, these settings need {tuple(t.shape)}: "
-                                    "set what the run was begun with")
+                    raise UserError(f"RESUME={path}: {name} is {found}, these settings need {tuple(t.shape)}: set "
+                                    "what the run was begun with")
                 t.copy_(torch.from_numpy(arrays[name]))
             rt.from_rank_0(t)
         torch.set_rng_state(rng)
@@ -1559,8 +1559,8 @@ def train(trainer: Trainer, validate) -> None:
         capped = step and 0 < hp.max_wallclock_seconds < seconds * (1 + 2 / step)
         last = capped or step >= hp.iterations
         if lost:
-            raise UserError(f"step:{step + 1 - len(losses)}/{hp.iterations}: the training loss is not finite; lower "
-                            f"the learning rates; {trainer.hint()}")
+            raise UserError(f"step:{step + 1 - len(losses)}/{hp.iterations}: the training loss is not finite; "
+                            f"lower the learning rates; {trainer.hint()}")
         if stopped or last or 0 < hp.checkpoint_every <= seconds - saved:
             saved = seconds
             trainer.save()
@@ -1754,7 +1754,7 @@ def main(env: dict[str, str]) -> None:
     except BaseException as error:  # the group stays open, so that the others wait and the cause is seen
         rt.patient = True  # a signal does not cut short what is said now
         if "gloo/transport" in str(error):  # connection closed, reset, pipe broken ...
-            error = UserError("another rank ended, see what it said" + f"; {rt.stopped} came" * bool(rt.stopped))
+            error = UserError(f"another rank ended, see what it said{f'; {rt.stopped} came' * bool(rt.stopped)}")
         rt.log(f"error: {type(error).__name__}: {error}", console=False)
         raise error from None
 
@@ -1763,12 +1763,12 @@ def end(error: BaseException | None) -> None:
     stops the others. Not sys.exit: a thread of gloo that drops its last tensor would crash Python's shutdown."""
     rank = int(os.environ.get("RANK", 0))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun, as rank 0 has spoken
-    time.sleep(5 if error and rank and not isinstance(error, Stopped) else 0)
-    if isinstance(error, (UserError, OSError)):
-        if rank == 0 or not isinstance(error, Stopped):
+    if error and not (rank and isinstance(error, Stopped)):
+        time.sleep(5 if rank else 0)
+        if isinstance(error, (UserError, OSError)):
             print(f"train_gpt.py: error: {f'rank {rank}: ' * bool(rank)}{error}", file=sys.stderr)
-    elif error:
-        traceback.print_exception(error)
+        else:
+            traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1 if error else 0)

@@ -30,7 +30,7 @@ import train_gpt as t  # noqa: E402
 
 STEPS = 200
 SETTINGS = {**TINY, "VOCAB_SIZE": 1024, "ITERATIONS": STEPS, "WARMDOWN_ITERS": 60, "CHECKPOINT_EVERY": 0.3,
-            "EVAL_SEQ_LEN": 128, "EVAL_STRIDE": 128, "VAL_BATCH_SIZE": 8192, "NGRAM_ORDER": 4,
+            "EVAL_SEQ_LEN": 256, "EVAL_STRIDE": 256, "VAL_BATCH_SIZE": 8192, "NGRAM_ORDER": 3,
             "DATA_PATH": ROOT / "data/datasets/demo_sp1024",
             "TOKENIZER_PATH": ROOT / "data/tokenizers/demo_1024_bpe.model"}
 FINAL = "final_ngram_exact"
