@@ -1,4 +1,5 @@
 """Shared by all tests: a small corpus in the challenge's format, small settings, fresh random numbers."""
+import contextlib
 import os
 import re
 import signal
@@ -93,7 +94,8 @@ def finish(process: subprocess.Popen, timeout: float = 240) -> subprocess.Comple
         out, err = process.communicate(timeout=timeout)
     except BaseException:
         for pid in [*workers(process).values(), process.pid]:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
@@ -105,9 +107,10 @@ def run_script(cwd: Path, ranks: int = 1, script: Path = SCRIPT, **env) -> subpr
 def workers(process: subprocess.Popen) -> dict[int, int]:
     """rank -> process id, of the ranks that this torchrun started."""
     found = {}
-    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        environ = Path(f"/proc/{pid}/environ").read_text().split("\0")
-        found |= {int(pair[5:]): int(pid) for pair in environ if pair.startswith("RANK=")}
+    with contextlib.suppress(OSError):                           # one of them has just ended
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            environ = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            found |= {int(pair[5:]): int(pid) for pair in environ if pair.startswith("RANK=")}
     return found
 
 
