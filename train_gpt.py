@@ -17,40 +17,23 @@ V vocabulary, N any flat number of positions, R x C a matrix. Losses are nats pe
 """
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import lzma
-import math
-import os
-import platform
-import re
-import signal
-import sys
-import time
-import traceback
-import zlib
+import contextlib, hashlib, importlib, json, lzma, math, os, platform
+import re, signal, sys, time, traceback, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain, islice, pairwise
 from pathlib import Path
-
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 SIZE_CAP = 16_000_000          # bytes, decimal: code + compressed weights (the challenge's rule)
 WIDER_STRIDES = (96, 128, 256)  # tried in turn when scoring would not end in time
-TTT_BATCH = 32                  # sequences per step of test-time training
-
 class UserError(Exception):
     """What a user can mend. The message is one line: what was found, what was expected, what to do."""
-
 class Stopped(UserError):
     """A signal ended the run."""
-
 # --- 1. Hyperparameters -------------------------------------------------------------------------------------
 # The only place that reads the environment. What cannot work is refused, in one line, before data is touched.
 def setting(default, doc: str, low=None, high=math.inf, choices=""):
@@ -183,12 +166,10 @@ class Hyperparameters:
         """All settings as they would be written in the environment."""
         return {name.upper(): ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
                 for name, value in vars(self).items()}
-
 PARSERS = {  # by the type of a setting's default: how to read it, what to expect
     str: (str, "text"), int: (int, "an integer"), float: (float, "a number"),
     bool: (lambda text: {"0": 0, "false": 0, "1": 1, "true": 1}[text.strip().lower()] == 1, "0 or 1"),
     tuple: (lambda text: tuple(int(i) for i in text.split(",") if i.strip()), "comma-separated integers")}
-
 def parse_setting(f, text: str):
     """The value of field `f` in `text`: of the type of its default, finite, within its bounds."""
     (parse, expected), (_, low, high, choices) = PARSERS[type(f.default)], f.metadata.values()
@@ -202,7 +183,6 @@ def parse_setting(f, text: str):
         if fits and value != math.inf:
             return value
     raise UserError(f"{f.name.upper()}={text!r}: expected {expected} (default {f.default!r})")
-
 def is_near(a: str, b: str, edits: int) -> bool:
     """Can `edits` insertions, deletions and changes of a letter turn `a` into `b`?"""
     if edits < 0 or not a or not b:
@@ -210,13 +190,11 @@ def is_near(a: str, b: str, edits: int) -> bool:
     if a[0] == b[0]:
         return is_near(a[1:], b[1:], edits)
     return any(is_near(*rest, edits - 1) for rest in ((a[1:], b), (a, b[1:]), (a[1:], b[1:])))
-
 def mistyped(env: dict[str, str]) -> list[str]:
     """Warnings for environment names that are within edit distance 2 of settings but are none."""
     known = sorted(f.name.upper() for f in fields(Hyperparameters))
     meant = {name: " or ".join(k for k in known if is_near(name, k, 2)) for name in sorted({*env} - {*known})}
     return [f"{name} is set but is no setting; did you mean {k}?" for name, k in meant.items() if k]
-
 # --- 2. Runtime ---------------------------------------------------------------------------------------------
 # All that knows of other ranks: on one rank each method is the identity, so laptop and cluster run the same
 # lines. What is on the CPU travels by gloo: agreeing on the clock never waits for a GPU.
@@ -296,8 +274,6 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.agree(0)
-    def beside_log(self, ending: str) -> Path:
-        return self.log_path.with_name(self.log_path.stem + ending)
     def close(self) -> None:
         """UserError: lines of the log that no later one could bring to the disk."""
         if self.world_size > 1 and dist.is_initialized():
@@ -305,7 +281,6 @@ class Runtime:
         if self.unwritten:
             raise UserError(f"{self.log_path}: no disk space for its last {len(self.unwritten)} bytes; free "
                             "some and keep what was printed")
-
 def replace_file(path: Path, write) -> None:
     """`write(file)` aside, then rename: `path` is whole, the old one until the new one is."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -319,7 +294,6 @@ def replace_file(path: Path, write) -> None:
         raise UserError(f"{path}: {error.strerror or error}; free space, then RESUME") from None
     finally:
         aside.unlink(missing_ok=True)
-
 class Progress:
     """How far long work is and how long it will take: a live bar on a terminal, and a line every 10 s."""
     def __init__(self, rt: Runtime, label: str, total: int):
@@ -327,22 +301,19 @@ class Progress:
         self.start = self.said = time.perf_counter()
     def __call__(self, done: int) -> None:
         now, share, live = time.perf_counter(), done / self.total, sys.stdout.isatty()
-        elapsed = now - self.start
-        left = elapsed * (1 / share - 1) if share else math.nan
+        left = (elapsed := now - self.start) * (1 / share - 1) if share else math.nan
         line = f"{self.label} {share:.0%} elapsed:{elapsed:.0f}s left:{left:.0f}s"
         if live and self.rt.rank == 0:
             print(f"\r[{'#' * round(24 * share):24}] {line}\033[K", end="" if share < 1 else "\n", flush=True)
         if now - self.said >= 10:
             self.rt.log(line, console=not live)
             self.said = now
-
 # --- 3. Data ------------------------------------------------------------------------------------------------
 # A shard is 256 little-endian int32 (20240520, 1, count, 0 ...), then `count` uint16 tokens, memory-mapped.
 # The loader has no state: batch k is a function of k, the same tokens whatever the number of ranks.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
 GET_DATA = ("`make demo` needs no data; for FineWeb get the challenge repository and run its "
             "data/cached_challenge_fineweb.py, then set DATA_PATH and TOKENIZER_PATH")
-
 def load_shard(path: Path) -> np.memmap:
     """The uint16 tokens of one shard, memory-mapped; UserError: it is none, of another version, or cut."""
     header, size = np.fromfile(path, "<i4", SHARD_HEADER), path.stat().st_size
@@ -351,21 +322,18 @@ def load_shard(path: Path) -> np.memmap:
         raise UserError(f"{path}: magic {magic}, version {version}, {count} tokens in {size} bytes; expected "
                         f"magic {SHARD_MAGIC}, version {SHARD_VERSION}, n in 1024 + 2 n bytes; {GET_DATA}")
     return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER, (count,))
-
 def find_shards(part: str, hp: Hyperparameters) -> list[Path]:
     """All shards of `part` (train or val), in order; UserError: none in its folder."""
     name = "train_data_path" if part == "train" and hp.train_data_path else "data_path"
     if paths := sorted(Path(getattr(hp, name)).glob(f"fineweb_{part}_*.bin")):
         return paths
     raise UserError(f"{name.upper()}={getattr(hp, name)}: no fineweb_{part}_*.bin there; {GET_DATA}")
-
 def check_tokens(tokens: np.ndarray, vocab_size: int, source: str | Path) -> np.ndarray:
     """`tokens` themselves; UserError: one is outside of the vocabulary."""
     if (largest := tokens.max(initial=0)) >= vocab_size:
         raise UserError(f"{source}: holds token {largest}, but VOCAB_SIZE={vocab_size}: data and VOCAB_SIZE "
                         "must come from the same tokenizer")
     return tokens
-
 def load_validation(hp: Hyperparameters) -> np.ndarray:
     """The whole validation stream x_0 ... x_N as uint16: the memory map itself when it is one shard."""
     shards = [check_tokens(load_shard(path), hp.vocab_size, path) for path in find_shards("val", hp)]
@@ -374,7 +342,6 @@ def load_validation(hp: Hyperparameters) -> np.ndarray:
         raise UserError(f"DATA_PATH={hp.data_path}: the validation stream has {len(stream)} tokens, a window "
                         f"needs {hp.eval_seq_len + 1}: set EVAL_SEQ_LEN to at most {len(stream) - 1}")
     return stream
-
 class TokenLoader:
     """All training shards laid end to end as one circular stream, read in lanes: sequence i of a batch of S
     starts at i/S of the stream and moves on by T tokens a step, so that even a small batch holds S different
@@ -407,13 +374,11 @@ class TokenLoader:
         starts = (lane * self.tokens // self.sequences + step * T for lane in range(first, first + rows))
         ids = torch.from_numpy(np.stack([self.span(start, T + 1) for start in starts]))
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
 def fingerprint(hp: Hyperparameters) -> list[tuple]:
     """(name, bytes, CRC-32 of the first 64 KB) of every data file, so that ranks can compare theirs."""
     paths = [Path(hp.tokenizer_path), *find_shards("val", hp)]
     paths += [] if hp.eval_only else find_shards("train", hp)
     return [(path.name, path.stat().st_size, zlib.crc32(path.open("rb").read(1 << 16))) for path in paths]
-
 class ByteCounter:
     """UTF-8 bytes of each target, from the tokenizer's pieces (the challenge's definition of a byte)."""
     def __init__(self, hp: Hyperparameters):
@@ -435,21 +400,17 @@ class ByteCounter:
         """Bytes (uint16) of each target of the stream `tokens`; a word's space counts only after text."""
         space = self.opens_word[tokens[1:]] & self.is_text[tokens[:-1]]
         return self.length[tokens[1:]] + space
-
 # --- 4. Kernels ---------------------------------------------------------------------------------------------
 # The ops that are worth more than what the compiler makes of them, each with its plain form beside it.
 def find_flash_attention():
     """(name, function) of the fastest attention that is installed and runs here, or (name, None): torch's."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
-        if torch.cuda.get_device_capability() >= (9, 0):
+    found = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    for name, module, needed in (("flash_attention_3", "flash_attn_interface", (9, 0)),
+                                 ("flash_attention_2", "flash_attn", (8, 0))):
+        if found >= needed:
             with contextlib.suppress(ImportError):
-                from flash_attn_interface import flash_attn_func
-                return "flash_attention_3", flash_attn_func
-        with contextlib.suppress(ImportError):
-            from flash_attn import flash_attn_func
-            return "flash_attention_2", flash_attn_func
+                return name, importlib.import_module(module).flash_attn_func
     return "sdpa", None
-
 def causal_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, flash=None) -> Tensor:
     """softmax(q k' / sqrt K) v over positions up to one's own, layout B T H K; H/G heads share k, v."""
     if flash and q_BTHK.is_cuda:
@@ -458,19 +419,16 @@ def causal_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, flash=None)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                           enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
-
 # --- 5. Model -----------------------------------------------------------------------------------------------
 # Master weights are float32; every op follows the dtype of the residual stream (bfloat16 on CUDA, float32 on
 # CPU): no autocast. Sources: GQA 2305.13245, RoPE 2104.09864, QK-norm 2302.05442, value residual 2410.17897,
 # XSA and SmearGate as in PR #889, U-Net skips and x0 mixes as in modded-nanogpt.
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
-
 class Linear(nn.Linear):
     """Float32 weights, computed in the dtype of the input."""
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
-
 def rotary_tables(T: int, hp: Hyperparameters, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin, (T, 1, ROPE_DIMS/2) float32; beyond 1024 positions the base grows (NTK-aware scaling)."""
     r = hp.rope_dims
@@ -478,21 +436,18 @@ def rotary_tables(T: int, hp: Hyperparameters, device: torch.device) -> tuple[Te
     frequency = base ** -(torch.arange(0, r, 2, dtype=torch.float32, device=device) / max(r, 1))
     angle = torch.outer(torch.arange(T, dtype=torch.float32, device=device), frequency)[:, None, :]
     return angle.cos(), angle.sin()
-
 def rotate(x_BTHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """RoPE on the first 2 * rope width of K, in half-split pairs; the other dimensions carry no position."""
     cos, sin = rope
     a, b, rest = x_BTHK.tensor_split((cos.size(-1), 2 * cos.size(-1)), -1)
     rotated = torch.cat((a * cos + b * sin, b * cos - a * sin), -1).to(x_BTHK.dtype)
     return torch.cat((rotated, rest), -1)
-
 def remove_own_value(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     """XSA: what a head reads must come from elsewhere: drop its component along its own position's value."""
     B, T, H, K = y_BTHK.shape
     y = y_BTHK.view(B, T, v_BTGK.size(2), -1, K)
     v = F.normalize(v_BTGK, dim=-1).unsqueeze(3)
     return (y - (y * v).sum(-1, keepdim=True) * v).view(B, T, H, K)
-
 class Attention(nn.Module):
     def __init__(self, hp: Hyperparameters, layer: int, flash):
         super().__init__()
@@ -518,7 +473,6 @@ class Attention(nn.Module):
         y = causal_attention(q, k, v, self.flash)
         y = remove_own_value(y, v) if self.xsa else y
         return self.proj(y.reshape(B, T, H * K)), v_own
-
 class MLP(nn.Module):
     def __init__(self, hp: Hyperparameters):
         super().__init__()
@@ -526,7 +480,6 @@ class MLP(nn.Module):
         self.fc, self.proj = Linear(D, width, bias=False), Linear(width, D, bias=False)
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.proj(F.leaky_relu(self.fc(x_BTD), self.slope).square())
-
 class Block(nn.Module):
     def __init__(self, hp: Hyperparameters, layer: int, flash):
         super().__init__()
@@ -541,12 +494,10 @@ class Block(nn.Module):
         y, v = self.attn(norm(x) * self.norm_scale, rope, ve_BTGK, v_first_BTGK)
         x = x + a * y
         return x + b * self.mlp(norm(x) * self.norm_scale), v
-
 def bigram_rows(ids_BT: Tensor, rows: int) -> Tensor:
     """A row for each token with the one before it: a hash, collisions are harmless; the first: the last."""
     pair = (36313 * ids_BT[:, 1:]) ^ (27191 * ids_BT[:, :-1])
     return F.pad(pair % (rows - 1), (1, 0), value=rows - 1)
-
 class NarrowEmbedding(nn.Module):
     """A table of `width` columns, projected to `out` and scaled."""
     def __init__(self, rows: int, width: int, out: int, scale: float):
@@ -555,7 +506,6 @@ class NarrowEmbedding(nn.Module):
         self.scale = nn.Parameter(torch.tensor(scale))
     def forward(self, rows_BT: Tensor, dtype: torch.dtype) -> Tensor:
         return self.proj(self.table(rows_BT).to(dtype)) * self.scale.to(dtype)
-
 class GPT(nn.Module):
     def __init__(self, hp: Hyperparameters):
         super().__init__()
@@ -610,7 +560,6 @@ class GPT(nn.Module):
         weight = self.embed.weight if self.head is None else self.head.weight
         z, cap = F.linear(norm(hidden_D), weight.to(hidden_D.dtype)).float(), self.hp.logit_softcap
         return cap * torch.tanh(z / cap) if cap else z
-
 # --- 6. Optimizer -------------------------------------------------------------------------------------------
 # Muon (Jordan et al. 2024), whose update is the momentum made orthogonal, for matrices; AdamW for the rest.
 def orthogonalize(G_NRC: Tensor, steps: int) -> Tensor:
@@ -623,7 +572,6 @@ def orthogonalize(G_NRC: Tensor, steps: int) -> Tensor:
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
     return X
-
 class Muon(torch.optim.Optimizer):
     """One group per shape: a stack, tall matrices transposed, so that one batched iteration serves them all.
     Each rank owns an equal share of every stack (zero matrices fill it up): it gets the sum over the ranks of
@@ -664,7 +612,6 @@ class Muon(torch.optim.Optimizer):
             for p, update in zip(group["params"], updates()):
                 R, C = p.shape
                 p.sub_(update.mT if R > C else update, alpha=group["lr"] * max(1, R / C) ** 0.5)
-
 def build_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime) -> tuple[Muon, torch.optim.AdamW]:
     """Together they hold every parameter exactly once: Muon the matrices but tables and head."""
     table_lr, groups = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr, {}
@@ -675,11 +622,12 @@ def build_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime) -> tuple[Muon
     muon = Muon(groups.pop("muon"), hp, rt)
     adam = torch.optim.AdamW([dict(params=same, lr=lr, initial_lr=lr) for lr, same in groups.items()],
                              betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, weight_decay=hp.adam_wd, fused=True)
+    owned = [*map(id, chain(*(group["params"] for group in muon.param_groups + adam.param_groups)))]
+    assert sorted(owned) == sorted(map(id, model.parameters())), "a parameter without exactly one optimizer"
     for p in chain(*groups.values()):  # as at its first step: a checkpoint fills it before
         adam.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
                              exp_avg_sq=torch.zeros_like(p))
     return muon, adam
-
 @torch.no_grad()
 def update(muon: Muon, adamw: torch.optim.AdamW, rt: Runtime, clip: float) -> None:
     """One step on the sum over the ranks of all gradients, scaled to a norm of at most `clip`. Muon's updates
@@ -695,11 +643,9 @@ def update(muon: Muon, adamw: torch.optim.AdamW, rt: Runtime, clip: float) -> No
     nn.utils.vector_to_parameters(flat, grads)
     adamw.step()
     muon.step(sent)
-
 def ttt_scale(done: float) -> float:
     """Factor of TTT_LR at a share `done` of the stream: by cosine to 0, times 1 to 3 over the first 30 %."""
     return (1 + 2 * min(1.0, done / 0.3)) * (1 + math.cos(math.pi * done)) / 2
-
 def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
     """1, then linearly to 0 over the last WARMDOWN_ITERS steps before ITERATIONS or, at the average step time
     so far, the wall-clock cap, whichever comes first."""
@@ -707,11 +653,9 @@ def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
     if hp.max_wallclock_seconds and step:
         left = min(left, (hp.max_wallclock_seconds - seconds) / (seconds / step))
     return min(1.0, max(left, 0.0) / hp.warmdown_iters) if hp.warmdown_iters else 1.0
-
 def muon_momentum(step: int, hp: Hyperparameters) -> float:
     share = min(1.0, step / hp.muon_momentum_warmup_steps) if hp.muon_momentum_warmup_steps else 1.0
     return hp.muon_momentum_warmup_start + share * (hp.muon_momentum - hp.muon_momentum_warmup_start)
-
 # --- 7. Averaging -------------------------------------------------------------------------------------------
 # Averaged weights are better than the last ones. EMA and SWA are one class: running means, but one forgets.
 class WeightAverage:
@@ -725,12 +669,10 @@ class WeightAverage:
         n = int(self.count)
         weight = (1 - self.decay) / (1 - self.decay ** n) if self.decay < 1 else 1 / n
         torch._foreach_lerp_(self.mean, parameters, weight)
-
 def averaged_parameters(averages: dict[str, WeightAverage]) -> list[Tensor]:
     """A mean, or the middle of both; none: the last weights are it (AVERAGING=none, or SWA never began)."""
     means = [average.mean for average in averages.values() if average.count]
     return [torch.stack(same).mean(0) for same in zip(*means)]
-
 # --- 8. Artifact --------------------------------------------------------------------------------------------
 # A matrix becomes codes in +-levels and a step per row, clipped where that loses least (GPTQ-lite). Codes are
 # near-Gaussian noise that no dictionary coder shortens, so they are range-coded (rANS, Duda 1311.2540) with
@@ -740,7 +682,6 @@ MAGIC, TABLES, SCALE = b"PGOLF\x03", 64, 14  # a table's frequencies sum to 2^SC
 MOST_WEIGHTS, MOST_SIDE = 1 << 28, 1 << 24   # a file that claims more is refused before it is allocated
 CLIP_QUANTILES = (1.0, 0.998, 0.994)         # of |w| in a row: the candidates for its largest code
 LZMA = dict(format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=1 << 20, pb=0)])
-
 def quantize_rows(w_RC: Tensor, levels) -> tuple[Tensor, Tensor]:
     """Codes (R, C) in +-levels, as floats, and bfloat16 steps (R, 1): their product is exact in float32.
     `levels`, a number or one per row, is at most 127. Per row the clip of least squared error wins and is
@@ -752,19 +693,16 @@ def quantize_rows(w_RC: Tensor, levels) -> tuple[Tensor, Tensor]:
     errors = [((w / s).round().clamp(-levels, levels) * s - w).square().sum(-1, keepdim=True) for s in steps]
     step = steps.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
     return (w / step).round().clamp(-levels, levels), step
-
 def natural_levels(name: str, tensor: Tensor, hp: Hyperparameters) -> int:
     """Largest code by kind: 127 for tables, 2^(QUANT_BITS-1) - 1 for other matrices; 0: not coded."""
     if tensor.ndim != 2 or not name.endswith(".weight") or not tensor.numel():
         return 0
     table = name.endswith(("table.weight", "embed.weight", "head.weight"))
     return 127 if table else 2 ** (hp.quant_bits - 1) - 1
-
 def soft_round(x: Tensor, hardness: Tensor) -> Tensor:
     """Differentiable rounding: nearly the identity for small `hardness`, `round` as it grows (2006.09952)."""
     low = x.detach().floor()
     return low + 0.5 + torch.tanh(hardness * (x - low - 0.5)) / (2 * torch.tanh(hardness / 2))
-
 def fake_quantized(model: GPT, hp: Hyperparameters, hardness: Tensor) -> dict[str, Tensor]:
     """The matrices as the artifact would give them back: gradients pass straight through the rounding; or, if
     QAT_ROUNDING=soft, on their way there, and gradients are those of what is computed."""
@@ -775,14 +713,12 @@ def fake_quantized(model: GPT, hp: Hyperparameters, hardness: Tensor) -> dict[st
             weights[name] = (p + (codes * step - p.detach()) if hp.qat_rounding == "straight"
                              else soft_round((p / step).clamp(-levels, levels), hardness) * step)
     return weights
-
 def spread_classes(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int16: 16 + 4 * log2 of the codes' spread, by row; by column, relative to the rows."""
     f = codes_RC.astype(np.float32)
     row = np.sqrt(np.square(f).mean(1) + 0.03)
     column = np.sqrt(np.square(f / row[:, None]).mean(0) + 0.003)
     return tuple(np.rint(4 * np.log2(16 * x)).astype("<i2") for x in (row, column))
-
 def rans_encode(pairs: np.ndarray) -> tuple[np.ndarray, bytes]:
     """(freq, coded) of int16 `pairs`, 256 * table + symbol: how often each came, as uint16 that sum to
     2^SCALE in a table, at least 1 for what came; and the steps of `rans_decode`, last to first."""
@@ -799,7 +735,6 @@ def rans_encode(pairs: np.ndarray) -> tuple[np.ndarray, bytes]:
         quotient, rest = np.divmod(np.where(full, y >> 16, y), freq[pair])
         y[:] = (quotient << SCALE) + rest + start[pair] % (1 << SCALE)
     return freq, b"".join([x, *reversed(words)])
-
 def rans_decode(coded: bytes, table: np.ndarray, freq: np.ndarray) -> np.ndarray:
     """The symbols (uint8) of the pairs, given the `table` of each."""
     start, owner = np.cumsum(freq, dtype=np.uint32) - freq, np.repeat(np.arange(len(freq), dtype="<u2"), freq)
@@ -816,7 +751,6 @@ def rans_decode(coded: bytes, table: np.ndarray, freq: np.ndarray) -> np.ndarray
         read += len(low)
     need(read == len(words) and (x == 1 << 16).all(), "codes do not end where they should")
     return symbols
-
 def pack(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0) -> tuple[bytes, str, float]:
     """(container of a state dict, its bytes by kind of matrix, the matrices' relative error). Levels are
     divided by `coarsen`, rounded up in some rows, down in others, so that sizes move by single rows.
@@ -857,11 +791,9 @@ def pack(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0) ->
         size = round(bits[pair].sum() / 8)
         sizes[kind], sizes["side"] = sizes[kind] + size, sizes["side"] - size
     return blob, " ".join(f"{kind}:{size}" for kind, size in sizes.items()), math.sqrt(lost / total)
-
 def need(ok: bool, why: str) -> None:
     if not ok:
         raise ValueError(why)
-
 def unpack(blob: bytes) -> dict[str, Tensor]:
     """The state dict of a container, all float32; of anything else a ValueError that says what is wrong. Each
     claim is checked before anything of its size is allocated."""
@@ -897,7 +829,6 @@ def unpack(blob: bytes) -> dict[str, Tensor]:
         return state
     except (lzma.LZMAError, ValueError) as error:
         raise ValueError(f"artifact: {error}") from None
-
 def fit_artifact(state: dict[str, Tensor], hp: Hyperparameters, budget: int) -> tuple[bytes, str]:
     """(container of at most `budget` bytes, two lines of facts: the fit; bytes by kind). One scalar divides
     all levels: 1 if that fits and FILL_BUDGET is off; below 1, finer codes up to +-127, while bytes are left;
@@ -919,7 +850,6 @@ def fit_artifact(state: dict[str, Tensor], hp: Hyperparameters, budget: int) -> 
         raise UserError(f"the artifact takes over {budget} bytes even with codes of +-1: lower NUM_LAYERS, "
                         "MODEL_DIM, MLP_MULT, VOCAB_SIZE or BIGRAM_VOCAB_SIZE")
     return best
-
 def write_artifact(model: GPT, path: Path, hp: Hyperparameters, rt: Runtime) -> None:
     """On rank 0: pack the model into the file `path`, which with this source takes at most SIZE_CAP bytes.
     UserError: not possible, or no space on the disk."""
@@ -928,7 +858,6 @@ def write_artifact(model: GPT, path: Path, hp: Hyperparameters, rt: Runtime) -> 
         blob, facts = fit_artifact(model.state_dict(), hp, SIZE_CAP - code)
         rt.log("fit_artifact " + facts.replace("\n", f"\nartifact_bytes code:{code} "))
         replace_file(path, lambda file: file.write(blob))
-
 def load_artifact(model: GPT, path: Path, rt: Runtime) -> int:
     """Every rank's model becomes what rank 0 reads from `path`, which logs and returns the bytes of code and
     artifact. UserError: no such file, a damaged one, or one of another model."""
@@ -947,19 +876,16 @@ def load_artifact(model: GPT, path: Path, rt: Runtime) -> int:
     for p in model.parameters():
         rt.from_rank_0(p.data)
     return code + len(blob)
-
 # --- 9. Neural scoring --------------------------------------------------------------------------------------
 # Overlapping windows give every target a long context; the window that ends nearest after it scores it, once.
 # Ranks share the windows, rank 0 gets nll[t] and entropy[t] in stream order.
 SEGMENT_BATCHES = 32  # most global batches that are scored between two sums over the ranks
-
 def windows(begin: int, end: int, length: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(start, first scored target, its end) per window of the targets [begin, end); target j is token j + 1.
     A window reads tokens [start, start + length); the first scores `length` targets if the stream begins
     with it, each other `stride`, the last what is left."""
     ends = np.minimum(np.arange(begin + stride if begin else length, end + stride, stride), end)
     return np.maximum(ends - length, 0), np.append(begin, ends[:-1]), ends
-
 @torch.inference_mode()
 def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int, rt: Runtime, part=None):
     """Yields (2, N) float32, nll and entropy in nats, of the targets [begin, end) = `part`, by default all,
@@ -991,11 +917,9 @@ def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int, rt: Runtime
         done, batches = done + len(segment), min(2 * batches, SEGMENT_BATCHES)
         yield rt.sum(scores_2N)[:, :0 if rt.rank else None].cpu().numpy()
         progress(int(ends[done - 1]))
-
 def bits_per_byte(nll: np.ndarray, stream_bytes: np.ndarray) -> float:
     """Code length of the targets in bits over their UTF-8 bytes; sums in float64, divided once."""
     return float(nll.sum(dtype=np.float64) / math.log(2) / stream_bytes.sum(dtype=np.int64))
-
 # --- 10. N-gram mixture -------------------------------------------------------------------------------------
 # The model forgets what it read a window ago; counts do not. Counting is sorting: positions lie grouped by
 # the n - 1 tokens before them, in stream order; sorting a group by its next token splits it into groups of n:
@@ -1005,12 +929,10 @@ ORDER_CENTERS = np.array((4.5, 4.2, 3.8, 3.5, 3.2, 3.0))  # nats, orders 2...7 a
 HASH_PRIMES = np.array((36313, 27191, 51647, 81929, 131071, 175447, 209591), np.uint64)
 BOS = 1  # token that opens a document
 STATES, GAPS, HEATS = 128, 13, 6  # buckets of the online weights: state of the context x distance x entropy
-
 def since_start(values: np.ndarray, first: np.ndarray) -> np.ndarray:
     """`values` minus the value at the start of their run; `first` marks where runs start."""
     starts = np.flatnonzero(first)
     return values - np.repeat(values[starts], np.diff(starts, append=len(first)))
-
 def sort_runs(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(order, first, prior): `order` brings equal keys together, each run in stream order; `first` marks, in
     that order, where runs start; prior[t]: how many positions before t hold the same key."""
@@ -1021,10 +943,8 @@ def sort_runs(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     first, prior = np.append(True, keys[1:] != keys[:-1])[:len(keys)], np.empty_like(number)
     prior[order] = since_start(number, first)
     return order, first, prior
-
 def floor_log2(x: np.ndarray) -> np.ndarray:
     return (x.astype(np.float32).view(np.int32) >> 23) - 127  # the exponent of a float; exact below 2^24
-
 def describe_contexts(t, token, age, first, context, pair) -> np.ndarray:
     """For positions grouped by context, 0 where it is new, else 2 * (1 + bucket) + (the target repeats the
     context's last continuation). The bucket, of the prefix alone: how often the context occurred, the share
@@ -1038,7 +958,6 @@ def describe_contexts(t, token, age, first, context, pair) -> np.ndarray:
     state = np.minimum(floor_log2(often), 7) * 4 + np.minimum(4 * earlier // often, 3)
     state = (state * 2 + repeated) * 2 + (gap <= age)
     return np.where(context, 2 * (1 + state * GAPS + np.minimum(floor_log2(gap) >> 1, GAPS - 1)) + same, 0)
-
 def ngram_counts(tokens: np.ndarray, highest: int, describe: bool = True):
     """Yields (pair, code), uint32 and uint16 per position of `tokens`, for grams of n = 1 ... highest tokens.
     pair[t]: how many earlier positions end the same n-gram: c(u, v) of a target at t; its c(u) is the
@@ -1073,7 +992,6 @@ def ngram_counts(tokens: np.ndarray, highest: int, describe: bool = True):
             kept += size
         t, first = t[:kept], first[:kept]
         yield pair, code
-
 def ngram_backoff(tokens: np.ndarray, hp: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(order, context count, pair count) per target: the longest gram whose context was followed by something
     at least NGRAM_MIN_COUNT times before. Order 0: none was. The choice never looks at the target."""
@@ -1089,7 +1007,6 @@ def ngram_backoff(tokens: np.ndarray, hp: Hyperparameters) -> tuple[np.ndarray, 
         wins = c_u >= (hp.ngram_min_count if n >= hp.ngram_min_order else len(tokens))
         order[wins], context[wins], pair[wins] = n, c_u[wins], c_uv[wins]
     return order, context, pair
-
 def hash_buckets(tokens: np.ndarray, n: int, hp: Hyperparameters, following: np.ndarray | None = None):
     """(context bucket, pair bucket with token `following`, by default its own) of targets from n - 2 on."""
     following = tokens[n - 1:] if following is None else following
@@ -1098,7 +1015,6 @@ def hash_buckets(tokens: np.ndarray, n: int, hp: Hyperparameters, following: np.
         h ^= tokens[k: k + len(h)].astype(np.uint64) * HASH_PRIMES[k]
     h &= np.uint64(hp.ngram_buckets - 1)
     return h, (h ^ following.astype(np.uint64) * HASH_PRIMES[n - 1]) & np.uint64(hp.ngram_buckets - 1)
-
 def hashed_mass(tokens: np.ndarray, order: np.ndarray, targets: np.ndarray, hp: Hyperparameters) -> float:
     """What the hashed quotients of one position sum to over the vocabulary; the mean of matched `targets`."""
     masses, vocabulary = [], np.arange(hp.vocab_size)
@@ -1109,21 +1025,18 @@ def hashed_mass(tokens: np.ndarray, order: np.ndarray, targets: np.ndarray, hp: 
         context = np.count_nonzero(bucket[:-1] == bucket[-1])
         masses.append(np.minimum(pair, context).sum() / context)
     return float(np.mean(masses)) if masses else math.nan
-
 def backoff_weight(entropy: np.ndarray, order: np.ndarray, hp: Hyperparameters) -> np.ndarray:
     """Weight of the counts: ALPHA_MIN + (ALPHA_MAX - ALPHA_MIN) * sigmoid(2 * (H - centre)), H the model's
     entropy in nats; the centre is 4 (PR #889), or one per order (PR #825). 0 where no order matched."""
     center = 4.0 if hp.ngram_alpha == "entropy" else ORDER_CENTERS[np.clip(order.astype(int) - 2, 0, 5)]
     squashed = 1 / (1 + np.exp(-2 * (entropy.astype(np.float64) - center)))
     return np.where(order > 0, hp.alpha_min + (hp.alpha_max - hp.alpha_min) * squashed, 0.0)
-
 def block_edges(total: int) -> list[int]:
     """0 ... total: blocks that grow with the stream, from 64 targets to what fits in the cache."""
     edges = [0]
     while edges[-1] < total:
         edges.append(min(edges[-1] + min(max(64, edges[-1] // 16), 1 << 16), total))
     return edges
-
 def bucket_weights(mass: np.ndarray) -> np.ndarray:
     """(3, buckets): posterior mean of the experts' weights in each bucket of mass[expert, state, gap, heat],
     the targets that EM ascribed to each so far. Each level, all -> state -> gap -> heat, is the Dirichlet
@@ -1222,11 +1135,9 @@ class Mixture:
         return (f"targets:{self.edges[self.block]}/{self.targets} mass_min:{min(masses):.12f} "
                 f"mass_max:{max(masses):.12f} recounted:{sum(len(f) > 1 for f in self.decided.values())} "
                 f"enumerated:{len(masses)} prefix:{prefix.targets}")
-
 # --- 11. Training -------------------------------------------------------------------------------------------
 # All that changes is one dictionary of tensors: warm-up undoes it, a checkpoint holds it. Batches follow from
 # the number of steps, and nothing draws random numbers after the first weights.
-
 def training_loss(model: GPT, ids_BT: Tensor, targets_BT: Tensor, hardness: Tensor | None, weights_BT=None):
     """Loss as in GPT.forward; with `hardness` (a graph of its own), of the artifact's weights."""
     quantized = {} if hardness is None else fake_quantized(model, model.hp, hardness)
@@ -1271,7 +1182,7 @@ class Trainer:
         """(nats per target, bits per byte) on rank 0, of windows that do not overlap; logged as `name`."""
         segments = score_stream(self.trunk, self.model, self.tokens, self.hp.eval_seq_len, self.rt)
         nll, _ = np.concatenate(list(segments), 1)
-        loss, bpb = (0.0, 0.0) if self.rt.rank else (nll.mean(dtype=float), bits_per_byte(nll, self.stream_bytes))
+        loss, bpb = (nll.mean(dtype=float), bits_per_byte(nll, self.stream_bytes)) if len(nll) else (0, 0)
         if name:
             self.rt.log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
         return loss, bpb
@@ -1308,7 +1219,7 @@ class Trainer:
             self.rt.log(f"warning: {bad[0]} is not finite, so step {self.steps} gets no checkpoint")
         elif arrays:
             try:
-                path, settings = self.rt.beside_log(".ckpt"), np.array(json.dumps(self.hp.as_env()))
+                path, settings = self.rt.log_path.with_suffix(".ckpt"), np.array(json.dumps(self.hp.as_env()))
                 replace_file(path, lambda file: np.savez(file, settings=settings, **arrays))
                 self.hint = f"RESUME={path} goes on from step {self.steps}"
             except UserError as error:
@@ -1332,7 +1243,6 @@ class Trainer:
             self.rt.from_rank_0(t)
         if path:
             self.rt.log(f"resume:{path} step:{self.steps} train_time:{1e3 * self.seconds:.0f}ms")
-
 def read_checkpoint(path: str) -> dict[str, np.ndarray]:
     """All arrays of a NumPy archive; UserError: no such file, or cut or damaged."""
     try:
@@ -1340,7 +1250,6 @@ def read_checkpoint(path: str) -> dict[str, np.ndarray]:
             return dict(archive)
     except Exception as error:  # of many types: a damaged archive fails in NumPy, zipfile, zlib, struct ...
         raise UserError(f"RESUME={path}: not a whole checkpoint: {error}".split("\n")[0]) from None
-
 def train(trainer: Trainer) -> None:
     """Trains until ITERATIONS or the wall-clock cap on rank 0's clock, which stops in validations; begins no
     step that would pass the cap by taking twice the average. Leaves a checkpoint, and the averaged weights in
@@ -1392,10 +1301,7 @@ def train(trainer: Trainer) -> None:
     counts = " ".join(f"{name}_updates:{average.count}" for name, average in trainer.averages.items())
     rt.log(f"averaging:{hp.averaging if weights else 'none'} {counts} "
            f"parameters:{sum(p.numel() for p in trainer.parameters)}")
-
 # --- 12. main -----------------------------------------------------------------------------------------------
-# train -> average -> pack -> write -> read -> unpack -> score -> mix -> report
-
 def log_header(trainer: Trainer) -> None:
     """What a reviewer needs to repeat the run: this source, versions, hardware, data, every setting."""
     hp, loader, rt = trainer.hp, trainer.loader, trainer.rt
@@ -1414,7 +1320,6 @@ def log_header(trainer: Trainer) -> None:
            f"accumulation:{loader.accumulation if loader else 0}\n"
            f"train_tokens:{loader.tokens if loader else 0} "
            f"val_targets:{len(trainer.stream_bytes)} val_bytes:{trainer.stream_bytes.sum()}")
-
 def report_mixture(trainer: Trainer, mixture: Mixture, scores: np.ndarray, added: str) -> float:
     """Audits the mixture, logs its score and where it comes from; returns its bpb. NGRAM_COUNTS=hashed: also
     what the predecessors would have reported: no probability, so no bpb, but the sum over the vocabulary."""
@@ -1435,13 +1340,11 @@ def report_mixture(trainer: Trainer, mixture: Mixture, scores: np.ndarray, added
         hashed = Mixture(trainer.tokens, hp)
         hashed.extend(*scores)
         matched = np.flatnonzero(order := hashed.counts[0])
-        spread = matched[np.linspace(0, len(matched) - 1, min(64, len(matched))).astype(int)]
-        mean, end = (hashed_mass(trainer.tokens, order, some, hp) for some in (spread, matched[-64:]))
-        rt.log(f"final_ngram_hashed pseudo_bpb:{bits_per_byte(hashed.nll, stream_bytes):.8f} mass:{end:.2f} "
-               f"mass_mean:{mean:.2f} {orders} counts:hashed alpha:{hp.ngram_alpha} (not a probability: at "
-               f"the stream's end the counts sum to {end:.3g} over the vocabulary, not to 1)")
+        mass = hashed_mass(trainer.tokens, order, matched[-64:], hp)
+        rt.log(f"final_ngram_hashed pseudo_bpb:{bits_per_byte(hashed.nll, stream_bytes):.8f} mass:{mass:.2f} "
+               f"{orders} counts:hashed alpha:{hp.ngram_alpha} (no probability: the mass is its sum, not 1)")
     return bpb
-
+TTT_BATCH = 32  # sequences per step of test-time training
 def ttt_batches(trainer: Trainer, begin: int, end: int):
     """(ids, targets, weights), each (B, T), of this rank: the targets [begin, end) in sequences that do not
     overlap, TTT_BATCH at once over all ranks; the weight is the target's share of the batch's bytes."""
@@ -1452,7 +1355,6 @@ def ttt_batches(trainer: Trainer, begin: int, end: int):
         weights = trainer.stream_bytes[at] * ((at >= first[rows][:, None]) & (at < ends[rows][:, None]))
         batch = *(np.int64(tokens[i]) for i in (at, at + 1)), np.float32(weights / weights.sum())
         yield [torch.from_numpy(np.array_split(x, rt.world_size)[rt.rank]).to(rt.device) for x in batch]
-
 def score_and_learn(trainer: Trainer, stride: int):
     """Score-first test-time training (PR #825). Yields segments as score_stream does: each is a chunk, scored
     with an average of the weights; only when the next is asked for the weights learn from it: the last
@@ -1468,7 +1370,7 @@ def score_and_learn(trainer: Trainer, stride: int):
     optimizer = torch.optim.AdamW(tuned, betas=(hp.beta1, hp.beta2), weight_decay=0.0, fused=True)
     try:
         for begin, end in pairwise([*range(0, total, hp.ttt_chunk_tokens), total]):
-            yield np.concatenate(list(score_stream(trainer.trunk, model, tokens, stride, rt, (begin, end))), 1)
+            yield np.concatenate([*score_stream(trainer.trunk, model, tokens, stride, rt, (begin, end))], 1)
             if end == total:
                 return
             torch._foreach_copy_(live, weights)
@@ -1486,9 +1388,8 @@ def score_and_learn(trainer: Trainer, stride: int):
             torch._foreach_copy_(live, mean)
     finally:
         moved = sum((a - b).square().sum() for a, b in zip(weights, initial)).sqrt()
-        rt.log(f"ttt:on epochs:{hp.ttt_epochs} parameters:{sum(p.numel() for p in tuned)} moved:{moved:.4f}")
+        rt.log(f"ttt:score_first epochs:{hp.ttt_epochs} moved:{moved:.4f}")
         torch._foreach_copy_(live, initial)
-
 def scores_in_time(trainer: Trainer, began: float):
     """(stride, segments of scores): EVAL_STRIDE or, where the third segment's speed projects an end over 95 %
     of EVAL_BUDGET_SECONDS after `began`, the smallest of WIDER_STRIDES that fits, or else the widest."""
@@ -1506,7 +1407,6 @@ def scores_in_time(trainer: Trainer, began: float):
         if not rt.agree(late)[0] or stride == strides[-1]:
             return stride, chain(held, segments)
         segments.close()
-
 def evaluate(trainer: Trainer, size: int, began: float) -> None:
     """The model scores the stream and is mixed with counts while it scores; `began`: when training ended."""
     hp, rt, tokens, label = trainer.hp, trainer.rt, trainer.tokens, f"final_int{trainer.hp.quant_bits}"
@@ -1523,8 +1423,8 @@ def evaluate(trainer: Trainer, size: int, began: float) -> None:
             added = background.submit(lambda now=scores[:, :done]: mixture.result().extend(*now))
     scored, arrays = time.perf_counter(), dict(nll=scores[0], entropy=scores[1])
     if rt.rank == 0:
-        neural = bits_per_byte(scores[0], trainer.stream_bytes)
-        rt.log(f"{label}_sliding_window_exact val_loss:{scores[0].mean(dtype=float):.8f} val_bpb:{neural:.8f} "
+        loss, neural = scores[0].mean(dtype=float), bits_per_byte(scores[0], trainer.stream_bytes)
+        rt.log(f"{label}_sliding_window_exact val_loss:{loss:.8f} val_bpb:{neural:.8f} "
                f"stride:{stride} eval_time:{1e3 * (scored - begun):.0f}ms")
     if mixture:
         added.result()
@@ -1533,15 +1433,14 @@ def evaluate(trainer: Trainer, size: int, began: float) -> None:
         arrays |= dict(mixed=mixture.result().nll.astype(np.float32))
     if hp.save_scores and rt.rank == 0:
         arrays |= dict(settings=np.array(json.dumps(hp.as_env())))
-        replace_file(rt.beside_log("_scores.npz"), lambda file: np.savez(file, **arrays))
+        path = rt.log_path.with_name(f"{rt.log_path.stem}_scores.npz")
+        replace_file(path, lambda file: np.savez(file, **arrays))
     seconds = time.perf_counter() - began
     rt.log(f"total_eval_time:{seconds:.1f}s budget:{hp.eval_budget_seconds:g}s stride:{stride}")
     if rt.rank == 0:
         rt.log(f"\n  neural {neural:.4f} bpb, mixed with exact counts of the past {mixed}\n"
-               f"  artifact {size:,} bytes of {SIZE_CAP:,}, code included\n"
-               f"  training {trainer.seconds:.1f} s, {trainer.steps} steps; evaluation {seconds:.1f} s; "
-               f"log {rt.log_path}")
-
+               f"  artifact {size:,} bytes of {SIZE_CAP:,}, code included; {rt.log_path}\n"
+               f"  training {trainer.seconds:.1f} s, {trainer.steps} steps; evaluation {seconds:.1f} s")
 def main(env: dict[str, str]) -> None:
     """All data found, all ranks the same, the log begun; train, pack, read back, score, mix, report."""
     hp = Hyperparameters.from_env(env)
@@ -1568,7 +1467,7 @@ def main(env: dict[str, str]) -> None:
             write_artifact(trainer.model, path, hp, rt)
         size = load_artifact(trainer.model, path, rt)
         if rt.rank == 0 and not hp.checkpoint_every:
-            rt.beside_log(".ckpt").unlink(missing_ok=True)  # the artifact is whole
+            rt.log_path.with_suffix(".ckpt").unlink(missing_ok=True)  # the artifact is whole
         evaluate(trainer, size, began)
         rt.barrier()
         rt.close()
@@ -1579,7 +1478,6 @@ def main(env: dict[str, str]) -> None:
             error = UserError(f"another rank ended, see what it said{came}")
         rt.log(f"error: {type(error).__name__}: {error}", console=False)
         raise error from None
-
 def end(error: BaseException | None) -> None:
     """Leaves the process, with one line for an error that a user can mend; rank 0 speaks first, then torchrun
     stops the others. Not sys.exit: gloo's thread that drops its last tensor would crash Python's shutdown."""
@@ -1593,7 +1491,6 @@ def end(error: BaseException | None) -> None:
             traceback.print_exception(error)
     sys.stdout.flush()
     os._exit(1 if error else 0)
-
 if __name__ == "__main__":
     try:
         main(dict(os.environ))
