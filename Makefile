@@ -9,7 +9,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-DEV := pytest hypothesis constriction matplotlib ruff
+DEV := pytest pytest-xdist hypothesis constriction matplotlib ruff
 
 .PHONY: demo test prove record check lint bench setup clean
 setup: $(VENV)/ready
@@ -25,7 +25,7 @@ demo: setup
 	PYTHON=$(RUN) bash runs/demo.sh
 
 test: setup
-	$(RUN) -m pytest tests -q --durations=8
+	$(RUN) -m pytest tests -q -n 2 --dist worksteal --durations=8
 
 prove: setup
 	$(RUN) -m pytest tests/test_decodable.py -q -s

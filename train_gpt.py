@@ -915,7 +915,7 @@ def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int, rt: Runtime
                 scores_2N[0, c] = -logp_NV.gather(1, v[:, None])[:, 0]
                 scores_2N[1, c] = -(logp_NV.exp() * logp_NV).sum(-1)
         done, batches = done + len(segment), min(2 * batches, SEGMENT_BATCHES)
-        yield rt.sum(scores_2N)[:, :0 if rt.rank else None].cpu().numpy()
+        yield rt.sum(scores_2N)[:, :0 if rt.rank else None].cpu().numpy().copy()  # a view keeps all alive
         progress(int(ends[done - 1]))
 def bits_per_byte(nll: np.ndarray, stream_bytes: np.ndarray) -> float:
     """Code length of the targets in bits over their UTF-8 bytes; sums in float64, divided once."""
@@ -1342,7 +1342,7 @@ def report_mixture(trainer: Trainer, mixture: Mixture, scores: np.ndarray, added
         matched = np.flatnonzero(order := hashed.counts[0])
         mass = hashed_mass(trainer.tokens, order, matched[-64:], hp)
         rt.log(f"final_ngram_hashed pseudo_bpb:{bits_per_byte(hashed.nll, stream_bytes):.8f} mass:{mass:.2f} "
-               f"{orders} counts:hashed alpha:{hp.ngram_alpha} (no probability: the mass is its sum, not 1)")
+               f"{orders} counts:hashed alpha:{hp.ngram_alpha} (not a probability: it sums to the mass)")
     return bpb
 TTT_BATCH = 32  # sequences per step of test-time training
 def ttt_batches(trainer: Trainer, begin: int, end: int):

@@ -144,9 +144,9 @@ t.end(None)
 
 BEFORE_STEP = """
 plain_step = t.Trainer.step
-def step(trainer, scale, quantize):
+def step(trainer, scale, hardness):
     before(trainer)
-    return plain_step(trainer, scale, quantize)
+    return plain_step(trainer, scale, hardness)
 t.Trainer.step = step
 """
 

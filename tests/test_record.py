@@ -150,7 +150,7 @@ def renamed(folder):
 
 
 def other_code(folder):
-    edit(folder / "logs/seed2.txt", r"^import hashlib$", "import hashlob")
+    edit(folder / "logs/seed2.txt", r"^import contextlib, hashlib,", "import contextlob, hashlib,")
 
 
 def too_big(folder):
@@ -284,7 +284,7 @@ DEFECTS = [  # what is spoilt, which check must see it, what it must say
     (changed(r"parameters:\d+$", "parameters:4242"), "parameters", "parameters:4242, but its settings make"),
     (lambda f: edit(f / "train_gpt.py", r"\Z", "# later\n"), "source", "seed2.txt:.*differs from train_gpt.py"),
     (flash_first, "imports", "No module named 'flash_attn_interface'"),
-    (lambda f: edit(f / "train_gpt.py", "^import hashlib$", "import hashlib, pickle"), "safe_reading", "imports"),
+    (lambda f: edit(f / "train_gpt.py", "^import contextlib", "import pickle, contextlib"), "safe_reading", "imports"),
     (lambda f: (f / "train_gpt.py").write_text("def f(:\n"), "compiles", "train_gpt.py:1: "),
 ]
 

@@ -92,7 +92,7 @@ def test_order_adaptive_is_mha_with_xsa_everywhere_wide_and_int5(logs, corpus):
 
 def test_order_adaptive_learns_while_it_scores(logs):
     log = logs["order_adaptive"][0]
-    assert float(values(log, "ttt:on")["moved"]) > 0 and "\nttt:on" not in logs["backoff"][0]
+    assert float(values(log, "ttt:score_first")["moved"]) > 0 and "\nttt:" not in logs["backoff"][0]
 
 
 def test_prefill_packs_swa_of_a_model_with_slope_09(logs):

@@ -127,7 +127,7 @@ def test_one_and_two_ranks_learn_the_same(corpus, tmp_path):
         done = run_script(tmp_path / f"{ranks}", ranks, **settings)
         assert done.returncode == 0, done.stderr[-2000:]
         results[ranks] = {name: values(done.stdout, f"final_int6_{name}") for name in ("roundtrip", "sliding_window")}
-        assert float(values(done.stdout, "ttt:on")["moved"]) > 0
+        assert float(values(done.stdout, "ttt:score_first")["moved"]) > 0
     for name in ("roundtrip", "sliding_window"):
         one, two = (float(results[ranks][name]["val_bpb"]) for ranks in (1, 2))
         assert one == pytest.approx(two, abs=1e-5)
