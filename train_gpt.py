@@ -25,9 +25,8 @@ from itertools import chain, islice, pairwise
 from pathlib import Path
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed as dist, nn
 SIZE_CAP = 16_000_000          # bytes, decimal: code + compressed weights (the challenge's rule)
 WIDER_STRIDES = (96, 128, 256)  # tried in turn when scoring would not end in time
 class UserError(Exception):
@@ -48,7 +47,7 @@ class Hyperparameters:
     seed: int = setting(1337, "seed of the initial weights", 0)
     eval_only: str = setting("", "score this final_model.int6.ptz and train nothing")
     resume: str = setting("", "go on from this logs/<RUN_ID>.ckpt")
-    checkpoint_every: float = setting(0.0, "seconds between checkpoints; 0: at the end and on SIGTERM", 0)
+    checkpoint_every: float = setting(0.0, "seconds between checkpoints; 0: at validations and SIGTERM", 0)
     compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
     # training length and batches
     iterations: int = setting(20_000, "most training steps", 1)
@@ -130,9 +129,7 @@ class Hyperparameters:
     alpha_max: float = setting(0.60, "weight where the model is lost; not online", 0, 1)
     ngram_counts: str = setting("exact", "hashed: the predecessors' too, no code", choices="exact hashed")
     ngram_buckets: int = setting(4_194_304, "buckets of each hashed table, a power of two", 2, 2 ** 30)
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
+    head_dim = property(lambda self: self.model_dim // self.num_heads)
     @classmethod
     def from_env(cls, env: dict[str, str]) -> Hyperparameters:
         """Typed, checked settings from `env`; UserError names the variable, its value, what it may hold."""
@@ -235,13 +232,14 @@ class Runtime:
         if not self.log_path:
             return
         self.unwritten += f"{line}\n".encode()
-        try:
-            while self.unwritten:
-                self.unwritten = self.unwritten[self.log_file.write(self.unwritten):]
-        except OSError as error:
-            print(f"warning: {self.log_path}: {error.strerror}; the run goes on", file=sys.stderr, flush=True)
-        if console:
-            print(line, flush=True)
+        with contextlib.suppress(OSError):  # of the console: it may be a file on that disk, or a closed pipe
+            try:
+                while self.unwritten:
+                    self.unwritten = self.unwritten[self.log_file.write(self.unwritten):]
+            except OSError as error:
+                print(f"warning: {self.log_path}: {error.strerror}; the run goes on", file=sys.stderr)
+            if console:
+                print(line, flush=True)
     def sum(self, x: Tensor) -> Tensor:
         """In-place sum of `x` over the ranks."""
         if self.world_size > 1:
@@ -665,8 +663,7 @@ class WeightAverage:
         self.mean = [torch.zeros_like(p) for p in parameters]
     @torch.no_grad()
     def update(self, parameters: list[Tensor]) -> None:
-        self.count += 1
-        n = int(self.count)
+        n = int(self.count.add_(1))
         weight = (1 - self.decay) / (1 - self.decay ** n) if self.decay < 1 else 1 / n
         torch._foreach_lerp_(self.mean, parameters, weight)
 def averaged_parameters(averages: dict[str, WeightAverage]) -> list[Tensor]:
@@ -916,7 +913,8 @@ def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int, rt: Runtime
                 scores_2N[1, c] = -(logp_NV.exp() * logp_NV).sum(-1)
         done, batches = done + len(segment), min(2 * batches, SEGMENT_BATCHES)
         yield rt.sum(scores_2N)[:, :0 if rt.rank else None].cpu().numpy().copy()  # a view keeps all alive
-        progress(int(ends[done - 1]))
+        if not part:
+            progress(int(ends[done - 1]))
 def bits_per_byte(nll: np.ndarray, stream_bytes: np.ndarray) -> float:
     """Code length of the targets in bits over their UTF-8 bytes; sums in float64, divided once."""
     return float(nll.sum(dtype=np.float64) / math.log(2) / stream_bytes.sum(dtype=np.int64))
@@ -1018,12 +1016,13 @@ def hash_buckets(tokens: np.ndarray, n: int, hp: Hyperparameters, following: np.
 def hashed_mass(tokens: np.ndarray, order: np.ndarray, targets: np.ndarray, hp: Hyperparameters) -> float:
     """What the hashed quotients of one position sum to over the vocabulary; the mean of matched `targets`."""
     masses, vocabulary = [], np.arange(hp.vocab_size)
-    for target, n in zip(targets, order[targets].tolist()):
-        bucket, filled = hash_buckets(tokens[:target + 2], n, hp)
-        _, asked = hash_buckets(tokens[target + 2 - n: target + 2], n, hp, vocabulary)
-        pair = np.bincount(filled[:-1].astype(np.int64), minlength=hp.ngram_buckets)[asked.astype(np.int64)]
-        context = np.count_nonzero(bucket[:-1] == bucket[-1])
-        masses.append(np.minimum(pair, context).sum() / context)
+    for n in np.unique(order[targets]).tolist():
+        bucket, filled = (buckets.view(np.int64) for buckets in hash_buckets(tokens, n, hp))
+        for i in targets[order[targets] == n] + 2 - n:  # its place among these buckets
+            _, asked = hash_buckets(tokens[i: i + n], n, hp, vocabulary)
+            pair = np.bincount(filled[:i], minlength=hp.ngram_buckets)[asked.view(np.int64)]
+            context = np.count_nonzero(bucket[:i] == bucket[i])
+            masses.append(np.minimum(pair, context).sum() / context)
     return float(np.mean(masses)) if masses else math.nan
 def backoff_weight(entropy: np.ndarray, order: np.ndarray, hp: Hyperparameters) -> np.ndarray:
     """Weight of the counts: ALPHA_MIN + (ALPHA_MAX - ALPHA_MIN) * sigmoid(2 * (H - centre)), H the model's
@@ -1153,8 +1152,8 @@ class Trainer:
         self.tokens = self.stream_bytes = None  # the validation stream, its bytes per target
         self.hint = "there is no checkpoint"  # what a user can do if this run ends now
         compiled = self.hp.compile == "1" or self.hp.compile == "auto" and rt.device.type == "cuda"
-        self.loss, self.trunk = (torch.compile(part, dynamic=False) if compiled else part
-                                 for part in (training_loss, model))
+        self.compile = (lambda f: torch.compile(f, dynamic=False)) if compiled else lambda f: f
+        self.loss, self.trunk = self.compile(training_loss), model
         self.optimizers = build_optimizers(model, self.hp, rt)
         self.averages = {name: WeightAverage(decay, self.parameters) for name, decay in (
             ("ema", self.hp.ema_decay), ("swa", 1.0)) if name in self.hp.averaging.split("_")}
@@ -1219,7 +1218,7 @@ class Trainer:
             self.rt.log(f"warning: {bad[0]} is not finite, so step {self.steps} gets no checkpoint")
         elif arrays:
             try:
-                path, settings = self.rt.log_path.with_suffix(".ckpt"), np.array(json.dumps(self.hp.as_env()))
+                path, settings = self.rt.log_path.with_suffix(".ckpt"), json.dumps(self.hp.as_env())
                 replace_file(path, lambda file: np.savez(file, settings=settings, **arrays))
                 self.hint = f"RESUME={path} goes on from step {self.steps}"
             except UserError as error:
@@ -1274,10 +1273,11 @@ def train(trainer: Trainer) -> None:
                    f"tok/s:{hp.train_batch_tokens * step / seconds:.0f} lr_scale:{scale:.4f}")
         capped = step and 0 < hp.max_wallclock_seconds < seconds * (1 + 2 / step)
         last = capped or step >= hp.iterations
-        if stopped or last or 0 < hp.checkpoint_every <= seconds - saved:
+        pause = last or hp.val_loss_every and step and step % hp.val_loss_every == 0
+        if stopped or pause or 0 < hp.checkpoint_every <= seconds - saved:
             saved = seconds
-            trainer.save()
-        if not stopped and (last or hp.val_loss_every and step and step % hp.val_loss_every == 0):
+            trainer.save()  # also before a validation, in which a signal would have to wait
+        if pause and not stopped:
             rt.barrier()
             paused = time.perf_counter()
             loss, bpb = trainer.validate()
@@ -1339,8 +1339,7 @@ def report_mixture(trainer: Trainer, mixture: Mixture, scores: np.ndarray, added
     if hp.ngram_counts == "hashed":
         hashed = Mixture(trainer.tokens, hp)
         hashed.extend(*scores)
-        matched = np.flatnonzero(order := hashed.counts[0])
-        mass = hashed_mass(trainer.tokens, order, matched[-64:], hp)
+        mass = hashed_mass(trainer.tokens, order := hashed.counts[0], np.flatnonzero(order)[-32:], hp)
         rt.log(f"final_ngram_hashed pseudo_bpb:{bits_per_byte(hashed.nll, stream_bytes):.8f} mass:{mass:.2f} "
                f"{orders} counts:hashed alpha:{hp.ngram_alpha} (not a probability: it sums to the mass)")
     return bpb
@@ -1351,16 +1350,18 @@ def ttt_batches(trainer: Trainer, begin: int, end: int):
     rt, tokens, length = trainer.rt, trainer.tokens, min(trainer.hp.eval_seq_len, end)
     starts, first, ends = windows(begin, end, length, length)
     for rows in np.array_split(np.arange(len(starts)), -(-len(starts) // TTT_BATCH)):
-        at = starts[rows][:, None] + np.arange(length)
-        weights = trainer.stream_bytes[at] * ((at >= first[rows][:, None]) & (at < ends[rows][:, None]))
-        batch = *(np.int64(tokens[i]) for i in (at, at + 1)), np.float32(weights / weights.sum())
-        yield [torch.from_numpy(np.array_split(x, rt.world_size)[rt.rank]).to(rt.device) for x in batch]
+        full = np.pad(rows, (0, -len(rows) % rt.world_size), "edge")  # as many for each rank
+        at = starts[full][:, None] + np.arange(length)
+        weights = trainer.stream_bytes[at] * ((at >= first[full][:, None]) & (at < ends[full][:, None]))
+        weights[len(rows):] = 0
+        batch = *(np.int64(tokens[i]) for i in (at, at + 1)), np.float32(weights / max(weights.sum(), 1))
+        yield [torch.from_numpy(np.split(x, rt.world_size)[rt.rank]).to(rt.device) for x in batch]
 def score_and_learn(trainer: Trainer, stride: int):
     """Score-first test-time training (PR #825). Yields segments as score_stream does: each is a chunk, scored
     with an average of the weights; only when the next is asked for the weights learn from it: the last
     TTT_BLOCKS, all vectors and scalars, and the head. In the end the model is what it was."""
     hp, rt, model, tokens = trainer.hp, trainer.rt, trainer.model, trainer.tokens
-    total = len(tokens) - 1
+    progress = Progress(rt, f"scoring and learning stride:{stride}", total := len(tokens) - 1)
     last = tuple(f"blocks.{i}." for i in range(hp.num_layers)[-hp.ttt_blocks or hp.num_layers:])
     head = "embed.weight" if hp.tie_embeddings else "head.weight"
     tuned = [p.requires_grad_() for name, p in model.requires_grad_(False).named_parameters()
@@ -1373,6 +1374,7 @@ def score_and_learn(trainer: Trainer, stride: int):
             yield np.concatenate([*score_stream(trainer.trunk, model, tokens, stride, rt, (begin, end))], 1)
             if end == total:
                 return
+            progress(end)
             torch._foreach_copy_(live, weights)
             optimizer.param_groups[0]["lr"] = hp.ttt_lr * ttt_scale(begin / total)
             epochs = (ttt_batches(trainer, begin, end) for _ in range(hp.ttt_epochs))
@@ -1432,9 +1434,8 @@ def evaluate(trainer: Trainer, size: int, began: float) -> None:
         mixed = f"{report_mixture(trainer, mixture.result(), scores, facts):.4f} bpb"
         arrays |= dict(mixed=mixture.result().nll.astype(np.float32))
     if hp.save_scores and rt.rank == 0:
-        arrays |= dict(settings=np.array(json.dumps(hp.as_env())))
         path = rt.log_path.with_name(f"{rt.log_path.stem}_scores.npz")
-        replace_file(path, lambda file: np.savez(file, **arrays))
+        replace_file(path, lambda file: np.savez(file, settings=json.dumps(hp.as_env()), **arrays))
     seconds = time.perf_counter() - began
     rt.log(f"total_eval_time:{seconds:.1f}s budget:{hp.eval_budget_seconds:g}s stride:{stride}")
     if rt.rank == 0:
@@ -1465,8 +1466,9 @@ def main(env: dict[str, str]) -> None:
             began = time.perf_counter()
             trainer.validate("final_float")  # the weights that are packed
             write_artifact(trainer.model, path, hp, rt)
+        trainer.trunk = trainer.compile(trainer.model)  # not before: evaluation's time counts it
         size = load_artifact(trainer.model, path, rt)
-        if rt.rank == 0 and not hp.checkpoint_every:
+        if rt.rank == 0 and not (hp.eval_only or hp.checkpoint_every):
             rt.log_path.with_suffix(".ckpt").unlink(missing_ok=True)  # the artifact is whole
         evaluate(trainer, size, began)
         rt.barrier()
@@ -1489,7 +1491,6 @@ def end(error: BaseException | None) -> None:
             print(f"train_gpt.py: error: {f'rank {rank}: ' * bool(rank)}{error}", file=sys.stderr)
         else:
             traceback.print_exception(error)
-    sys.stdout.flush()
     os._exit(1 if error else 0)
 if __name__ == "__main__":
     try:

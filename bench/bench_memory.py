@@ -60,7 +60,7 @@ def measure(folder: Path, corpus: np.ndarray, tokenizer: bytes, tokens: int, ran
     (folder / "tokenizer").write_bytes(tokenizer)
     settings = {k: str(v) for k, v in MODEL.items()} | dict(DATA_PATH=str(folder), TOKENIZER_PATH=f"{folder}/tokenizer")
     hp = t.Hyperparameters.from_env(settings)
-    (folder / "m.ptz").write_bytes(t.pack(t.GPT(hp).state_dict(), hp))
+    (folder / "m.ptz").write_bytes(t.pack(t.GPT(hp).state_dict(), hp)[0])
     env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", EVAL_ONLY="m.ptz", **settings)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
                str(ROOT / "train_gpt.py")]

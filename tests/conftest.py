@@ -78,14 +78,15 @@ def corpus(tmp_path_factory) -> dict[str, str]:
 SCRIPT = ROOT / "train_gpt.py"
 
 
-def start_script(cwd: Path, ranks: int = 1, script: Path = SCRIPT, **env) -> subprocess.Popen:
+def start_script(cwd: Path, ranks: int = 1, script: Path = SCRIPT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                 **env) -> subprocess.Popen:
     """train_gpt.py as users start it: under torchrun, or plainly with ranks=0."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV")}
     settings = {k: str(v) for k, v in {**TINY, **env}.items()}
     env = {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **settings}
     return subprocess.Popen([sys.executable, *launcher, str(script)], cwd=cwd, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=stdout, stderr=stderr)
 
 
 def finish(process: subprocess.Popen, timeout: float = 240) -> subprocess.CompletedProcess:
@@ -153,9 +154,9 @@ t.Trainer.step = step
 
 @pytest.fixture(scope="session")
 def runs(corpus, tmp_path_factory):
-    """The same run on 1, 2 and 4 ranks: ranks -> (folder, what it said)."""
+    """The same run on 1, 2 and 4 ranks, and on 8 where there are cores for them: ranks -> (folder, what it said)."""
     done = {}
-    for ranks in (1, 2, 4):
+    for ranks in (1, 2, 4, *[8] * (os.cpu_count() >= 8)):
         cwd = tmp_path_factory.mktemp(f"ranks{ranks}")
         result = run_script(cwd, ranks, **corpus, NUM_LAYER=3)
         assert result.returncode == 0, result.stderr[-3000:]

@@ -39,6 +39,14 @@ def test_mix_study(tmp_path, rng):
     assert run(ROOT / "bench/mix_study.py", tmp_path / "absent.npz", shard).returncode != 0
 
 
+def test_bench_memory():
+    done = run(ROOT / "bench/bench_memory.py", "--tokens", 5000, "--ranks", 2)
+    assert done.returncode == 0, done.stderr
+    tokens, _, total, first, other, _ = done.stdout.splitlines()[-1].strip("| ").split(" | ")
+    assert tokens == "5,000" and 50 < float(other.split()[0]) < float(first.split()[0].replace(",", ""))
+    assert float(total.split()[0].replace(",", "")) > 100
+
+
 def test_bench_averaging_scores_every_average(corpus):
     from bench_averaging import demo_settings, one_run
     assert demo_settings().model_dim == 128 and demo_settings(SEED=5).seed == 5

@@ -90,6 +90,19 @@ def test_a_signal_during_the_last_validation_is_not_lost(corpus, tmp_path, monke
         t.train(trainer)
 
 
+def test_a_validation_that_is_killed_costs_no_training(corpus, tmp_path):
+    """A signal waits until a validation ends, a scheduler does not: the checkpoint is written before."""
+    trainer = new_trainer(corpus, tmp_path / "run.txt", ITERATIONS=6, VAL_LOSS_EVERY=3)
+
+    def validate(name=""):
+        raise KeyboardInterrupt
+
+    trainer.validate = validate
+    with pytest.raises(KeyboardInterrupt):
+        t.train(trainer)
+    assert t.read_checkpoint(str(tmp_path / "run.ckpt"))["progress"][0] == 3
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_ends_the_run_and_its_checkpoint_is_whole(corpus, tmp_path, victim):
     settings = {**corpus, **STEADY, "ITERATIONS": 60, "WARMDOWN_ITERS": 55, "NGRAM_ENABLED": 0}
@@ -161,6 +174,17 @@ def before(trainer):
     assert log.count("warning: logs/test.ckpt: No space left on device; free space, then RESUME") == 5
     assert set(log.splitlines()) >= set(done.stdout.split("\n\n")[0].splitlines())
     assert t.read_checkpoint(f"{small_disk}/logs/test.ckpt")["progress"][0] == 12 and whole(small_disk)
+
+
+def test_a_console_that_takes_nothing_costs_nothing(corpus, tmp_path):
+    """As when it is a file on a full disk, or a pipe whose reader has gone."""
+    reader, pipe = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full:
+        process = start_script(tmp_path, 0, stdout=pipe, stderr=full, **corpus, NGRAM_ENABLED=0)
+    os.close(pipe)
+    assert process.wait(60) == 0
+    assert list(losses(log_of(tmp_path))) == list(range(1, 13)) and "total_eval_time" in log_of(tmp_path)
 
 
 def test_a_disk_that_stays_full_is_said_at_the_end(corpus, small_disk):

@@ -104,13 +104,22 @@ def test_each_target_of_a_chunk_is_learned_from_once_an_epoch(stream, begin, end
             trainer = trainer_with(tokens, stream_bytes)
             trainer.rt.rank, trainer.rt.world_size = rank, ranks
             for ids, targets, weights in t.ttt_batches(trainer, begin, end):
-                assert ids.shape == targets.shape == weights.shape
+                assert ids.shape == targets.shape == weights.shape and len(ids)
                 for row_ids, row_targets, row in zip(ids, targets, weights):
                     used = torch.nonzero(row).flatten().tolist()
                     start = next(s for s in range(351) if np.array_equal(tokens[s: s + len(row)], row_ids.numpy()))
                     assert np.array_equal(tokens[start + 1: start + 1 + len(row)], row_targets.numpy())
                     seen[[start + i for i in used]] += 1
         assert seen[begin:end].tolist() == [1] * (end - begin) and seen.sum() == end - begin
+
+
+def test_a_chunk_of_no_bytes_teaches_nothing(stream):
+    tokens, _ = stream
+    scores = scores_of(tokens, np.zeros(350, np.uint16))
+    plain = trainer_with(tokens, None)
+    assert np.array_equal(scores, np.concatenate([
+        collect(t.score_stream(plain.model, plain.model, tokens, 8, plain.rt, part))
+        for part in ((0, 100), (100, 200), (200, 300), (300, 350))], 1))
 
 
 def test_the_learning_rate_rises_threefold_then_falls_to_zero():
