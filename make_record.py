@@ -3,7 +3,7 @@
 
     python make_record.py report logs/seed*.txt --author ... --date ...   README's table and submission.json
     python make_record.py check                                           would a reviewer accept this folder?
-    python make_record.py plot                                            figures into logs/
+    python make_record.py plot                                            figures into logs/ and README
     python make_record.py view logs/seed1337_scores.npz                   the scored text, coloured, as HTML
     python make_record.py copy ~/parameter-golf                           records/<track>/<date>_<Name>/
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import datetime
 import importlib.util
 import json
 import math
@@ -47,7 +48,7 @@ class RecordError(Exception):
 
 PAIR = re.compile(r"([^\s:]+):(.*)", re.S)
 SETTING = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)")
-NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?(?:nan|inf))(?:ms|s| bytes)?", re.I)
+NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?(?:nan|inf))(ms|s| bytes)?", re.I)
 
 
 class Line(dict):
@@ -81,6 +82,13 @@ class Line(dict):
         if not math.isfinite(float(match[1])):
             raise self.error(f"{key} is not finite: the run diverged; repeat it with lower rates")
         return float(match[1])
+
+    def seconds(self, key: str) -> float:
+        """The time after `key` in seconds. RecordError: as `number`, or its unit is neither ms nor s."""
+        value, unit = self.number(key), NUMBER.fullmatch(self[key])[2]
+        if unit not in ("ms", "s"):
+            raise self.error(f"expected a time in ms or s after {key}:")
+        return value / 1e3 if unit == "ms" else value
 
 
 @dataclass(frozen=True)
@@ -144,14 +152,14 @@ class Log:
     @cached_property
     def train_steps(self) -> list[Step]:
         """The `train_loss` lines. A resumed run begins after step 0; what an earlier try left is not repeated."""
-        return [Step(line.no, step_of(line), line.number("train_time") / 1e3, line.number("train_loss"),
+        return [Step(line.no, step_of(line), line.seconds("train_time"), line.number("train_loss"),
                      line.number("lr_scale") if "lr_scale" in line else None)
                 for line in self.all("step:") if "train_loss" in line]
 
     @cached_property
     def validations(self) -> list[Validation]:
         """The validations during training and at its end."""
-        return [Validation(line.no, step_of(line), line.number("train_time") / 1e3, line.number("val_loss"),
+        return [Validation(line.no, step_of(line), line.seconds("train_time"), line.number("val_loss"),
                            line.number("val_bpb")) for line in self.all("step:") if "val_bpb" in line]
 
 
@@ -182,7 +190,8 @@ def parse_log(path: Path | str) -> Log:
 # --- 2. Runs ------------------------------------------------------------------------------------------------------
 # One finished run: its numbers, each checked against what else the log says before anybody may use it.
 
-FREE_SETTINGS = {"SEED", "RUN_ID", "RESUME", "SAVE_SCORES"}  # may differ between the seeds of one result
+FREE_SETTINGS = {  # may differ between the seeds of one result; what the paths lead to is compared by SHA-256
+    "SEED", "RUN_ID", "RESUME", "SAVE_SCORES", "CHECKPOINT_EVERY", "DATA_PATH", "TRAIN_DATA_PATH", "TOKENIZER_PATH"}
 
 
 @dataclass(frozen=True)
@@ -214,8 +223,8 @@ def read_run(log: Log) -> Run:
     last, (code, size) = last_validation(log), submission_bytes(log)
     return Run(log=log, seed=seed_of(log), neural=neural.number("val_bpb"), val_loss=mixed.number("val_loss"),
                val_bpb=mixed.number("val_bpb"), gain=mixed.number("gain"), steps=step_of(last),
-               step_avg_ms=last.number("step_avg"), train_s=last.number("train_time") / 1e3,
-               eval_s=total.number("total_eval_time"), artifact_bytes=size, code_bytes=code,
+               step_avg_ms=round(1e3 * last.seconds("step_avg"), 6), train_s=last.seconds("train_time"),
+               eval_s=total.seconds("total_eval_time"), artifact_bytes=size, code_bytes=code,
                audit=log.find("ngram_audit"))
 
 
@@ -223,6 +232,8 @@ def refuse_unfinished(log: Log) -> None:
     """RecordError: the run died, is another one than its name says, trained nothing, or has no honest score."""
     for line in log.all("error:"):
         raise line.error("expected a run without errors; repeat or RESUME it")
+    for line in log.all("warning: SEED="):
+        raise line.error("expected one seed from the first step on; RESUME with that of the checkpoint")
     totals = log.all("total_eval_time:")
     if len(totals) > 1:
         raise totals[1].error(f"a second run in one log, the first ended in line {totals[0].no}; use one log per run")
@@ -257,7 +268,7 @@ def last_validation(log: Log) -> Line:
     if not last or log.train_steps and step_of(last) < log.train_steps[-1].step:
         raise RecordError(f"{log.path}:{log.lines[-1][0] if log.lines else 1}: the log ends without a line "
                           "step:... val_loss:... val_bpb:... after training; repeat the run")
-    steps, ms, average = step_of(last), last.number("train_time"), last.number("step_avg")
+    steps, ms, average = step_of(last), 1e3 * last.seconds("train_time"), 1e3 * last.seconds("step_avg")
     if steps < 1 or abs(ms / steps - average) > 0.01 + 1 / steps:
         raise last.error("expected train_time / step = step_avg")
     return last
@@ -329,9 +340,14 @@ def check_same_experiment(logs: list[Log]) -> None:
                 raise RecordError(f"{log.path}:{log.line_of(f'{name}=')}: found {name}={mine}, but {its} in "
                                   f"{first.path}:{first.line_of(f'{name}=')}; only {', '.join(sorted(FREE_SETTINGS))} "
                                   "may differ")
-        for mine, its in zip(data_lines(log), data_lines(first)):
-            if {**mine, "first": ""} != {**its, "first": ""}:
-                raise mine.error(f"other data than {its.place} ({its.text[:120]!r}), expected the same for all seeds")
+        check_same_data(log, first)
+
+
+def check_same_data(log: Log, first: Log) -> None:
+    """RecordError names the first line by which two runs were trained or scored on different data."""
+    for mine, its in zip(data_lines(log), data_lines(first)):
+        if {**mine, "first": ""} != {**its, "first": ""}:
+            raise mine.error(f"other data than {its.place} ({its.text[:120]!r}), expected the same for all logs")
 
 
 def data_lines(log: Log) -> list[Line]:
@@ -453,9 +469,9 @@ def unscored(log: Log) -> str:
 
 
 def score_first(log: Log) -> bool:
-    """Test-time training, if the run has any, says in its `ttt:` lines that it scores before it learns."""
+    """Test-time training says in its `ttt:` lines that it scores before it learns; without lines it must be off."""
     lines = log.all("ttt:")
-    return not lines or any("score_first" in line.text for line in lines)
+    return any("score_first" in line.text for line in lines) if lines else log.settings.get("TTT_EPOCHS", "0") == "0"
 
 
 def unsafe_reading(source: str) -> str:
@@ -503,11 +519,16 @@ def personal_facts(folder: Path, flags: dict[str, str | None]) -> dict[str, str]
     said |= {key: value for key, value in flags.items() if key in PERSONAL and value is not None}
     for key in PERSONAL:
         if not isinstance(said.get(key), str) or not said[key].strip():
-            raise RecordError(f"{path}: has no {key!r} ({PERSONAL[key]}); give --{key.replace('_', '-')}")
-    if not re.fullmatch(r"\d{4}-\d\d-\d\d", said["date"]):
-        raise RecordError(f"{path}: found the date {said['date']!r}, expected YYYY-MM-DD; give --date")
+            raise RecordError(f"{path}: has no {key!r} ({PERSONAL[key]}); give `report --{key.replace('_', '-')}`")
+    try:
+        is_date = datetime.date.fromisoformat(said["date"]).isoformat() == said["date"]
+    except ValueError:
+        is_date = False
+    if not is_date:
+        raise RecordError(f"{path}: found the date {said['date']!r}, expected YYYY-MM-DD; give `report --date`")
     if said["track"] not in TRACKS:
-        raise RecordError(f"{path}: found the track {said['track']!r}, expected {PERSONAL['track']}; give --track")
+        raise RecordError(f"{path}: found the track {said['track']!r}, expected {PERSONAL['track']}; give "
+                          "`report --track`")
     return said
 
 
@@ -540,7 +561,7 @@ def split_readme(path: Path, part: str = "results") -> tuple[str, str, str]:
     text, begin, end = read_text(path), f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise RecordError(f"{path}: found {text.count(begin)} x {begin} and {text.count(end)} x {end}, expected each "
-                          f"once, in this order; put them where the {part} table belongs")
+                          f"once, in this order; put them where the {part} belong")
     before, _, rest = text.partition(begin)
     between, _, after = rest.partition(end)
     return before + begin, between, end + after
@@ -571,8 +592,12 @@ def report(paths: list[Path], folder: Path, flags: dict[str, str | None]) -> lis
     runs, said = read_runs([parse_log(path) for path in paths]), personal_facts(folder, flags)
     found = submission(runs, said)
     write_all({folder / "README.md": f"{before}\n{results_table(runs, folder)}\n{after}",
-               folder / "submission.json": json.dumps(found, indent=2, ensure_ascii=False) + "\n"})
+               folder / "submission.json": as_json(found)})
     return runs
+
+
+def as_json(found: dict) -> str:
+    return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
 
 
 def systems_table(runs: dict[str, list[Run]]) -> str:
@@ -602,15 +627,28 @@ def systems_table(runs: dict[str, list[Run]]) -> str:
 def systems(paths: list[Path], folder: Path) -> dict[str, list[Run]]:
     """Rewrites README's table of systems from logs named <system>_seed<seed>.txt. RecordError: nothing is written."""
     before, _, after = split_readme(folder / "README.md", "systems")
+    runs = read_systems(paths)
+    write_all({folder / "README.md": f"{before}\n{systems_table(runs)}\n{after}"})
+    return runs
+
+
+def read_systems(paths: list[Path]) -> dict[str, list[Run]]:
+    """system -> its runs. RecordError: a name says no system, or the systems differ in data or training time."""
     groups: dict[str, list[Log]] = {}
-    for path in paths:
+    for path in sorted(paths):
         name, mark, _ = path.stem.rpartition("_seed")
         if not mark:
             raise RecordError(f"{path}: its name says no system, expected <system>_seed<seed>.txt; set RUN_ID so")
         groups.setdefault(name, []).append(parse_log(path))
-    runs = {name: read_runs(logs) for name, logs in groups.items()}
-    write_all({folder / "README.md": f"{before}\n{systems_table(runs)}\n{after}"})
-    return runs
+    first, *others = (log for logs in groups.values() for log in logs)
+    for log in others:
+        check_same_data(log, first)
+        mine, its = (of.setting("MAX_WALLCLOCK_SECONDS") for of in (log, first))
+        if mine != its:
+            at, its_at = (f"{of.path}:{of.line_of('MAX_WALLCLOCK_SECONDS=')}" for of in (log, first))
+            raise RecordError(f"{at}: found MAX_WALLCLOCK_SECONDS={mine}, but {its} in {its_at}; expected the same "
+                              "training time for all systems")
+    return {name: read_runs(logs) for name, logs in groups.items()}
 
 
 def settings_table(script: Path) -> str:
@@ -765,17 +803,17 @@ def train_seconds(log: Log) -> tuple[float, Line]:
     lines = [line for line in log.all("step:") + log.all("stopping_early") if "train_time" in line]
     if not lines:
         log.find("stopping_early")
-    return max(((line.number("train_time") / 1e3, line) for line in lines), key=lambda found: found[0])
+    return max(((line.seconds("train_time"), line) for line in lines), key=lambda found: found[0])
 
 
 def eval_seconds(log: Log) -> tuple[float, str]:
-    """(seconds, place) of the evaluation; of an older log, the sum of its final scores' eval_time."""
-    scores = {line["eval_time"]: line for line in log.all("final_") if "eval_time" in line}
-    parts = sum(line.number("eval_time") for line in scores.values()) / 1e3
+    """(seconds, place) of the evaluation; of an older log, the sum of all its eval_time, each value once."""
+    scores = {line["eval_time"]: line for line in log.all("") if "eval_time" in line}
+    parts = sum(line.seconds("eval_time") for line in scores.values())
     if not log.has("total_eval_time:") and parts:
         return parts, f"{log.path}:{','.join(str(line.no) for line in scores.values())}: sum of eval_time"
     line = log.find("total_eval_time:")
-    total = line.number("total_eval_time")
+    total = line.seconds("total_eval_time")
     if total + 0.1 < parts:
         raise line.error(f"expected at least {parts:.1f}s, the sum of the scores' eval_time")
     return total, line.place
@@ -819,7 +857,7 @@ def check_units_of_json(folder: Folder) -> str:
                             for log in folder.logs for line in reversed(log.all("final_"))
                             if "val_loss" in line and "val_bpb" in line and line["val_loss"] != line["val_bpb"]),
                            (ratio, "no log says"))
-    if abs(ratio / expected - 1) > 1e-4:
+    if abs(ratio / expected - 1) > 1e-3:  # four digits, as others write them
         raise RecordError(f"{place}: val_loss {loss} / ln 2 / val_bpb {bpb} = {ratio:.4f} bytes per token, but "
                           f"{expected:.4f} in {where}: is one of them in other units?")
     return f"val_loss / ln 2 / val_bpb = {ratio:.4f} bytes per token ({where})"
@@ -838,7 +876,7 @@ def check_hardware(folder: Folder) -> str:
     """The record track is run on 8 x H100."""
     found = hardware(folder.runs)
     track = folder.submission.get("track")
-    if track == TRACKS[0] and not re.fullmatch(r"8 x .*H100.*", found):
+    if track == TRACKS[0] and not all(re.fullmatch(r"8 x .*H100.*", part) for part in found.split("; ")):
         raise RecordError(f"{folder.path / 'submission.json'}:{json_line(folder.path / 'submission.json', ['track'])}: "
                           f"track {track} is for 8 x H100, the logs say {found}; use {TRACKS[1]}")
     return f"{found}, track {track}"
@@ -872,18 +910,26 @@ def json_line(path: Path, keys) -> int:
 
 
 def check_readme(folder: Folder) -> str:
-    path = folder.path / "README.md"
-    before, between, _ = split_readme(path)
-    expected = f"\n{results_table(folder.runs, folder.path)}\n"
-    if no := first_difference(between, expected):
-        found, wanted = ((text.split("\n") + [""] * no)[no - 1] for text in (between, expected))
-        raise RecordError(f"{path}:{before.count(chr(10)) + no}: found {found[:200]!r}, the logs say {wanted[:200]!r}; "
-                          "`make_record.py report` writes it")
-    return f"the results table is that of {len(folder.runs)} logs"
+    """The results table, and that of systems where their logs lie, are as the logs say, to the last digit."""
+    path, systems_logs = folder.path / "README.md", sorted(folder.path.glob("logs/systems/*.txt"))
+    tables = {"results": ("report", results_table(folder.runs, folder.path))}
+    if systems_logs:
+        tables["systems"] = "systems", systems_table(read_systems(systems_logs))
+    for part, (command, table) in tables.items():
+        before, between, _ = split_readme(path, part)
+        if no := first_difference(between, expected := f"\n{table}\n"):
+            found, wanted = ((text.split("\n") + [""] * no)[no - 1] for text in (between, expected))
+            raise RecordError(f"{path}:{before.count(chr(10)) + no}: found {found[:200]!r}, the logs say "
+                              f"{wanted[:200]!r}; `make_record.py {command}` writes it")
+    return " and ".join(f"the {part} table is that of {count} logs" for part, count in
+                        zip(tables, (len(folder.runs), len(systems_logs))))
 
 
 def check_figures(folder: Folder) -> str:
     figures = folder.figures()
+    if not figures:
+        raise RecordError(f"{folder.path / 'README.md'}: shows no figures; `make_record.py plot` draws them and puts "
+                          "them between <!-- figures:begin --> and <!-- figures:end -->")
     every(figures, lambda path: "" if path.is_file() and path.stat().st_size else f"{path}: README shows it, but it "
                                                                                   "is missing or empty")
     return f"{len(figures)} shown by README, all here"
@@ -990,7 +1036,7 @@ PROBE_SECONDS = 50
 PROBED = dict(  # a model of every feature that takes milliseconds, on an invented stream
     VOCAB_SIZE=32, NUM_LAYERS=3, MODEL_DIM=32, NUM_HEADS=2, NUM_KV_HEADS=1, ROPE_DIMS=8, MLP_MULT=2, VE_LAYERS="1,2",
     VE_DIM=8, XSA_LAST_N=1, BIGRAM_VOCAB_SIZE=64, BIGRAM_DIM=8, TRAIN_SEQ_LEN=16, TRAIN_BATCH_TOKENS=64,
-    EVAL_SEQ_LEN=16, EVAL_STRIDE=5, VAL_BATCH_SIZE=256, COMPILE=0)
+    EVAL_SEQ_LEN=16, EVAL_STRIDE=5, VAL_BATCH_SIZE=256, TTT_CHUNK_TOKENS=50, NGRAM_COUNTS="exact", COMPILE=0)
 
 
 @lru_cache
@@ -1068,13 +1114,15 @@ def probe_parameters(module, settings: dict[str, str]) -> str:
 
 
 class Probed:
-    """A small model with random weights, mixed as the logged settings say, on an invented stream."""
+    """A small model with random weights that learns and is mixed as the logged settings say, on an invented stream.
+    Of hashed counts, the exact ones beside them: those make the score."""
 
     def __init__(self, module, settings: dict[str, str]):
         import torch
         seed = int.from_bytes(os.urandom(4), "little")
         self.module, self.rng, self.seed = module, np.random.default_rng(seed), f"seed {seed}"
-        kept = {key: value for key, value in settings.items() if key.startswith(("NGRAM_", "ALPHA_"))}
+        kept = {key: value for key, value in settings.items() if key.startswith(("NGRAM_", "ALPHA_", "TTT_"))}
+        kept["TTT_EPOCHS"] = "0" if kept.get("TTT_EPOCHS", "0") == "0" else "1"  # one shows as much as many
         self.hp = module.Hyperparameters.from_env({**kept, **{key: str(value) for key, value in PROBED.items()}})
         torch.manual_seed(seed)
         torch.set_num_threads(1)
@@ -1089,8 +1137,13 @@ class Probed:
         return np.concatenate([pieces[i][: 3 + i % 7] for i in self.rng.integers(0, 12, size)])[:size].astype(np.uint16)
 
     def neural(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(nll, entropy) in nats of the targets, by the script's score_stream."""
-        segments = self.module.score_stream(self.model, self.model, tokens, self.hp.eval_stride, OneRank())
+        """(nll, entropy) in nats of the targets, by the script's score_stream or, with TTT, its score_and_learn."""
+        if self.hp.ttt_epochs:
+            trainer = self.module.Trainer(self.model, None, OneRank())
+            trainer.tokens, trainer.stream_bytes = tokens, np.ones(len(tokens) - 1, np.uint16)
+            segments = self.module.score_and_learn(trainer, self.hp.eval_stride)
+        else:
+            segments = self.module.score_stream(self.model, self.model, tokens, self.hp.eval_stride, OneRank())
         nll, entropy = (np.concatenate(parts) for parts in list(zip(*segments))[:2])
         if len(nll) != len(tokens) - 1:
             raise RecordError(f"{len(nll)} scores for {len(tokens) - 1} targets")
@@ -1131,12 +1184,11 @@ def probe_sum(module, settings: dict[str, str]) -> str:
     probed, sums = Probed(module, settings), []
     tokens, at = probed.stream(300), [20, 150, 290]
     for target in at:
-        p = np.zeros(2)
+        p, known = np.zeros(2), tokens[:target + 9].copy()  # what comes later matters to no score: see probe_causal
         for token in range(probed.hp.vocab_size):
-            tokens[target + 1], was = token, tokens[target + 1]
-            nll, entropy = probed.neural(tokens)
-            p += np.exp(-np.array([nll[target], probed.mixed(tokens, nll, entropy)[target]], float))
-            tokens[target + 1] = was
+            known[target + 1] = token
+            nll, entropy = probed.neural(known)
+            p += np.exp(-np.array([nll[target], probed.mixed(known, nll, entropy)[target]], float))
         sums += p.tolist()
         for name, mass in zip(("the model's", "the mixture's"), p):
             if not abs(mass - 1) < 1e-4:
@@ -1187,8 +1239,9 @@ PROBES = dict(parameters=probe_parameters, causal=probe_causal, sums_to_one=prob
 # --- 5. Copy ------------------------------------------------------------------------------------------------------
 
 def copy(folder: Path, dest: Path, date: str | None, name: str | None, force: bool) -> tuple[Path, list[Finding]]:
-    """Makes dest/records/track_<track>/<date>_<Name>/ of exactly the submission's files and checks it there.
-    RecordError: it exists already, or a check failed and `force` is off; then nothing is left behind."""
+    """Makes dest/records/track_<track>/<date>_<Name>/ of exactly the submission's files, its submission.json with that
+    date, and checks it there. RecordError: it exists already, or a check failed and `force` is off; then nothing is
+    left behind."""
     source = Folder(folder)
     said = personal_facts(folder, dict(date=date))
     name = re.sub(r"[^A-Za-z0-9.+-]+", "_", name or said["name"]).strip("_.")
@@ -1197,12 +1250,18 @@ def copy(folder: Path, dest: Path, date: str | None, name: str | None, force: bo
     target = dest / "records" / f"track_{said['track']}" / f"{said['date']}_{name}"
     if target.exists() or target.is_symlink():
         raise RecordError(f"{target}: exists already and is left as it is; choose another --name or --date")
-    aside = Path(tempfile.mkdtemp(prefix=".record-", dir=dest))
+    try:
+        aside = Path(tempfile.mkdtemp(prefix=".record-", dir=dest))
+    except OSError as error:
+        raise RecordError(f"{dest}: {error.strerror}, expected a folder that can be written; {target} was not made") \
+            from None
     try:
         for path in [*(folder / name for name in FILES), *(log.path for log in source.logs), *source.figures()]:
             copied = aside / inside(path, folder)
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copied)
+        if source.submission.get("date") != said["date"]:
+            (aside / "submission.json").write_bytes(as_json({**source.submission, "date": said["date"]}).encode())
         findings = check(aside)
         failed = [finding for finding in findings if not finding.passed]
         if failed and not force:
@@ -1245,7 +1304,7 @@ def arguments() -> argparse.ArgumentParser:
     one.add_argument("--folder", type=Path, default=Path("."), help="the submission (default: here)")
     one = command("settings", "write README's table of environment variables")
     one.add_argument("--folder", type=Path, default=Path("."), help="the submission (default: here)")
-    one = command("plot", "draw the figures that README shows, from the reported logs, into logs/")
+    one = command("plot", "draw the figures from the reported logs into logs/ and show them in README")
     one.add_argument("folder", nargs="?", type=Path, default=Path("."), help="the submission (default: here)")
     one = command("view", "make an HTML page of the scored text, coloured by what the mixture saved")
     one.add_argument("scores", type=Path, metavar="SCORES.npz", help="logs/<RUN_ID>_scores.npz of SAVE_SCORES=1")
@@ -1307,8 +1366,15 @@ def figures():
 
 
 def run_plot(args: argparse.Namespace) -> int:
-    for path in figures().plot(args.folder) or ():
+    for path in figures().plot(args.folder):
         print(path)
+    readme = args.folder / "README.md"
+    try:
+        before, _, after = split_readme(readme, "figures")
+    except RecordError as error:
+        print(f"make_record.py: warning: README shows no figures: {error}", file=sys.stderr)
+        return 0
+    write_all({readme: f"{before}\n{figures().pictures(args.folder)}\n{after}"})
     return 0
 
 

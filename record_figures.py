@@ -1,7 +1,7 @@
 """Pictures of a run, for people who would rather look than read.
 
     view(scores.npz)   one HTML page: the validation text, coloured by the bits that counting saved at each token
-    plot(folder)       PNGs from the logs that submission.json names, light and dark, for the README
+    plot(folder)       PNGs from the logs that README's results table links to, light and dark
 
 `python make_record.py view` and `python make_record.py plot` call these. Both are pure functions of their inputs:
 no dates, no random numbers, no network. The page holds all it needs; the figures hold nothing but the logs' numbers.
@@ -9,6 +9,7 @@ no dates, no random numbers, no network. The page holds all it needs; the figure
 from __future__ import annotations
 
 import codecs
+import contextlib
 import html
 import json
 import math
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from make_record import Log, RecordError, parse_log
+from make_record import Folder, Log, RecordError, parse_log
 
 # --- 1. Colours ---------------------------------------------------------------------------------------------------
 # Blue means saved, orange lost: told apart by every kind of colour vision, and losses are underlined besides. Text on
@@ -74,13 +75,18 @@ class Scores:
 
 def view(scores_path, out=None, start: int | None = None, tokens: int = 4000) -> Path:
     """Writes the page for `tokens` targets from target `start` (by default where counting saved most) and returns its
-    path, by default <RUN_ID>_view.html beside the scores. RecordError: scores or data that do not fit together."""
+    path, by default <RUN_ID>_view.html beside the scores. RecordError: scores or data that do not fit together, or
+    `out` cannot be written."""
     scores_path = Path(scores_path)
     scores = load_scores(scores_path)
     out = Path(out) if out else scores_path.with_name(f"{scores_path.stem.removesuffix('_scores')}_view.html")
     first, last = choose_stretch(scores, start, tokens)
     page = render(scores, first, last)
-    out.write_text(page, encoding="utf-8", newline="\n")
+    try:
+        out.write_text(page, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise RecordError(f"{out}: {error.strerror}; expected a file that can be written in a folder that is there") \
+            from None
     return out
 
 
@@ -90,7 +96,7 @@ def load_scores(path: Path) -> Scores:
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # TypeError: a bare array, .npy
         raise RecordError(f"{path}: no scores of a run ({error}); expected an .npz that SAVE_SCORES=1 wrote") from None
     missing = {"nll", "entropy", "mixed"} - set(arrays)
     if missing:
@@ -368,9 +374,9 @@ BACKGROUNDS = {"light": "#ffffff", "dark": "#0d1117"}
 
 
 def plot(folder) -> list[Path]:
-    """Writes <folder>/logs/<figure>_{light,dark}.png from the logs of the seeds in <folder>/submission.json; returns
-    their paths. A figure whose lines a log lacks is skipped, with a line that says so; what an earlier call drew of it
-    is removed. The same logs give the same pixels."""
+    """Writes <folder>/logs/<figure>_{light,dark}.png from the reported logs (see submitted_logs); returns their paths.
+    A figure whose lines a log lacks is skipped, with a line that says so; what an earlier call drew of it is removed.
+    The same logs give the same pixels."""
     folder, written = Path(folder), []
     logs = submitted_logs(folder)
     for name in FIGURES:
@@ -397,8 +403,10 @@ def pictures(folder) -> str:
 
 
 def submitted_logs(folder: Path) -> list[Log]:
-    """One log per seed of submission.json, in its order: logs/*.txt with that SEED; of several, that whose score it
-    states."""
+    """The logs that README's results table links to. If it links none, one per seed of submission.json, in its order:
+    logs/*.txt with that SEED; of several, that whose score it states."""
+    if linked := Folder(folder).linked_logs():
+        return [parse_log(path) for path in linked]
     path = folder / "submission.json"
     try:
         submission = json.loads(path.read_text(encoding="utf-8"))
@@ -406,7 +414,10 @@ def submitted_logs(folder: Path) -> list[Log]:
         stated = {str(seed): result["val_bpb"] for seed, result in submission["seed_results"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecordError(f"{path}: no seeds and seed_results there ({error!r}); make it with `report`") from None
-    logs, found = [parse_log(log) for log in sorted((folder / "logs").glob("*.txt"))], []
+    logs, found = [], []
+    for log in sorted((folder / "logs").glob("*.txt")):
+        with contextlib.suppress(RecordError):  # no text: no log of ours
+            logs.append(parse_log(log))
     for seed in seeds:
         ours = [log for log in logs if log.settings.get("SEED") == seed]
         if len(ours) > 1:
@@ -907,6 +918,11 @@ kbd{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;border:1p
   #theme::after{content:"\\25d0";font-size:15px}
   footer{padding-bottom:260px}
   footer p:first-child{display:none}
+}
+@media (min-width:901px) and (max-height:780px){
+  header{padding-block:18px 12px}
+  main{padding-block:16px 24px}
+  .card{min-height:296px;padding-block:12px 10px}
 }
 @media (max-width:640px){
   th,td{padding-left:6px;font-size:13px}

@@ -957,7 +957,7 @@ def describe_contexts(t, token, age, first, context, pair) -> np.ndarray:
     state = (state * 2 + repeated) * 2 + (gap <= age)
     return np.where(context, 2 * (1 + state * GAPS + np.minimum(floor_log2(gap) >> 1, GAPS - 1)) + same, 0)
 def ngram_counts(tokens: np.ndarray, highest: int, describe: bool = True):
-    """Yields (pair, code), uint32 and uint16 per position of `tokens`, for grams of n = 1 ... highest tokens.
+    """Yields (pair, code), of few bytes, per position of `tokens`, for grams of n = 1 ... highest tokens.
     pair[t]: how many earlier positions end the same n-gram: c(u, v) of a target at t; its c(u) is the
     previous n's pair[t - 1]. code: see `describe_contexts`; 0 exactly where c(u) = 0."""
     here = np.arange(len(tokens), dtype=np.uint32)
@@ -970,7 +970,7 @@ def ngram_counts(tokens: np.ndarray, highest: int, describe: bool = True):
     del here, age
     keep = t < len(tokens) - 1  # what ends the stream is no context
     t, first = t[keep] + 1, first[keep]
-    yield pair, code
+    yield pair.astype(np.min_scalar_type(pair.max()), copy=False), code
     for _ in range(2, highest + 1):
         pair, code, kept, stop = np.zeros(len(tokens), np.uint32), np.zeros(len(code), np.uint16), 0, 0
         while stop < len(first):  # whole groups, of at least CHUNK positions in all
@@ -988,8 +988,8 @@ def ngram_counts(tokens: np.ndarray, highest: int, describe: bool = True):
             size = np.count_nonzero(keep)
             t[kept: kept + size], first[kept: kept + size] = target[keep], split[keep]
             kept += size
-        t, first = t[:kept], first[:kept]
-        yield pair, code
+        t, first = t[:kept].copy(), first[:kept].copy()
+        yield pair.astype(np.min_scalar_type(pair.max()), copy=False), code
 def ngram_backoff(tokens: np.ndarray, hp: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(order, context count, pair count) per target: the longest gram whose context was followed by something
     at least NGRAM_MIN_COUNT times before. Order 0: none was. The choice never looks at the target."""
@@ -1059,9 +1059,7 @@ class Mixture:
         self.samples = np.unique(np.concatenate(spread).astype(int) - 1)
         self.decided = {}  # sampled target -> [[order, w0, w1, w2, c(u), c(u, v)], ..., [model, trust]]
         if hp.ngram_alpha == "online":  # of order n: counts[2 * n - 2] pairs, counts[2 * n - 1] codes
-            self.counts, self.lead = [], 0.0
-            for pair, code in ngram_counts(tokens, hp.ngram_order):
-                self.counts += pair.astype(np.min_scalar_type(pair.max())), code
+            self.counts, self.lead = [*chain(*ngram_counts(tokens, hp.ngram_order))], 0.0
             self.mass = np.zeros((hp.ngram_order + 1, 3, STATES, GAPS, HEATS))
         else:
             self.counts = ngram_backoff(tokens, hp)

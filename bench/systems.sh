@@ -3,6 +3,7 @@
 # three seeds each; logs/systems/<system>_seed<seed>.txt. On two CPU cores about ten minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export DATA_PATH=data/datasets/demo_sp1024 TOKENIZER_PATH=data/tokenizers/demo_1024_bpe.model
 export NUM_LAYERS=5 MODEL_DIM=128 NUM_HEADS=4 VE_LAYERS=3,4 VE_DIM=32 BIGRAM_VOCAB_SIZE=1024 BIGRAM_DIM=32
 export TRAIN_BATCH_TOKENS=2048 TRAIN_SEQ_LEN=256 MAX_WALLCLOCK_SECONDS=${MAX_WALLCLOCK_SECONDS:-30} WARMUP_STEPS=2
@@ -19,4 +20,4 @@ for system in backoff order_adaptive prefill; do
         mv "logs/$name.txt" logs/systems/
     done
 done
-"${PYTHON:-python3}" make_record.py systems logs/systems/*.txt
+"$PYTHON" make_record.py systems logs/systems/*.txt

@@ -1,6 +1,7 @@
-# Sourced by the launch scripts: start train_gpt.py on every GPU, or on two CPU ranks where there is none.
-# NPROC: number of ranks. PYTHON: interpreter. SCRIPT: another train_gpt.py.
-python=${PYTHON:-python3}
+# Sourced by the launch scripts: start train_gpt.py on the GPUs, as many as the largest of 8, 4, 2, 1 that fits, or on
+# two CPU ranks where there is none. NPROC: another number of ranks. PYTHON: interpreter; else that of `make`, else
+# python3. SCRIPT: another train_gpt.py.
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 for ranks in 8 4 2 1; do (( gpus < ranks )) || break; done   # what the batches of the scripts divide by
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

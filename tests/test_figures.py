@@ -14,6 +14,7 @@ import pytest
 import sentencepiece
 from conftest import tiny, write_shard
 
+import make_record
 import record_figures as figures
 import train_gpt
 from make_record import RecordError
@@ -232,6 +233,16 @@ def test_scores_that_do_not_fit_are_refused_in_one_line(run, tmp_path):
     assert not list(tmp_path.glob("*.html"))
 
 
+def test_what_cannot_be_viewed_is_one_line(run, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.zeros(9))
+    for command, said in (([tmp_path / "x.npy"], f"{tmp_path}/x.npy: no scores of a run"),
+                          ([run, "--out", tmp_path / "nowhere/x.html"], f"{tmp_path}/nowhere/x.html: No such file"),
+                          ([run, "--out", tmp_path], f"{tmp_path}: Is a directory")):
+        assert make_record.main(["view", *map(str, command)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"make_record.py: error: {said}") and error.count("\n") == 1
+
+
 def luminance(color: str) -> float:
     rgb = np.array([int(color[i: i + 2], 16) for i in (1, 3, 5)]) / 255
     return float(np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722))
@@ -398,6 +409,37 @@ def test_plot_draws_every_figure_in_both_themes(tmp_path, rng, capsys):
     for name in ("fig_training",):
         figures.draw(name, figures.COLLECT[name](figures.submitted_logs(folder)), "dark", again)
         assert again.read_bytes() == (folder / f"logs/{name}_dark.png").read_bytes(), "same logs, same pixels"
+
+
+def test_plot_shows_in_the_readme_what_it_drew(tmp_path, rng, capsys, monkeypatch):
+    folder, readme = record(tmp_path, rng, drop="calibration"), tmp_path / "README.md"
+    monkeypatch.setattr(figures, "draw", lambda name, data, theme, path: path.write_bytes(b"PNG"))
+    readme.write_text("# x\n")
+    assert make_record.main(["plot", str(folder)]) == 0
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{readme}: found 0 x <!-- figures:begin -->" in error
+    assert readme.read_text() == "# x\n" and len(list(folder.glob("logs/*.png"))) == 8
+    with pytest.raises(RecordError, match="README.md: shows no figures"):
+        make_record.check_figures(make_record.Folder(folder))
+    readme.write_text("# x\n<!-- figures:begin -->\nold\n<!-- figures:end -->\nrest\n")
+    for _ in range(2):
+        assert make_record.main(["plot", str(folder)]) == 0 and not capsys.readouterr().err
+        assert readme.read_text() == (f"# x\n<!-- figures:begin -->\n{figures.pictures(folder)}\n"
+                                      "<!-- figures:end -->\nrest\n")
+    assert make_record.check_figures(make_record.Folder(folder)) == "8 shown by README, all here"
+
+
+def test_the_figures_are_of_the_logs_that_readme_links_to(tmp_path, rng):
+    """Whatever else lies beside them: the same run scored again, a file that is no text."""
+    folder = record(tmp_path, rng, seeds=(7, 8))
+    (folder / "logs/again.txt").write_text((folder / "logs/seed7.txt").read_text())
+    (folder / "logs/odd.txt").write_bytes(b"\xff\xfe")
+    (folder / "README.md").write_text("<!-- results:begin -->\n| [7](logs/seed7.txt) |\n| [8](logs/seed8.txt) |\n"
+                                      "<!-- results:end -->\n")
+    assert [log.path.name for log in figures.submitted_logs(folder)] == ["seed7.txt", "seed8.txt"]
+    (folder / "README.md").unlink()
+    (folder / "logs/again.txt").unlink()
+    assert [log.path.name for log in figures.submitted_logs(folder)] == ["seed7.txt", "seed8.txt"]
 
 
 def test_the_figures_numbers_are_the_logs_numbers(tmp_path, rng):

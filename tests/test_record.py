@@ -1,6 +1,7 @@
 """make_record.py: logs in; table, JSON, verdicts and the folder for records/ out. Three tiny runs serve all tests."""
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, collect, run_script
 
 import make_record as m
@@ -110,6 +112,30 @@ total_eval_time:12.3s budget:600s stride:96
     assert m.eval_seconds(log) == (12.3, f"{path}:13")
 
 
+def test_times_are_read_in_the_unit_they_are_written_in(tmp_path):
+    path = tmp_path / "run.txt"
+
+    def log(*lines: str) -> m.Log:
+        path.write_text("\n".join(lines) + "\n")
+        return m.parse_log(path)
+    assert [log(f"t:{text}").find("t:").seconds("t") for text in ("700s", "700000ms", "0.5s", "85.88ms")] == [
+        700, 700, 0.5, 0.08588]
+    for text in ("700", "700 bytes", "700min", "soon", "nans"):
+        with pytest.raises(m.RecordError, match=r"run.txt:1: found 't:"):
+            log(f"t:{text}").find("t:").seconds("t")
+    training = log("step:9/9 train_loss:2.3 train_time:699s lr_scale:1", "step:9/9 val_loss:2 val_bpb:1.2 "
+                   "train_time:700s", "stopping_early: wallclock_cap train_time:690000ms step:9/9")
+    assert m.train_seconds(training)[0] == training.validations[0].seconds == 700
+    assert training.train_steps[0].seconds == 699
+    assert m.eval_seconds(log("total_eval_time:700000ms"))[0] == 700
+    assert m.eval_seconds(log("final_int6_ngram val_bpb:0.9 eval_time:895s"))[0] == 895
+    assert m.eval_seconds(log("final_int6_x val_bpb:1.1 eval_time:100s", "final_int6_x_exact eval_time:100s",
+                              "legal_ttt val_bpb:1.1 eval_time:700000ms")) == (800, f"{path}:2,3: sum of eval_time")
+    for line in ("total_eval_time:700", "total_eval_time:12min", "legal_ttt eval_time:700"):
+        with pytest.raises(m.RecordError, match="expected a (time in ms or s|number) after"):
+            m.eval_seconds(log(line))
+
+
 # --- report ---
 
 def test_a_report_says_what_the_logs_say(good):
@@ -143,6 +169,14 @@ def test_a_report_is_the_same_bytes_each_time(good, folder, capsys):
     assert m.main(["report", "--folder", str(folder)]) == 0  # the logs that README's table links to
     assert (folder / "README.md").read_bytes() == (good / "README.md").read_bytes()
     assert "bpb over seeds 2, 11, 303" in capsys.readouterr().out and not list(folder.glob(".*"))
+
+
+def test_seeds_may_lie_at_other_paths(folder):
+    """What the paths lead to is compared by its SHA-256."""
+    log = folder / "logs/seed2.txt"
+    for name in ("DATA_PATH", "TRAIN_DATA_PATH", "TOKENIZER_PATH", "CHECKPOINT_EVERY"):
+        edit(log, f"^{name}=.*", f"{name}=60")
+    assert m.main(["report", "--folder", str(folder)]) == 0
 
 
 def renamed(folder):
@@ -204,6 +238,8 @@ REFUSED = [
      r"seed2.txt:\d+: .*lines of two runs"),
     ("hashed counts", changed("^final_ngram_exact.*", "final_ngram_hashed pseudo_bpb:0.5 mass:44"),
      r"seed2.txt:\d+: .*hashed counts are no probability"),
+    ("another seed's checkpoint", changed("^(step:1/)", r"warning: SEED=2 here, 11 in the checkpoint\n\1"),
+     r"seed2.txt:\d+: .*one seed from the first step on"),
     ("a run that died", changed("^total_eval_time", "error: UserError: x\ntotal_eval_time"), r"seed2.txt:\d+: .*error"),
     ("two runs in one log", two_runs, r"seed2.txt:\d+: .*a second run in one log"),
     ("steps left out", changed(r"^step:1/.*\n", ""), r"seed2.txt:\d+: training begins at step 2"),
@@ -216,7 +252,7 @@ REFUSED = [
     ("no markers", changed("<!-- results:begin -->", "", "README.md"),
      r"README.md: found 0 x <!-- results:begin --> and 1 x"),
     ("no JSON", lambda f: (f / "submission.json").write_text("{\n  oops\n}"), r"submission.json:2: .*expected JSON"),
-    ("nobody", lambda f: (f / "submission.json").unlink(), r"submission.json: has no 'author'.*give --author"),
+    ("nobody", lambda f: (f / "submission.json").unlink(), r"submission.json: has no 'author'.*give `report --author`"),
 ]
 
 
@@ -233,8 +269,9 @@ def test_what_cannot_be_true_is_refused(folder, capsys, spoil, said):
 def test_a_log_elsewhere_and_a_bad_date_are_refused(folder, good, capsys):
     assert m.main(["report", *logs_of(good), "--folder", str(folder)]) == 1
     assert "expected a log inside the submission; copy it into" in capsys.readouterr().err
-    assert m.main(["report", *logs_of(folder), "--folder", str(folder), "--date", "today"]) == 1
-    assert "found the date 'today', expected YYYY-MM-DD" in capsys.readouterr().err
+    for date in ("today", "2026-13-99", "20261121", "2026-W47-6"):
+        assert m.main(["report", *logs_of(folder), "--folder", str(folder), "--date", date]) == 1
+        assert f"found the date '{date}', expected YYYY-MM-DD" in capsys.readouterr().err
 
 
 # --- check ---
@@ -257,12 +294,46 @@ def one_seed_less(folder):
     assert m.main(["report", *logs_of(folder)[1:], "--folder", str(folder)]) == 0
 
 
+def in_every_log(pattern, new):
+    def spoil(folder):
+        for seed in SEEDS:
+            edit(folder / f"logs/seed{seed}.txt", pattern, new)
+    return spoil
+
+
+def on_two_machines(folder):
+    in_every_log("^hardware:.* threads", "hardware:8 x NVIDIA H100 threads")(folder)
+    edit(folder / "logs/seed2.txt", "^hardware:8 x NVIDIA H100", "hardware:8 x NVIDIA A100")
+    edit_json(folder, track="10min_16mb")
+
+
+def with_systems(folder):
+    """Logs of two systems, and README's table of them."""
+    (folder / "logs/systems").mkdir()
+    for seed, system in zip(SEEDS, ("backoff", "prefill")):
+        path = folder / f"logs/systems/{system}_seed{seed}.txt"
+        shutil.copy(folder / f"logs/seed{seed}.txt", path)
+        edit(path, "^RUN_ID=.*", f"RUN_ID={path.stem}")
+        edit(path, "^(final_ngram_exact)", r"final_ngram_hashed pseudo_bpb:0.5 mass:44.0\n\1")
+    edit(folder / "README.md", r"\Z", "\n<!-- systems:begin -->\n<!-- systems:end -->\n")
+    assert m.main(["systems", *map(str, folder.glob("logs/systems/*")), "--folder", str(folder)]) == 0
+
+
+def other_system(folder):
+    with_systems(folder)
+    edit(folder / "README.md", r"^(\| `runs/backoff.sh` .*)\*0.5000\*", r"\1*0.4999*")
+
+
 DEFECTS = [  # what is spoilt, which check must see it, what it must say
     (changed(r"^(Total submission size \S+) \d+", r"\1 17172122"), "artifact", "seed2.txt:.*17172122 bytes, expected"),
     (changed(r"^(step:11/.*val_bpb.*train_time:)\d+", r"\g<1>600015"), "train_time", "seed2.txt:.*600.015 s of train"),
     (changed(r"^total_eval_time:\S+", "total_eval_time:895.0s"), "eval_time", "seed2.txt:.*895.0 s of evaluation"),
     (changed(r"^(final_int6_sl.*eval_time:)\d+", r"\g<1>99000"), "eval_time", "expected at least 99.0s"),
     (lambda f: edit_json(f, track="10min_16mb"), "hardware", "submission.json:7: track 10min_16mb is for 8 x H100"),
+    (on_two_machines, "hardware", "is for 8 x H100, the logs say 8 x NVIDIA A100; 8 x NVIDIA H100"),
+    (in_every_log("^TTT_EPOCHS=0", "TTT_EPOCHS=3"), "compliance", "do not show scored_before_update"),
+    (other_system, "readme", r"README.md:\d+: found '\| `runs/backoff.sh`.*0.4999.*`make_record.py systems`"),
+    (changed(r"^!\[loss.*", "", "README.md"), "figures", "README.md: shows no figures"),
     (one_seed_less, "seeds", "2 seeds .*expected at least 3"),
     (lambda f: (f / "requirements.txt").unlink(), "files", "requirements.txt is missing"),
     (lambda f: (f / "logs/figure.png").unlink(), "figures", "logs/figure.png"),
@@ -296,6 +367,32 @@ def test_each_seeded_defect_is_caught(folder, spoil, name, said, monkeypatch):
         monkeypatch.setattr(m, "run_probe", lambda *args: dict.fromkeys(("imports", *m.PROBES), [True, "0"]))
     found = failing(folder)
     assert name in found and re.search(said, found[name]), found
+
+
+def test_a_table_of_systems_is_checked_where_its_logs_lie(folder, capsys):
+    with_systems(folder)
+    assert "the systems table is that of 2 logs" in m.check_readme(m.Folder(folder))
+    log, other = (folder / f"logs/systems/{name}.txt" for name in ("backoff_seed11", "prefill_seed2"))
+    before, was = (folder / "README.md").read_bytes(), other.read_text()
+    for spoil, said in (
+            (("^MAX_WALLCLOCK_SECONDS=.*", "MAX_WALLCLOCK_SECONDS=30"),
+             r"prefill_seed2.txt:\d+: found MAX_WALLCLOCK_SECONDS=30, but \S+ in \S+backoff_seed11.txt:\d+"),
+            ((r"^(data:val .*sha256:)\w", r"\1x"), r"prefill_seed2.txt:\d+: .*other data than \S+backoff_seed11.txt:")):
+        edit(other, *spoil)
+        assert m.main(["systems", str(log), str(other), "--folder", str(folder)]) == 1
+        assert re.search(said, capsys.readouterr().err) and (folder / "README.md").read_bytes() == before
+        other.write_text(was)
+
+
+def test_a_json_of_four_digits_is_in_the_right_units(tmp_path):
+    """As others write them; ours is compared to the last digit by another check."""
+    (tmp_path / "train.log").write_text("final_int6_ngram_exact val_loss:0.91845100 val_bpb:0.54404900\n")
+    for loss, holds in ((0.9185, True), (0.9, False)):
+        (tmp_path / "submission.json").write_text(json.dumps(dict(val_loss=loss, val_bpb=0.5440)))
+        try:
+            assert "bytes per token" in m.check_units_of_json(m.Folder(tmp_path)) and holds
+        except m.RecordError as error:
+            assert not holds and "in other units" in str(error)
 
 
 class Ahead(t.Mixture):
@@ -332,10 +429,25 @@ def out_of_order(*args):
     yield np.roll(nll, 1), np.roll(entropy, 1)
 
 
+def learn_first(trainer, stride):
+    """Test-time training the wrong way round: each chunk is learned from, then scored."""
+    model, before = trainer.model, [p.data.clone() for p in trainer.parameters]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for begin in range(0, total := len(trainer.tokens) - 1, trainer.hp.ttt_chunk_tokens):
+        end = min(begin + trainer.hp.ttt_chunk_tokens, total)
+        for ids, targets, share in t.ttt_batches(trainer, begin, end):
+            trainer.loss(model, ids, targets, None, share).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        yield collect(t.score_stream(model, model, trainer.tokens, stride, trainer.rt, (begin, end)))
+    torch._foreach_copy_(trainer.parameters, before)
+
+
 SCORE_STREAM = t.score_stream
 
 
 @pytest.mark.parametrize("name, part, broken, said", [
+    ("causal", "score_and_learn", learn_first, "it looks ahead"),
     ("causal", "Mixture", Ahead, "it looks ahead"),
     ("sums_to_one", "Mixture", Generous, "the mixture's probabilities of target .* sum to 1.01"),
     ("one_pass", "Mixture", Piecewise, "changes by .* with the pieces"),
@@ -343,10 +455,22 @@ SCORE_STREAM = t.score_stream
     ("one_pass", "score_stream", out_of_order, r"scores for \d+ targets, .*each target once"),
 ])
 def test_the_probes_catch_what_is_no_code(monkeypatch, name, part, broken, said):
-    assert m.PROBES[name](t, {})
+    settings = dict(TTT_EPOCHS="3", TTT_LR="0.01") if part == "score_and_learn" else {}
+    assert m.PROBES[name](t, settings)
     monkeypatch.setattr(t, part, broken)
     with pytest.raises(m.RecordError, match=said):
-        m.PROBES[name](t, {})
+        m.PROBES[name](t, settings)
+
+
+def test_the_probes_learn_as_the_run_did_and_count_exactly():
+    probed = m.Probed(t, dict(NGRAM_COUNTS="hashed", TTT_EPOCHS="3", TTT_LR="0.01", TTT_CHUNK_TOKENS="32768"))
+    assert (probed.hp.ngram_counts, probed.hp.ttt_epochs, probed.hp.ttt_lr) == ("exact", 1, 0.01)
+    tokens, still = probed.stream(200), m.Probed(t, {})
+    still.model = probed.model
+    learned, untrained = probed.neural(tokens)[0], still.neural(tokens)[0]
+    far = np.abs(learned - untrained)
+    assert still.hp.ttt_epochs == 0 and far[:40].max() < 1e-4 < far[55:].max()
+    assert np.array_equal(still.neural(tokens)[0], untrained), "the weights come back"
 
 
 def test_a_folder_like_the_predecessors_fails_with_the_reasons(tmp_path, capsys):
@@ -429,6 +553,54 @@ def test_copy_refuses_what_check_refuses(folder, tmp_path, capsys):
     assert "21 of 24 checks passed: not ready: hardware, json, json_bytes" in capsys.readouterr().out
     assert (tmp_path / "dest/records/track_10min_16mb/2026-12-01_Tiny_a_test/submission.json").exists()
     assert m.main(["copy", str(tmp_path / "nowhere"), "--folder", str(folder)]) == 1
+    capsys.readouterr()
+    assert m.main(["copy", "/proc", "--folder", str(folder)]) == 1
+    assert re.fullmatch(r"make_record.py: error: /proc: [^\n]+ was not made\n", capsys.readouterr().err)
+
+
+def test_a_copy_says_the_date_of_its_folder(good, tmp_path, capsys):
+    assert m.main(["copy", str(tmp_path), "--folder", str(good), "--date", "2026-02-30"]) == 1
+    assert "found the date '2026-02-30'" in capsys.readouterr().err
+    assert m.main(["copy", str(tmp_path), "--folder", str(good), "--date", "2026-12-01"]) == 0
+    made = json.loads((tmp_path / "records/track_non_record_16mb/2026-12-01_Tiny_a_test/submission.json").read_text())
+    assert made == {**json.loads((good / "submission.json").read_text()), "date": "2026-12-01"}
+
+
+# --- what starts it ---
+
+def fake_python(path, gpus: int):
+    """An interpreter that knows a number of GPUs, leaves the log of RUN_ID, and says how it was called."""
+    path.parent.mkdir(parents=True)
+    path.write_text(f'#!/bin/sh\ncase "$1" in\n-c) echo {gpus};;\n*) echo "$0 $*"; touch "logs/$RUN_ID.txt";;\nesac\n')
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("gpus, ranks", [(0, 2), (1, 1), (3, 2), (7, 4), (16, 8)])
+def test_launch_scripts_use_the_python_of_make(tmp_path, gpus, ranks):
+    fake_python(tmp_path / ".venv/bin/python", gpus)
+    shutil.copytree(ROOT / "runs", tmp_path / "runs")
+    shutil.copytree(ROOT / "bench", tmp_path / "bench")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHON"}
+    for script in ("runs/demo.sh", "bench/systems.sh"):
+        (tmp_path / "logs").mkdir(exist_ok=True)
+        done = subprocess.run(["bash", tmp_path / script], env=dict(env, RUN_ID="x"), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert all(".venv/bin/python " in line for line in done.stdout.splitlines())
+        assert f"/.venv/bin/python -m torch.distributed.run --standalone --nproc_per_node={ranks} " in done.stdout
+    assert done.stdout.splitlines()[-1].startswith(".venv/bin/python make_record.py systems logs/systems/backoff_seed")
+
+
+def test_make_record_does_without_logs_of_systems(tmp_path):
+    for name in ("Makefile", "requirements.txt", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    steps = []
+    for _ in range(2):
+        done = subprocess.run(["make", "-n", "record"], cwd=tmp_path, capture_output=True, text=True)
+        steps.append(re.findall(r"^\S+ make_record.py (.*)", done.stdout, re.M))
+        (tmp_path / "logs/systems").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "logs/systems/backoff_seed1.txt").touch()
+    assert steps == [["report", "settings", "plot", "check"],
+                     ["report", "systems logs/systems/*.txt", "settings", "plot", "check"]]
 
 
 def test_the_readme_lists_every_setting_as_the_script_has_it():
