@@ -6,13 +6,14 @@
 # make check  the reviewers' checks alone
 # make lint   ruff
 # make bench  speed and size, as ratios measured in one run
+# make bench-gpu  a training step and scoring at full size, on a GPU (ARTIFACT=file DATA_PATH=... TOKENIZER_PATH=...)
 # Each target sets up what it needs in .venv; nothing outside this folder changes.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEV := pytest pytest-xdist hypothesis constriction matplotlib ruff
 
-.PHONY: demo test prove record check lint bench setup clean
+.PHONY: demo test prove record check lint bench bench-gpu setup clean
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt constraints.txt
@@ -46,6 +47,12 @@ lint: setup
 
 bench: setup
 	for b in bench/bench_*.py; do $(RUN) $$b || exit 1; done
+
+bench-gpu: setup
+	$(RUN) data/prepare_demo.py
+	$(RUN) bench/bench_step.py
+	DATA_PATH=$${DATA_PATH:-data/datasets/demo_sp1024} TOKENIZER_PATH=$${TOKENIZER_PATH:-data/tokenizers/demo_1024_bpe.model} \
+	    $(RUN) bench/bench_eval.py $(ARTIFACT)
 
 clean:
 	rm -rf $(VENV) data/datasets data/tokenizers final_model.*

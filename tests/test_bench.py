@@ -65,6 +65,44 @@ def test_bench_artifact_compares_the_coders(capsys):
     assert "this container, all of it" in out and "lzma -9e" in out and "Z_HUFFMAN_ONLY" in out
 
 
+def test_bench_step_counts_what_a_step_computes():
+    """Products: 2 FLOPs per weight and token forwards, twice that backwards; attention: half of T x T, two products."""
+    from bench_step import count
+    hp = tiny(MICRO_BATCH_TOKENS=256)
+    found, tokens = count(hp), hp.train_batch_tokens
+    used = [p.numel() for name, p in t.GPT(hp).named_parameters()
+            if name.endswith(".weight") and p.ndim == 2 and not name.endswith("table.weight")]   # embed: as head
+    assert found["forward", "products"][0] == 2 * sum(used) * tokens
+    assert found["backward", "products"][0] == 4 * sum(used) * tokens
+    assert found["forward", "attention"][0] == 2 * hp.num_layers * hp.model_dim * hp.train_seq_len * tokens
+    mlp = hp.num_layers * tokens * int(hp.mlp_mult * hp.model_dim)
+    assert found["forward", "elementwise"][1] > 2 * 2 * 2 * mlp       # leaky_relu, then square: bfloat16 in and out
+    adamw = sum(p.numel() for name, p in t.GPT(hp).named_parameters() if name.endswith("table.weight"))
+    assert found["optimizer", "elementwise"][1] > 7 * 4 * adamw and found["optimizer", "products"][0] > 0
+    again = count(tiny(MICRO_BATCH_TOKENS=512))                       # the same step in fewer passes
+    assert again["forward", "products"][0] == found["forward", "products"][0]
+
+
+def test_bench_step_measures_on_a_cpu(capsys):
+    from bench_step import measure, print_count
+    hp = tiny(COMPILE=0)
+    measure(hp, 1, 2, print_count(hp))
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.startswith("as it is")).split()
+    assert float(row[3]) > 0 and row[-1] == "1.00" and "aten::mm" in out and "floor ms" in out
+
+
+def test_bench_eval_scores_every_stride(corpus, tmp_path, capsys):
+    from bench_eval import measure
+    hp, path = tiny(**corpus), tmp_path / "m.ptz"
+    path.write_bytes(t.pack(t.GPT(hp).state_dict(), hp)[0])
+    measure(hp, path, [8, 32], 400, 1)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.lstrip()[:2] in ("8 ", "32")]
+    windows = [len(t.windows(0, 400, 32, stride)[0]) for stride in (8, 32)]
+    assert [int(row[3]) for row in rows] == windows and all(1 < float(row[6]) < 12 for row in rows)
+    assert float(rows[1][7]) == pytest.approx(float(rows[1][6]) - float(rows[0][6]), abs=1.1e-4)
+
+
 @pytest.mark.parametrize("script", sorted((ROOT / "bench").glob("*.py")), ids=lambda p: p.name)
 def test_each_bench_says_how_it_is_used(script):
     done = run(script, "--help")

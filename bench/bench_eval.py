@@ -1,0 +1,99 @@
+#!/usr/bin/env python3
+"""Scoring with overlapping windows: windows/s, time and bits per byte by stride, compiled and not, in one run.
+
+    python bench/bench_eval.py [final_model.int6.ptz] [--targets 60000] [--rounds 3] [--strides 64 96 128 256]
+
+Settings are train_gpt.py's environment variables, those that the artifact was trained with; without DATA_PATH the
+demo's model on the built-in corpus. Without an artifact the weights are random: times, but no bpb. One process; all
+variants in turn in each round, the median is shown. The last column is scaled up from --targets to the whole stream:
+what this one device would take for it.
+"""
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+import prepare_demo  # noqa: E402
+from bench_averaging import demo_settings  # noqa: E402
+
+import train_gpt as t  # noqa: E402
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def score(trunk, model: t.GPT, tokens: np.ndarray, stride: int, rt: t.Runtime) -> tuple[np.ndarray, float]:
+    """(nats per target, seconds)."""
+    synchronize()
+    start = time.perf_counter()
+    nll = np.concatenate([*t.score_stream(trunk, model, tokens, stride, rt)], 1)[0]
+    synchronize()
+    return nll, time.perf_counter() - start
+
+
+def measure(hp: t.Hyperparameters, artifact: Path | None, strides: list[int], targets: int, rounds: int) -> None:
+    """Print a row per stride and variant."""
+    rt, stream, counter = t.Runtime("", {}), t.load_validation(hp), t.ByteCounter(hp)
+    tokens = np.array(stream[: targets + 1])
+    torch.manual_seed(hp.seed)
+    model = t.GPT(hp).to(rt.device)
+    if artifact:
+        t.load_artifact(model, artifact, rt)
+    trunks = {"not compiled": model}
+    if hp.compile == "1" or hp.compile == "auto" and rt.device.type == "cuda":
+        trunks["compiled"] = torch.compile(model, dynamic=False)
+    seconds, bpb = defaultdict(list), {}
+    for trunk in trunks.values():
+        score(trunk, model, tokens, strides[-1], rt)  # compiles, and warms up
+    for _ in range(rounds):
+        for stride in strides:
+            for name, trunk in trunks.items():
+                nll, took = score(trunk, model, tokens, stride, rt)
+                seconds[stride, name].append(took)
+                bpb[stride] = t.bits_per_byte(nll, counter(tokens))
+    device = torch.cuda.get_device_name() if rt.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{device}, torch {torch.__version__}, attention {model.attention_name}: {len(tokens) - 1:,} of "
+          f"{len(stream) - 1:,} targets, windows of {hp.eval_seq_len}\n\n{'stride':>6} {'':13} {'windows':>8} "
+          f"{'windows/s':>10} {'low-high s':>14} {'bpb':>9} {'to first':>9} {'whole stream s':>15}")
+    for (stride, name), rows in seconds.items():
+        windows = len(t.windows(0, len(tokens) - 1, min(hp.eval_seq_len, len(tokens) - 1), stride)[0])
+        middle = statistics.median(rows)
+        said = f"{bpb[stride]:>9.4f} {bpb[stride] - bpb[strides[0]]:>+9.4f}" if artifact else f"{'':19}"
+        whole = middle * (len(stream) - 1) / (len(tokens) - 1)
+        print(f"{stride:>6} {name:13} {windows:>8,} {windows / middle:>10,.1f} "
+              f"{f'{min(rows):.2f}-{max(rows):.2f}':>14} {said} {whole:>15.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("artifact", nargs="?", type=Path, help="none: random weights")
+    parser.add_argument("--strides", type=int, nargs="+", default=[64, 96, 128, 256])
+    parser.add_argument("--targets", type=int, default=60_000, help="of the stream's beginning")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    try:
+        if "DATA_PATH" in os.environ:
+            hp = t.Hyperparameters.from_env(dict(os.environ))
+        else:
+            prepare_demo.main(ROOT / "data")
+            hp = demo_settings()
+        if not 1 <= min(args.strides) <= max(args.strides) <= hp.eval_seq_len:
+            raise t.UserError(f"--strides {args.strides}: expected 1 to EVAL_SEQ_LEN={hp.eval_seq_len}")
+        measure(hp, args.artifact, args.strides, args.targets, args.rounds)
+    except t.UserError as error:
+        sys.exit(f"bench_eval.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+#!/usr/bin/env python3
+"""A training step: the work in it, counted, and the time it takes, measured with each switch off in turn.
+
+    python bench/bench_step.py [--steps 10] [--rounds 3] [--count]      settings: train_gpt.py's environment variables
+
+Counted, without a GPU and without computing anything (meta tensors): per step and kind of operation the FLOPs and the
+bytes that cross the memory bus if each operation reads its inputs and writes its outputs, in the dtypes of CUDA. The
+elementwise row is what fusion can save. `floor`: the larger of FLOPs and bytes at an H100's datasheet rates.
+Measured, on a GPU, or on a CPU with settings that suit it: ms per step (median of the rounds, variants in turn),
+tokens/s, MFU: the counted FLOPs of products and attention over the fastest bfloat16 product seen in the same run
+(float32 on a CPU), and the kernels that take most time. --count: only the first table. Batches are random tokens, in
+one process.
+"""
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_gpt as t  # noqa: E402
+
+PEAK_FLOPS, PEAK_BYTES = 989e12, 3.35e12  # per second, H100 SXM: dense bfloat16; HBM3
+KINDS = {"products": ("mm", "bmm", "addmm"), "loss": ("_log_softmax", "nll_loss", "tanh"),
+         "tables": ("embedding", "index", "gather", "scatter")}
+
+
+# --- counting ------------------------------------------------------------------------------------------------------
+
+class AsOnCuda(TorchFunctionMode):
+    """Meta tensors say that they are on CUDA, so that the model computes in bfloat16."""
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return True if func is torch.Tensor.is_cuda.__get__ else func(*args, **(kwargs or {}))
+
+
+class Tally(TorchDispatchMode):
+    """(FLOPs, bytes) of every operation by phase and kind. Views move nothing."""
+    def __init__(self):
+        super().__init__()
+        self.phase, self.found = "", defaultdict(lambda: [0.0, 0.0])
+
+    def add(self, kind: str, flops: float, size: float) -> None:
+        entry = self.found[self.phase, kind]
+        entry[0] += flops
+        entry[1] += size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        views = all(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        if not (func._schema.returns and views):
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+            name = func._schema.name.split("::")[1]
+            kind = next((kind for kind, names in KINDS.items() if name.startswith(names)), "elementwise")
+            flops = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out) \
+                if func._overloadpacket in flop_registry else 0
+            self.add(kind, flops, sum(stored(x) for x in tensors))
+        return out
+
+
+def stored(x: torch.Tensor) -> int:
+    """Bytes of the distinct elements of `x`: an expanded dimension is read once."""
+    sizes = (size for size, stride in zip(x.shape, x.stride()) if stride)
+    return int(torch.Size(sizes).numel()) * x.element_size() if x.numel() else 0
+
+
+class Attention(torch.autograd.Function):
+    """What a fused attention moves and computes (FlashAttention, 2205.14135): no T x T matrix, half of the scores."""
+    @staticmethod
+    def forward(ctx, tally, q_BTHK, k_BTGK, v_BTGK):
+        ctx.tally, ctx.shapes = tally, [x.shape for x in (q_BTHK, k_BTGK, v_BTGK)]
+        B, T, H, K = q_BTHK.shape
+        ctx.flops, ctx.bytes = 2 * B * H * T * T * K, sum(map(stored, (q_BTHK, q_BTHK, k_BTGK, v_BTGK)))
+        tally.add("attention", ctx.flops, ctx.bytes)
+        return torch.empty_like(q_BTHK)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.tally.add("attention", 2.5 * ctx.flops, 2 * ctx.bytes)
+        return None, *(grad.new_empty(shape) for shape in ctx.shapes)
+
+
+def count(hp: t.Hyperparameters) -> dict[tuple[str, str], list[float]]:
+    """(phase, kind) -> [FLOPs, bytes] of one step on one GPU, all its micro-batches."""
+    passes = -(-hp.train_batch_tokens // max(hp.micro_batch_tokens, hp.train_seq_len))
+    rows = hp.train_batch_tokens // hp.train_seq_len // passes
+    tally, plain = Tally(), t.causal_attention
+    with torch.device("meta"):
+        model, ids = t.GPT(hp), torch.zeros(rows, hp.train_seq_len, dtype=torch.int64)
+        muon, adamw = t.build_optimizers(model, hp, t.Runtime("", {}))
+    t.causal_attention = lambda q, k, v, flash=None: Attention.apply(tally, q, k, v)
+    try:
+        with AsOnCuda(), tally:
+            tally.phase = "forward"
+            loss = t.training_loss(model, ids, ids, None)
+            tally.phase = "backward"
+            loss.backward()
+            for entry in tally.found.values():
+                entry[:] = [passes * number for number in entry]
+            tally.phase = "optimizer"
+            # one fused kernel: parameter, gradient and two moments in; parameter and moments out
+            adamw.step = lambda: tally.add("elementwise", 0, sum(7 * stored(p) for group in adamw.param_groups
+                                                                 for p in group["params"]))
+            t.update(muon, adamw, t.Runtime("", {}), hp.grad_clip_norm)
+    finally:
+        t.causal_attention = plain
+    return dict(tally.found)
+
+
+def print_count(hp: t.Hyperparameters) -> float:
+    """The table; returns the FLOPs of a step."""
+    found = count(hp)
+    print(f"counted, one step of {hp.train_batch_tokens:,} tokens (x {hp.train_seq_len}), all on one GPU\n\n"
+          f"{'phase':10} {'kind':12} {'TFLOP':>9} {'GB moved':>9} {'floor ms':>9}")
+    floors = {}
+    for (phase, kind), (flops, size) in sorted(found.items()):
+        floors[phase, kind] = 1e3 * max(flops / PEAK_FLOPS, size / PEAK_BYTES)
+        print(f"{phase:10} {kind:12} {flops / 1e12:>9.4g} {size / 1e9:>9.4g} {floors[phase, kind]:>9.4g}")
+    flops, size = (sum(entry[i] for entry in found.values()) for i in (0, 1))
+    whole, waste = sum(floors.values()), sum(ms for (_, kind), ms in floors.items() if kind == "elementwise")
+    print(f"{'all':10} {'':12} {flops / 1e12:>9.4g} {size / 1e9:>9.4g} {whole:>9.4g}   elementwise {waste / whole:.0%}"
+          f"; without it {whole - waste:.4g} ms; on 8 GPUs an eighth, but the optimizer")
+    return flops
+
+
+# --- measuring -----------------------------------------------------------------------------------------------------
+
+class RandomTokens:
+    """A TokenLoader of one rank without data."""
+    def __init__(self, hp: t.Hyperparameters):
+        rows, most = hp.train_batch_tokens // hp.train_seq_len, max(1, hp.micro_batch_tokens // hp.train_seq_len)
+        self.accumulation = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most)
+        self.ids = torch.randint(0, hp.vocab_size, (rows // self.accumulation, hp.train_seq_len + 1))
+
+    def micro_batch(self, step: int, micro: int):
+        return self.ids[:, :-1].contiguous(), self.ids[:, 1:].contiguous()
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(call, times: int) -> float:
+    """Seconds per call."""
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    synchronize()
+    return (time.perf_counter() - start) / times
+
+
+def ceiling(device: torch.device) -> float:
+    """FLOP/s of the fastest of a few large square products."""
+    sizes, dtype = ((4096, 8192), torch.bfloat16) if device.type == "cuda" else ((512, 1024), torch.float32)
+    best = 0.0
+    for n in sizes:
+        a = torch.randn(n, n, device=device, dtype=dtype)
+        timed(lambda a=a: a @ a, 2)
+        best = max(best, 2 * n ** 3 / min(timed(lambda a=a: a @ a, 5) for _ in range(3)))
+    return best
+
+
+def variants(hp: t.Hyperparameters, rt: t.Runtime) -> dict[str, t.Trainer]:
+    """Name -> a trainer with one switch off."""
+    def trainer(**changes):
+        torch.manual_seed(hp.seed)
+        changed = t.replace(hp, **changes)
+        return t.Trainer(t.GPT(changed).to(rt.device), RandomTokens(changed), rt)
+    found = {"as it is": trainer()}
+    if hp.compile != "0" and (hp.compile == "1" or rt.device.type == "cuda"):
+        found["not compiled"] = trainer(compile="0")
+    if found["as it is"].model.attention_name != "sdpa":
+        found["torch's attention"] = trainer()
+        for block in found["torch's attention"].model.blocks:
+            block.attn.flash = None
+    return found
+
+
+def measure(hp: t.Hyperparameters, steps: int, rounds: int, flops: float) -> None:
+    rt = t.Runtime("", {})
+    trainers, seconds = variants(hp, rt), defaultdict(list)
+    for trainer in trainers.values():
+        timed(lambda trainer=trainer: trainer.step(1.0, None), 2)  # compiles
+    for _ in range(rounds):
+        for name, trainer in trainers.items():
+            seconds[name].append(timed(lambda trainer=trainer: trainer.step(1.0, None), steps))
+    best, first = ceiling(rt.device), statistics.median(seconds["as it is"])
+    device = torch.cuda.get_device_name() if rt.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"\nmeasured on {device}, attention {trainers['as it is'].model.attention_name}, torch {torch.__version__}; "
+          f"fastest product {best / 1e12:.2f} TFLOP/s\n\n{'':20} {'ms/step':>9} {'low-high':>19} {'tokens/s':>11} "
+          f"{'MFU':>6} {'ratio':>6}")
+    for name, all_rounds in seconds.items():
+        middle = statistics.median(all_rounds)
+        print(f"{name:20} {1e3 * middle:>9.2f} {f'{1e3 * min(all_rounds):.2f}-{1e3 * max(all_rounds):.2f}':>19} "
+              f"{hp.train_batch_tokens / middle:>11,.0f} {flops / middle / best:>6.1%} {middle / first:>6.2f}")
+    with torch.profiler.profile() as profile:
+        timed(lambda: trainers["as it is"].step(1.0, None), 1)
+    on_gpu = rt.device.type == "cuda"
+    rows = sorted(((e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count, e.key)
+                   for e in profile.key_averages()), reverse=True)
+    whole = sum(row[0] for row in rows) or 1
+    print(f"\n{'share':>6} {'ms':>9} {'calls':>6}  kernel, one step")
+    for micros, calls, name in rows[:12]:
+        print(f"{micros / whole:>6.1%} {micros / 1e3:>9.2f} {calls:>6}  {name[:100]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=10, help="per round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--count", action="store_true", help="count, measure nothing")
+    args = parser.parse_args()
+    try:
+        hp = t.Hyperparameters.from_env(dict(os.environ))
+    except t.UserError as error:
+        sys.exit(f"bench_step.py: error: {error}")
+    flops = print_count(hp)
+    small = hp.train_batch_tokens <= 1 << 16
+    if not args.count and (small or torch.cuda.is_available()):
+        measure(hp, args.steps, args.rounds, flops)
+    elif not args.count:
+        print("\nnothing measured: there is no GPU, and a CPU takes minutes for a step of such size; set smaller ones")
+
+
+if __name__ == "__main__":
+    main()
