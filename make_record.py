@@ -879,6 +879,9 @@ def check_hardware(folder: Folder) -> str:
     if track == TRACKS[0] and not all(re.fullmatch(r"8 x .*H100.*", part) for part in found.split("; ")):
         raise RecordError(f"{folder.path / 'submission.json'}:{json_line(folder.path / 'submission.json', ['track'])}: "
                           f"track {track} is for 8 x H100, the logs say {found}; use {TRACKS[1]}")
+    if track == TRACKS[0] and "no record" in read_text(folder.path / "README.md"):
+        raise RecordError(f"{folder.path / 'README.md'}: says 'no record', but the track is {track}; rewrite what it "
+                          "says of the results")
     return f"{found}, track {track}"
 
 

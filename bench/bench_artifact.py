@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The artifact's bytes over the zeroth-order entropy of its codes, beside other coders of the same codes, in one run.
 
-    python bench/bench_artifact.py [--seconds 60] [--bits 6] [--budget 15920000] [--state STATE.npz]
+    python bench/bench_artifact.py [--seconds 60] [--bits 6] [--budget BYTES] [--state STATE.npz]
 
 Weights: a model of the default shapes (27.0M parameters), trained for --seconds on the built-in corpus; or the arrays
 of an npz, by parameter name. H0 is the entropy of each tensor's codes by their own frequencies, summed: what no coder
@@ -100,7 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--bits", type=int, default=6)
-    parser.add_argument("--budget", type=int, default=15_920_000)
+    parser.add_argument("--budget", type=int, default=t.SIZE_CAP - len(Path(t.__file__).read_bytes()),
+                        help="default: what train_gpt.py leaves of the cap")
     parser.add_argument("--state")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -607,3 +607,12 @@ def test_the_readme_lists_every_setting_as_the_script_has_it():
     before, between, _ = m.split_readme(ROOT / "README.md", "settings")
     assert between == f"\n{m.settings_table(ROOT / 'train_gpt.py')}\n", "run `make_record.py settings`"
     assert between.count("\n| `") == len(dataclasses.fields(t.Hyperparameters))
+
+
+def test_a_record_whose_readme_says_it_is_none_is_refused(folder):
+    in_every_log("^hardware:.* threads", "hardware:8 x NVIDIA H100 threads")(folder)
+    edit_json(folder, track="10min_16mb")
+    (folder / "README.md").write_text("This is no record.\n" + (folder / "README.md").read_text())
+    assert "says 'no record', but the track is 10min_16mb" in failing(folder)["hardware"]
+    edit(folder / "README.md", "no record", "one")
+    assert "hardware" not in failing(folder)
