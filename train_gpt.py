@@ -1246,7 +1246,7 @@ def read_checkpoint(path: str) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
     except Exception as error:  # of many types: a damaged archive fails in NumPy, zipfile, zlib, struct ...
-        raise UserError(f"RESUME={path}: not a whole checkpoint: {error}".split("\n")[0]) from None
+        raise UserError(f"RESUME={path}: {getattr(error, 'strerror', 0) or 'no whole checkpoint'}") from None
 def train(trainer: Trainer) -> None:
     """Trains until ITERATIONS or the wall-clock cap on rank 0's clock, which stops in validations; begins no
     step that would pass the cap by taking twice the average. Leaves a checkpoint, and the averaged weights in
@@ -1476,6 +1476,8 @@ def main(env: dict[str, str]) -> None:
         if "gloo/transport" in str(error):  # connection closed, reset, pipe broken ...
             came = f"; {rt.stopped} came" * bool(rt.stopped)
             error = UserError(f"another rank ended, see what it said{came}")
+        if type(error) is UserError and (hints := mistyped(env)):
+            error = UserError("; ".join([str(error), *hints]))
         rt.log(f"error: {type(error).__name__}: {error}", console=False)
         raise error from None
 def end(error: BaseException | None) -> None:

@@ -245,13 +245,13 @@ def a_pickle(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil, said", [
-    (lambda path: path.unlink(), "No such file"),
-    (lambda path: path.write_bytes(b""), "not a whole checkpoint"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-40_000]), "not a whole checkpoint"),
-    (lambda path: path.write_bytes(b"\x80\x04\x95 a pickle"), "not a whole checkpoint"),
-    (lambda path: path.write_bytes(b"PGOLF\x02" + bytes(5000)), "not a whole checkpoint"),
-    (lambda path: np.save(path.open("wb"), np.zeros(3)), "not a whole checkpoint"),
-    (a_pickle, "not a whole checkpoint: Object arrays cannot be loaded"),
+    (lambda path: path.unlink(), "No such file or directory$"),
+    (lambda path: path.write_bytes(b""), "no whole checkpoint$"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-40_000]), "no whole checkpoint$"),
+    (lambda path: path.write_bytes(b"\x80\x04\x95 a pickle"), "no whole checkpoint$"),
+    (lambda path: path.write_bytes(b"PGOLF\x02" + bytes(5000)), "no whole checkpoint$"),
+    (lambda path: np.save(path.open("wb"), np.zeros(3)), "no whole checkpoint$"),
+    (a_pickle, "no whole checkpoint$"),
     (lambda path: np.savez(path.open("wb"), a=np.zeros(3)), r"progress is absent, these settings need \(2,\)"),
     (lambda path: zipfile.ZipFile(path, "w").writestr("a.txt", "text"), "progress is absent"),
 ], ids=["missing", "empty", "cut", "pickle", "artifact", "npy", "pickle inside", "foreign", "zip"])

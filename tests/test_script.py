@@ -123,3 +123,11 @@ def test_hashed_counts_get_no_bpb(corpus, tmp_path):
             ("nll", "entropy", "mixed"), ((6000,), "float32"))
         loss = float(values(done.stdout, "final_int6_sliding")["val_loss"])
         assert saved["nll"].mean() == pytest.approx(loss, abs=1e-5)
+
+
+def test_an_error_repeats_which_names_are_no_settings(corpus, tmp_path):
+    done = run_script(tmp_path, 0, TOKENIZER_PATH=corpus["TOKENIZER_PATH"], DATA_PTAH=corpus["DATA_PATH"])
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert re.fullmatch("train_gpt.py: error: DATA_PATH=.*: no fineweb_train_.*; DATA_PTAH is set but is no setting; "
+                        "did you mean DATA_PATH.*\n", done.stderr)
+    assert (tmp_path / "logs/test.txt").read_text().rstrip().endswith("did you mean DATA_PATH?")
