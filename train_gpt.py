@@ -27,6 +27,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed as dist, nn
+from torch.nn.attention.bias import causal_lower_right
+try:
+    import triton, triton.language as tl
+except ImportError:  # then each op runs in its plain form
+    triton = None
 SIZE_CAP = 16_000_000          # bytes, decimal: code + compressed weights (the challenge's rule)
 WIDER_STRIDES = (96, 128, 256)  # tried in turn when scoring would not end in time
 class UserError(Exception):
@@ -58,6 +63,8 @@ class Hyperparameters:
     micro_batch_tokens: int = setting(98_304, "most tokens of one forward and backward pass on one rank", 1)
     train_seq_len: int = setting(2048, "tokens per training sequence", 1)
     train_log_every: int = setting(500, "steps between train_loss lines; 0: only the first ten", 0)
+    fused_mlp: bool = setting(True, "Triton kernels for the MLP, on CUDA")
+    fused_loss: bool = setting(True, "Triton kernels for loss and entropy, on CUDA")
     # model
     vocab_size: int = setting(1024, "V; must equal the tokenizer's", 2, 65_536)
     num_layers: int = setting(11, "L, blocks", 1)
@@ -399,7 +406,118 @@ class ByteCounter:
         space = self.opens_word[tokens[1:]] & self.is_text[tokens[:-1]]
         return self.length[tokens[1:]] + space
 # --- 4. Kernels ---------------------------------------------------------------------------------------------
-# The ops that are worth more than what the compiler makes of them, each with its plain form beside it.
+# What is elementwise the compiler fuses, but not into a product, and a loss is more than one pass to it. Each
+# op has its plain form beside it, which runs on a CPU and where Triton is missing or the op's switch off.
+jit = triton.jit if triton else lambda kernel: kernel
+def has_kernels(x: Tensor) -> bool:
+    return x.is_cuda and triton is not None
+def kernel_op(fake):
+    """Makes of a function that launches kernels an op of torch.library, which torch.compile calls and does
+    not look into; `fake` allocates results like the function's."""
+    def register(launch):
+        op = torch.library.custom_op(f"golf::{launch.__name__}", launch, mutates_args=())
+        op.register_fake(fake)
+        return op
+    return register
+def mlp(x_ND: Tensor, fc_WD: Tensor, proj_DW: Tensor, slope: float) -> Tensor:
+    """leaky_relu(x fc', slope)^2 proj'"""
+    return F.linear(F.leaky_relu(F.linear(x_ND, fc_WD), slope).square(), proj_DW)
+@jit
+def mlp_kernel(a_ptr, b_ptr, z_ptr, h_ptr, dz_ptr, M, N, K, stride_k, stride_n, slope,
+               BACKWARD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """A tile of P = a b, (M, K) (K, N), and what the MLP makes of it while it is in registers. Forward: z = P
+    and h = leaky_relu(z)^2. Backward: P is h's gradient, z is given, its gradient is written."""
+    tile, tiles = tl.program_id(0), tl.cdiv(N, BN)  # neighbours share rows of a, and b stays in the cache
+    m = (tile // tiles * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    n = (tile % tiles * BN + tl.arange(0, BN))[None, :]
+    product, at, inside = tl.zeros((BM, BN), tl.float32), m * N + n, (m < M) & (n < N)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        a = tl.load(a_ptr + m * K + k[None, :], (m < M) & (k[None, :] < K), 0.0)
+        b = tl.load(b_ptr + k[:, None] * stride_k + n * stride_n, (k[:, None] < K) & (n < N), 0.0)
+        product = tl.dot(a, b, product)
+    if BACKWARD:
+        z = tl.load(z_ptr + at, inside, 0.0).to(tl.float32)
+        tl.store(dz_ptr + at, 2 * product * z * tl.where(z > 0, 1.0, slope * slope), inside)
+    else:
+        z = product.to(z_ptr.dtype.element_ty).to(tl.float32)  # rounded, as backward will read it
+        tl.store(z_ptr + at, z, inside)
+        tl.store(h_ptr + at, z * z * tl.where(z > 0, 1.0, slope * slope), inside)
+MLP_TILE = dict(BM=128, BN=256, BK=64, num_warps=8, num_stages=3)  # for Hopper
+def launch_mlp(a_MK: Tensor, b_KN: Tensor, z_MN: Tensor, h_MN, dz_MN, slope: float) -> None:
+    (M, N), K = z_MN.shape, len(b_KN)
+    grid = triton.cdiv(M, MLP_TILE["BM"]) * triton.cdiv(N, MLP_TILE["BN"]),
+    mlp_kernel[grid](a_MK.contiguous(), b_KN, z_MN, h_MN, dz_MN, M, N, K, *b_KN.stride(), slope, h_MN is None,
+                     **MLP_TILE)
+@kernel_op(lambda x, fc, proj, slope: (x.new_empty(x.shape), *(x.new_empty(len(x), len(fc)) for _ in "zh")))
+def fused_mlp(x_ND: Tensor, fc_WD: Tensor, proj_DW: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(`mlp` of x, and for backward z = x fc' and h = leaky_relu(z)^2); the idea is modded-nanogpt's."""
+    z, h = (x_ND.new_empty(len(x_ND), len(fc_WD)) for _ in "zh")
+    launch_mlp(x_ND, fc_WD.mT, z, h, None, slope)
+    return h @ proj_DW.mT, z, h
+@kernel_op(lambda g, proj, z, slope: z.new_empty(z.shape))
+def fused_mlp_backward(g_ND: Tensor, proj_DW: Tensor, z_NW: Tensor, slope: float) -> Tensor:
+    """z's gradient, from that of the result."""
+    launch_mlp(g_ND, proj_DW, z_NW, None, dz_NW := z_NW.new_empty(z_NW.shape), slope)
+    return dz_NW
+def mlp_save(ctx, inputs, output) -> None:
+    *matrices, ctx.slope = inputs
+    ctx.save_for_backward(*matrices, *output[1:])
+def mlp_gradients(ctx, g_ND: Tensor, *_):
+    x, fc, proj, z, h = ctx.saved_tensors
+    dz = fused_mlp_backward(g_ND, proj, z, ctx.slope)
+    return dz @ fc, dz.mT @ x, g_ND.mT @ h, None
+fused_mlp.register_autograd(mlp_gradients, setup_context=mlp_save)
+def softcap(z: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(z.float() / cap) if cap else z.float()
+def token_scores(z_NV: Tensor, targets_N: Tensor, cap: float) -> tuple[Tensor, Tensor | None]:
+    """(nll of the targets, entropy), nats, (N,) float32, of softcapped logits z; no entropy in training."""
+    logp_NV = F.log_softmax(softcap(z_NV, cap), -1)
+    entropy_N = None if torch.is_grad_enabled() else -(logp_NV.exp() * logp_NV).sum(-1)
+    return F.nll_loss(logp_NV, targets_N, reduction="none"), entropy_N
+@jit
+def scores_kernel(z_ptr, target_ptr, nll_ptr, entropy_ptr, dz_ptr, V, cap, CAPPED: tl.constexpr,
+                  BACKWARD: tl.constexpr, BV: tl.constexpr):
+    """One row of logits in registers: its nll and entropy; backward, given their gradients instead, z's."""
+    row, v = tl.program_id(0).to(tl.int64), tl.arange(0, BV)
+    z = tl.load(z_ptr + row * V + v, v < V, 0.0).to(tl.float32)
+    target = tl.load(target_ptr + row)
+    tanh = 2 * tl.sigmoid(2 * z / cap) - 1 if CAPPED else z
+    logits = tl.where(v < V, cap * tanh if CAPPED else z, -float("inf"))
+    logits -= tl.max(logits, 0)
+    e = tl.exp(logits)
+    total = tl.sum(e, 0)
+    p, logp = e / total, tl.where(v < V, logits - tl.log(total), 0.0)
+    entropy = -tl.sum(p * logp, 0)
+    if BACKWARD:
+        dz = tl.load(nll_ptr + row) * (p - tl.where(v == target, 1.0, 0.0))
+        dz -= tl.load(entropy_ptr + row) * p * (logp + entropy)
+        tl.store(dz_ptr + row * V + v, dz * (1 - tanh * tanh) if CAPPED else dz, v < V)
+    else:
+        tl.store(nll_ptr + row, -tl.sum(tl.where(v == target, logp, 0.0), 0))
+        tl.store(entropy_ptr + row, entropy)
+def launch_scores(z_NV: Tensor, targets_N: Tensor, cap: float, nll_N, entropy_N, dz_NV=None) -> None:
+    V, block = z_NV.size(1), triton.next_power_of_2(z_NV.size(1))
+    scores_kernel[(len(z_NV),)](z_NV, targets_N, nll_N, entropy_N, dz_NV, V, cap or 1.0, cap > 0,
+                                dz_NV is not None, block, num_warps=min(max(block // 256, 1), 16))
+@kernel_op(lambda z, targets, cap: tuple(z.new_empty(len(z), dtype=torch.float32) for _ in range(2)))
+def fused_token_scores(z_NV: Tensor, targets_N: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """`token_scores`, reading the logits once, in their own precision, and writing nothing of V numbers."""
+    nll_N, entropy_N = (z_NV.new_empty(len(z_NV), dtype=torch.float32) for _ in range(2))
+    launch_scores(z_NV.contiguous(), targets_N, cap, nll_N, entropy_N)
+    return nll_N, entropy_N
+@kernel_op(lambda z, targets, cap, dnll, dentropy: z.new_empty(z.shape))
+def fused_token_scores_backward(z_NV: Tensor, targets_N: Tensor, cap: float, dnll_N: Tensor,
+                                dentropy_N: Tensor) -> Tensor:
+    dz_NV = z_NV.new_empty(z_NV.shape)
+    launch_scores(z_NV.contiguous(), targets_N, cap, dnll_N.contiguous(), dentropy_N.contiguous(), dz_NV)
+    return dz_NV
+def scores_save(ctx, inputs, output) -> None:
+    *tensors, ctx.cap = inputs
+    ctx.save_for_backward(*tensors)
+def scores_gradients(ctx, *gradients_N: Tensor):
+    return fused_token_scores_backward(*ctx.saved_tensors, ctx.cap, *gradients_N), None, None
+fused_token_scores.register_autograd(scores_gradients, setup_context=scores_save)
 def find_flash_attention():
     """(name, function) of the fastest attention that is installed and runs here, or (name, None): torch's."""
     found = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
@@ -410,31 +528,35 @@ def find_flash_attention():
                 return name, importlib.import_module(module).flash_attn_func
     return "sdpa", None
 def causal_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, flash=None) -> Tensor:
-    """softmax(q k' / sqrt K) v over positions up to one's own, layout B T H K; H/G heads share k, v."""
+    """softmax(q k' / sqrt K) v over positions up to one's own, layout B T H K; H/G heads share k, v. Fewer
+    queries than keys are those of the last positions."""
     if flash and q_BTHK.is_cuda:
         y = flash(q_BTHK, k_BTGK, v_BTGK, causal=True)
         return y[0] if isinstance(y, tuple) else y
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True,
+    late = None if q.size(2) == k.size(2) else causal_lower_right(q.size(2), k.size(2))
+    return F.scaled_dot_product_attention(q, k, v, late, is_causal=late is None,
                                           enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 # --- 5. Model -----------------------------------------------------------------------------------------------
 # Master weights are float32; every op follows the dtype of the residual stream (bfloat16 on CUDA, float32 on
 # CPU): no autocast. Sources: GQA 2305.13245, RoPE 2104.09864, QK-norm 2302.05442, value residual 2410.17897,
 # XSA and SmearGate as in PR #889, U-Net skips and x0 mixes as in modded-nanogpt.
+def working_dtype(x: Tensor) -> torch.dtype:
+    return torch.bfloat16 if x.is_cuda else torch.float32
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 class Linear(nn.Linear):
     """Float32 weights, computed in the dtype of the input."""
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
-def rotary_tables(T: int, hp: Hyperparameters, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, (T, 1, ROPE_DIMS/2) float32; beyond 1024 positions the base grows (NTK-aware scaling)."""
+def rotary_tables(T: int, hp: Hyperparameters, device=None) -> Tensor:
+    """cos and sin, (2, T, 1, ROPE_DIMS/2) float32; beyond 1024 positions the base grows (NTK-aware)."""
     r = hp.rope_dims
     base = hp.rope_base * (T / 1024) ** (r / (r - 2)) if T > 1024 and r > 2 else hp.rope_base
     frequency = base ** -(torch.arange(0, r, 2, dtype=torch.float32, device=device) / max(r, 1))
     angle = torch.outer(torch.arange(T, dtype=torch.float32, device=device), frequency)[:, None, :]
-    return angle.cos(), angle.sin()
-def rotate(x_BTHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    return torch.stack((angle.cos(), angle.sin()))
+def rotate(x_BTHK: Tensor, rope: Tensor) -> Tensor:
     """RoPE on the first 2 * rope width of K, in half-split pairs; the other dimensions carry no position."""
     cos, sin = rope
     a, b, rest = x_BTHK.tensor_split((cos.size(-1), 2 * cos.size(-1)), -1)
@@ -457,11 +579,12 @@ class Attention(nn.Module):
         self.xsa = layer >= hp.num_layers - hp.xsa_last_n
         self.ve_scale = nn.Parameter(torch.ones(())) if hp.ve_enabled and layer in hp.ve_layers else None
         self.vrl_gate = nn.Parameter(torch.tensor(-1.5)) if hp.vrl_enabled and layer else None
-    def forward(self, x_BTD: Tensor, rope, ve_BTGK: Tensor | None, v_first_BTGK: Tensor | None):
-        """(B, T, D) out, and this layer's values before any change (layer 0's are the others' v_first)."""
+    def forward(self, x_BTD: Tensor, rope, ve_BTGK: Tensor | None, v_first_BTGK: Tensor | None, last: int):
+        """(B, `last` positions, D) out, and this layer's values before any change (v_first of the others)."""
         B, T, _ = x_BTD.shape
         H, G, K = self.heads
-        q = rotate(norm(self.q(x_BTD).view(B, T, H, K)), rope) * self.q_gain.to(x_BTD.dtype)[:, None]
+        q = norm(self.q(x_BTD[:, -last:]).view(B, last, H, K))
+        q = rotate(q, rope[:, -last:]) * self.q_gain.to(q.dtype)[:, None]
         k = rotate(norm(self.k(x_BTD).view(B, T, G, K)), rope)
         v_own = v = self.v(x_BTD).view(B, T, G, K)
         if self.ve_scale is not None:
@@ -469,15 +592,19 @@ class Attention(nn.Module):
         if self.vrl_gate is not None:
             v = torch.lerp(v, v_first_BTGK, torch.sigmoid(self.vrl_gate).to(v.dtype))
         y = causal_attention(q, k, v, self.flash)
-        y = remove_own_value(y, v) if self.xsa else y
-        return self.proj(y.reshape(B, T, H * K)), v_own
+        y = remove_own_value(y, v[:, -last:]) if self.xsa else y
+        return self.proj(y.reshape(B, last, H * K)), v_own
 class MLP(nn.Module):
     def __init__(self, hp: Hyperparameters):
         super().__init__()
-        D, width, self.slope = hp.model_dim, int(hp.mlp_mult * hp.model_dim), hp.leaky_slope
+        D, width = hp.model_dim, int(hp.mlp_mult * hp.model_dim)
+        self.slope, self.fused = hp.leaky_slope, hp.fused_mlp
         self.fc, self.proj = Linear(D, width, bias=False), Linear(width, D, bias=False)
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.proj(F.leaky_relu(self.fc(x_BTD), self.slope).square())
+        fc, proj = (linear.weight.to(x_BTD.dtype) for linear in (self.fc, self.proj))
+        if self.fused and has_kernels(x_BTD):
+            return fused_mlp(x_BTD.flatten(0, 1), fc, proj, self.slope)[0].view_as(x_BTD)
+        return mlp(x_BTD, fc, proj, self.slope)
 class Block(nn.Module):
     def __init__(self, hp: Hyperparameters, layer: int, flash):
         super().__init__()
@@ -485,12 +612,12 @@ class Block(nn.Module):
         self.mix_x, self.mix_x0, self.attn_scale, self.mlp_scale = (
             nn.Parameter(torch.full((hp.model_dim,), value)) for value in (1.0, 0.0, 1.0, 1.0))
         self.norm_scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
-    def forward(self, x_BTD: Tensor, x0_BTD: Tensor, rope, ve_BTGK, v_first_BTGK):
+    def forward(self, x_BTD: Tensor, x0_BTD: Tensor, rope, ve_BTGK, v_first_BTGK, last: int):
         mix_x, mix_x0, a, b = (p.to(x_BTD.dtype)
                                for p in (self.mix_x, self.mix_x0, self.attn_scale, self.mlp_scale))
         x = mix_x * x_BTD + mix_x0 * x0_BTD
-        y, v = self.attn(norm(x) * self.norm_scale, rope, ve_BTGK, v_first_BTGK)
-        x = x + a * y
+        y, v = self.attn(norm(x) * self.norm_scale, rope, ve_BTGK, v_first_BTGK, last)
+        x = x[:, -last:] + a * y
         return x + b * self.mlp(norm(x) * self.norm_scale), v
 def bigram_rows(ids_BT: Tensor, rows: int) -> Tensor:
     """A row for each token with the one before it: a hash, collisions are harmless; the first: the last."""
@@ -518,6 +645,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(hp, layer, flash) for layer in range(L))
         self.skip_weights = nn.Parameter(torch.ones(skips, D)) if skips else None
         self.head = None if hp.tie_embeddings else Linear(D, V, bias=False)
+        for T in {hp.train_seq_len, hp.eval_seq_len}:  # else compiled code computes them at each use
+            self.register_buffer(f"rope_{T}", rotary_tables(T, hp), persistent=False)
         self.initialize()
     @torch.no_grad()
     def initialize(self) -> None:
@@ -530,41 +659,49 @@ class GPT(nn.Module):
                 p.normal_(std=std[name])
             elif name.endswith(".weight") and min(p.shape) >= 64:
                 nn.init.orthogonal_(p, 1 if name.startswith("blocks") else (2 * self.hp.num_layers) ** -0.5)
-    def forward(self, ids_BT: Tensor, targets_BT=None, weights_BT=None) -> Tensor:
-        """Hidden states (B, T, D); with targets their mean loss in nats, with weights the weighted sum."""
+    def forward(self, ids_BT: Tensor, targets_BT=None, weights_BT=None, last: int = 0) -> Tensor:
+        """Hidden states (B, T, D), or of the `last` positions only, which then are the last block's only
+        queries; with targets their mean loss in nats, with weights the weighted sum."""
         x = self.embed(ids_BT)
         if self.bigram is not None:
             x = x + self.bigram(bigram_rows(ids_BT, self.hp.bigram_vocab_size), x.dtype)
-        x = norm(x).to(torch.bfloat16 if x.is_cuda else torch.float32)
+        x = norm(x).to(working_dtype(x))
         if self.smear_gate is not None:
             x = torch.lerp(x, F.pad(x, (0, 0, 1, 0))[:, :-1], torch.sigmoid(self.smear_gate).to(x.dtype))
-        x0, v_first, skips, L = x, None, [], self.hp.num_layers
-        rope = rotary_tables(ids_BT.size(1), self.hp, ids_BT.device)
+        x0, v_first, skips, L, T = x, None, [], self.hp.num_layers, ids_BT.size(1)
+        rope = getattr(self, f"rope_{T}", None)
+        rope = rotary_tables(T, self.hp, x.device) if rope is None else rope
         if (ve := self.value_embed) is not None:
             ve = ve(ids_BT, x.dtype).unflatten(-1, (-1, self.hp.head_dim))
         for layer, block in enumerate(self.blocks):
             if self.skip_weights is not None and layer >= L // 2 and skips:
                 x = x + self.skip_weights[layer - L // 2].to(x.dtype) * skips.pop()
-            x, v = block(x, x0, rope, ve, v_first)
+            x, v = block(x, x0, rope, ve, v_first, last if last and layer == L - 1 else T)
             v_first = v if layer == 0 else v_first
             if layer < L // 2:
                 skips.append(x)
         if targets_BT is None:
             return x
-        nll_N = F.cross_entropy(self.logits(x).flatten(0, 1), targets_BT.ravel(), reduction="none")
+        nll_N, _ = self.scores(x.flatten(0, 1), targets_BT.ravel())
         return nll_N.mean() if weights_BT is None else (nll_N * weights_BT.ravel()).sum()
+    def head_products(self, hidden_D: Tensor) -> Tensor:
+        weight = self.embed.weight if self.head is None else self.head.weight
+        return F.linear(norm(hidden_D), weight.to(hidden_D.dtype))
     def logits(self, hidden_D: Tensor) -> Tensor:
         """(..., D) -> (..., V) float32, softly capped to +-LOGIT_SOFTCAP."""
-        weight = self.embed.weight if self.head is None else self.head.weight
-        z, cap = F.linear(norm(hidden_D), weight.to(hidden_D.dtype)).float(), self.hp.logit_softcap
-        return cap * torch.tanh(z / cap) if cap else z
+        return softcap(self.head_products(hidden_D), self.hp.logit_softcap)
+    def scores(self, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        """(nll of the targets, entropy of the predictions), nats, (N,) float32."""
+        z_NV = self.head_products(hidden_ND)
+        kernel = fused_token_scores if self.hp.fused_loss and has_kernels(z_NV) else token_scores
+        return kernel(z_NV, targets_N, self.hp.logit_softcap)
 # --- 6. Optimizer -------------------------------------------------------------------------------------------
 # Muon (Jordan et al. 2024), whose update is the momentum made orthogonal, for matrices; AdamW for the rest.
 def orthogonalize(G_NRC: Tensor, steps: int) -> Tensor:
     """Nearly the orthogonal factor U V' of each wide matrix U S V': singular values come out in [0.7, 1.2]. A
     quintic Newton-Schulz iteration, tuned for speed at zero, not convergence to one. bfloat16 on CUDA."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G_NRC.bfloat16() if G_NRC.is_cuda else G_NRC.float()
+    X = G_NRC.to(working_dtype(G_NRC))
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
@@ -887,7 +1024,7 @@ def windows(begin: int, end: int, length: int, stride: int) -> tuple[np.ndarray,
 def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int, rt: Runtime, part=None):
     """Yields (2, N) float32, nll and entropy in nats, of the targets [begin, end) = `part`, by default all,
     in segments that grow, in stream order; N = 0 on ranks other than 0. `trunk`: the model, compiled or
-    not; only scored positions go through the head."""
+    not; only scored positions go through the head, and of all but the first window through the last block."""
     hp, (begin, end) = model.hp, part or (0, len(tokens) - 1)
     length = min(hp.eval_seq_len, end)
     starts, first, ends = windows(begin, end, length, stride)
@@ -902,15 +1039,15 @@ def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int, rt: Runtime
             mine = share[i: i + batch]
             full = np.pad(mine, (0, batch - len(mine) if len(starts) > batch else 0), "edge")  # one shape
             at = starts[full][:, None] + np.arange(length)
+            last = min(stride, length) if (ends - first)[full].max() <= stride else length
+            hidden_BTD = trunk(torch.from_numpy(tokens[at].astype(np.int64)).to(rt.device), last=last)
+            at = at[:, -last:]
             scored = (at >= first[full][:, None]) & (at < ends[full][:, None])
             scored[len(mine):] = False
-            hidden_BTD = trunk(torch.from_numpy(tokens[at].astype(np.int64)).to(rt.device))
             rows, column, target = (torch.from_numpy(x).to(rt.device) for x in (
                 np.flatnonzero(scored), at[scored] - offset, tokens[at[scored] + 1].astype(np.int64)))
             for r, c, v in zip(*(x.split(head_rows) for x in (rows, column, target))):
-                logp_NV = F.log_softmax(model.logits(hidden_BTD.flatten(0, 1)[r]), -1)
-                scores_2N[0, c] = -logp_NV.gather(1, v[:, None])[:, 0]
-                scores_2N[1, c] = -(logp_NV.exp() * logp_NV).sum(-1)
+                scores_2N[:, c] = torch.stack(model.scores(hidden_BTD.flatten(0, 1)[r], v))
         done, batches = done + len(segment), min(2 * batches, SEGMENT_BATCHES)
         yield rt.sum(scores_2N)[:, :0 if rt.rank else None].cpu().numpy().copy()  # a view keeps all alive
         if not part:

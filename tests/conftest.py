@@ -18,8 +18,11 @@ sys.path.insert(0, str(ROOT / "data"))
 
 import sentencepiece as spm  # noqa: E402
 
+if not torch.cuda.is_available():  # kernels made in this process run in Triton's interpreter; not those of subprocesses
+    os.environ["TRITON_INTERPRET"] = "1"
 from train_gpt import Hyperparameters  # noqa: E402
 
+os.environ.pop("TRITON_INTERPRET", None)
 torch.set_num_threads(1)
 
 TINY = dict(  # a model with every feature on that takes milliseconds

@@ -86,13 +86,19 @@ def test_a_part_of_the_stream_gets_the_scores_it_has_in_the_whole(rng):
         np.testing.assert_allclose(score(model, tokens, 8, (begin, end)), whole[:, begin:end], rtol=1e-4, atol=1e-5)
 
 
-def test_only_scored_positions_go_through_the_head(rng, monkeypatch):
-    hp, seen = tiny(), []
+def test_only_scored_positions_go_through_the_head_and_the_last_block(rng, monkeypatch):
+    """Of 200 targets in windows of 32: the first window's 32, then 8 a window; the attention sees the same queries."""
+    hp, head, queries = tiny(VAL_BATCH_SIZE=32), [], []
     model, tokens = t.GPT(hp), rng.integers(0, 300, 201).astype(np.uint16)
-    logits = model.logits
-    monkeypatch.setattr(model, "logits", lambda hidden: (seen.append(len(hidden)), logits(hidden))[1])
+    products = model.head_products
+    monkeypatch.setattr(model, "head_products", lambda hidden: (head.append(len(hidden)), products(hidden))[1])
+    for layer, block in enumerate(model.blocks):
+        block.attn.q.register_forward_hook(lambda _, x, y, layer=layer: queries.append((layer, y.size(0) * y.size(1))))
     score(model, tokens, 8)
-    assert sum(seen) == 200
+    assert sum(head) == 200
+    last = hp.num_layers - 1
+    assert sum(n for layer, n in queries if layer == last) == 200
+    assert all(n == 32 for layer, n in queries if layer < last) and len(queries) == 22 * hp.num_layers
 
 
 def test_future_tokens_change_no_earlier_score(rng):

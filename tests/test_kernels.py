@@ -1,0 +1,271 @@
+"""Kernels against float64 references: in Triton's interpreter, or on the GPU where there is one (see conftest.py)."""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, collect, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt as t
+
+if t.triton is None:
+    pytest.skip("no Triton for this platform", allow_module_level=True)
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+# The interpreter multiplies bfloat16 matrices wrongly (as the integers that hold them), so there float16 stands for it.
+HALF = torch.bfloat16 if CUDA else torch.float16
+EPS = {torch.float32: 2e-3 if CUDA else 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # TF32 on CUDA
+SMALL = dict(BM=16, BN=32, BK=16, num_warps=4, num_stages=2)
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    if not CUDA:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """The interpreter works through a tile whatever is in it."""
+    monkeypatch.setattr(t, "MLP_TILE", SMALL)
+
+
+def random(*shape, dtype=torch.float32, scale=1.0) -> torch.Tensor:
+    return (torch.randn(shape, device=DEVICE) * scale).to(dtype).requires_grad_()
+
+
+def gradients(outputs, inputs, upstream):
+    return torch.autograd.grad(outputs, inputs, upstream)
+
+
+def assert_near(found, expected, eps, what="", size=1e-30):
+    """Within `eps` of the largest number, or of `size`: sums err by the size of what is summed."""
+    expected, error = expected.double(), (found.double() - expected).abs().max()
+    assert error <= eps * max(expected.abs().max(), size) + 1e-30, (what, float(error), float(expected.abs().max()))
+
+
+# --- MLP -----------------------------------------------------------------------------------------------------------
+
+def check_mlp(x, fc, proj, slope, g):
+    """Result and gradients of the kernel against those of the plain form in float64."""
+    y, _, _ = t.fused_mlp(x, fc, proj, slope)
+    exact = [v.detach().double().requires_grad_() for v in (x, fc, proj)]
+    y_exact = F.linear(F.leaky_relu(F.linear(exact[0], exact[1]), slope) ** 2, exact[2])
+    eps = 8 * EPS[x.dtype]
+    assert y.dtype == x.dtype
+    assert_near(y, y_exact, eps, "y")
+    found, wanted = gradients(y, (x, fc, proj), g), gradients(y_exact, exact, g.double())
+    for name, a, b in zip(("dx", "dfc", "dproj"), found, wanted):
+        assert a.shape == b.shape and a.dtype == x.dtype
+        assert_near(a, b, eps, name)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 50), st.integers(1, 70), st.sampled_from([0.5, 0.9, 0.0, 1.0, -0.3]),
+       st.integers(0, 2 ** 32 - 1), st.booleans())
+def test_mlp_of_any_size_equals_float64(N, D, W, slope, seed, half):
+    torch.manual_seed(seed)
+    dtype, plain = HALF if half else torch.float32, t.MLP_TILE
+    t.MLP_TILE = SMALL
+    try:
+        check_mlp(random(N, D, dtype=dtype), random(W, D, dtype=dtype), random(D, W, dtype=dtype, scale=W ** -0.5), slope,
+                  random(N, D, dtype=dtype).detach())
+    finally:
+        t.MLP_TILE = plain
+
+
+def test_mlp_with_the_tiles_that_are_shipped(rng):
+    check_mlp(random(130, 65), random(260, 65), random(65, 260), 0.5, random(130, 65).detach())
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e6])
+def test_mlp_of_extreme_values(rng, small_tiles, scale):
+    check_mlp(random(20, 24, scale=scale), random(33, 24), random(24, 33), 0.5, random(20, 24).detach())
+
+
+def test_mlp_of_zeros_is_zero_and_has_no_gradient(small_tiles):
+    x, fc, proj = (torch.zeros(s, device=DEVICE, requires_grad=True) for s in ((5, 8), (9, 8), (8, 9)))
+    y, z, h = t.fused_mlp(x, fc, proj, 0.5)
+    assert not any(v.any() for v in (y, z, h, *gradients(y, (x, fc, proj), torch.ones_like(y))))
+
+
+def test_mlp_of_inputs_that_are_not_contiguous(rng, small_tiles):
+    x, fc, proj = random(24, 40).T, random(24, 33).T, random(33, 24).T
+    check_mlp(*(v.detach().requires_grad_() for v in (x, fc, proj)), 0.5, torch.ones((), device=DEVICE).expand(40, 24))
+
+
+def test_mlp_kernel_writes_nothing_outside_of_its_matrix(rng, small_tiles):
+    """Rows and columns that do not fill the tiles."""
+    x, fc, guard = random(19, 24).detach(), random(37, 24).detach(), torch.full((2, 40, 37), 7.0, device=DEVICE)
+    t.launch_mlp(x, fc.mT, guard[0, :19], guard[1, :19], None, 0.5)
+    assert (guard[:, 19:] == 7).all() and not (guard[:, :19] == 7).any()
+
+
+# --- loss ----------------------------------------------------------------------------------------------------------
+
+def check_scores(z, targets, cap, upstream):
+    found, exact = t.fused_token_scores(z, targets, cap), z.detach().double().requires_grad_()
+    logp = torch.log_softmax(cap * torch.tanh(exact / cap) if cap else exact, -1)
+    wanted = -logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    for name, a, b in zip(("nll", "entropy"), found, wanted):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+    (a,), (b,) = gradients(found, z, upstream), gradients(wanted, exact, [u.double() for u in upstream])
+    assert a.dtype == z.dtype
+    assert_near(a, b, EPS[z.dtype] / 2 + 2e-6, "dz", size=max(u.abs().max() for u in upstream))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 9), st.integers(2, 300), st.sampled_from([0.0, 30.0, 1.5]), st.sampled_from([0.01, 3.0, 100.0]),
+       st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 2 ** 32 - 1))
+def test_scores_of_any_size_equal_float64(N, V, cap, scale, dtype, seed):
+    torch.manual_seed(seed)
+    z, targets = random(N, V, dtype=dtype, scale=scale), torch.randint(0, V, (N,), device=DEVICE)
+    check_scores(z, targets, cap, [torch.randn(N, device=DEVICE) for _ in range(2)])
+
+
+@pytest.mark.parametrize("V", [1024, 5000, 65_536])
+def test_scores_of_large_vocabularies(rng, V):
+    z, targets = random(2, V, scale=5.0), torch.tensor([0, V - 1], device=DEVICE)
+    check_scores(z, targets, 30.0, [torch.randn(2, device=DEVICE) for _ in range(2)])
+
+
+@pytest.mark.parametrize("cap", [0.0, 30.0])
+@pytest.mark.parametrize("value", [0.0, 1e4, -1e4, 3e38])
+def test_scores_of_extreme_logits_are_finite(cap, value):
+    """One logit far from the others, as target and not."""
+    z = torch.zeros(2, 7, device=DEVICE)
+    z[:, 3] = value
+    z.requires_grad_()
+    nll, entropy = t.fused_token_scores(z, torch.tensor([3, 5], device=DEVICE), cap)
+    expected, same = t.token_scores(z.detach(), torch.tensor([3, 5], device=DEVICE), cap)[0], (entropy[0] - entropy[1])
+    (dz,) = gradients((nll.sum() + entropy.sum()), z, None)
+    assert all(v.isfinite().all() for v in (nll, entropy, dz)) and not same.any() and (entropy >= -1e-6).all()
+    torch.testing.assert_close(nll, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_scores_of_uniform_logits_are_the_logarithm_of_the_vocabulary():
+    nll, entropy = t.fused_token_scores(torch.ones(3, 600, device=DEVICE), torch.arange(3, device=DEVICE), 30.0)
+    torch.testing.assert_close(nll, torch.full_like(nll, np.log(600)))
+    torch.testing.assert_close(entropy, nll)
+
+
+@pytest.mark.filterwarnings("ignore:Input #")
+def test_gradcheck_of_the_loss(rng):
+    """Finite differences of float32 sums: coarse, but they know nothing of any formula for the gradient."""
+    z, targets = random(3, 11), torch.randint(0, 11, (3,), device=DEVICE)
+    assert torch.autograd.gradcheck(lambda z: t.fused_token_scores(z, targets, 5.0), z, eps=1e-2, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Input #")
+def test_gradcheck_of_the_mlp(rng, small_tiles):
+    x, fc, proj = random(4, 5), random(6, 5), random(5, 6)
+    assert torch.autograd.gradcheck(lambda *args: t.fused_mlp(*args, 0.5)[0], (x, fc, proj), eps=1e-2, atol=0.1, rtol=0.02)
+
+
+# --- as ops ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.filterwarnings("ignore")
+def test_opcheck_of_every_op(rng, small_tiles):
+    """Schemas, fake results and autograd registrations, as torch.library checks them."""
+    x, fc, proj, z = random(7, 5), random(6, 5), random(5, 6), random(7, 6).detach()
+    logits, targets, grads = random(7, 11), torch.randint(0, 11, (7,), device=DEVICE), torch.randn(2, 7, device=DEVICE)
+    cases = {t.fused_mlp: (x, fc, proj, 0.5), t.fused_mlp_backward: (random(7, 5).detach(), proj.detach(), z, 0.5),
+             t.fused_token_scores: (logits, targets, 30.0),
+             t.fused_token_scores_backward: (logits.detach(), targets, 30.0, grads[0], grads[1])}
+    ops = [v for v in vars(t).values() if isinstance(v, torch._library.custom_ops.CustomOpDef)]
+    assert set(cases) == set(ops), "an op without a case here"
+    for op, args in cases.items():
+        assert set(torch.library.opcheck(op, args).values()) == {"SUCCESS"}
+
+
+@pytest.fixture
+def kernels_on(monkeypatch, small_tiles):
+    """The model takes the kernels' way, on the CPU too; counts the launches."""
+    launches = {"mlp": 0, "scores": 0}
+    monkeypatch.setattr(t, "has_kernels", lambda x: True)
+    for name in launches:
+        def counted(*args, plain=getattr(t, f"launch_{name}"), name=name):
+            launches[name] += 1
+            return plain(*args)
+        monkeypatch.setattr(t, f"launch_{name}", counted)
+    return launches
+
+
+def small_model(**changes):
+    model = t.GPT(tiny(NUM_LAYERS=2, VE_LAYERS="1", **changes)).to(DEVICE)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    ids = torch.randint(0, 512, (2, 33), device=DEVICE)
+    return model, ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def test_the_model_with_kernels_equals_the_model_without(rng, kernels_on):
+    model, ids, targets = small_model()
+    loss = model(ids, targets)
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    assert kernels_on == {"mlp": 4, "scores": 2}                                 # forward and backward, two layers
+    model.hp = t.replace(model.hp, fused_loss=False)
+    for block in model.blocks:
+        block.mlp.fused = False
+    plain = model(ids, targets)
+    assert kernels_on == {"mlp": 4, "scores": 2}
+    eps = 0.02 if CUDA else 1e-4
+    assert_near(loss, plain, eps)
+    for (name, _), a, b in zip(model.named_parameters(), found, torch.autograd.grad(plain, list(model.parameters()))):
+        assert_near(a, b, 4 * eps, name)
+
+
+@pytest.mark.parametrize("switch, off", [("FUSED_MLP", "mlp"), ("FUSED_LOSS", "scores")])
+def test_each_switch_turns_its_kernel_off(rng, kernels_on, switch, off):
+    model, ids, targets = small_model(**{switch: 0})
+    model(ids, targets).backward()
+    assert [name for name, launches in kernels_on.items() if not launches] == [off]
+
+
+def test_scoring_with_kernels_equals_scoring_without(rng, kernels_on, monkeypatch):
+    model, _, _ = small_model()
+    tokens, rt = rng.integers(0, 512, 61).astype(np.uint16), t.Runtime("", {})
+    found = collect(t.score_stream(model, model, tokens, 8, rt))
+    monkeypatch.setattr(t, "has_kernels", lambda x: False)
+    np.testing.assert_allclose(found, collect(t.score_stream(model, model, tokens, 8, rt)), rtol=2e-4, atol=2e-5)
+    assert kernels_on["scores"] and kernels_on["mlp"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_graphs_keep_the_ops_and_do_not_break(rng, kernels_on):
+    """One graph, in which each op stands as a node; same loss and gradients as uncompiled."""
+    model, ids, targets = small_model()
+    seen = []
+
+    def backend(graph, inputs):
+        from torch._dynamo.backends.debugging import aot_eager
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return aot_eager(graph, inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(t.training_loss, backend=backend, fullgraph=True, dynamic=False)
+    loss = compiled(model, ids, targets, None)
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    plain = t.training_loss(model, ids, targets, None)
+    assert sum("golf.fused_mlp" in name for name in seen) == 2 and sum("golf.fused_token" in name for name in seen) == 1
+    assert_near(loss, plain, 1e-5 if not CUDA else 0.02)
+    for a, b in zip(found, torch.autograd.grad(plain, list(model.parameters()))):
+        assert_near(a, b, 1e-4 if not CUDA else 0.05)
+
+
+def test_without_triton_the_plain_forms_run():
+    """Kernels are asked for, CUDA is said to be there, Triton is not."""
+    code = ("import sys; sys.modules['triton'] = None\n"
+            "import torch, train_gpt as t\n"
+            "class OnCuda: is_cuda = True\n"
+            "assert t.triton is None and not t.has_kernels(OnCuda())\n"
+            "model = t.GPT(t.Hyperparameters(num_layers=4, model_dim=64, num_heads=4, num_kv_heads=4, ve_layers=(3,), train_seq_len=32))\n"
+            "ids = torch.zeros(1, 32, dtype=torch.int64)\n"
+            "model(ids, ids).backward()")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
