@@ -460,14 +460,14 @@ def fused_mlp_backward(g_ND: Tensor, proj_DW: Tensor, z_NW: Tensor, slope: float
     """z's gradient, from that of the result."""
     launch_mlp(g_ND, proj_DW, z_NW, None, dz_NW := z_NW.new_empty(z_NW.shape), slope)
     return dz_NW
-def mlp_save(ctx, inputs, output) -> None:
-    *matrices, ctx.slope = inputs
-    ctx.save_for_backward(*matrices, *output[1:])
+def keep(ctx, inputs, output) -> None:
+    *tensors, ctx.number = inputs
+    ctx.save_for_backward(*tensors, *output)
 def mlp_gradients(ctx, g_ND: Tensor, *_):
-    x, fc, proj, z, h = ctx.saved_tensors
-    dz = fused_mlp_backward(g_ND, proj, z, ctx.slope)
+    x, fc, proj, _, z, h = ctx.saved_tensors
+    dz = fused_mlp_backward(g_ND, proj, z, ctx.number)
     return dz @ fc, dz.mT @ x, g_ND.mT @ h, None
-fused_mlp.register_autograd(mlp_gradients, setup_context=mlp_save)
+fused_mlp.register_autograd(mlp_gradients, setup_context=keep)
 def softcap(z: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(z.float() / cap) if cap else z.float()
 def token_scores(z_NV: Tensor, targets_N: Tensor, cap: float) -> tuple[Tensor, Tensor | None]:
@@ -512,12 +512,10 @@ def fused_token_scores_backward(z_NV: Tensor, targets_N: Tensor, cap: float, dnl
     dz_NV = z_NV.new_empty(z_NV.shape)
     launch_scores(z_NV.contiguous(), targets_N, cap, dnll_N.contiguous(), dentropy_N.contiguous(), dz_NV)
     return dz_NV
-def scores_save(ctx, inputs, output) -> None:
-    *tensors, ctx.cap = inputs
-    ctx.save_for_backward(*tensors)
 def scores_gradients(ctx, *gradients_N: Tensor):
-    return fused_token_scores_backward(*ctx.saved_tensors, ctx.cap, *gradients_N), None, None
-fused_token_scores.register_autograd(scores_gradients, setup_context=scores_save)
+    z, targets, *_ = ctx.saved_tensors
+    return fused_token_scores_backward(z, targets, ctx.number, *gradients_N), None, None
+fused_token_scores.register_autograd(scores_gradients, setup_context=keep)
 def find_flash_attention():
     """(name, function) of the fastest attention that is installed and runs here, or (name, None): torch's."""
     found = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
