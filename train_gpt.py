@@ -544,9 +544,12 @@ def working_dtype(x: Tensor) -> torch.dtype:
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 class Linear(nn.Linear):
-    """Float32 weights, computed in the dtype of the input."""
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    """Float32 weights, computed in the dtype of the input. A factor of the outputs multiplies the weights: it
+    is the same, but neither it nor its gradient takes a pass over all tokens."""
+    def forward(self, x: Tensor, factor: Tensor | float = 1.0) -> Tensor:
+        return F.linear(x, self.matrix(x.dtype, factor))
+    def matrix(self, dtype: torch.dtype, factor: Tensor | float = 1.0) -> Tensor:
+        return (self.weight * factor).to(dtype)
 def rotary_tables(T: int, hp: Hyperparameters, device=None) -> Tensor:
     """cos and sin, (2, T, 1, ROPE_DIMS/2) float32; beyond 1024 positions the base grows (NTK-aware)."""
     r = hp.rope_dims
@@ -577,12 +580,12 @@ class Attention(nn.Module):
         self.xsa = layer >= hp.num_layers - hp.xsa_last_n
         self.ve_scale = nn.Parameter(torch.ones(())) if hp.ve_enabled and layer in hp.ve_layers else None
         self.vrl_gate = nn.Parameter(torch.tensor(-1.5)) if hp.vrl_enabled and layer else None
-    def forward(self, x_BTD: Tensor, rope, ve_BTGK: Tensor | None, v_first_BTGK: Tensor | None, last: int):
+    def forward(self, x_BTD: Tensor, scale_D: Tensor, rope, ve_BTGK, v_first_BTGK, last: int):
         """(B, `last` positions, D) out, and this layer's values before any change (v_first of the others)."""
         B, T, _ = x_BTD.shape
         H, G, K = self.heads
-        q = norm(self.q(x_BTD[:, -last:]).view(B, last, H, K))
-        q = rotate(q, rope[:, -last:]) * self.q_gain.to(q.dtype)[:, None]
+        q = norm(self.q(x_BTD[:, -last:]).view(B, last, H, K)) * self.q_gain.to(x_BTD.dtype)[:, None]
+        q = rotate(q, rope[:, -last:])  # after the gain, which so costs no pass of its own
         k = rotate(norm(self.k(x_BTD).view(B, T, G, K)), rope)
         v_own = v = self.v(x_BTD).view(B, T, G, K)
         if self.ve_scale is not None:
@@ -591,15 +594,15 @@ class Attention(nn.Module):
             v = torch.lerp(v, v_first_BTGK, torch.sigmoid(self.vrl_gate).to(v.dtype))
         y = causal_attention(q, k, v, self.flash)
         y = remove_own_value(y, v[:, -last:]) if self.xsa else y
-        return self.proj(y.reshape(B, last, H * K)), v_own
+        return self.proj(y.reshape(B, last, H * K), scale_D[:, None]), v_own
 class MLP(nn.Module):
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         D, width = hp.model_dim, int(hp.mlp_mult * hp.model_dim)
         self.slope, self.fused = hp.leaky_slope, hp.fused_mlp
         self.fc, self.proj = Linear(D, width, bias=False), Linear(width, D, bias=False)
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        fc, proj = (linear.weight.to(x_BTD.dtype) for linear in (self.fc, self.proj))
+    def forward(self, x_BTD: Tensor, scale_D: Tensor) -> Tensor:
+        fc, proj = self.fc.matrix(x_BTD.dtype), self.proj.matrix(x_BTD.dtype, scale_D[:, None])
         if self.fused and has_kernels(x_BTD):
             return fused_mlp(x_BTD.flatten(0, 1), fc, proj, self.slope)[0].view_as(x_BTD)
         return mlp(x_BTD, fc, proj, self.slope)
@@ -611,12 +614,10 @@ class Block(nn.Module):
             nn.Parameter(torch.full((hp.model_dim,), value)) for value in (1.0, 0.0, 1.0, 1.0))
         self.norm_scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
     def forward(self, x_BTD: Tensor, x0_BTD: Tensor, rope, ve_BTGK, v_first_BTGK, last: int):
-        mix_x, mix_x0, a, b = (p.to(x_BTD.dtype)
-                               for p in (self.mix_x, self.mix_x0, self.attn_scale, self.mlp_scale))
-        x = mix_x * x_BTD + mix_x0 * x0_BTD
-        y, v = self.attn(norm(x) * self.norm_scale, rope, ve_BTGK, v_first_BTGK, last)
-        x = x[:, -last:] + a * y
-        return x + b * self.mlp(norm(x) * self.norm_scale), v
+        x = self.mix_x.to(x_BTD.dtype) * x_BTD + self.mix_x0.to(x_BTD.dtype) * x0_BTD
+        y, v = self.attn(norm(x) * self.norm_scale, self.attn_scale, rope, ve_BTGK, v_first_BTGK, last)
+        x = x[:, -last:] + y
+        return x + self.mlp(norm(x) * self.norm_scale, self.mlp_scale), v
 def bigram_rows(ids_BT: Tensor, rows: int) -> Tensor:
     """A row for each token with the one before it: a hash, collisions are harmless; the first: the last."""
     pair = (36313 * ids_BT[:, 1:]) ^ (27191 * ids_BT[:, :-1])
@@ -628,7 +629,7 @@ class NarrowEmbedding(nn.Module):
         self.table, self.proj = nn.Embedding(rows, width), Linear(width, out, bias=False)
         self.scale = nn.Parameter(torch.tensor(scale))
     def forward(self, rows_BT: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.proj(self.table(rows_BT).to(dtype)) * self.scale.to(dtype)
+        return self.proj(self.table(rows_BT).to(dtype), self.scale)
 class GPT(nn.Module):
     def __init__(self, hp: Hyperparameters):
         super().__init__()
