@@ -196,8 +196,7 @@ def mistyped(env: dict[str, str]) -> list[str]:
 REDUCE_SCATTER, ALL_GATHER = (getattr(dist, new, None) or getattr(dist, old) for new, old in (  # torch 2.13
     ("reduce_scatter_single", "reduce_scatter_tensor"), ("all_gather_single", "all_gather_into_tensor")))
 class Runtime:
-    """This process among those that torchrun described in `env`, its device, and its log: rank 0's, always a
-    new logs/<run_id>.txt. Without `run_id` it writes nothing."""
+    """This process among torchrun's (in `env`), its device, rank 0's always new logs/<run_id>.txt, if named."""
     def __init__(self, run_id: str, env: dict[str, str]):
         self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         local_rank, cuda = int(env.get("LOCAL_RANK", 0)), torch.cuda.is_available()
@@ -375,9 +374,8 @@ class ByteCounter:
             sp.Load(hp.tokenizer_path)
         except (RuntimeError, OSError, ValueError):
             raise UserError(f"{name}: no such file or not a SentencePiece model; {GET_DATA}") from None
-        V = sp.vocab_size()
-        require(V == hp.vocab_size, f"{name}: has {V} pieces, but VOCAB_SIZE={hp.vocab_size}: set "
-                f"VOCAB_SIZE={V} or name the data's own tokenizer")
+        require(sp.vocab_size() == hp.vocab_size, f"{name}: has {sp.vocab_size()} pieces, but VOCAB_SIZE="
+                f"{hp.vocab_size}: set VOCAB_SIZE={sp.vocab_size()} or name the data's own tokenizer")
         self.is_text = np.array([not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)) for i in ids])
         pieces = [sp.id_to_piece(i) if text else "" for i, text in zip(ids, self.is_text)]
         self.opens_word = np.array([piece.startswith("\u2581") for piece in pieces])
