@@ -17,9 +17,8 @@ V vocabulary, N any flat number of positions, R x C a matrix. Losses are nats pe
 """
 from __future__ import annotations
 
-import contextlib, hashlib, importlib, json, lzma, math, os, platform
+import concurrent.futures, contextlib, hashlib, importlib, json, lzma, math, os, platform
 import re, signal, sys, time, traceback, zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -196,7 +195,7 @@ def mistyped(env: dict[str, str]) -> list[str]:
 REDUCE_SCATTER, ALL_GATHER = (getattr(dist, new, None) or getattr(dist, old) for new, old in (  # torch 2.13
     ("reduce_scatter_single", "reduce_scatter_tensor"), ("all_gather_single", "all_gather_into_tensor")))
 class Runtime:
-    """This process among torchrun's (in `env`), its device, rank 0's always new logs/<run_id>.txt, if named."""
+    """This process among torchrun's (in `env`), its device, its log: rank 0 opens a new logs/<run_id>.txt."""
     def __init__(self, run_id: str, env: dict[str, str]):
         self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         local_rank, cuda = int(env.get("LOCAL_RANK", 0)), torch.cuda.is_available()
@@ -209,7 +208,7 @@ class Runtime:
         if self.world_size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         self.stopped, self.patient = "", False  # the signal that came; it waits for the end of the step
-        for number in (signal.SIGTERM, signal.SIGINT) if run_id else ():
+        for number in (signal.SIGTERM, signal.SIGINT) if run_id else ():  # without it: no handlers, no log
             signal.signal(number, self.stop)
         self.log_path, self.unwritten, i = None, b"", 1
         while run_id and self.rank == 0 and not self.log_path:
@@ -1229,9 +1228,8 @@ def read_checkpoint(path: str) -> dict[str, np.ndarray]:
     except Exception as error:  # of many types: a damaged archive fails in NumPy, zipfile, zlib, struct ...
         raise UserError(f"RESUME={path}: {getattr(error, 'strerror', 0) or 'no whole checkpoint'}") from None
 def train(trainer: Trainer) -> None:
-    """Trains until ITERATIONS or the wall-clock cap on rank 0's clock, which stops in validations; begins no
-    step that would pass the cap by taking twice the average. Leaves a checkpoint, and the averaged weights in
-    the model. Stopped: a signal came, the step was ended; UserError: the loss is not finite."""
+    """Trains to ITERATIONS or the cap on rank 0's clock, which stops in validations: begins no step that may
+    pass it at twice the average. Leaves checkpoint, averaged weights. Stopped; UserError: loss not finite."""
     hp, rt = trainer.hp, trainer.rt
     trainer.warm_up()
     rt.barrier()
@@ -1285,8 +1283,7 @@ def log_header(trainer: Trainer) -> None:
     cpu, cuda = f"{platform.processor() or platform.machine()} CPU", rt.device.type == "cuda"
     files = dict(train=loader.paths[0]) if loader else {}
     files |= dict(val=find_shards("val", hp)[0], tokenizer=Path(hp.tokenizer_path))
-    rt.log("\n".join((
-        Path(__file__).read_text(encoding="utf-8"), "=" * 100,
+    rt.log("\n".join((Path(__file__).read_text(encoding="utf-8"), "=" * 100,
         f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
         f"numpy:{np.__version__} platform:{platform.platform()}",
         *(f"data:{name} first:{path} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
@@ -1296,7 +1293,7 @@ def log_header(trainer: Trainer) -> None:
            f"{torch.get_num_threads()} cores:{os.cpu_count()} attention:{trainer.model.attention_name} "
            f"accumulation:{getattr(loader, 'accumulation', 0)}\ntrain_tokens:{getattr(loader, 'tokens', 0)} "
            f"val_targets:{len(trainer.stream_bytes)} val_bytes:{trainer.stream_bytes.sum()}")
-def report_mixture(trainer: Trainer, mixture: Mixture, scores: np.ndarray, added: str) -> float:
+def report_mixture(trainer: Trainer, mixture: Mixture, scores: np.ndarray, added: float) -> float:
     """Audits the mixture, logs its score, its sources and, if hashed, the predecessors'; returns its bpb."""
     hp, rt, stream_bytes, (nll, entropy) = trainer.hp, trainer.rt, trainer.stream_bytes, scores
     neural, bpb = (bits_per_byte(x, stream_bytes) for x in (nll, mixture.nll))
@@ -1309,8 +1306,8 @@ def report_mixture(trainer: Trainer, mixture: Mixture, scores: np.ndarray, added
     for n, targets in zip(*np.unique(mixture.longest, return_counts=True)):
         rt.log(f"ngram_order order:{n} targets:{targets} gain:{gain[n]:.8f}")
     orders = f"orders:{hp.ngram_min_order}-{hp.ngram_order}"
-    rt.log(f"final_ngram_exact val_loss:{mixture.nll.mean():.8f} val_bpb:{bpb:.8f} "
-           f"gain:{neural - bpb:.8f} {orders} counts:exact alpha:{hp.ngram_alpha} {added}")
+    rt.log(f"final_ngram_exact val_loss:{mixture.nll.mean():.8f} val_bpb:{bpb:.8f} gain:{neural - bpb:.8f} "
+           f"{orders} counts:exact alpha:{hp.ngram_alpha} added_time:{1e3 * added:.0f}ms")
     if hp.ngram_counts == "hashed":
         hashed = Mixture(trainer.tokens, hp)
         hashed.extend(*scores)
@@ -1333,7 +1330,7 @@ def ttt_batches(trainer: Trainer, begin: int, end: int):
         yield [torch.from_numpy(np.split(x, rt.world_size)[rt.rank]).to(rt.device) for x in batch]
 def score_and_learn(trainer: Trainer, stride: int):
     """Score-first test-time training (PR #825). Yields segments as score_stream does: a chunk, scored with an
-    average of the weights; these learn from it only when the next is asked for. At last all is as before."""
+    average of the weights, which learn from it only when the next is asked for. At last all is as before."""
     hp, rt, model, tokens = trainer.hp, trainer.rt, trainer.model, trainer.tokens
     progress = Progress(rt, f"scoring and learning stride:{stride}", total := len(tokens) - 1)
     last = tuple(f"blocks.{i}." for i in range(hp.num_layers)[-hp.ttt_blocks or hp.num_layers:])
@@ -1385,9 +1382,9 @@ def scores_in_time(trainer: Trainer, began: float):
 def evaluate(trainer: Trainer, size: int, began: float) -> None:
     """The model scores the stream and is mixed with counts while it scores; `began`: when training ended."""
     hp, rt, tokens, label = trainer.hp, trainer.rt, trainer.tokens, f"final_int{trainer.hp.quant_bits}"
-    background, mixture, added = ThreadPoolExecutor(1), None, None  # not waited for when the run is stopped
+    mixture, submit = None, concurrent.futures.ThreadPoolExecutor(1).submit  # a stop does not wait for it
     if hp.ngram_enabled and rt.rank == 0:
-        mixture = background.submit(Mixture, tokens, replace(hp, ngram_counts="exact"))
+        mixture = submit(Mixture, tokens, replace(hp, ngram_counts="exact"))
     trainer.validate(f"{label}_roundtrip")
     begun, scores = time.perf_counter(), np.empty((2, 0 if rt.rank else len(tokens) - 1), np.float32)
     (stride, segments), done, mixed = scores_in_time(trainer, began), 0, "off"
@@ -1395,26 +1392,25 @@ def evaluate(trainer: Trainer, size: int, began: float) -> None:
         scores[:, done: done + segment.shape[1]] = segment
         done += segment.shape[1]
         if mixture:  # what fails in one of these calls fails in the last one again
-            added = background.submit(lambda now=scores[:, :done]: mixture.result().extend(*now))
+            added = submit(lambda now=scores[:, :done]: mixture.result().extend(*now))
+    if rt.rank:
+        return  # the rest is rank 0's
     scored, arrays = time.perf_counter(), dict(nll=scores[0], entropy=scores[1])
-    if rt.rank == 0:
-        loss, neural = scores[0].mean(dtype=float), bits_per_byte(scores[0], trainer.stream_bytes)
-        rt.log(f"{label}_sliding_window_exact val_loss:{loss:.8f} val_bpb:{neural:.8f} "
-               f"stride:{stride} eval_time:{1e3 * (scored - begun):.0f}ms")
+    loss, neural = scores[0].mean(dtype=float), bits_per_byte(scores[0], trainer.stream_bytes)
+    rt.log(f"{label}_sliding_window_exact val_loss:{loss:.8f} val_bpb:{neural:.8f} stride:{stride} "
+           f"eval_time:{1e3 * (scored - begun):.0f}ms")
     if mixture:
         added.result()
-        facts = f"added_time:{1e3 * (time.perf_counter() - scored):.0f}ms"
-        mixed = f"{report_mixture(trainer, mixture.result(), scores, facts):.4f} bpb"
+        mixed = f"{report_mixture(trainer, mixture.result(), scores, time.perf_counter() - scored):.4f} bpb"
         arrays |= dict(mixed=mixture.result().nll.astype(np.float32))
-    if hp.save_scores and rt.rank == 0:
+    if hp.save_scores:
         path = rt.log_path.with_name(f"{rt.log_path.stem}_scores.npz")
         replace_file(path, lambda file: np.savez(file, settings=json.dumps(hp.as_env()), **arrays))
     seconds = time.perf_counter() - began
     rt.log(f"total_eval_time:{seconds:.1f}s budget:{hp.eval_budget_seconds:g}s stride:{stride}")
-    if rt.rank == 0:
-        rt.log(f"\n  neural {neural:.4f} bpb, mixed with exact counts of the past {mixed}\n"
-               f"  artifact {size:,} bytes of {SIZE_CAP:,}, code included; {rt.log_path}\n"
-               f"  training {trainer.seconds:.1f} s, {trainer.steps} steps; evaluation {seconds:.1f} s")
+    rt.log(f"\n  neural {neural:.4f} bpb, mixed with exact counts of the past {mixed}\n"
+           f"  artifact {size:,} bytes of {SIZE_CAP:,}, code included; {rt.log_path}\n"
+           f"  training {trainer.seconds:.1f} s, {trainer.steps} steps; evaluation {seconds:.1f} s")
 def main(env: dict[str, str]) -> None:
     """All data found, all ranks the same, the log begun; train, pack, read back, score, mix, report."""
     hp = Hyperparameters.from_env(env)
