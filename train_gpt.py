@@ -17,9 +17,8 @@ V vocabulary, N any flat number of positions, R x C a matrix. Losses are nats pe
 """
 from __future__ import annotations
 
-import contextlib, hashlib, importlib, json, lzma, math, os, platform
+import concurrent.futures, contextlib, hashlib, importlib, json, lzma, math, os, platform
 import re, signal, sys, time, traceback, zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -38,11 +37,13 @@ class UserError(Exception):
     """What a user can mend. The message is one line: what was found, what was expected, what to do."""
 class Stopped(UserError):
     """A signal ended the run."""
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
 # --- 1. Hyperparameters -------------------------------------------------------------------------------------
 # The only place that reads the environment. What cannot work is refused, in one line, before data is touched.
 def setting(default, doc: str, low=None, high=math.inf, choices=""):
     return field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices.split()))
-
 @dataclass(frozen=True)
 class Hyperparameters:
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
@@ -140,8 +141,7 @@ class Hyperparameters:
     @classmethod
     def from_env(cls, env: dict[str, str]) -> Hyperparameters:
         """Typed, checked settings from `env`; UserError names the variable, its value, what it may hold."""
-        return cls(**{f.name: parse_setting(f, env[f.name.upper()])
-                      for f in fields(cls) if f.name.upper() in env})
+        return cls(**{f.name: parse_setting(f, env) for f in fields(cls) if f.name.upper() in env})
     def __post_init__(self) -> None:
         """Refuse settings that cannot work together, with the first rule that they break."""
         T, L, power = self.train_seq_len, self.num_layers, 1 << self.ngram_buckets.bit_length()
@@ -164,8 +164,7 @@ class Hyperparameters:
             (2 * self.ngram_buckets == power, "NGRAM_BUCKETS", f"expected a power of two, such as {power}"),
             (self.alpha_min <= self.alpha_max < 1, "ALPHA_MIN ALPHA_MAX", "expected the first <= second < 1"),
         ):
-            if not holds:
-                raise UserError(", ".join(f"{n}={self.as_env()[n]}" for n in names.split()) + f": {rule}")
+            require(holds, ", ".join(f"{n}={self.as_env()[n]}" for n in names.split()) + f": {rule}")
     def as_env(self) -> dict[str, str]:
         """All settings as they would be written in the environment."""
         return {name.upper(): ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -174,26 +173,24 @@ PARSERS = {  # by the type of a setting's default: how to read it, what to expec
     str: (str, "text"), int: (int, "an integer"), float: (float, "a number"),
     bool: (lambda text: {"0": 0, "false": 0, "1": 1, "true": 1}[text.strip().lower()] == 1, "0 or 1"),
     tuple: (lambda text: tuple(int(i) for i in text.split(",") if i.strip()), "comma-separated integers")}
-def parse_setting(f, text: str):
-    """The value of field `f` in `text`: of the type of its default, finite, within its bounds."""
+def parse_setting(f, env: dict[str, str]):
+    """The value of field `f` in `env`: of the type of its default, finite, within its bounds."""
     (parse, expected), (_, low, high, choices) = PARSERS[type(f.default)], f.metadata.values()
     if choices:
         expected = f"one of {', '.join(choices)}"
     elif low is not None:
         expected += f", at least {low}" if high == math.inf else f" from {low} to {high}"
     with contextlib.suppress(ValueError, KeyError):
-        value = parse(text)
-        fits = value in choices if choices else low is None or low <= value <= high
-        if fits and value != math.inf:
+        value = parse(text := env[f.name.upper()])
+        if value in choices if choices else low is None or low <= value <= high and value < math.inf:
             return value
     raise UserError(f"{f.name.upper()}={text!r}: expected {expected} (default {f.default!r})")
 def is_near(a: str, b: str, edits: int) -> bool:
     """Can `edits` insertions, deletions and changes of a letter turn `a` into `b`?"""
     if edits < 0 or not a or not b:
         return len(a) + len(b) <= edits
-    if a[0] == b[0]:
-        return is_near(a[1:], b[1:], edits)
-    return any(is_near(*rest, edits - 1) for rest in ((a[1:], b), (a, b[1:]), (a[1:], b[1:])))
+    rests = (a[1:], b[1:], edits - (a[0] != b[0])), (a[1:], b, edits - 1), (a, b[1:], edits - 1)
+    return any(is_near(*rest) for rest in rests)
 def mistyped(env: dict[str, str]) -> list[str]:
     """Warnings for environment names that are within edit distance 2 of settings but are none."""
     known = sorted(f.name.upper() for f in fields(Hyperparameters))
@@ -204,11 +201,9 @@ def mistyped(env: dict[str, str]) -> list[str]:
 # lines. What is on the CPU travels by gloo: agreeing on the clock never waits for a GPU.
 REDUCE_SCATTER, ALL_GATHER = (getattr(dist, new, None) or getattr(dist, old) for new, old in (  # torch 2.13
     ("reduce_scatter_single", "reduce_scatter_tensor"), ("all_gather_single", "all_gather_into_tensor")))
-
 class Runtime:
-    """This process among the others, its device and its log. Without `run_id` it writes nothing."""
+    """This process among torchrun's (in `env`), its device, its log: rank 0 opens a new logs/<run_id>.txt."""
     def __init__(self, run_id: str, env: dict[str, str]):
-        """Joins the process group that torchrun put in `env`; rank 0 opens logs/<run_id>.txt, always new."""
         self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         local_rank, cuda = int(env.get("LOCAL_RANK", 0)), torch.cuda.is_available()
         self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -220,7 +215,7 @@ class Runtime:
         if self.world_size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         self.stopped, self.patient = "", False  # the signal that came; it waits for the end of the step
-        for number in (signal.SIGTERM, signal.SIGINT) if run_id else ():
+        for number in (signal.SIGTERM, signal.SIGINT) if run_id else ():  # without it: no handlers, no log
             signal.signal(number, self.stop)
         self.log_path, self.unwritten, i = None, b"", 1
         while run_id and self.rank == 0 and not self.log_path:
@@ -234,8 +229,7 @@ class Runtime:
         if first and not self.patient:
             raise Stopped(f"stopped by {self.stopped}")
     def log(self, line: str, console: bool = True) -> None:
-        """Rank 0 writes `line` to stdout and its log file at once: a run that dies leaves all it said. What
-        a full disk does not take is tried again with every later line."""
+        """Rank 0 prints and writes `line` at once; what a full disk refuses is tried again with the next."""
         if not self.log_path:
             return
         self.unwritten += f"{line}\n".encode()
@@ -269,9 +263,8 @@ class Runtime:
         return lambda: (work.wait(), out)[1]
     def compare(self, facts: dict[str, object]) -> None:
         """UserError that names the ranks whose `facts` are not rank 0's."""
-        table_RF = torch.zeros(self.world_size, len(facts), dtype=torch.int64)
-        table_RF[self.rank] = torch.tensor([zlib.crc32(repr(fact).encode()) for fact in facts.values()])
-        for name, column in zip(facts, self.sum(table_RF).T.tolist()):
+        for name, fact in facts.items():
+            column = self.agree(*np.eye(self.world_size)[self.rank] * zlib.crc32(repr(fact).encode()))
             if odd := [str(rank) for rank, checksum in enumerate(column) if checksum != column[0]]:
                 raise UserError(f"rank {', '.join(odd)}: {name} differ from rank 0's: start the same files "
                                 "with the same settings everywhere")
@@ -283,9 +276,8 @@ class Runtime:
         """UserError: lines of the log that no later one could bring to the disk."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
-        if self.unwritten:
-            raise UserError(f"{self.log_path}: no disk space for its last {len(self.unwritten)} bytes; free "
-                            "some and keep what was printed")
+        require(not self.unwritten, f"{self.log_path}: no disk space for its last {len(self.unwritten)} "
+                "bytes; free some and keep what was printed")
 def replace_file(path: Path, write) -> None:
     """`write(file)` aside, then rename: `path` is whole, the old one until the new one is."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -335,40 +327,35 @@ def find_shards(part: str, hp: Hyperparameters) -> list[Path]:
     raise UserError(f"{name.upper()}={getattr(hp, name)}: no fineweb_{part}_*.bin there; {GET_DATA}")
 def check_tokens(tokens: np.ndarray, vocab_size: int, source: str | Path) -> np.ndarray:
     """`tokens` themselves; UserError: one is outside of the vocabulary."""
-    if (largest := tokens.max(initial=0)) >= vocab_size:
-        raise UserError(f"{source}: holds token {largest}, but VOCAB_SIZE={vocab_size}: data and VOCAB_SIZE "
-                        "must come from the same tokenizer")
+    require((largest := tokens.max(initial=0)) < vocab_size, f"{source}: holds token {largest}, but "
+            f"VOCAB_SIZE={vocab_size}: data and VOCAB_SIZE must come from the same tokenizer")
     return tokens
 def load_validation(hp: Hyperparameters) -> np.ndarray:
     """The whole validation stream x_0 ... x_N as uint16: the memory map itself when it is one shard."""
     shards = [check_tokens(load_shard(path), hp.vocab_size, path) for path in find_shards("val", hp)]
     stream = shards[0] if len(shards) == 1 else np.concatenate(shards)
-    if len(stream) <= hp.eval_seq_len:
-        raise UserError(f"DATA_PATH={hp.data_path}: the validation stream has {len(stream)} tokens, a window "
-                        f"needs {hp.eval_seq_len + 1}: set EVAL_SEQ_LEN to at most {len(stream) - 1}")
+    N, T = len(stream) - 1, hp.eval_seq_len
+    require(N >= T, f"DATA_PATH={hp.data_path}: the validation stream has {N + 1} tokens, a window needs "
+            f"{T + 1}: set EVAL_SEQ_LEN to at most {N}")
     return stream
 class TokenLoader:
-    """All training shards laid end to end as one circular stream, read in lanes: sequence i of a batch of S
-    starts at i/S of the stream and moves on by T tokens a step, so that even a small batch holds S different
-    places, and S lanes together read everything once. Rank r takes the r-th share of the sequences."""
+    """All training shards as one circular stream, read in lanes: sequence i of S starts at i/S of it and goes
+    on by T tokens a step: a batch holds S places, S lanes read all once. Rank r has its r-th share."""
     def __init__(self, hp: Hyperparameters, rank: int, world_size: int):
         self.hp, self.rank, self.paths = hp, rank, find_shards("train", hp)
         self.shards = [load_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.tokens, self.sequences = int(self.ends[-1]), hp.train_batch_tokens // hp.train_seq_len
-        if self.sequences % world_size:
-            fits = (n for n in range(1, self.sequences + 1) if self.sequences % n == 0)
-            near = sorted(fits, key=lambda n: max(n / world_size, world_size / n))[:2]
-            raise UserError(f"{world_size} ranks cannot share TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN = "
-                            f"{self.sequences} sequences equally: start {' or '.join(map(str, near))} ranks")
+        fits = [n for n in range(1, self.sequences + 1) if self.sequences % n == 0]
+        near = sorted(fits, key=lambda n: max(n / world_size, world_size / n))[:2]
+        require(world_size in fits, f"{world_size} ranks cannot share TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN = "
+                f"{self.sequences} sequences equally: start {' or '.join(map(str, near))} ranks")
         self.share, most = self.sequences // world_size, max(1, hp.micro_batch_tokens // hp.train_seq_len)
-        self.accumulation = next(n for n in range(1, self.share + 1)
-                                 if self.share % n == 0 and self.share // n <= most)
+        self.accumulation = self.share // next(n for n in range(most, 0, -1) if self.share % n == 0)
     def span(self, start: int, count: int) -> np.ndarray:
         """`count` tokens of the circular stream from `start`, as int64."""
-        position = start % self.tokens
-        i = int(np.searchsorted(self.ends, position, "right"))
-        part = self.shards[i][position - int(self.ends[i]):][:count]  # counted from the shard's end
+        i = int(np.searchsorted(self.ends, at := start % self.tokens, "right"))
+        part = self.shards[i][at - int(self.ends[i]):][:count]  # counted from the shard's end
         head = check_tokens(part, self.hp.vocab_size, self.paths[i]).astype(np.int64)
         rest = count - len(head)
         return np.concatenate([head, self.span(start + len(head), rest)]) if rest else head
@@ -393,9 +380,8 @@ class ByteCounter:
             sp.Load(hp.tokenizer_path)
         except (RuntimeError, OSError, ValueError):
             raise UserError(f"{name}: no such file or not a SentencePiece model; {GET_DATA}") from None
-        if sp.vocab_size() != hp.vocab_size:
-            raise UserError(f"{name}: has {sp.vocab_size()} pieces, but VOCAB_SIZE={hp.vocab_size}: set "
-                            f"VOCAB_SIZE={sp.vocab_size()} or name the data's own tokenizer")
+        require(sp.vocab_size() == hp.vocab_size, f"{name}: has {sp.vocab_size()} pieces, but VOCAB_SIZE="
+                f"{hp.vocab_size}: set VOCAB_SIZE={sp.vocab_size()} or name the data's own tokenizer")
         self.is_text = np.array([not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)) for i in ids])
         pieces = [sp.id_to_piece(i) if text else "" for i, text in zip(ids, self.is_text)]
         self.opens_word = np.array([piece.startswith("\u2581") for piece in pieces])
@@ -403,8 +389,7 @@ class ByteCounter:
                                 for i, piece in zip(ids, pieces)], np.uint16)
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes (uint16) of each target of the stream `tokens`; a word's space counts only after text."""
-        space = self.opens_word[tokens[1:]] & self.is_text[tokens[:-1]]
-        return self.length[tokens[1:]] + space
+        return self.length[tokens[1:]] + (self.opens_word[tokens[1:]] & self.is_text[tokens[:-1]])
 # --- 4. Kernels ---------------------------------------------------------------------------------------------
 # What is elementwise the compiler fuses, but not into a product, and a loss is more than one pass to it. Each
 # op has its plain form beside it, which runs on a CPU and where Triton is missing or the op's switch off.
@@ -1275,7 +1260,6 @@ def training_loss(model: GPT, ids_BT: Tensor, targets_BT: Tensor, hardness: Tens
     """Loss as in GPT.forward; with `hardness` (a graph of its own), of the artifact's weights."""
     quantized = {} if hardness is None else fake_quantized(model, model.hp, hardness)
     return torch.func.functional_call(model, quantized, (ids_BT, targets_BT, weights_BT))
-
 class Trainer:
     """The model with all that changes while it learns: optimizers, averages, progress."""
     steps = property(lambda self: int(self.progress[0]), doc="that were done")
@@ -1322,8 +1306,7 @@ class Trainer:
     def tensors(self) -> dict[str, Tensor]:
         """All that training changes, to read or write; of Muon's momentum this rank's share is true."""
         muon, adamw = self.optimizers
-        named = {"progress": self.progress}
-        named |= {f"model.{k}": p.data for k, p in self.model.named_parameters()}
+        named = {"progress": self.progress, **{f"model.{k}": t for k, t in self.model.state_dict().items()}}
         named |= {f"muon.{i}": group["buffer"] for i, group in enumerate(muon.param_groups)}
         for i, state in enumerate(adamw.state.values()):
             named |= {f"adamw.{key}.{i}": value for key, value in state.items()}
@@ -1343,8 +1326,7 @@ class Trainer:
         arrays, own = {}, self.optimizers[0].own
         for name, t in self.tensors().items():
             if name.startswith("muon"):
-                whole = torch.zeros_like(t)
-                own(whole).copy_(own(t))
+                own(whole := torch.zeros_like(t)).copy_(own(t))
                 t = self.rt.sum(whole)
             if self.rt.log_path:
                 arrays[name] = t.numpy(force=True)
@@ -1359,8 +1341,7 @@ class Trainer:
                 self.rt.log(f"warning: {error}")
         self.rt.barrier()
     def restore(self, path: str) -> None:
-        """Every rank gets what rank 0 has: the checkpoint at `path`, or, if that is "", the initial weights.
-        UserError: of other tensors than the settings describe."""
+        """All get rank 0's checkpoint `path` or, if "", initial weights. UserError: not of these settings."""
         arrays = read_checkpoint(path) if path and self.rt.rank == 0 else {}
         then = json.loads(str(arrays.get("settings", "{}")))
         for name, value in self.hp.as_env().items():
@@ -1369,9 +1350,8 @@ class Trainer:
         for name, t in self.tensors().items():
             if arrays:
                 found, needed = arrays[name].shape if name in arrays else "absent", tuple(t.shape)
-                if found != needed:
-                    raise UserError(f"RESUME={path}: {name} is {found}, these settings need {needed}: "
-                                    "set what the run was begun with")
+                require(found == needed, f"RESUME={path}: {name} is {found}, these settings need {needed}: "
+                        "set what the run was begun with")
                 t.copy_(torch.from_numpy(arrays[name]))
             self.rt.from_rank_0(t)
         if path:
@@ -1384,9 +1364,8 @@ def read_checkpoint(path: str) -> dict[str, np.ndarray]:
     except Exception as error:  # of many types: a damaged archive fails in NumPy, zipfile, zlib, struct ...
         raise UserError(f"RESUME={path}: {getattr(error, 'strerror', 0) or 'no whole checkpoint'}") from None
 def train(trainer: Trainer) -> None:
-    """Trains until ITERATIONS or the wall-clock cap on rank 0's clock, which stops in validations; begins no
-    step that would pass the cap by taking twice the average. Leaves a checkpoint, and the averaged weights in
-    the model. Stopped: a signal came, the step was ended; UserError: the loss is not finite."""
+    """Trains to ITERATIONS or the cap on rank 0's clock, which stops in validations: begins no step that may
+    pass it at twice the average. Leaves checkpoint, averaged weights. Stopped; UserError: loss not finite."""
     hp, rt = trainer.hp, trainer.rt
     trainer.warm_up()
     rt.barrier()
@@ -1399,9 +1378,8 @@ def train(trainer: Trainer) -> None:
         step, trainer.progress[1] = trainer.steps, seconds
         label, scale = f"step:{step}/{hp.iterations}", lr_scale(step, seconds, hp)
         clock = f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(step, 1):.2f}ms"
-        if lost:
-            raise UserError(f"step:{step + 1 - len(losses)}/{hp.iterations}: the training loss is not "
-                            f"finite; lower the learning rates; {trainer.hint}")
+        require(not lost, f"step:{step + 1 - len(losses)}/{hp.iterations}: the training loss is not finite; "
+                f"lower the learning rates; {trainer.hint}")
         if losses and (step <= 10 or hp.train_log_every and step % hp.train_log_every == 0):
             rt.log(f"{label} train_loss:{rt.sum(losses[-1].clone()).item():.4f} {clock} "
                    f"tok/s:{hp.train_batch_tokens * step / seconds:.0f} lr_scale:{scale:.4f}")
@@ -1410,9 +1388,8 @@ def train(trainer: Trainer) -> None:
         pause = last or hp.val_loss_every and step and step % hp.val_loss_every == 0
         if stopped or pause or 0 < hp.checkpoint_every <= seconds - saved:
             saved = seconds
-            trainer.save()  # also before a validation, in which a signal would have to wait
+            trainer.save()  # and barrier; also before a validation, in which a signal would have to wait
         if pause and not stopped:
-            rt.barrier()
             paused = time.perf_counter()
             loss, bpb = trainer.validate()
             rt.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {clock}")
@@ -1442,21 +1419,18 @@ def log_header(trainer: Trainer) -> None:
     cpu, cuda = f"{platform.processor() or platform.machine()} CPU", rt.device.type == "cuda"
     files = dict(train=loader.paths[0]) if loader else {}
     files |= dict(val=find_shards("val", hp)[0], tokenizer=Path(hp.tokenizer_path))
-    rt.log("\n".join((
-        Path(__file__).read_text(encoding="utf-8"), "=" * 100,
+    rt.log("\n".join((Path(__file__).read_text(encoding="utf-8"), "=" * 100,
         f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
         f"numpy:{np.__version__} platform:{platform.platform()}",
         *(f"data:{name} first:{path} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
           for name, path in files.items()),
-        *(f"{name}={value}" for name, value in hp.as_env().items()))), console=False)
+        *map("=".join, hp.as_env().items()))), console=False)
     rt.log(f"hardware:{rt.world_size} x {torch.cuda.get_device_name() if cuda else cpu} threads:"
            f"{torch.get_num_threads()} cores:{os.cpu_count()} attention:{trainer.model.attention_name} "
-           f"accumulation:{loader.accumulation if loader else 0}\n"
-           f"train_tokens:{loader.tokens if loader else 0} "
+           f"accumulation:{getattr(loader, 'accumulation', 0)}\ntrain_tokens:{getattr(loader, 'tokens', 0)} "
            f"val_targets:{len(trainer.stream_bytes)} val_bytes:{trainer.stream_bytes.sum()}")
-def report_mixture(trainer: Trainer, mixture: Mixture, scores: np.ndarray, added: str) -> float:
-    """Audits the mixture, logs its score and where it comes from; returns its bpb. NGRAM_COUNTS=hashed: also
-    what the predecessors would have reported: no probability, so no bpb, but the sum over the vocabulary."""
+def report_mixture(trainer: Trainer, mixture: Mixture, scores: np.ndarray, added: float) -> float:
+    """Audits the mixture, logs its score, its sources and, if hashed, the predecessors'; returns its bpb."""
     hp, rt, stream_bytes, (nll, entropy) = trainer.hp, trainer.rt, trainer.stream_bytes, scores
     neural, bpb = (bits_per_byte(x, stream_bytes) for x in (nll, mixture.nll))
     rt.log(f"ngram_audit {mixture.audit()}")
@@ -1468,8 +1442,8 @@ def report_mixture(trainer: Trainer, mixture: Mixture, scores: np.ndarray, added
     for n, targets in zip(*np.unique(mixture.longest, return_counts=True)):
         rt.log(f"ngram_order order:{n} targets:{targets} gain:{gain[n]:.8f}")
     orders = f"orders:{hp.ngram_min_order}-{hp.ngram_order}"
-    rt.log(f"final_ngram_exact val_loss:{mixture.nll.mean():.8f} val_bpb:{bpb:.8f} "
-           f"gain:{neural - bpb:.8f} {orders} counts:exact alpha:{hp.ngram_alpha} {added}")
+    rt.log(f"final_ngram_exact val_loss:{mixture.nll.mean():.8f} val_bpb:{bpb:.8f} gain:{neural - bpb:.8f} "
+           f"{orders} counts:exact alpha:{hp.ngram_alpha} added_time:{1e3 * added:.0f}ms")
     if hp.ngram_counts == "hashed":
         hashed = Mixture(trainer.tokens, hp)
         hashed.extend(*scores)
@@ -1491,9 +1465,8 @@ def ttt_batches(trainer: Trainer, begin: int, end: int):
         batch = *(np.int64(tokens[i]) for i in (at, at + 1)), np.float32(weights / max(weights.sum(), 1))
         yield [torch.from_numpy(np.split(x, rt.world_size)[rt.rank]).to(rt.device) for x in batch]
 def score_and_learn(trainer: Trainer, stride: int):
-    """Score-first test-time training (PR #825). Yields segments as score_stream does: each is a chunk, scored
-    with an average of the weights; only when the next is asked for the weights learn from it: the last
-    TTT_BLOCKS, all vectors and scalars, and the head. In the end the model is what it was."""
+    """Score-first test-time training (PR #825). Yields segments as score_stream does: a chunk, scored with an
+    average of the weights, which learn from it only when the next is asked for. At last all is as before."""
     hp, rt, model, tokens = trainer.hp, trainer.rt, trainer.model, trainer.tokens
     progress = Progress(rt, f"scoring and learning stride:{stride}", total := len(tokens) - 1)
     last = tuple(f"blocks.{i}." for i in range(hp.num_layers)[-hp.ttt_blocks or hp.num_layers:])
@@ -1511,9 +1484,8 @@ def score_and_learn(trainer: Trainer, stride: int):
             progress(end)
             torch._foreach_copy_(live, weights)
             optimizer.param_groups[0]["lr"] = hp.ttt_lr * ttt_scale(begin / total)
-            epochs = (ttt_batches(trainer, begin, end) for _ in range(hp.ttt_epochs))
-            for ids, targets, share in chain.from_iterable(epochs):
-                trainer.loss(model, ids, targets, None, share).backward()
+            for ids, targets, w in chain(*(ttt_batches(trainer, begin, end) for _ in range(hp.ttt_epochs))):
+                trainer.loss(model, ids, targets, None, w).backward()
                 flat = rt.sum(nn.utils.parameters_to_vector(p.grad for p in tuned))
                 flat *= (1 / (flat.norm() + 1e-6)).clamp_max(1)
                 nn.utils.vector_to_parameters(flat, [p.grad for p in tuned])
@@ -1546,9 +1518,9 @@ def scores_in_time(trainer: Trainer, began: float):
 def evaluate(trainer: Trainer, size: int, began: float) -> None:
     """The model scores the stream and is mixed with counts while it scores; `began`: when training ended."""
     hp, rt, tokens, label = trainer.hp, trainer.rt, trainer.tokens, f"final_int{trainer.hp.quant_bits}"
-    background, mixture, added = ThreadPoolExecutor(1), None, None  # not waited for when the run is stopped
+    mixture, submit = None, concurrent.futures.ThreadPoolExecutor(1).submit  # a stop does not wait for it
     if hp.ngram_enabled and rt.rank == 0:
-        mixture = background.submit(Mixture, tokens, replace(hp, ngram_counts="exact"))
+        mixture = submit(Mixture, tokens, replace(hp, ngram_counts="exact"))
     trainer.validate(f"{label}_roundtrip")
     begun, scores = time.perf_counter(), np.empty((2, 0 if rt.rank else len(tokens) - 1), np.float32)
     (stride, segments), done, mixed = scores_in_time(trainer, began), 0, "off"
@@ -1556,26 +1528,25 @@ def evaluate(trainer: Trainer, size: int, began: float) -> None:
         scores[:, done: done + segment.shape[1]] = segment
         done += segment.shape[1]
         if mixture:  # what fails in one of these calls fails in the last one again
-            added = background.submit(lambda now=scores[:, :done]: mixture.result().extend(*now))
+            added = submit(lambda now=scores[:, :done]: mixture.result().extend(*now))
+    if rt.rank:
+        return  # the rest is rank 0's
     scored, arrays = time.perf_counter(), dict(nll=scores[0], entropy=scores[1])
-    if rt.rank == 0:
-        loss, neural = scores[0].mean(dtype=float), bits_per_byte(scores[0], trainer.stream_bytes)
-        rt.log(f"{label}_sliding_window_exact val_loss:{loss:.8f} val_bpb:{neural:.8f} "
-               f"stride:{stride} eval_time:{1e3 * (scored - begun):.0f}ms")
+    loss, neural = scores[0].mean(dtype=float), bits_per_byte(scores[0], trainer.stream_bytes)
+    rt.log(f"{label}_sliding_window_exact val_loss:{loss:.8f} val_bpb:{neural:.8f} stride:{stride} "
+           f"eval_time:{1e3 * (scored - begun):.0f}ms")
     if mixture:
         added.result()
-        facts = f"added_time:{1e3 * (time.perf_counter() - scored):.0f}ms"
-        mixed = f"{report_mixture(trainer, mixture.result(), scores, facts):.4f} bpb"
+        mixed = f"{report_mixture(trainer, mixture.result(), scores, time.perf_counter() - scored):.4f} bpb"
         arrays |= dict(mixed=mixture.result().nll.astype(np.float32))
-    if hp.save_scores and rt.rank == 0:
+    if hp.save_scores:
         path = rt.log_path.with_name(f"{rt.log_path.stem}_scores.npz")
         replace_file(path, lambda file: np.savez(file, settings=json.dumps(hp.as_env()), **arrays))
     seconds = time.perf_counter() - began
     rt.log(f"total_eval_time:{seconds:.1f}s budget:{hp.eval_budget_seconds:g}s stride:{stride}")
-    if rt.rank == 0:
-        rt.log(f"\n  neural {neural:.4f} bpb, mixed with exact counts of the past {mixed}\n"
-               f"  artifact {size:,} bytes of {SIZE_CAP:,}, code included; {rt.log_path}\n"
-               f"  training {trainer.seconds:.1f} s, {trainer.steps} steps; evaluation {seconds:.1f} s")
+    rt.log(f"\n  neural {neural:.4f} bpb, mixed with exact counts of the past {mixed}\n"
+           f"  artifact {size:,} bytes of {SIZE_CAP:,}, code included; {rt.log_path}\n"
+           f"  training {trainer.seconds:.1f} s, {trainer.steps} steps; evaluation {seconds:.1f} s")
 def main(env: dict[str, str]) -> None:
     """All data found, all ranks the same, the log begun; train, pack, read back, score, mix, report."""
     hp = Hyperparameters.from_env(env)
@@ -1610,10 +1581,9 @@ def main(env: dict[str, str]) -> None:
     except BaseException as error:  # the group stays open, so that the others wait and the cause is seen
         rt.patient = True  # a signal does not cut short what is said now
         if "gloo/transport" in str(error):  # connection closed, reset, pipe broken ...
-            came = f"; {rt.stopped} came" * bool(rt.stopped)
-            error = UserError(f"another rank ended, see what it said{came}")
-        if type(error) is UserError and (hints := mistyped(env)):
-            error = UserError("; ".join([str(error), *hints]))
+            error = UserError(f"another rank ended, see what it said{rt.stopped and f'; {rt.stopped} came'}")
+        if type(error) is UserError:
+            error = UserError("; ".join([str(error), *mistyped(env)]))
         rt.log(f"error: {type(error).__name__}: {error}", console=False)
         raise error from None
 def end(error: BaseException | None) -> None:
@@ -1630,7 +1600,6 @@ def end(error: BaseException | None) -> None:
     os._exit(1 if error else 0)
 if __name__ == "__main__":
     try:
-        main(dict(os.environ))
-        end(None)
+        end(main(dict(os.environ)))
     except BaseException as error:
         end(error)
