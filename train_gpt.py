@@ -668,23 +668,20 @@ class WeightAverage:
         torch._foreach_lerp_(self.mean, parameters, weight)
 def averaged_parameters(averages: dict[str, WeightAverage]) -> list[Tensor]:
     """A mean, or the middle of both; none: the last weights are it (AVERAGING=none, or SWA never began)."""
-    means = [average.mean for average in averages.values() if average.count]
-    return [torch.stack(same).mean(0) for same in zip(*means)]
+    return [torch.stack(same).mean(0) for same in zip(*(a.mean for a in averages.values() if a.count))]
 # --- 8. Artifact --------------------------------------------------------------------------------------------
-# A matrix becomes codes in +-levels and a step per row, clipped where that loses least (GPTQ-lite). Codes are
-# near-Gaussian noise that no dictionary coder shortens, so they are range-coded (rANS, Duda 1311.2540) with
-# tables chosen by the spread of row and column: below the zeroth-order entropy per tensor. A file holds only
-# numbers, nothing that can run; its layout is in the docstring of `pack`.
+# A matrix becomes codes in +-levels and a step per row, clipped where that loses least (GPTQ-lite). No
+# dictionary coder shortens near-Gaussian codes; rANS (Duda 1311.2540), its tables chosen by the spread of row
+# and column, gets below their zeroth-order entropy. A file holds numbers, nothing that can run: see `pack`.
 MAGIC, TABLES, SCALE = b"PGOLF\x03", 64, 14  # a table's frequencies sum to 2^SCALE
 MOST_WEIGHTS, MOST_SIDE = 1 << 28, 1 << 24   # a file that claims more is refused before it is allocated
-CLIP_QUANTILES = (1.0, 0.998, 0.994)         # of |w| in a row: the candidates for its largest code
 LZMA = dict(format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=1 << 20, pb=0)])
 def quantize_rows(w_RC: Tensor, levels) -> tuple[Tensor, Tensor]:
     """Codes (R, C) in +-levels, as floats, and bfloat16 steps (R, 1): their product is exact in float32.
     `levels`, a number or one per row, is at most 127. Per row the clip of least squared error wins and is
     the code `levels` itself, so that quantising the product again changes nothing."""
     w, last = w_RC.float(), w_RC.size(-1) - 1
-    ranks = [last - round(q * last) for q in CLIP_QUANTILES]  # 0: the largest magnitude of a row
+    ranks = [last - round(q * last) for q in (1.0, 0.998, 0.994)]  # the clips tried; 0: the largest magnitude
     clips = w.abs().topk(max(ranks) + 1).values[:, ranks].T[..., None]
     steps = (clips / levels).clamp_min(1e-30).bfloat16().float()
     errors = [((w / s).round().clamp(-levels, levels) * s - w).square().sum(-1, keepdim=True) for s in steps]
@@ -692,10 +689,9 @@ def quantize_rows(w_RC: Tensor, levels) -> tuple[Tensor, Tensor]:
     return (w / step).round().clamp(-levels, levels), step
 def natural_levels(name: str, tensor: Tensor, hp: Hyperparameters) -> int:
     """Largest code by kind: 127 for tables, 2^(QUANT_BITS-1) - 1 for other matrices; 0: not coded."""
-    if tensor.ndim != 2 or not name.endswith(".weight") or not tensor.numel():
-        return 0
-    table = name.endswith(("table.weight", "embed.weight", "head.weight"))
-    return 127 if table else 2 ** (hp.quant_bits - 1) - 1
+    bits = 8 if name.endswith(("table.weight", "embed.weight", "head.weight")) else hp.quant_bits
+    coded = tensor.ndim == 2 and name.endswith(".weight") and tensor.numel()
+    return 2 ** (bits - 1) - 1 if coded else 0
 def soft_round(x: Tensor, hardness: Tensor) -> Tensor:
     """Differentiable rounding: nearly the identity for small `hardness`, `round` as it grows (2006.09952)."""
     low = x.detach().floor()
@@ -712,9 +708,8 @@ def fake_quantized(model: GPT, hp: Hyperparameters, hardness: Tensor) -> dict[st
     return weights
 def spread_classes(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int16: 16 + 4 * log2 of the codes' spread, by row; by column, relative to the rows."""
-    f = codes_RC.astype(np.float32)
-    row = np.sqrt(np.square(f).mean(1) + 0.03)
-    column = np.sqrt(np.square(f / row[:, None]).mean(0) + 0.003)
+    row = np.sqrt(np.square(codes_RC, dtype=np.float32).mean(1) + 0.03)
+    column = np.sqrt(np.square(codes_RC / row[:, None]).mean(0) + 0.003)
     return tuple(np.rint(4 * np.log2(16 * x)).astype("<i2") for x in (row, column))
 def rans_encode(pairs: np.ndarray) -> tuple[np.ndarray, bytes]:
     """(freq, coded) of int16 `pairs`, 256 * table + symbol: how often each came, as uint16 that sum to
@@ -735,7 +730,7 @@ def rans_encode(pairs: np.ndarray) -> tuple[np.ndarray, bytes]:
 def rans_decode(coded: bytes, table: np.ndarray, freq: np.ndarray) -> np.ndarray:
     """The symbols (uint8) of the pairs, given the `table` of each."""
     start, owner = np.cumsum(freq, dtype=np.uint32) - freq, np.repeat(np.arange(len(freq), dtype="<u2"), freq)
-    symbols, lanes, read = np.empty(len(table), np.uint8), min(1024, 16 + (len(table) >> 12)), 0
+    symbols, lanes = np.empty(len(table), np.uint8), min(1024, 16 + (len(table) >> 12))
     x, words = np.frombuffer(coded, "<u4", lanes).copy(), np.frombuffer(coded, "<u2", offset=4 * lanes)
     for i in range(0, len(table), lanes):
         y = x[:len(table) - i]
@@ -743,10 +738,9 @@ def rans_decode(coded: bytes, table: np.ndarray, freq: np.ndarray) -> np.ndarray
         pair = owner[slot]
         symbols[i: i + lanes], y[:] = pair & 255, freq[pair] * (y >> SCALE) + slot - start[pair]
         low = np.flatnonzero(y < 1 << 16)
-        need(read + len(low) <= len(words), "codes end early")
-        y[low] = y[low] << 16 | words[read: read + len(low)]
-        read += len(low)
-    need(read == len(words) and (x == 1 << 16).all(), "codes do not end where they should")
+        need(len(low) <= len(words), "codes end early")
+        y[low], words = y[low] << 16 | words[:len(low)], words[len(low):]
+    need(not len(words) and (x == 1 << 16).all(), "codes do not end where they should")
     return symbols
 def pack(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0) -> tuple[bytes, str, float]:
     """(container of a state dict, its bytes by kind of matrix, the matrices' relative error). Levels are
@@ -766,34 +760,31 @@ def pack(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0) ->
         if w.numel() and not w.abs().max() <= (1e30 if natural else 65504):
             raise UserError(f"{name}: holds NaN, infinity or huge values; training diverged, lower the rates")
         text += " ".join(map(str, (name, int(natural > 0), *w.shape))) + "\n"
-        numbers.append(w.half().numpy())
         if natural:
             dither = torch.arange(len(w), dtype=torch.float64)[:, None] * 0.6180339887498949 % 1
             codes, step = quantize_rows(w, (natural / coarsen + dither).floor().clamp(1, 127).float())
             lost += float((codes * step - w).square().sum(dtype=torch.float64))
             total += float(w.square().sum(dtype=torch.float64))
-            numbers[-1] = step.bfloat16().view(torch.int16).numpy()
-            row, column = spread_classes(codes.numpy())
-            classes.append((row, column))
-            table = np.clip(np.add.outer(row, column) - 16, 0, TABLES - 1)
+            classes.append(spread_classes(codes.numpy()))
+            table = np.clip(np.add.outer(*classes[-1]) - 16, 0, TABLES - 1)
             pairs[name] = (table * 256 + codes.numpy().astype(np.int16) + 128).ravel()
+        numbers.append((step.bfloat16().view(torch.int16) if natural else w.half()).numpy())
     freq, words = rans_encode(np.concatenate([np.empty(0, np.int16), *pairs.values()]))
     arrays = np.frombuffer(b"".join([freq, *chain(*zip(*classes)), *numbers]), np.uint8).reshape(-1, 2).T
     side = lzma.compress(text.encode() + b"\0" + arrays.tobytes(), **LZMA)
     body = len(side).to_bytes(4, "little") + side + words
     blob, bits = MAGIC + hashlib.sha256(body).digest() + body, SCALE - np.log2(np.maximum(freq, 1))
-    sizes = dict(side=len(blob), embeddings=0, attention=0, mlp=0)
+    sizes = dict(side=0, embeddings=0, attention=0, mlp=0)
     for name, pair in pairs.items():
         kind = "attention" if ".attn." in name else "mlp" if ".mlp." in name else "embeddings"
-        size = round(bits[pair].sum() / 8)
-        sizes[kind], sizes["side"] = sizes[kind] + size, sizes["side"] - size
+        sizes[kind] += round(bits[pair].sum() / 8)
+    sizes["side"] = len(blob) - sum(sizes.values())
     return blob, " ".join(f"{kind}:{size}" for kind, size in sizes.items()), math.sqrt(lost / total)
 def need(ok: bool, why: str) -> None:
     if not ok:
         raise ValueError(why)
 def unpack(blob: bytes) -> dict[str, Tensor]:
-    """The state dict of a container, all float32; of anything else a ValueError that says what is wrong. Each
-    claim is checked before anything of its size is allocated."""
+    """A container's state dict, float32; claims are checked before they allocate. ValueError: what fails."""
     try:
         need(blob[:6] == MAGIC, f"starts with {blob[:6]!r}, expected {MAGIC!r}: no artifact of this script")
         need(hashlib.sha256(blob[38:]).digest() == blob[6:38], "SHA-256 differs: cut or damaged")
@@ -830,26 +821,23 @@ def fit_artifact(state: dict[str, Tensor], hp: Hyperparameters, budget: int) -> 
     """(container of at most `budget` bytes, two lines of facts: the fit; bytes by kind). One scalar divides
     all levels: 1 if that fits and FILL_BUDGET is off; below 1, finer codes up to +-127, while bytes are left;
     above 1 where they are too few. Found by packing, to within 4 KB. UserError: not even codes of +-1 fit."""
-    count, before, best = max(1, sum(map(torch.numel, state.values()))), pack(state, hp)[2], None
-    low = coarsen = 2 ** (hp.quant_bits - 1) / 256 if hp.fill_budget else 1.0
-    high = 254.0
+    count, before = max(1, sum(map(torch.numel, state.values()))), pack(state, hp)[2]
+    natural, high, best = 2 ** (hp.quant_bits - 1) - 1, 254.0, None  # `best` is packed with `high`
+    low = coarsen = (natural + 1) / 256 if hp.fill_budget else 1.0
     while high / low > 1 + 1e-7 and (best is None or len(best[0]) <= budget - 4096):
-        blob, sizes, error = pack(state, hp, coarsen)
-        if len(blob) <= budget:
-            levels = min(127, (2 ** (hp.quant_bits - 1) - 1) / coarsen)
-            high, fit = coarsen, f"coarsen:{coarsen:.9f} error_before:{before:.6f} error_after:{error:.6f}"
-            best = blob, f"{fit} bits_per_parameter:{8 * len(blob) / count:.4f} levels:{levels:.2f}\n{sizes}"
-        else:
-            low = coarsen
-        guess = coarsen * 2 ** min((len(blob) - budget + 2000) * 8 / count, 8)  # a bit more halves the step
+        packed = pack(state, hp, coarsen)
+        over = len(packed[0]) - budget
+        low, high, best = (coarsen, high, best) if over > 0 else (low, coarsen, packed)
+        guess = coarsen * 2 ** min((over + 2000) * 8 / count, 8)  # a bit more halves the step
         coarsen = guess if low < guess < high else math.sqrt(low * high)
     if best is None:
         raise UserError(f"the artifact takes over {budget} bytes even with codes of +-1: lower NUM_LAYERS, "
                         "MODEL_DIM, MLP_MULT, VOCAB_SIZE or BIGRAM_VOCAB_SIZE")
-    return best
+    blob, sizes, error = best
+    return blob, (f"coarsen:{high:.9f} error_before:{before:.6f} error_after:{error:.6f} bits_per_parameter:"
+                  f"{8 * len(blob) / count:.4f} levels:{min(127, natural / high):.2f}\n{sizes}")
 def write_artifact(model: GPT, path: Path, hp: Hyperparameters, rt: Runtime) -> None:
-    """On rank 0: pack the model into the file `path`, which with this source takes at most SIZE_CAP bytes.
-    UserError: not possible, or no space on the disk."""
+    """Rank 0 packs the model into `path`, <= SIZE_CAP bytes with this code. UserError: too big, disk full."""
     if rt.rank == 0:
         code = len(Path(__file__).read_bytes())
         blob, facts = fit_artifact(model.state_dict(), hp, SIZE_CAP - code)
