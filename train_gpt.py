@@ -677,9 +677,8 @@ MAGIC, TABLES, SCALE = b"PGOLF\x03", 64, 14  # a table's frequencies sum to 2^SC
 MOST_WEIGHTS, MOST_SIDE = 1 << 28, 1 << 24   # a file that claims more is refused before it is allocated
 LZMA = dict(format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=1 << 20, pb=0)])
 def quantize_rows(w_RC: Tensor, levels) -> tuple[Tensor, Tensor]:
-    """Codes (R, C) in +-levels, as floats, and bfloat16 steps (R, 1): their product is exact in float32.
-    `levels`, a number or one per row, is at most 127. Per row the clip of least squared error wins and is
-    the code `levels` itself, so that quantising the product again changes nothing."""
+    """Codes (R, C) in +-levels (<= 127, for all or per row) and bfloat16 steps (R, 1), both as float32: exact
+    products. Per row the clip of least squared error becomes `levels`: a second pass changes nothing."""
     w, last = w_RC.float(), w_RC.size(-1) - 1
     ranks = [last - round(q * last) for q in (1.0, 0.998, 0.994)]  # the clips tried; 0: the largest magnitude
     clips = w.abs().topk(max(ranks) + 1).values[:, ranks].T[..., None]
@@ -690,15 +689,13 @@ def quantize_rows(w_RC: Tensor, levels) -> tuple[Tensor, Tensor]:
 def natural_levels(name: str, tensor: Tensor, hp: Hyperparameters) -> int:
     """Largest code by kind: 127 for tables, 2^(QUANT_BITS-1) - 1 for other matrices; 0: not coded."""
     bits = 8 if name.endswith(("table.weight", "embed.weight", "head.weight")) else hp.quant_bits
-    coded = tensor.ndim == 2 and name.endswith(".weight") and tensor.numel()
-    return 2 ** (bits - 1) - 1 if coded else 0
+    return 2 ** (bits - 1) - 1 if tensor.ndim == 2 and name.endswith(".weight") and tensor.numel() else 0
 def soft_round(x: Tensor, hardness: Tensor) -> Tensor:
     """Differentiable rounding: nearly the identity for small `hardness`, `round` as it grows (2006.09952)."""
     low = x.detach().floor()
     return low + 0.5 + torch.tanh(hardness * (x - low - 0.5)) / (2 * torch.tanh(hardness / 2))
 def fake_quantized(model: GPT, hp: Hyperparameters, hardness: Tensor) -> dict[str, Tensor]:
-    """The matrices as the artifact would give them back: gradients pass straight through the rounding; or, if
-    QAT_ROUNDING=soft, on their way there, and gradients are those of what is computed."""
+    """The artifact's matrices, with straight-through gradients; QAT_ROUNDING=soft: on their way there."""
     weights = {}
     for name, p in model.named_parameters():
         if levels := natural_levels(name, p, hp):
@@ -743,10 +740,9 @@ def rans_decode(coded: bytes, table: np.ndarray, freq: np.ndarray) -> np.ndarray
     need(not len(words) and (x == 1 << 16).all(), "codes do not end where they should")
     return symbols
 def pack(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0) -> tuple[bytes, str, float]:
-    """(container of a state dict, its bytes by kind of matrix, the matrices' relative error). Levels are
-    divided by `coarsen`, rounded up in some rows, down in others, so that sizes move by single rows.
-    UserError: a tensor holds NaN, infinity or more than its kind can. The container, little-endian:
-        "PGOLF" 3 | SHA-256 of the rest | u32 size of the side stream | side stream, LZMA2 | rANS words
+    """(container, its bytes by kind of matrix, the matrices' relative error). `coarsen` divides all levels,
+    rounded up in some rows, down in others: sizes move by single rows. UserError: NaN, infinity, too large.
+    Little-endian: "PGOLF" 3 | SHA-256 of the rest | u32 size of side stream | side stream, LZMA2 | rANS words
     Side stream: per tensor a line `name coded(0 or 1) dimensions ...`, the order of all that follows; a zero;
     then 16-bit numbers, all their low bytes before all high ones: 256 frequencies for each of the 64 tables;
     spread classes of all rows, then of all columns (a code's table: row + column - 16, clipped to 0 ... 63);
@@ -754,17 +750,16 @@ def pack(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0) ->
     rANS words: u32 states of min(1024, 16 + symbols // 4096) lanes, then u16. Symbol i, a code + 128, is in
     lane i % lanes. Its state x has x % 2^14 in symbol s of its table: x = f[s] * (x >> 14) + x % 2^14 -
     sum(f[:s]); if that is below 2^16, x = x << 16 | next word. All end at 2^16."""
-    text, classes, numbers, pairs, lost, total = "", [], [], {}, 0.0, 1e-300
+    text, classes, numbers, pairs, squares = "", [], [], {}, np.array((0.0, 1e-300))  # what is lost, what was
     for name, tensor in state.items():
         w, natural = tensor.detach().float().cpu().contiguous(), natural_levels(name, tensor, hp)
-        if w.numel() and not w.abs().max() <= (1e30 if natural else 65504):
+        if not (w.abs() <= (1e30 if natural else 65504)).all():
             raise UserError(f"{name}: holds NaN, infinity or huge values; training diverged, lower the rates")
         text += " ".join(map(str, (name, int(natural > 0), *w.shape))) + "\n"
         if natural:
             dither = torch.arange(len(w), dtype=torch.float64)[:, None] * 0.6180339887498949 % 1
             codes, step = quantize_rows(w, (natural / coarsen + dither).floor().clamp(1, 127).float())
-            lost += float((codes * step - w).square().sum(dtype=torch.float64))
-            total += float(w.square().sum(dtype=torch.float64))
+            squares += [float(x.square().sum(dtype=torch.float64)) for x in (codes * step - w, w)]
             classes.append(spread_classes(codes.numpy()))
             table = np.clip(np.add.outer(*classes[-1]) - 16, 0, TABLES - 1)
             pairs[name] = (table * 256 + codes.numpy().astype(np.int16) + 128).ravel()
@@ -779,7 +774,7 @@ def pack(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0) ->
         kind = "attention" if ".attn." in name else "mlp" if ".mlp." in name else "embeddings"
         sizes[kind] += round(bits[pair].sum() / 8)
     sizes["side"] = len(blob) - sum(sizes.values())
-    return blob, " ".join(f"{kind}:{size}" for kind, size in sizes.items()), math.sqrt(lost / total)
+    return blob, " ".join(f"{kind}:{size}" for kind, size in sizes.items()), math.sqrt(np.divide(*squares))
 def need(ok: bool, why: str) -> None:
     if not ok:
         raise ValueError(why)
@@ -925,21 +920,20 @@ def sort_runs(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     number, bits = np.arange(len(keys), dtype=np.uint32), np.uint64(len(keys).bit_length())
     keys = keys.astype(np.uint64) << bits | number  # key and position in 64 bits: one in-place sort
     keys.sort()
-    order, keys = (keys & ((np.uint64(1) << bits) - np.uint64(1))).view(np.int64), keys >> bits
+    order, keys = (keys & ~(~np.uint64(0) << bits)).view(np.int64), np.right_shift(keys, bits, keys)
     first, prior = np.append(True, keys[1:] != keys[:-1])[:len(keys)], np.empty_like(number)
     prior[order] = since_start(number, first)
     return order, first, prior
 def floor_log2(x: np.ndarray) -> np.ndarray:
     return (x.astype(np.float32).view(np.int32) >> 23) - 127  # the exponent of a float; exact below 2^24
-def describe_contexts(t, token, age, first, context, pair) -> np.ndarray:
-    """For positions grouped by context, 0 where it is new, else 2 * (1 + bucket) + (the target repeats the
-    context's last continuation). The bucket, of the prefix alone: how often the context occurred, the share
-    of continuations that were not new, whether the last repeated the one before, lies in this document (of
-    `age` tokens so far), and how far back."""
+def describe_contexts(t, token, age, first, pair) -> np.ndarray:
+    """For positions grouped by context: 0 if that is new, else 2 * (1 + bucket) + (its last continuation is
+    repeated). The bucket, of the prefix alone: how often the context occurred, the share of continuations not
+    new, whether the last repeated the one before, is in this document (of `age` tokens), how far back."""
     same = np.append(False, token[1:] == token[:-1]) & ~first
     repeated = np.append(False, same[:-1]) & ~first
     gap = np.where(first, 1, np.diff(t, prepend=t[:1])).view(np.int32)
-    known, context = (pair > 0).astype(np.int32), context.view(np.int32)
+    known, context = (pair > 0).astype(np.int32), since_start(np.arange(len(t), dtype=np.int32), first)
     earlier, often = since_start(np.cumsum(known, dtype=np.int32) - known, first), np.maximum(context, 1)
     state = np.minimum(floor_log2(often), 7) * 4 + np.minimum(4 * earlier // often, 3)
     state = (state * 2 + repeated) * 2 + (gap <= age)
@@ -948,16 +942,11 @@ def ngram_counts(tokens: np.ndarray, highest: int, describe: bool = True):
     """Yields (pair, code), of few bytes, per position of `tokens`, for grams of n = 1 ... highest tokens.
     pair[t]: how many earlier positions end the same n-gram: c(u, v) of a target at t; its c(u) is the
     previous n's pair[t - 1]. code: see `describe_contexts`; 0 exactly where c(u) = 0."""
-    here = np.arange(len(tokens), dtype=np.uint32)
-    age = np.minimum(here - np.maximum.accumulate(np.where(tokens == BOS, here, 0)), 65535)
-    stream = np.append(age[:1], age[:-1]) << 16 | tokens  # the age of the token BEFORE: no look at the target
-    t = np.argsort(tokens, kind="stable").astype(np.uint32)
-    first = np.append(True, tokens[t[1:]] != tokens[t[:-1]])
-    pair, code = np.empty(len(tokens), np.uint32), np.zeros(len(tokens) if describe else 0, np.uint16)
-    pair[t] = since_start(here, first)
-    del here, age
+    first = np.append((True, True), tokens[1:-1] == BOS)[:len(tokens)]  # one late: t's age must not see t
+    stream = np.minimum(since_start(np.arange(len(tokens), dtype=np.uint32), first), 65535) << 16 | tokens
+    (t, first, pair), code = sort_runs(tokens), np.zeros(len(tokens) if describe else 0, np.uint16)
     keep = t < len(tokens) - 1  # what ends the stream is no context
-    t, first = t[keep] + 1, first[keep]
+    t, first = t[keep].astype(np.uint32) + 1, first[keep]
     yield pair.astype(np.min_scalar_type(pair.max()), copy=False), code
     for _ in range(2, highest + 1):
         pair, code, kept, stop = np.zeros(len(tokens), np.uint32), np.zeros(len(code), np.uint16), 0, 0
@@ -969,13 +958,11 @@ def ngram_counts(tokens: np.ndarray, highest: int, describe: bool = True):
             order, split, count = sort_runs(np.cumsum(begin, dtype=np.uint64) << np.uint64(16) | word)
             pair[target] = count
             if describe:
-                context = since_start(np.arange(len(target), dtype=np.uint32), begin)
-                code[target] = describe_contexts(target, word, age, begin, context, count)
+                code[target] = describe_contexts(target, word, age, begin, count)
             target = target[order] + 1
             keep = ~(split & np.append(split[1:], True)) & (target < len(tokens))
-            size = np.count_nonzero(keep)
-            t[kept: kept + size], first[kept: kept + size] = target[keep], split[keep]
-            kept += size
+            free, kept = kept, kept + np.count_nonzero(keep)
+            t[free:kept], first[free:kept] = target[keep], split[keep]
         t, first = t[:kept].copy(), first[:kept].copy()
         yield pair.astype(np.min_scalar_type(pair.max()), copy=False), code
 def ngram_backoff(tokens: np.ndarray, hp: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -983,24 +970,22 @@ def ngram_backoff(tokens: np.ndarray, hp: Hyperparameters) -> tuple[np.ndarray, 
     at least NGRAM_MIN_COUNT times before. Order 0: none was. The choice never looks at the target."""
     order, context, pair = (np.zeros(len(tokens) - 1, kind) for kind in (np.uint8, np.uint32, np.uint32))
     exact = pairwise(pair for pair, _ in ngram_counts(tokens, hp.ngram_order, describe=False))
-    for n in range(2, hp.ngram_order + 1):
+    for n in range(2, hp.ngram_order + 1):  # from target n - 2 on there is a context
         if hp.ngram_counts == "hashed":  # a token that never followed may own a bucket that others filled
-            early = np.zeros(min(n - 2, len(tokens) - 1), np.uint32)
-            c_u, c_uv = (np.append(early, sort_runs(keys)[2]) for keys in hash_buckets(tokens, n, hp))
+            c_u, c_uv = (sort_runs(keys)[2] for keys in hash_buckets(tokens, n, hp))
             c_uv = np.minimum(c_u, c_uv)
         else:
-            c_u, c_uv = (pair[late: len(tokens) - 1 + late] for late, pair in enumerate(next(exact)))
+            c_u, c_uv = (pair[n - 2 + late: len(tokens) - 1 + late] for late, pair in enumerate(next(exact)))
         wins = c_u >= (hp.ngram_min_count if n >= hp.ngram_min_order else len(tokens))
-        order[wins], context[wins], pair[wins] = n, c_u[wins], c_uv[wins]
+        order[n - 2:][wins], context[n - 2:][wins], pair[n - 2:][wins] = n, c_u[wins], c_uv[wins]
     return order, context, pair
 def hash_buckets(tokens: np.ndarray, n: int, hp: Hyperparameters, following: np.ndarray | None = None):
     """(context bucket, pair bucket with token `following`, by default its own) of targets from n - 2 on."""
-    following = tokens[n - 1:] if following is None else following
-    h = np.zeros(max(len(tokens) - n + 1, 0), np.uint64)
+    h, mask = np.zeros(max(len(tokens) - n + 1, 0), np.uint64), np.uint64(hp.ngram_buckets - 1)
     for k in range(n - 1):
         h ^= tokens[k: k + len(h)].astype(np.uint64) * HASH_PRIMES[k]
-    h &= np.uint64(hp.ngram_buckets - 1)
-    return h, (h ^ following.astype(np.uint64) * HASH_PRIMES[n - 1]) & np.uint64(hp.ngram_buckets - 1)
+    last = (tokens[n - 1:] if following is None else following).astype(np.uint64) * HASH_PRIMES[n - 1]
+    return h & mask, (h ^ last) & mask
 def hashed_mass(tokens: np.ndarray, order: np.ndarray, targets: np.ndarray, hp: Hyperparameters) -> float:
     """What the hashed quotients of one position sum to over the vocabulary; the mean of matched `targets`."""
     masses, vocabulary = [], np.arange(hp.vocab_size)
@@ -1013,8 +998,7 @@ def hashed_mass(tokens: np.ndarray, order: np.ndarray, targets: np.ndarray, hp: 
             masses.append(np.minimum(pair, context).sum() / context)
     return float(np.mean(masses)) if masses else math.nan
 def backoff_weight(entropy: np.ndarray, order: np.ndarray, hp: Hyperparameters) -> np.ndarray:
-    """Weight of the counts: ALPHA_MIN + (ALPHA_MAX - ALPHA_MIN) * sigmoid(2 * (H - centre)), H the model's
-    entropy in nats; the centre is 4 (PR #889), or one per order (PR #825). 0 where no order matched."""
+    """Weight of the counts: half-way at an entropy of 4 nats (PR #889) or one centre per order (PR #825)."""
     center = 4.0 if hp.ngram_alpha == "entropy" else ORDER_CENTERS[np.clip(order.astype(int) - 2, 0, 5)]
     squashed = 1 / (1 + np.exp(-2 * (entropy.astype(np.float64) - center)))
     return np.where(order > 0, hp.alpha_min + (hp.alpha_max - hp.alpha_min) * squashed, 0.0)
@@ -1025,10 +1009,9 @@ def block_edges(total: int) -> list[int]:
         edges.append(min(edges[-1] + min(max(64, edges[-1] // 16), 1 << 16), total))
     return edges
 def bucket_weights(mass: np.ndarray) -> np.ndarray:
-    """(3, buckets): posterior mean of the experts' weights in each bucket of mass[expert, state, gap, heat],
-    the targets that EM ascribed to each so far. Each level, all -> state -> gap -> heat, is the Dirichlet
-    prior (worth 20 targets) of the next; where nothing was seen the model has 98 %."""
-    prior = np.array((0.98, 0.01, 0.01))
+    """(3, buckets): posterior mean weights of the experts, to which EM gave mass[expert, state, gap, heat]
+    targets. Each level, all -> state -> gap -> heat, is the next one's Dirichlet prior, worth 20 targets."""
+    prior = np.array((0.98, 0.01, 0.01))  # where nothing was seen the model has 98 %
     if mass.ndim > 1:
         prior = bucket_weights(mass.sum(-1)).reshape(*mass.shape[:-1], 1)
     return ((mass + 20 * prior) / (mass.sum(0) + 20)).reshape(3, -1)
@@ -1043,24 +1026,20 @@ class Mixture:
         self.tokens, self.hp, self.targets = tokens, hp, len(tokens) - 1
         self.nll, self.edges, self.block = np.empty(self.targets), block_edges(self.targets), 0
         self.longest = np.zeros(self.targets, np.uint8)  # order that knew the context; 0: none did
-        spread = [space(1, max(self.targets, 1), 16) for space in (np.geomspace, np.linspace)]
-        self.samples = np.unique(np.concatenate(spread).astype(int) - 1)
+        self.samples = np.int64([f(1, max(self.targets, 1), 16) for f in (np.geomspace, np.linspace)]) - 1
         self.decided = {}  # sampled target -> [[order, w0, w1, w2, c(u), c(u, v)], ..., [model, trust]]
-        if hp.ngram_alpha == "online":  # of order n: counts[2 * n - 2] pairs, counts[2 * n - 1] codes
-            self.counts, self.lead = [*chain(*ngram_counts(tokens, hp.ngram_order))], 0.0
-            self.mass = np.zeros((hp.ngram_order + 1, 3, STATES, GAPS, HEATS))
-        else:
-            self.counts = ngram_backoff(tokens, hp)
+        self.mass, self.lead = np.zeros((hp.ngram_order + 1, 3, STATES, GAPS, HEATS)), 0.0  # online
+        self.counts = ([*chain(*ngram_counts(tokens, hp.ngram_order))]  # order n: pairs 2n - 2, codes 2n - 1
+                       if hp.ngram_alpha == "online" else ngram_backoff(tokens, hp))
     def extend(self, nll: np.ndarray, entropy: np.ndarray) -> None:
         """Mix every block that ends within the scores so far: nats of the stream's first len(nll) targets."""
-        while self.block + 1 < len(self.edges) and self.edges[self.block + 1] <= len(nll):
-            a, b = self.edges[self.block: self.block + 2]
+        for a, b in pairwise(self.edges[self.block: np.searchsorted(self.edges, len(nll), "right")]):
             if not np.isfinite(nll[a:b] + entropy[a:b]).all():
                 raise RuntimeError(f"scores of targets {a} to {b} are not finite: the model has diverged")
             model = np.exp(-np.minimum(nll[a:b].astype(np.float64), 690))
             mix = self.mix_online if self.hp.ngram_alpha == "online" else self.mix_backoff
-            p, trust, longest = mix(a, b, model, entropy[a:b])
-            self.nll[a:b], self.longest[a:b] = -np.log(trust * p + (1 - trust) * model), longest
+            p, trust, self.longest[a:b] = mix(a, b, model, entropy[a:b])
+            self.nll[a:b] = -np.log(trust * p + (1 - trust) * model)
             self.sample(np.arange(a, b), model, trust)
             self.block += 1
     def sample(self, targets: np.ndarray, *facts: np.ndarray) -> None:
@@ -1071,13 +1050,11 @@ class Mixture:
         """(mixed p of the targets [a, b), trust in it: all, the order that won)."""
         order, context, pair = (array[a:b] for array in self.counts)
         alpha, rows = backoff_weight(entropy, order, self.hp), np.flatnonzero(order)
-        weights = 1 - alpha[rows], alpha[rows], 0 * rows
-        self.sample(rows + a, order[rows], *weights, context[rows], pair[rows])
+        self.sample(rows + a, *(x[rows] for x in (order, 1 - alpha, alpha, 0 * alpha, context, pair)))
         return (1 - alpha) * model + alpha * pair / np.maximum(context, 1), np.ones(b - a), order
     def mix_online(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray):
         """(p_N of the targets [a, b), trust in it by the likelihood so far, longest order that matched)."""
-        heat, longest = np.clip(entropy, 0, HEATS - 1).astype(np.int64), np.zeros(b - a, np.uint8)
-        p = model.copy()
+        p, heat, longest = model.copy(), entropy.clip(0, HEATS - 1).astype(int), np.zeros(b - a, np.uint8)
         for n in range(self.hp.ngram_min_order, self.hp.ngram_order + 1):
             pair, code = (array[a + 1: b + 1] for array in self.counts[2 * n - 2: 2 * n])
             rows = np.flatnonzero(code)
