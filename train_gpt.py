@@ -789,23 +789,19 @@ class WeightAverage:
         torch._foreach_lerp_(self.mean, parameters, weight)
 def averaged_parameters(averages: dict[str, WeightAverage]) -> list[Tensor]:
     """A mean, or the middle of both; none: the last weights are it (AVERAGING=none, or SWA never began)."""
-    means = [average.mean for average in averages.values() if average.count]
-    return [torch.stack(same).mean(0) for same in zip(*means)]
+    return [torch.stack(same).mean(0) for same in zip(*(a.mean for a in averages.values() if a.count))]
 # --- 8. Artifact --------------------------------------------------------------------------------------------
-# A matrix becomes codes in +-levels and a step per row, clipped where that loses least (GPTQ-lite). Codes are
-# near-Gaussian noise that no dictionary coder shortens, so they are range-coded (rANS, Duda 1311.2540) with
-# tables chosen by the spread of row and column: below the zeroth-order entropy per tensor. A file holds only
-# numbers, nothing that can run; its layout is in the docstring of `pack`.
+# A matrix becomes codes in +-levels and a step per row, clipped where that loses least (GPTQ-lite). No
+# dictionary coder shortens near-Gaussian codes; rANS (Duda 1311.2540), its tables chosen by the spread of row
+# and column, gets below their zeroth-order entropy. A file holds numbers, nothing that can run: see `pack`.
 MAGIC, TABLES, SCALE = b"PGOLF\x03", 64, 14  # a table's frequencies sum to 2^SCALE
 MOST_WEIGHTS, MOST_SIDE = 1 << 28, 1 << 24   # a file that claims more is refused before it is allocated
-CLIP_QUANTILES = (1.0, 0.998, 0.994)         # of |w| in a row: the candidates for its largest code
 LZMA = dict(format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=1 << 20, pb=0)])
 def quantize_rows(w_RC: Tensor, levels) -> tuple[Tensor, Tensor]:
-    """Codes (R, C) in +-levels, as floats, and bfloat16 steps (R, 1): their product is exact in float32.
-    `levels`, a number or one per row, is at most 127. Per row the clip of least squared error wins and is
-    the code `levels` itself, so that quantising the product again changes nothing."""
+    """Codes (R, C) in +-levels (<= 127, for all or per row) and bfloat16 steps (R, 1), both as float32: exact
+    products. Per row the clip of least squared error becomes `levels`: a second pass changes nothing."""
     w, last = w_RC.float(), w_RC.size(-1) - 1
-    ranks = [last - round(q * last) for q in CLIP_QUANTILES]  # 0: the largest magnitude of a row
+    ranks = [last - round(q * last) for q in (1.0, 0.998, 0.994)]  # the clips tried; 0: the largest magnitude
     clips = w.abs().topk(max(ranks) + 1).values[:, ranks].T[..., None]
     steps = (clips / levels).clamp_min(1e-30).bfloat16().float()
     errors = [((w / s).round().clamp(-levels, levels) * s - w).square().sum(-1, keepdim=True) for s in steps]
@@ -813,17 +809,14 @@ def quantize_rows(w_RC: Tensor, levels) -> tuple[Tensor, Tensor]:
     return (w / step).round().clamp(-levels, levels), step
 def natural_levels(name: str, tensor: Tensor, hp: Hyperparameters) -> int:
     """Largest code by kind: 127 for tables, 2^(QUANT_BITS-1) - 1 for other matrices; 0: not coded."""
-    if tensor.ndim != 2 or not name.endswith(".weight") or not tensor.numel():
-        return 0
-    table = name.endswith(("table.weight", "embed.weight", "head.weight"))
-    return 127 if table else 2 ** (hp.quant_bits - 1) - 1
+    bits = 8 if name.endswith(("table.weight", "embed.weight", "head.weight")) else hp.quant_bits
+    return 2 ** (bits - 1) - 1 if tensor.ndim == 2 and name.endswith(".weight") and tensor.numel() else 0
 def soft_round(x: Tensor, hardness: Tensor) -> Tensor:
     """Differentiable rounding: nearly the identity for small `hardness`, `round` as it grows (2006.09952)."""
     low = x.detach().floor()
     return low + 0.5 + torch.tanh(hardness * (x - low - 0.5)) / (2 * torch.tanh(hardness / 2))
 def fake_quantized(model: GPT, hp: Hyperparameters, hardness: Tensor) -> dict[str, Tensor]:
-    """The matrices as the artifact would give them back: gradients pass straight through the rounding; or, if
-    QAT_ROUNDING=soft, on their way there, and gradients are those of what is computed."""
+    """The artifact's matrices, with straight-through gradients; QAT_ROUNDING=soft: on their way there."""
     weights = {}
     for name, p in model.named_parameters():
         if levels := natural_levels(name, p, hp):
@@ -833,9 +826,8 @@ def fake_quantized(model: GPT, hp: Hyperparameters, hardness: Tensor) -> dict[st
     return weights
 def spread_classes(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int16: 16 + 4 * log2 of the codes' spread, by row; by column, relative to the rows."""
-    f = codes_RC.astype(np.float32)
-    row = np.sqrt(np.square(f).mean(1) + 0.03)
-    column = np.sqrt(np.square(f / row[:, None]).mean(0) + 0.003)
+    row = np.sqrt(np.square(codes_RC, dtype=np.float32).mean(1) + 0.03)
+    column = np.sqrt(np.square(codes_RC / row[:, None]).mean(0) + 0.003)
     return tuple(np.rint(4 * np.log2(16 * x)).astype("<i2") for x in (row, column))
 def rans_encode(pairs: np.ndarray) -> tuple[np.ndarray, bytes]:
     """(freq, coded) of int16 `pairs`, 256 * table + symbol: how often each came, as uint16 that sum to
@@ -856,7 +848,7 @@ def rans_encode(pairs: np.ndarray) -> tuple[np.ndarray, bytes]:
 def rans_decode(coded: bytes, table: np.ndarray, freq: np.ndarray) -> np.ndarray:
     """The symbols (uint8) of the pairs, given the `table` of each."""
     start, owner = np.cumsum(freq, dtype=np.uint32) - freq, np.repeat(np.arange(len(freq), dtype="<u2"), freq)
-    symbols, lanes, read = np.empty(len(table), np.uint8), min(1024, 16 + (len(table) >> 12)), 0
+    symbols, lanes = np.empty(len(table), np.uint8), min(1024, 16 + (len(table) >> 12))
     x, words = np.frombuffer(coded, "<u4", lanes).copy(), np.frombuffer(coded, "<u2", offset=4 * lanes)
     for i in range(0, len(table), lanes):
         y = x[:len(table) - i]
@@ -864,16 +856,14 @@ def rans_decode(coded: bytes, table: np.ndarray, freq: np.ndarray) -> np.ndarray
         pair = owner[slot]
         symbols[i: i + lanes], y[:] = pair & 255, freq[pair] * (y >> SCALE) + slot - start[pair]
         low = np.flatnonzero(y < 1 << 16)
-        need(read + len(low) <= len(words), "codes end early")
-        y[low] = y[low] << 16 | words[read: read + len(low)]
-        read += len(low)
-    need(read == len(words) and (x == 1 << 16).all(), "codes do not end where they should")
+        need(len(low) <= len(words), "codes end early")
+        y[low], words = y[low] << 16 | words[:len(low)], words[len(low):]
+    need(not len(words) and (x == 1 << 16).all(), "codes do not end where they should")
     return symbols
 def pack(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0) -> tuple[bytes, str, float]:
-    """(container of a state dict, its bytes by kind of matrix, the matrices' relative error). Levels are
-    divided by `coarsen`, rounded up in some rows, down in others, so that sizes move by single rows.
-    UserError: a tensor holds NaN, infinity or more than its kind can. The container, little-endian:
-        "PGOLF" 3 | SHA-256 of the rest | u32 size of the side stream | side stream, LZMA2 | rANS words
+    """(container, its bytes by kind of matrix, the matrices' relative error). `coarsen` divides all levels,
+    rounded up in some rows, down in others: sizes move by single rows. UserError: NaN, infinity, too large.
+    Little-endian: "PGOLF" 3 | SHA-256 of the rest | u32 size of side stream | side stream, LZMA2 | rANS words
     Side stream: per tensor a line `name coded(0 or 1) dimensions ...`, the order of all that follows; a zero;
     then 16-bit numbers, all their low bytes before all high ones: 256 frequencies for each of the 64 tables;
     spread classes of all rows, then of all columns (a code's table: row + column - 16, clipped to 0 ... 63);
@@ -881,40 +871,36 @@ def pack(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0) ->
     rANS words: u32 states of min(1024, 16 + symbols // 4096) lanes, then u16. Symbol i, a code + 128, is in
     lane i % lanes. Its state x has x % 2^14 in symbol s of its table: x = f[s] * (x >> 14) + x % 2^14 -
     sum(f[:s]); if that is below 2^16, x = x << 16 | next word. All end at 2^16."""
-    text, classes, numbers, pairs, lost, total = "", [], [], {}, 0.0, 1e-300
+    text, classes, numbers, pairs, squares = "", [], [], {}, np.array((0.0, 1e-300))  # what is lost, what was
     for name, tensor in state.items():
         w, natural = tensor.detach().float().cpu().contiguous(), natural_levels(name, tensor, hp)
-        if w.numel() and not w.abs().max() <= (1e30 if natural else 65504):
+        if not (w.abs() <= (1e30 if natural else 65504)).all():
             raise UserError(f"{name}: holds NaN, infinity or huge values; training diverged, lower the rates")
         text += " ".join(map(str, (name, int(natural > 0), *w.shape))) + "\n"
-        numbers.append(w.half().numpy())
         if natural:
             dither = torch.arange(len(w), dtype=torch.float64)[:, None] * 0.6180339887498949 % 1
             codes, step = quantize_rows(w, (natural / coarsen + dither).floor().clamp(1, 127).float())
-            lost += float((codes * step - w).square().sum(dtype=torch.float64))
-            total += float(w.square().sum(dtype=torch.float64))
-            numbers[-1] = step.bfloat16().view(torch.int16).numpy()
-            row, column = spread_classes(codes.numpy())
-            classes.append((row, column))
-            table = np.clip(np.add.outer(row, column) - 16, 0, TABLES - 1)
+            squares += [float(x.square().sum(dtype=torch.float64)) for x in (codes * step - w, w)]
+            classes.append(spread_classes(codes.numpy()))
+            table = np.clip(np.add.outer(*classes[-1]) - 16, 0, TABLES - 1)
             pairs[name] = (table * 256 + codes.numpy().astype(np.int16) + 128).ravel()
+        numbers.append((step.bfloat16().view(torch.int16) if natural else w.half()).numpy())
     freq, words = rans_encode(np.concatenate([np.empty(0, np.int16), *pairs.values()]))
     arrays = np.frombuffer(b"".join([freq, *chain(*zip(*classes)), *numbers]), np.uint8).reshape(-1, 2).T
     side = lzma.compress(text.encode() + b"\0" + arrays.tobytes(), **LZMA)
     body = len(side).to_bytes(4, "little") + side + words
     blob, bits = MAGIC + hashlib.sha256(body).digest() + body, SCALE - np.log2(np.maximum(freq, 1))
-    sizes = dict(side=len(blob), embeddings=0, attention=0, mlp=0)
+    sizes = dict(side=0, embeddings=0, attention=0, mlp=0)
     for name, pair in pairs.items():
         kind = "attention" if ".attn." in name else "mlp" if ".mlp." in name else "embeddings"
-        size = round(bits[pair].sum() / 8)
-        sizes[kind], sizes["side"] = sizes[kind] + size, sizes["side"] - size
-    return blob, " ".join(f"{kind}:{size}" for kind, size in sizes.items()), math.sqrt(lost / total)
+        sizes[kind] += round(bits[pair].sum() / 8)
+    sizes["side"] = len(blob) - sum(sizes.values())
+    return blob, " ".join(f"{kind}:{size}" for kind, size in sizes.items()), math.sqrt(np.divide(*squares))
 def need(ok: bool, why: str) -> None:
     if not ok:
         raise ValueError(why)
 def unpack(blob: bytes) -> dict[str, Tensor]:
-    """The state dict of a container, all float32; of anything else a ValueError that says what is wrong. Each
-    claim is checked before anything of its size is allocated."""
+    """A container's state dict, float32; claims are checked before they allocate. ValueError: what fails."""
     try:
         need(blob[:6] == MAGIC, f"starts with {blob[:6]!r}, expected {MAGIC!r}: no artifact of this script")
         need(hashlib.sha256(blob[38:]).digest() == blob[6:38], "SHA-256 differs: cut or damaged")
@@ -951,26 +937,23 @@ def fit_artifact(state: dict[str, Tensor], hp: Hyperparameters, budget: int) -> 
     """(container of at most `budget` bytes, two lines of facts: the fit; bytes by kind). One scalar divides
     all levels: 1 if that fits and FILL_BUDGET is off; below 1, finer codes up to +-127, while bytes are left;
     above 1 where they are too few. Found by packing, to within 4 KB. UserError: not even codes of +-1 fit."""
-    count, before, best = max(1, sum(map(torch.numel, state.values()))), pack(state, hp)[2], None
-    low = coarsen = 2 ** (hp.quant_bits - 1) / 256 if hp.fill_budget else 1.0
-    high = 254.0
+    count, before = max(1, sum(map(torch.numel, state.values()))), pack(state, hp)[2]
+    natural, high, best = 2 ** (hp.quant_bits - 1) - 1, 254.0, None  # `best` is packed with `high`
+    low = coarsen = (natural + 1) / 256 if hp.fill_budget else 1.0
     while high / low > 1 + 1e-7 and (best is None or len(best[0]) <= budget - 4096):
-        blob, sizes, error = pack(state, hp, coarsen)
-        if len(blob) <= budget:
-            levels = min(127, (2 ** (hp.quant_bits - 1) - 1) / coarsen)
-            high, fit = coarsen, f"coarsen:{coarsen:.9f} error_before:{before:.6f} error_after:{error:.6f}"
-            best = blob, f"{fit} bits_per_parameter:{8 * len(blob) / count:.4f} levels:{levels:.2f}\n{sizes}"
-        else:
-            low = coarsen
-        guess = coarsen * 2 ** min((len(blob) - budget + 2000) * 8 / count, 8)  # a bit more halves the step
+        packed = pack(state, hp, coarsen)
+        over = len(packed[0]) - budget
+        low, high, best = (coarsen, high, best) if over > 0 else (low, coarsen, packed)
+        guess = coarsen * 2 ** min((over + 2000) * 8 / count, 8)  # a bit more halves the step
         coarsen = guess if low < guess < high else math.sqrt(low * high)
     if best is None:
         raise UserError(f"the artifact takes over {budget} bytes even with codes of +-1: lower NUM_LAYERS, "
                         "MODEL_DIM, MLP_MULT, VOCAB_SIZE or BIGRAM_VOCAB_SIZE")
-    return best
+    blob, sizes, error = best
+    return blob, (f"coarsen:{high:.9f} error_before:{before:.6f} error_after:{error:.6f} bits_per_parameter:"
+                  f"{8 * len(blob) / count:.4f} levels:{min(127, natural / high):.2f}\n{sizes}")
 def write_artifact(model: GPT, path: Path, hp: Hyperparameters, rt: Runtime) -> None:
-    """On rank 0: pack the model into the file `path`, which with this source takes at most SIZE_CAP bytes.
-    UserError: not possible, or no space on the disk."""
+    """Rank 0 packs the model into `path`, <= SIZE_CAP bytes with this code. UserError: too big, disk full."""
     if rt.rank == 0:
         code = len(Path(__file__).read_bytes())
         blob, facts = fit_artifact(model.state_dict(), hp, SIZE_CAP - code)
@@ -1058,21 +1041,20 @@ def sort_runs(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     number, bits = np.arange(len(keys), dtype=np.uint32), np.uint64(len(keys).bit_length())
     keys = keys.astype(np.uint64) << bits | number  # key and position in 64 bits: one in-place sort
     keys.sort()
-    order, keys = (keys & ((np.uint64(1) << bits) - np.uint64(1))).view(np.int64), keys >> bits
+    order, keys = (keys & ~(~np.uint64(0) << bits)).view(np.int64), np.right_shift(keys, bits, keys)
     first, prior = np.append(True, keys[1:] != keys[:-1])[:len(keys)], np.empty_like(number)
     prior[order] = since_start(number, first)
     return order, first, prior
 def floor_log2(x: np.ndarray) -> np.ndarray:
     return (x.astype(np.float32).view(np.int32) >> 23) - 127  # the exponent of a float; exact below 2^24
-def describe_contexts(t, token, age, first, context, pair) -> np.ndarray:
-    """For positions grouped by context, 0 where it is new, else 2 * (1 + bucket) + (the target repeats the
-    context's last continuation). The bucket, of the prefix alone: how often the context occurred, the share
-    of continuations that were not new, whether the last repeated the one before, lies in this document (of
-    `age` tokens so far), and how far back."""
+def describe_contexts(t, token, age, first, pair) -> np.ndarray:
+    """For positions grouped by context: 0 if that is new, else 2 * (1 + bucket) + (its last continuation is
+    repeated). The bucket, of the prefix alone: how often the context occurred, the share of continuations not
+    new, whether the last repeated the one before, is in this document (of `age` tokens), how far back."""
     same = np.append(False, token[1:] == token[:-1]) & ~first
     repeated = np.append(False, same[:-1]) & ~first
     gap = np.where(first, 1, np.diff(t, prepend=t[:1])).view(np.int32)
-    known, context = (pair > 0).astype(np.int32), context.view(np.int32)
+    known, context = (pair > 0).astype(np.int32), since_start(np.arange(len(t), dtype=np.int32), first)
     earlier, often = since_start(np.cumsum(known, dtype=np.int32) - known, first), np.maximum(context, 1)
     state = np.minimum(floor_log2(often), 7) * 4 + np.minimum(4 * earlier // often, 3)
     state = (state * 2 + repeated) * 2 + (gap <= age)
@@ -1081,16 +1063,11 @@ def ngram_counts(tokens: np.ndarray, highest: int, describe: bool = True):
     """Yields (pair, code), of few bytes, per position of `tokens`, for grams of n = 1 ... highest tokens.
     pair[t]: how many earlier positions end the same n-gram: c(u, v) of a target at t; its c(u) is the
     previous n's pair[t - 1]. code: see `describe_contexts`; 0 exactly where c(u) = 0."""
-    here = np.arange(len(tokens), dtype=np.uint32)
-    age = np.minimum(here - np.maximum.accumulate(np.where(tokens == BOS, here, 0)), 65535)
-    stream = np.append(age[:1], age[:-1]) << 16 | tokens  # the age of the token BEFORE: no look at the target
-    t = np.argsort(tokens, kind="stable").astype(np.uint32)
-    first = np.append(True, tokens[t[1:]] != tokens[t[:-1]])
-    pair, code = np.empty(len(tokens), np.uint32), np.zeros(len(tokens) if describe else 0, np.uint16)
-    pair[t] = since_start(here, first)
-    del here, age
+    first = np.append((True, True), tokens[1:-1] == BOS)[:len(tokens)]  # one late: t's age must not see t
+    stream = np.minimum(since_start(np.arange(len(tokens), dtype=np.uint32), first), 65535) << 16 | tokens
+    (t, first, pair), code = sort_runs(tokens), np.zeros(len(tokens) if describe else 0, np.uint16)
     keep = t < len(tokens) - 1  # what ends the stream is no context
-    t, first = t[keep] + 1, first[keep]
+    t, first = t[keep].astype(np.uint32) + 1, first[keep]
     yield pair.astype(np.min_scalar_type(pair.max()), copy=False), code
     for _ in range(2, highest + 1):
         pair, code, kept, stop = np.zeros(len(tokens), np.uint32), np.zeros(len(code), np.uint16), 0, 0
@@ -1102,13 +1079,11 @@ def ngram_counts(tokens: np.ndarray, highest: int, describe: bool = True):
             order, split, count = sort_runs(np.cumsum(begin, dtype=np.uint64) << np.uint64(16) | word)
             pair[target] = count
             if describe:
-                context = since_start(np.arange(len(target), dtype=np.uint32), begin)
-                code[target] = describe_contexts(target, word, age, begin, context, count)
+                code[target] = describe_contexts(target, word, age, begin, count)
             target = target[order] + 1
             keep = ~(split & np.append(split[1:], True)) & (target < len(tokens))
-            size = np.count_nonzero(keep)
-            t[kept: kept + size], first[kept: kept + size] = target[keep], split[keep]
-            kept += size
+            free, kept = kept, kept + np.count_nonzero(keep)
+            t[free:kept], first[free:kept] = target[keep], split[keep]
         t, first = t[:kept].copy(), first[:kept].copy()
         yield pair.astype(np.min_scalar_type(pair.max()), copy=False), code
 def ngram_backoff(tokens: np.ndarray, hp: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -1116,24 +1091,22 @@ def ngram_backoff(tokens: np.ndarray, hp: Hyperparameters) -> tuple[np.ndarray, 
     at least NGRAM_MIN_COUNT times before. Order 0: none was. The choice never looks at the target."""
     order, context, pair = (np.zeros(len(tokens) - 1, kind) for kind in (np.uint8, np.uint32, np.uint32))
     exact = pairwise(pair for pair, _ in ngram_counts(tokens, hp.ngram_order, describe=False))
-    for n in range(2, hp.ngram_order + 1):
+    for n in range(2, hp.ngram_order + 1):  # from target n - 2 on there is a context
         if hp.ngram_counts == "hashed":  # a token that never followed may own a bucket that others filled
-            early = np.zeros(min(n - 2, len(tokens) - 1), np.uint32)
-            c_u, c_uv = (np.append(early, sort_runs(keys)[2]) for keys in hash_buckets(tokens, n, hp))
+            c_u, c_uv = (sort_runs(keys)[2] for keys in hash_buckets(tokens, n, hp))
             c_uv = np.minimum(c_u, c_uv)
         else:
-            c_u, c_uv = (pair[late: len(tokens) - 1 + late] for late, pair in enumerate(next(exact)))
+            c_u, c_uv = (pair[n - 2 + late: len(tokens) - 1 + late] for late, pair in enumerate(next(exact)))
         wins = c_u >= (hp.ngram_min_count if n >= hp.ngram_min_order else len(tokens))
-        order[wins], context[wins], pair[wins] = n, c_u[wins], c_uv[wins]
+        order[n - 2:][wins], context[n - 2:][wins], pair[n - 2:][wins] = n, c_u[wins], c_uv[wins]
     return order, context, pair
 def hash_buckets(tokens: np.ndarray, n: int, hp: Hyperparameters, following: np.ndarray | None = None):
     """(context bucket, pair bucket with token `following`, by default its own) of targets from n - 2 on."""
-    following = tokens[n - 1:] if following is None else following
-    h = np.zeros(max(len(tokens) - n + 1, 0), np.uint64)
+    h, mask = np.zeros(max(len(tokens) - n + 1, 0), np.uint64), np.uint64(hp.ngram_buckets - 1)
     for k in range(n - 1):
         h ^= tokens[k: k + len(h)].astype(np.uint64) * HASH_PRIMES[k]
-    h &= np.uint64(hp.ngram_buckets - 1)
-    return h, (h ^ following.astype(np.uint64) * HASH_PRIMES[n - 1]) & np.uint64(hp.ngram_buckets - 1)
+    last = (tokens[n - 1:] if following is None else following).astype(np.uint64) * HASH_PRIMES[n - 1]
+    return h & mask, (h ^ last) & mask
 def hashed_mass(tokens: np.ndarray, order: np.ndarray, targets: np.ndarray, hp: Hyperparameters) -> float:
     """What the hashed quotients of one position sum to over the vocabulary; the mean of matched `targets`."""
     masses, vocabulary = [], np.arange(hp.vocab_size)
@@ -1146,8 +1119,7 @@ def hashed_mass(tokens: np.ndarray, order: np.ndarray, targets: np.ndarray, hp: 
             masses.append(np.minimum(pair, context).sum() / context)
     return float(np.mean(masses)) if masses else math.nan
 def backoff_weight(entropy: np.ndarray, order: np.ndarray, hp: Hyperparameters) -> np.ndarray:
-    """Weight of the counts: ALPHA_MIN + (ALPHA_MAX - ALPHA_MIN) * sigmoid(2 * (H - centre)), H the model's
-    entropy in nats; the centre is 4 (PR #889), or one per order (PR #825). 0 where no order matched."""
+    """Weight of the counts: half-way at an entropy of 4 nats (PR #889) or one centre per order (PR #825)."""
     center = 4.0 if hp.ngram_alpha == "entropy" else ORDER_CENTERS[np.clip(order.astype(int) - 2, 0, 5)]
     squashed = 1 / (1 + np.exp(-2 * (entropy.astype(np.float64) - center)))
     return np.where(order > 0, hp.alpha_min + (hp.alpha_max - hp.alpha_min) * squashed, 0.0)
@@ -1158,10 +1130,9 @@ def block_edges(total: int) -> list[int]:
         edges.append(min(edges[-1] + min(max(64, edges[-1] // 16), 1 << 16), total))
     return edges
 def bucket_weights(mass: np.ndarray) -> np.ndarray:
-    """(3, buckets): posterior mean of the experts' weights in each bucket of mass[expert, state, gap, heat],
-    the targets that EM ascribed to each so far. Each level, all -> state -> gap -> heat, is the Dirichlet
-    prior (worth 20 targets) of the next; where nothing was seen the model has 98 %."""
-    prior = np.array((0.98, 0.01, 0.01))
+    """(3, buckets): posterior mean weights of the experts, to which EM gave mass[expert, state, gap, heat]
+    targets. Each level, all -> state -> gap -> heat, is the next one's Dirichlet prior, worth 20 targets."""
+    prior = np.array((0.98, 0.01, 0.01))  # where nothing was seen the model has 98 %
     if mass.ndim > 1:
         prior = bucket_weights(mass.sum(-1)).reshape(*mass.shape[:-1], 1)
     return ((mass + 20 * prior) / (mass.sum(0) + 20)).reshape(3, -1)
@@ -1176,24 +1147,20 @@ class Mixture:
         self.tokens, self.hp, self.targets = tokens, hp, len(tokens) - 1
         self.nll, self.edges, self.block = np.empty(self.targets), block_edges(self.targets), 0
         self.longest = np.zeros(self.targets, np.uint8)  # order that knew the context; 0: none did
-        spread = [space(1, max(self.targets, 1), 16) for space in (np.geomspace, np.linspace)]
-        self.samples = np.unique(np.concatenate(spread).astype(int) - 1)
+        self.samples = np.int64([f(1, max(self.targets, 1), 16) for f in (np.geomspace, np.linspace)]) - 1
         self.decided = {}  # sampled target -> [[order, w0, w1, w2, c(u), c(u, v)], ..., [model, trust]]
-        if hp.ngram_alpha == "online":  # of order n: counts[2 * n - 2] pairs, counts[2 * n - 1] codes
-            self.counts, self.lead = [*chain(*ngram_counts(tokens, hp.ngram_order))], 0.0
-            self.mass = np.zeros((hp.ngram_order + 1, 3, STATES, GAPS, HEATS))
-        else:
-            self.counts = ngram_backoff(tokens, hp)
+        self.mass, self.lead = np.zeros((hp.ngram_order + 1, 3, STATES, GAPS, HEATS)), 0.0  # online
+        self.counts = ([*chain(*ngram_counts(tokens, hp.ngram_order))]  # order n: pairs 2n - 2, codes 2n - 1
+                       if hp.ngram_alpha == "online" else ngram_backoff(tokens, hp))
     def extend(self, nll: np.ndarray, entropy: np.ndarray) -> None:
         """Mix every block that ends within the scores so far: nats of the stream's first len(nll) targets."""
-        while self.block + 1 < len(self.edges) and self.edges[self.block + 1] <= len(nll):
-            a, b = self.edges[self.block: self.block + 2]
+        for a, b in pairwise(self.edges[self.block: np.searchsorted(self.edges, len(nll), "right")]):
             if not np.isfinite(nll[a:b] + entropy[a:b]).all():
                 raise RuntimeError(f"scores of targets {a} to {b} are not finite: the model has diverged")
             model = np.exp(-np.minimum(nll[a:b].astype(np.float64), 690))
             mix = self.mix_online if self.hp.ngram_alpha == "online" else self.mix_backoff
-            p, trust, longest = mix(a, b, model, entropy[a:b])
-            self.nll[a:b], self.longest[a:b] = -np.log(trust * p + (1 - trust) * model), longest
+            p, trust, self.longest[a:b] = mix(a, b, model, entropy[a:b])
+            self.nll[a:b] = -np.log(trust * p + (1 - trust) * model)
             self.sample(np.arange(a, b), model, trust)
             self.block += 1
     def sample(self, targets: np.ndarray, *facts: np.ndarray) -> None:
@@ -1204,13 +1171,11 @@ class Mixture:
         """(mixed p of the targets [a, b), trust in it: all, the order that won)."""
         order, context, pair = (array[a:b] for array in self.counts)
         alpha, rows = backoff_weight(entropy, order, self.hp), np.flatnonzero(order)
-        weights = 1 - alpha[rows], alpha[rows], 0 * rows
-        self.sample(rows + a, order[rows], *weights, context[rows], pair[rows])
+        self.sample(rows + a, *(x[rows] for x in (order, 1 - alpha, alpha, 0 * alpha, context, pair)))
         return (1 - alpha) * model + alpha * pair / np.maximum(context, 1), np.ones(b - a), order
     def mix_online(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray):
         """(p_N of the targets [a, b), trust in it by the likelihood so far, longest order that matched)."""
-        heat, longest = np.clip(entropy, 0, HEATS - 1).astype(np.int64), np.zeros(b - a, np.uint8)
-        p = model.copy()
+        p, heat, longest = model.copy(), entropy.clip(0, HEATS - 1).astype(int), np.zeros(b - a, np.uint8)
         for n in range(self.hp.ngram_min_order, self.hp.ngram_order + 1):
             pair, code = (array[a + 1: b + 1] for array in self.counts[2 * n - 2: 2 * n])
             rows = np.flatnonzero(code)
