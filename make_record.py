@@ -1206,11 +1206,13 @@ class Bigram:
     def __init__(self, hp, table):
         self.hp, self.table = hp, table
 
-    def __call__(self, ids):
-        return self.table[ids]
+    def __call__(self, ids, last=0):
+        return self.table[ids[:, -last:]]
 
-    def logits(self, rows):
-        return rows
+    def scores(self, rows, targets):
+        import torch
+        logp = rows.log_softmax(-1)
+        return torch.stack((-logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)))
 
 
 def probe_once(module, settings: dict[str, str]) -> str:

@@ -5,7 +5,6 @@
     SEED=42 EVAL_STRIDE=256 torchrun ...                      settings are environment variables (section 1)
 
 One token's life, from the top of this file to its bottom:
-
     shard -> TokenLoader -> GPT -> loss -> Muon / AdamW -> WeightAverage   it teaches the model      (3-7, 11)
     weights -> int6 codes -> container -> file -> weights again            what is read back is scored     (8)
     validation stream -> windows -> nll[t], entropy[t] per target          each target once                (9)
@@ -16,30 +15,24 @@ Shape suffixes: B batch, T position, D model width, H query heads, G key/value h
 V vocabulary, N any flat number of positions, R x C a matrix. Losses are nats per token until `bits_per_byte`.
 """
 from __future__ import annotations
-
-import concurrent.futures, contextlib, hashlib, importlib, json, lzma, math, os, platform
+import concurrent.futures, contextlib, functools, hashlib, importlib, json, lzma, math, os, platform
 import re, signal, sys, time, traceback, zlib
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain, islice, pairwise
 from pathlib import Path
-import numpy as np
-import torch
-import torch.nn.functional as F
+import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, distributed as dist, nn
-from torch.nn.attention.bias import causal_lower_right
-try:
+triton = None  # then each op runs in its plain form
+with contextlib.suppress(ImportError):
     import triton, triton.language as tl
-except ImportError:  # then each op runs in its plain form
-    triton = None
 SIZE_CAP = 16_000_000          # bytes, decimal: code + compressed weights (the challenge's rule)
-WIDER_STRIDES = (96, 128, 256)  # tried in turn when scoring would not end in time
 class UserError(Exception):
     """What a user can mend. The message is one line: what was found, what was expected, what to do."""
 class Stopped(UserError):
     """A signal ended the run."""
-def require(holds: bool, message: str) -> None:
+def require(holds: bool, message: str, kind=UserError) -> None:
     if not holds:
-        raise UserError(message)
+        raise kind(message)
 # --- 1. Hyperparameters -------------------------------------------------------------------------------------
 # The only place that reads the environment. What cannot work is refused, in one line, before data is touched.
 def setting(default, doc: str, low=None, high=math.inf, choices=""):
@@ -55,7 +48,6 @@ class Hyperparameters:
     resume: str = setting("", "go on from this logs/<RUN_ID>.ckpt")
     checkpoint_every: float = setting(0.0, "seconds between checkpoints; 0: at validations and SIGTERM", 0)
     compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
-    # training length and batches
     iterations: int = setting(20_000, "most training steps", 1)
     max_wallclock_seconds: float = setting(600.0, "most training time; 0: no limit", 0)
     warmdown_iters: int = setting(3500, "length of the final linear decay, in steps' worth of time", 0)
@@ -66,7 +58,6 @@ class Hyperparameters:
     train_log_every: int = setting(500, "steps between train_loss lines; 0: only the first ten", 0)
     fused_mlp: bool = setting(True, "Triton kernels for the MLP, on CUDA")
     fused_loss: bool = setting(True, "Triton kernels for loss and entropy, on CUDA")
-    # model
     vocab_size: int = setting(1024, "V; must equal the tokenizer's", 2, 65_536)
     num_layers: int = setting(11, "L, blocks", 1)
     model_dim: int = setting(512, "D, width of the residual stream", 1)
@@ -89,7 +80,6 @@ class Hyperparameters:
     vrl_enabled: bool = setting(True, "value residual: mix each layer's values with layer 0's (VRL)")
     bigram_vocab_size: int = setting(2048, "rows of the hashed bigram embedding; 0: none", 0)
     bigram_dim: int = setting(128, "width of the hashed bigram embedding", 1)
-    # optimizer
     tied_embed_lr: float = setting(0.035, "AdamW lr of all embeddings when TIE_EMBEDDINGS=1", 0)
     embed_lr: float = setting(0.6, "AdamW lr of all embeddings when TIE_EMBEDDINGS=0", 0)
     head_lr: float = setting(0.008, "AdamW lr of the output head when TIE_EMBEDDINGS=0", 0)
@@ -105,7 +95,6 @@ class Hyperparameters:
     beta2: float = setting(0.95, "AdamW beta2", 0, 1)
     adam_eps: float = setting(1e-8, "AdamW epsilon", 0)
     grad_clip_norm: float = setting(0.3, "largest gradient norm; 0: no clipping", 0)
-    # averaging, quantisation, artifact
     averaging: str = setting("ema", "weights that are packed", choices="none ema swa ema_swa")
     ema_decay: float = setting(0.997, "decay per step of the exponential average", 0, 1)
     swa_every: int = setting(50, "steps between snapshots of the uniform average", 1)
@@ -114,20 +103,17 @@ class Hyperparameters:
     qat_rounding: str = setting("straight", "of late QAT; soft as in 2006.09952", choices="straight soft")
     quant_bits: int = setting(6, "bits of the matrices' codes before fitting, and late QAT's", 3, 8)
     fill_budget: bool = setting(True, "spend the bytes that are left on finer codes, up to 8 bits")
-    # scoring
     eval_seq_len: int = setting(2048, "tokens per scoring window", 1)
     eval_stride: int = setting(64, "new targets per window of the final score", 1)
     eval_budget_seconds: float = setting(600.0, "to keep 95 % of it, the stride widens; 0: no budget", 0)
     val_loss_every: int = setting(4000, "steps between validations during training; 0: only the last", 0)
     val_batch_size: int = setting(524_288, "tokens per scoring batch, over all ranks", 1)
     save_scores: bool = setting(False, "write nll, entropy, mixed nll per target to logs/<RUN_ID>_scores.npz")
-    # test-time training (PR #825)
     ttt_epochs: int = setting(0, "passes over each chunk once it is scored; 0: off", 0)
     ttt_chunk_tokens: int = setting(32_768, "targets that are scored, then trained on", 1)
     ttt_lr: float = setting(5e-4, "AdamW lr; over the stream by cosine to 0, times 1 to 3 at first", 0)
     ttt_blocks: int = setting(2, "last blocks that learn, beside all vectors, scalars and the output head", 0)
     ttt_decay: float = setting(0.998, "decay per step of the average that scores", 0, 1)
-    # n-gram mixture
     ngram_enabled: bool = setting(True, "mix the model with counts of what came before in the stream")
     ngram_min_order: int = setting(2, "shortest gram (context + target)", 2, 16)
     ngram_order: int = setting(7, "longest gram", 2, 16)
@@ -151,7 +137,6 @@ class Hyperparameters:
             (self.num_heads % self.num_kv_heads == 0, "NUM_HEADS NUM_KV_HEADS", "the latter must divide"),
             (self.rope_dims in range(0, self.head_dim + 1, 2), "ROPE_DIMS",
              f"expected an even number up to the head width MODEL_DIM/NUM_HEADS = {self.head_dim}"),
-            (self.mlp_mult * self.model_dim >= 1, "MLP_MULT", "the MLP would have no units"),
             (self.xsa_last_n <= L, "XSA_LAST_N NUM_LAYERS", "there are not so many layers"),
             (set(ve) <= set(range(L)), "VE_LAYERS", f"layers run from 0 to {L - 1}; or set VE_ENABLED=0"),
             (self.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "expected 0 (off) or at least 2"),
@@ -185,12 +170,11 @@ def parse_setting(f, env: dict[str, str]):
         if value in choices if choices else low is None or low <= value <= high and value < math.inf:
             return value
     raise UserError(f"{f.name.upper()}={text!r}: expected {expected} (default {f.default!r})")
-def is_near(a: str, b: str, edits: int) -> bool:
-    """Can `edits` insertions, deletions and changes of a letter turn `a` into `b`?"""
-    if edits < 0 or not a or not b:
-        return len(a) + len(b) <= edits
-    rests = (a[1:], b[1:], edits - (a[0] != b[0])), (a[1:], b, edits - 1), (a, b[1:], edits - 1)
-    return any(is_near(*rest) for rest in rests)
+def is_near(a: str, b: str, n: int) -> bool:
+    """Can `n` insertions, deletions and changes of a letter turn `a` into `b`?"""
+    if n < 0 or not a or not b:
+        return len(a) + len(b) <= n
+    return is_near(a[1:], b[1:], n - (a[0] != b[0])) or is_near(a[1:], b, n - 1) or is_near(a, b[1:], n - 1)
 def mistyped(env: dict[str, str]) -> list[str]:
     """Warnings for environment names that are within edit distance 2 of settings but are none."""
     known = sorted(f.name.upper() for f in fields(Hyperparameters))
@@ -207,9 +191,9 @@ class Runtime:
         self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         local_rank, cuda = int(env.get("LOCAL_RANK", 0)), torch.cuda.is_available()
         self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-        if cuda and local_rank >= (gpus := torch.cuda.device_count()):
-            raise UserError(f"LOCAL_RANK={local_rank}, {gpus} GPUs are visible: set --nproc_per_node={gpus}")
         if cuda:
+            gpus = torch.cuda.device_count()
+            require(local_rank < gpus, f"LOCAL_RANK={local_rank}, {gpus} GPUs: set --nproc_per_node={gpus}")
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.world_size > 1:
@@ -230,16 +214,14 @@ class Runtime:
             raise Stopped(f"stopped by {self.stopped}")
     def log(self, line: str, console: bool = True) -> None:
         """Rank 0 prints and writes `line` at once; what a full disk refuses is tried again with the next."""
-        if not self.log_path:
-            return
-        self.unwritten += f"{line}\n".encode()
+        self.unwritten += f"{line}\n".encode() if self.log_path else b""
         with contextlib.suppress(OSError):  # of the console: it may be a file on that disk, or a closed pipe
             try:
                 while self.unwritten:
                     self.unwritten = self.unwritten[self.log_file.write(self.unwritten):]
             except OSError as error:
                 print(f"warning: {self.log_path}: {error.strerror}; the run goes on", file=sys.stderr)
-            if console:
+            if console and self.log_path:
                 print(line, flush=True)
     def sum(self, x: Tensor) -> Tensor:
         """In-place sum of `x` over the ranks."""
@@ -251,9 +233,7 @@ class Runtime:
         return self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
     def from_rank_0(self, x: Tensor) -> Tensor:
         """`x` becomes rank 0's, in place."""
-        if self.world_size > 1:
-            dist.broadcast(x, 0)
-        return x
+        return self.sum(x if self.rank == 0 else x.zero_())
     def start(self, collective, x: Tensor, rows: int):
         """A function that waits for the `rows` rows that `collective` makes of `x`. To be called once."""
         if self.world_size == 1:
@@ -298,8 +278,8 @@ class Progress:
         self.start = self.said = time.perf_counter()
     def __call__(self, done: int) -> None:
         now, share, live = time.perf_counter(), done / self.total, sys.stdout.isatty()
-        left = (elapsed := now - self.start) * (1 / share - 1) if share else math.nan
-        line = f"{self.label} {share:.0%} elapsed:{elapsed:.0f}s left:{left:.0f}s"
+        elapsed = now - self.start
+        line = f"{self.label} {share:.0%} elapsed:{elapsed:.0f}s left:{elapsed / (share or math.nan) - elapsed:.0f}s"
         if live and self.rt.rank == 0:
             print(f"\r[{'#' * round(24 * share):24}] {line}\033[K", end="" if share < 1 else "\n", flush=True)
         if now - self.said >= 10:
@@ -322,9 +302,9 @@ def load_shard(path: Path) -> np.memmap:
 def find_shards(part: str, hp: Hyperparameters) -> list[Path]:
     """All shards of `part` (train or val), in order; UserError: none in its folder."""
     name = "train_data_path" if part == "train" and hp.train_data_path else "data_path"
-    if paths := sorted(Path(getattr(hp, name)).glob(f"fineweb_{part}_*.bin")):
-        return paths
-    raise UserError(f"{name.upper()}={getattr(hp, name)}: no fineweb_{part}_*.bin there; {GET_DATA}")
+    paths = sorted(Path(folder := getattr(hp, name)).glob(f"fineweb_{part}_*.bin"))
+    require(bool(paths), f"{name.upper()}={folder}: no fineweb_{part}_*.bin there; {GET_DATA}")
+    return paths
 def check_tokens(tokens: np.ndarray, vocab_size: int, source: str | Path) -> np.ndarray:
     """`tokens` themselves; UserError: one is outside of the vocabulary."""
     require((largest := tokens.max(initial=0)) < vocab_size, f"{source}: holds token {largest}, but "
@@ -334,9 +314,8 @@ def load_validation(hp: Hyperparameters) -> np.ndarray:
     """The whole validation stream x_0 ... x_N as uint16: the memory map itself when it is one shard."""
     shards = [check_tokens(load_shard(path), hp.vocab_size, path) for path in find_shards("val", hp)]
     stream = shards[0] if len(shards) == 1 else np.concatenate(shards)
-    N, T = len(stream) - 1, hp.eval_seq_len
-    require(N >= T, f"DATA_PATH={hp.data_path}: the validation stream has {N + 1} tokens, a window needs "
-            f"{T + 1}: set EVAL_SEQ_LEN to at most {N}")
+    require(len(stream) > hp.eval_seq_len, f"DATA_PATH={hp.data_path}: the validation stream has {len(stream)} tokens, "
+            f"a window needs {hp.eval_seq_len + 1}: set EVAL_SEQ_LEN to at most {len(stream) - 1}")
     return stream
 class TokenLoader:
     """All training shards as one circular stream, read in lanes: sequence i of S starts at i/S of it and goes
@@ -357,8 +336,7 @@ class TokenLoader:
         i = int(np.searchsorted(self.ends, at := start % self.tokens, "right"))
         part = self.shards[i][at - int(self.ends[i]):][:count]  # counted from the shard's end
         head = check_tokens(part, self.hp.vocab_size, self.paths[i]).astype(np.int64)
-        rest = count - len(head)
-        return np.concatenate([head, self.span(start + len(head), rest)]) if rest else head
+        return head if len(head) == count else np.append(head, self.span(start + len(head), count - len(head)))
     def micro_batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
         """This rank's inputs and targets of a micro-batch of step `step`, both (B, T) int64 on the CPU."""
         T, rows = self.hp.train_seq_len, self.share // self.accumulation
@@ -368,8 +346,7 @@ class TokenLoader:
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 def fingerprint(hp: Hyperparameters) -> list[tuple]:
     """(name, bytes, CRC-32 of the first 64 KB) of every data file, so that ranks can compare theirs."""
-    paths = [Path(hp.tokenizer_path), *find_shards("val", hp)]
-    paths += [] if hp.eval_only else find_shards("train", hp)
+    paths = [Path(hp.tokenizer_path), *find_shards("val", hp), *([] if hp.eval_only else find_shards("train", hp))]
     return [(path.name, path.stat().st_size, zlib.crc32(path.open("rb").read(1 << 16))) for path in paths]
 class ByteCounter:
     """UTF-8 bytes of each target, from the tokenizer's pieces (the challenge's definition of a byte)."""
@@ -383,10 +360,9 @@ class ByteCounter:
         require(sp.vocab_size() == hp.vocab_size, f"{name}: has {sp.vocab_size()} pieces, but VOCAB_SIZE="
                 f"{hp.vocab_size}: set VOCAB_SIZE={sp.vocab_size()} or name the data's own tokenizer")
         self.is_text = np.array([not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)) for i in ids])
-        pieces = [sp.id_to_piece(i) if text else "" for i, text in zip(ids, self.is_text)]
+        pieces = [sp.id_to_piece(i) * bool(self.is_text[i]) for i in ids]
         self.opens_word = np.array([piece.startswith("\u2581") for piece in pieces])
-        self.length = np.array([1 if sp.is_byte(i) else len(piece.replace("\u2581", "").encode())
-                                for i, piece in zip(ids, pieces)], np.uint16)
+        self.length = np.uint16([1 if sp.is_byte(i) else len(pieces[i].replace("\u2581", "").encode()) for i in ids])
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes (uint16) of each target of the stream `tokens`; a word's space counts only after text."""
         return self.length[tokens[1:]] + (self.opens_word[tokens[1:]] & self.is_text[tokens[:-1]])
@@ -395,23 +371,21 @@ class ByteCounter:
 # op has its plain form beside it, which runs on a CPU and where Triton is missing or the op's switch off.
 jit = triton.jit if triton else lambda kernel: kernel
 def has_kernels(x: Tensor) -> bool:
-    return x.is_cuda and triton is not None
+    return triton is not None and x.is_cuda and torch.cuda.get_device_capability()[0] in (9, 10)  # room for tiles
 def kernel_op(fake):
-    """Makes of a function that launches kernels an op of torch.library, which torch.compile calls and does
-    not look into; `fake` allocates results like the function's."""
+    """A function that launches kernels becomes an op of torch.library; to torch.compile it is what `fake` is."""
     def register(launch):
-        op = torch.library.custom_op(f"golf::{launch.__name__}", launch, mutates_args=())
-        op.register_fake(fake)
+        (op := torch.library.custom_op(f"golf::{launch.__name__}", launch, mutates_args=())).register_fake(fake)
         return op
     return register
 def mlp(x_ND: Tensor, fc_WD: Tensor, proj_DW: Tensor, slope: float) -> Tensor:
     """leaky_relu(x fc', slope)^2 proj'"""
     return F.linear(F.leaky_relu(F.linear(x_ND, fc_WD), slope).square(), proj_DW)
 @jit
-def mlp_kernel(a_ptr, b_ptr, z_ptr, h_ptr, dz_ptr, M, N, K, stride_k, stride_n, slope,
+def mlp_kernel(a_ptr, b_ptr, z_ptr, out_ptr, M, N, K, stride_k, stride_n, slope,
                BACKWARD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """A tile of P = a b, (M, K) (K, N), and what the MLP makes of it while it is in registers. Forward: z = P
-    and h = leaky_relu(z)^2. Backward: P is h's gradient, z is given, its gradient is written."""
+    and out = leaky_relu(z)^2. Backward: P is the gradient of that, z is given, out = the gradient of z."""
     tile, tiles = tl.program_id(0), tl.cdiv(N, BN)  # neighbours share rows of a, and b stays in the cache
     m = (tile // tiles * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
     n = (tile % tiles * BN + tl.arange(0, BN))[None, :]
@@ -423,31 +397,28 @@ def mlp_kernel(a_ptr, b_ptr, z_ptr, h_ptr, dz_ptr, M, N, K, stride_k, stride_n, 
         product = tl.dot(a, b, product)
     if BACKWARD:
         z = tl.load(z_ptr + at, inside, 0.0).to(tl.float32)
-        tl.store(dz_ptr + at, 2 * product * z * tl.where(z > 0, 1.0, slope * slope), inside)
     else:
         z = product.to(z_ptr.dtype.element_ty).to(tl.float32)  # rounded, as backward will read it
         tl.store(z_ptr + at, z, inside)
-        tl.store(h_ptr + at, z * z * tl.where(z > 0, 1.0, slope * slope), inside)
+    tl.store(out_ptr + at, z * tl.where(z > 0, 1.0, slope * slope) * (2 * product if BACKWARD else z), inside)
 MLP_TILE = dict(BM=128, BN=256, BK=64, num_warps=8, num_stages=3)  # for Hopper
-def launch_mlp(a_MK: Tensor, b_KN: Tensor, z_MN: Tensor, h_MN, dz_MN, slope: float) -> None:
-    (M, N), K = z_MN.shape, len(b_KN)
-    grid = triton.cdiv(M, MLP_TILE["BM"]) * triton.cdiv(N, MLP_TILE["BN"]),
-    mlp_kernel[grid](a_MK.contiguous(), b_KN, z_MN, h_MN, dz_MN, M, N, K, *b_KN.stride(), slope, h_MN is None,
-                     **MLP_TILE)
+def launch_mlp(a_MK: Tensor, b_KN: Tensor, z_MN: Tensor, slope: float, backward: bool) -> Tensor:
+    sizes, out_MN = (*z_MN.shape, len(b_KN)), torch.empty_like(z_MN)
+    grid = triton.cdiv(sizes[0], MLP_TILE["BM"]) * triton.cdiv(sizes[1], MLP_TILE["BN"]),
+    mlp_kernel[grid](a_MK.contiguous(), b_KN, z_MN, out_MN, *sizes, *b_KN.stride(), slope, backward, **MLP_TILE)
+    return out_MN
 @kernel_op(lambda x, fc, proj, slope: (x.new_empty(x.shape), *(x.new_empty(len(x), len(fc)) for _ in "zh")))
 def fused_mlp(x_ND: Tensor, fc_WD: Tensor, proj_DW: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
     """(`mlp` of x, and for backward z = x fc' and h = leaky_relu(z)^2); the idea is modded-nanogpt's."""
-    z, h = (x_ND.new_empty(len(x_ND), len(fc_WD)) for _ in "zh")
-    launch_mlp(x_ND, fc_WD.mT, z, h, None, slope)
+    h = launch_mlp(x_ND, fc_WD.mT, z := x_ND.new_empty(len(x_ND), len(fc_WD)), slope, False)
     return h @ proj_DW.mT, z, h
 @kernel_op(lambda g, proj, z, slope: z.new_empty(z.shape))
 def fused_mlp_backward(g_ND: Tensor, proj_DW: Tensor, z_NW: Tensor, slope: float) -> Tensor:
     """z's gradient, from that of the result."""
-    launch_mlp(g_ND, proj_DW, z_NW, None, dz_NW := z_NW.new_empty(z_NW.shape), slope)
-    return dz_NW
+    return launch_mlp(g_ND, proj_DW, z_NW.contiguous(), slope, True)
 def keep(ctx, inputs, output) -> None:
     *tensors, ctx.number = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, *(output if isinstance(output, tuple) else (output,)))
 def mlp_gradients(ctx, g_ND: Tensor, *_):
     x, fc, proj, _, z, h = ctx.saved_tensors
     dz = fused_mlp_backward(g_ND, proj, z, ctx.number)
@@ -455,15 +426,15 @@ def mlp_gradients(ctx, g_ND: Tensor, *_):
 fused_mlp.register_autograd(mlp_gradients, setup_context=keep)
 def softcap(z: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(z.float() / cap) if cap else z.float()
-def token_scores(z_NV: Tensor, targets_N: Tensor, cap: float) -> tuple[Tensor, Tensor | None]:
-    """(nll of the targets, entropy), nats, (N,) float32, of softcapped logits z; no entropy in training."""
+def token_scores(z_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
+    """nll of the targets and entropy, nats, (2, N) float32, of softcapped logits z; in training nll only."""
     logp_NV = F.log_softmax(softcap(z_NV, cap), -1)
-    entropy_N = None if torch.is_grad_enabled() else -(logp_NV.exp() * logp_NV).sum(-1)
-    return F.nll_loss(logp_NV, targets_N, reduction="none"), entropy_N
+    nll_N, learns = F.nll_loss(logp_NV, targets_N, reduction="none"), torch.is_grad_enabled()
+    return nll_N[None] if learns else torch.stack((nll_N, -(logp_NV.exp() * logp_NV).sum(-1)))
 @jit
-def scores_kernel(z_ptr, target_ptr, nll_ptr, entropy_ptr, dz_ptr, V, cap, CAPPED: tl.constexpr,
+def scores_kernel(z_ptr, target_ptr, upstream_ptr, out_ptr, N, V, cap, CAPPED: tl.constexpr,
                   BACKWARD: tl.constexpr, BV: tl.constexpr):
-    """One row of logits in registers: its nll and entropy; backward, given their gradients instead, z's."""
+    """A row of logits in registers: its nll and entropy or, backward, given their gradients, its gradient."""
     row, v = tl.program_id(0).to(tl.int64), tl.arange(0, BV)
     z = tl.load(z_ptr + row * V + v, v < V, 0.0).to(tl.float32)
     target = tl.load(target_ptr + row)
@@ -475,55 +446,47 @@ def scores_kernel(z_ptr, target_ptr, nll_ptr, entropy_ptr, dz_ptr, V, cap, CAPPE
     p, logp = e / total, tl.where(v < V, logits - tl.log(total), 0.0)
     entropy = -tl.sum(p * logp, 0)
     if BACKWARD:
-        dz = tl.load(nll_ptr + row) * (p - tl.where(v == target, 1.0, 0.0))
-        dz -= tl.load(entropy_ptr + row) * p * (logp + entropy)
-        tl.store(dz_ptr + row * V + v, dz * (1 - tanh * tanh) if CAPPED else dz, v < V)
+        dz = tl.load(upstream_ptr + row) * (p - tl.where(v == target, 1.0, 0.0))
+        dz -= tl.load(upstream_ptr + N + row) * p * (logp + entropy)
+        tl.store(out_ptr + row * V + v, dz * (1 - tanh * tanh) if CAPPED else dz, v < V)
     else:
-        tl.store(nll_ptr + row, -tl.sum(tl.where(v == target, logp, 0.0), 0))
-        tl.store(entropy_ptr + row, entropy)
-def launch_scores(z_NV: Tensor, targets_N: Tensor, cap: float, nll_N, entropy_N, dz_NV=None) -> None:
-    V, block = z_NV.size(1), triton.next_power_of_2(z_NV.size(1))
-    scores_kernel[(len(z_NV),)](z_NV, targets_N, nll_N, entropy_N, dz_NV, V, cap or 1.0, cap > 0,
-                                dz_NV is not None, block, num_warps=min(max(block // 256, 1), 16))
-@kernel_op(lambda z, targets, cap: tuple(z.new_empty(len(z), dtype=torch.float32) for _ in range(2)))
-def fused_token_scores(z_NV: Tensor, targets_N: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """`token_scores`, reading the logits once, in their own precision, and writing nothing of V numbers."""
-    nll_N, entropy_N = (z_NV.new_empty(len(z_NV), dtype=torch.float32) for _ in range(2))
-    launch_scores(z_NV.contiguous(), targets_N, cap, nll_N, entropy_N)
-    return nll_N, entropy_N
-@kernel_op(lambda z, targets, cap, dnll, dentropy: z.new_empty(z.shape))
-def fused_token_scores_backward(z_NV: Tensor, targets_N: Tensor, cap: float, dnll_N: Tensor,
-                                dentropy_N: Tensor) -> Tensor:
-    dz_NV = z_NV.new_empty(z_NV.shape)
-    launch_scores(z_NV.contiguous(), targets_N, cap, dnll_N.contiguous(), dentropy_N.contiguous(), dz_NV)
-    return dz_NV
-def scores_gradients(ctx, *gradients_N: Tensor):
+        tl.store(out_ptr + row, -tl.sum(tl.where(v == target, logp, 0.0), 0))
+        tl.store(out_ptr + N + row, entropy)
+@kernel_op(lambda z, targets, upstream, cap: z.new_empty(z.shape) if upstream.numel() else z.new_empty(
+    2, len(z), dtype=torch.float32))
+def fused_token_scores(z_NV: Tensor, targets_N: Tensor, upstream_2N: Tensor, cap: float) -> Tensor:
+    """`token_scores`, reading the logits once, in their own precision, and writing nothing of V numbers; or, if
+    `upstream` is not empty but the gradient of that, the gradient of z."""
+    (N, V), backward, block = z_NV.shape, upstream_2N.numel() > 0, triton.next_power_of_2(z_NV.size(1))
+    out = z_NV.new_empty(N, V) if backward else z_NV.new_empty(2, N, dtype=torch.float32)
+    scores_kernel[(N,)](z_NV.contiguous(), targets_N, upstream_2N.contiguous(), out, N, V, cap or 1.0, cap > 0,
+                        backward, block, num_warps=min(max(block // 256, 1), 16))
+    return out
+def scores_gradients(ctx, upstream_2N: Tensor):
     z, targets, *_ = ctx.saved_tensors
-    return fused_token_scores_backward(z, targets, ctx.number, *gradients_N), None, None
+    return fused_token_scores(z, targets, upstream_2N, ctx.number), None, None, None
 fused_token_scores.register_autograd(scores_gradients, setup_context=keep)
 def find_flash_attention():
     """(name, function) of the fastest attention that is installed and runs here, or (name, None): torch's."""
-    found = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-    for name, module, needed in (("flash_attention_3", "flash_attn_interface", (9, 0)),
-                                 ("flash_attention_2", "flash_attn", (8, 0))):
-        if found >= needed:
-            with contextlib.suppress(ImportError):
-                return name, importlib.import_module(module).flash_attn_func
+    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+    for version, module, needed in ((3, "flash_attn_interface", 9), (2, "flash_attn", 8)):
+        with contextlib.suppress(ImportError):
+            if major >= needed:
+                return f"flash_attention_{version}", importlib.import_module(module).flash_attn_func
     return "sdpa", None
 def causal_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, flash=None) -> Tensor:
-    """softmax(q k' / sqrt K) v over positions up to one's own, layout B T H K; H/G heads share k, v. Fewer
-    queries than keys are those of the last positions."""
+    """softmax(q k' / sqrt K) v up to one's own position, B T H K, H/G heads share k, v; queries: all or the last."""
     if flash and q_BTHK.is_cuda:
         y = flash(q_BTHK, k_BTGK, v_BTGK, causal=True)
         return y[0] if isinstance(y, tuple) else y
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
-    late = None if q.size(2) == k.size(2) else causal_lower_right(q.size(2), k.size(2))
-    return F.scaled_dot_product_attention(q, k, v, late, is_causal=late is None,
+    S, T = q.size(2), k.size(2)
+    seen_ST = None if S == T else torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S)
+    return F.scaled_dot_product_attention(q, k, v, seen_ST, is_causal=S == T,
                                           enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 # --- 5. Model -----------------------------------------------------------------------------------------------
-# Master weights are float32; every op follows the dtype of the residual stream (bfloat16 on CUDA, float32 on
-# CPU): no autocast. Sources: GQA 2305.13245, RoPE 2104.09864, QK-norm 2302.05442, value residual 2410.17897,
-# XSA and SmearGate as in PR #889, U-Net skips and x0 mixes as in modded-nanogpt.
+# Master weights are float32; every op follows the dtype of the residual stream: no autocast. GQA 2305.13245, RoPE
+# 2104.09864, QK-norm 2302.05442, VRL 2410.17897, XSA, SmearGate: PR #889, skips and x0 mixes: modded-nanogpt.
 def working_dtype(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.is_cuda else torch.float32
 def norm(x: Tensor) -> Tensor:
@@ -560,15 +523,13 @@ class Attention(nn.Module):
         self.heads, self.flash = (hp.num_heads, hp.num_kv_heads, hp.head_dim), flash
         D, (H, G, K) = hp.model_dim, self.heads
         self.q, self.k, self.v = (Linear(D, heads * K, bias=False) for heads in (H, G, G))
-        self.proj = Linear(H * K, D, bias=False)
-        self.q_gain = nn.Parameter(torch.full((H,), hp.qk_gain_init))
+        self.proj, self.q_gain = Linear(H * K, D, bias=False), nn.Parameter(torch.full((H,), hp.qk_gain_init))
         self.xsa = layer >= hp.num_layers - hp.xsa_last_n
         self.ve_scale = nn.Parameter(torch.ones(())) if hp.ve_enabled and layer in hp.ve_layers else None
         self.vrl_gate = nn.Parameter(torch.tensor(-1.5)) if hp.vrl_enabled and layer else None
     def forward(self, x_BTD: Tensor, scale_D: Tensor, rope, ve_BTGK, v_first_BTGK, last: int):
         """(B, `last` positions, D) out, and this layer's values before any change (v_first of the others)."""
-        B, T, _ = x_BTD.shape
-        H, G, K = self.heads
+        (B, T, _), (H, G, K) = x_BTD.shape, self.heads
         q = norm(self.q(x_BTD[:, -last:]).view(B, last, H, K)) * self.q_gain.to(x_BTD.dtype)[:, None]
         q = rotate(q, rope[:, -last:])  # after the gain, which so costs no pass of its own
         k = rotate(norm(self.k(x_BTD).view(B, T, G, K)), rope)
@@ -583,7 +544,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, hp: Hyperparameters):
         super().__init__()
-        D, width = hp.model_dim, int(hp.mlp_mult * hp.model_dim)
+        D, width = hp.model_dim, max(1, int(hp.mlp_mult * hp.model_dim))
         self.slope, self.fused = hp.leaky_slope, hp.fused_mlp
         self.fc, self.proj = Linear(D, width, bias=False), Linear(width, D, bias=False)
     def forward(self, x_BTD: Tensor, scale_D: Tensor) -> Tensor:
@@ -653,8 +614,7 @@ class GPT(nn.Module):
         if self.smear_gate is not None:
             x = torch.lerp(x, F.pad(x, (0, 0, 1, 0))[:, :-1], torch.sigmoid(self.smear_gate).to(x.dtype))
         x0, v_first, skips, L, T = x, None, [], self.hp.num_layers, ids_BT.size(1)
-        rope = getattr(self, f"rope_{T}", None)
-        rope = rotary_tables(T, self.hp, x.device) if rope is None else rope
+        rope = self.get_buffer(f"rope_{T}") if hasattr(self, f"rope_{T}") else rotary_tables(T, self.hp, x.device)
         if (ve := self.value_embed) is not None:
             ve = ve(ids_BT, x.dtype).unflatten(-1, (-1, self.hp.head_dim))
         for layer, block in enumerate(self.blocks):
@@ -666,35 +626,32 @@ class GPT(nn.Module):
                 skips.append(x)
         if targets_BT is None:
             return x
-        nll_N, _ = self.scores(x.flatten(0, 1), targets_BT.ravel())
+        nll_N = self.scores(x.flatten(0, 1), targets_BT.ravel())[0]
         return nll_N.mean() if weights_BT is None else (nll_N * weights_BT.ravel()).sum()
-    def head_products(self, hidden_D: Tensor) -> Tensor:
+    def logits(self, hidden_D: Tensor) -> Tensor:
+        """(..., D) -> (..., V), before the softcap."""
         weight = self.embed.weight if self.head is None else self.head.weight
         return F.linear(norm(hidden_D), weight.to(hidden_D.dtype))
-    def logits(self, hidden_D: Tensor) -> Tensor:
-        """(..., D) -> (..., V) float32, softly capped to +-LOGIT_SOFTCAP."""
-        return softcap(self.head_products(hidden_D), self.hp.logit_softcap)
-    def scores(self, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        """(nll of the targets, entropy of the predictions), nats, (N,) float32."""
-        z_NV = self.head_products(hidden_ND)
-        kernel = fused_token_scores if self.hp.fused_loss and has_kernels(z_NV) else token_scores
-        return kernel(z_NV, targets_N, self.hp.logit_softcap)
+    def scores(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+        """nll of the targets and entropy of the predictions, nats, (2, N) float32; to learn from, the former."""
+        z_NV = self.logits(hidden_ND)
+        if self.hp.fused_loss and has_kernels(z_NV):
+            return fused_token_scores(z_NV, targets_N, z_NV.new_empty(0), self.hp.logit_softcap)
+        return token_scores(z_NV, targets_N, self.hp.logit_softcap)
 # --- 6. Optimizer -------------------------------------------------------------------------------------------
 # Muon (Jordan et al. 2024), whose update is the momentum made orthogonal, for matrices; AdamW for the rest.
 def orthogonalize(G_NRC: Tensor, steps: int) -> Tensor:
     """Nearly the orthogonal factor U V' of each wide matrix U S V': singular values come out in [0.7, 1.2]. A
     quintic Newton-Schulz iteration, tuned for speed at zero, not convergence to one. bfloat16 on CUDA."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    X = G_NRC.to(working_dtype(G_NRC))
+    (a, b, c), X = (3.4445, -4.7750, 2.0315), G_NRC.to(working_dtype(G_NRC))
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
     return X
 class Muon(torch.optim.Optimizer):
-    """One group per shape: a stack, tall matrices transposed, so that one batched iteration serves them all.
-    Each rank owns an equal share of every stack (zero matrices fill it up): it gets the sum over the ranks of
-    those gradients only, keeps their momentum only, and sends the others its updates."""
+    """One group per shape: a stack, tall matrices transposed, for one batched iteration. Of each stack (zeros
+    fill it up) a rank owns an equal share: gets these gradients' sums, keeps their momentum, sends updates."""
     def __init__(self, matrices: list[nn.Parameter], hp: Hyperparameters, rt: Runtime):
         self.rt, stacks = rt, {}
         for p in matrices:
@@ -707,24 +664,21 @@ class Muon(torch.optim.Optimizer):
         """This rank's share of a whole stack, as a view; the last ranks' may be short, or empty."""
         share = -(-len(stack) // self.rt.world_size)
         return stack[self.rt.rank * share:][:share]
-    def send_gradients(self) -> list:
+    def send_gradients(self):
         """Per stack a function that waits for this rank's share, (share, R, C), of the sum over the ranks."""
-        sent, ranks = [], self.rt.world_size
+        ranks = self.rt.world_size
         for group in self.param_groups:
             wide = [p.grad.mT if p.size(0) > p.size(1) else p.grad for p in group["params"]]
             wide += [torch.zeros_like(wide[0])] * (-len(wide) % ranks)
-            sent.append(self.rt.start(REDUCE_SCATTER, torch.stack(wide), len(wide) // ranks))
-        return sent
-    def send_updates(self, shares: list[Tensor]) -> list:
+            yield self.rt.start(REDUCE_SCATTER, torch.stack(wide), len(wide) // ranks)
+    def send_updates(self, shares: list[Tensor]):
         """Per stack a function that waits for all its orthogonal updates, (N, R, C)."""
-        sent = []
         for group, grads_NRC in zip(self.param_groups, shares):
             buffer_NRC = self.own(group["buffer"])
             ours = grads_NRC[:len(buffer_NRC)]
             ours.add_(buffer_NRC.mul_(group["momentum"]).add_(ours), alpha=group["momentum"])  # Nesterov
             update_NRC = orthogonalize(grads_NRC, group["steps"])
-            sent.append(self.rt.start(ALL_GATHER, update_NRC, len(update_NRC) * self.rt.world_size))
-        return sent
+            yield self.rt.start(ALL_GATHER, update_NRC, len(update_NRC) * self.rt.world_size)
     def step(self, sent: list) -> None:
         for group, updates in zip(self.param_groups, sent):
             torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
@@ -744,21 +698,18 @@ def build_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime) -> tuple[Muon
     owned = [*map(id, chain(*(group["params"] for group in muon.param_groups + adam.param_groups)))]
     assert sorted(owned) == sorted(map(id, model.parameters())), "a parameter without exactly one optimizer"
     for p in chain(*groups.values()):  # as at its first step: a checkpoint fills it before
-        adam.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                             exp_avg_sq=torch.zeros_like(p))
+        adam.state[p] = dict(step=p.new_zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
     return muon, adam
 @torch.no_grad()
 def update(muon: Muon, adamw: torch.optim.AdamW, rt: Runtime, clip: float) -> None:
-    """One step on the sum over the ranks of all gradients, scaled to a norm of at most `clip`. Muon's updates
-    travel while AdamW works; one rank sends nothing."""
-    grads = [p.grad for group in adamw.param_groups for p in group["params"]]
-    sent = muon.send_gradients()
+    """A step on the ranks' summed gradients, of norm at most `clip`; Muon's updates travel while AdamW works."""
+    grads, sent = [p.grad for group in adamw.param_groups for p in group["params"]], [*muon.send_gradients()]
     flat = rt.sum(nn.utils.parameters_to_vector(grads))
     shares = [arrived() for arrived in sent]
     if clip:
         squares = rt.sum(sum(share.square().sum() for share in shares)) + flat.square().sum()
         torch._foreach_mul_([flat, *shares], (clip / (squares.sqrt() + 1e-6)).clamp_max(1))
-    sent = muon.send_updates(shares)
+    sent = [*muon.send_updates(shares)]
     nn.utils.vector_to_parameters(flat, grads)
     adamw.step()
     muon.step(sent)
@@ -766,8 +717,7 @@ def ttt_scale(done: float) -> float:
     """Factor of TTT_LR at a share `done` of the stream: by cosine to 0, times 1 to 3 over the first 30 %."""
     return (1 + 2 * min(1.0, done / 0.3)) * (1 + math.cos(math.pi * done)) / 2
 def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
-    """1, then linearly to 0 over the last WARMDOWN_ITERS steps before ITERATIONS or, at the average step time
-    so far, the wall-clock cap, whichever comes first."""
+    """1, then linearly to 0 over the last WARMDOWN_ITERS steps before ITERATIONS or the cap, at this speed."""
     left = hp.iterations - step
     if hp.max_wallclock_seconds and step:
         left = min(left, (hp.max_wallclock_seconds - seconds) / (seconds / step))
@@ -791,9 +741,9 @@ def averaged_parameters(averages: dict[str, WeightAverage]) -> list[Tensor]:
     """A mean, or the middle of both; none: the last weights are it (AVERAGING=none, or SWA never began)."""
     return [torch.stack(same).mean(0) for same in zip(*(a.mean for a in averages.values() if a.count))]
 # --- 8. Artifact --------------------------------------------------------------------------------------------
-# A matrix becomes codes in +-levels and a step per row, clipped where that loses least (GPTQ-lite). No
-# dictionary coder shortens near-Gaussian codes; rANS (Duda 1311.2540), its tables chosen by the spread of row
-# and column, gets below their zeroth-order entropy. A file holds numbers, nothing that can run: see `pack`.
+# A matrix becomes codes in +-levels and a step per row (GPTQ-lite). rANS (Duda 1311.2540), its tables chosen by
+# the spread of row and column, gets below the codes' zeroth-order entropy. A file holds numbers: see `pack`.
+need = functools.partial(require, kind=ValueError)
 MAGIC, TABLES, SCALE = b"PGOLF\x03", 64, 14  # a table's frequencies sum to 2^SCALE
 MOST_WEIGHTS, MOST_SIDE = 1 << 28, 1 << 24   # a file that claims more is refused before it is allocated
 LZMA = dict(format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=1 << 20, pb=0)])
@@ -861,16 +811,15 @@ def rans_decode(coded: bytes, table: np.ndarray, freq: np.ndarray) -> np.ndarray
     need(not len(words) and (x == 1 << 16).all(), "codes do not end where they should")
     return symbols
 def pack(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0) -> tuple[bytes, str, float]:
-    """(container, its bytes by kind of matrix, the matrices' relative error). `coarsen` divides all levels,
-    rounded up in some rows, down in others: sizes move by single rows. UserError: NaN, infinity, too large.
-    Little-endian: "PGOLF" 3 | SHA-256 of the rest | u32 size of side stream | side stream, LZMA2 | rANS words
-    Side stream: per tensor a line `name coded(0 or 1) dimensions ...`, the order of all that follows; a zero;
-    then 16-bit numbers, all their low bytes before all high ones: 256 frequencies for each of the 64 tables;
-    spread classes of all rows, then of all columns (a code's table: row + column - 16, clipped to 0 ... 63);
-    per tensor the bfloat16 steps of its rows if coded, else its float16 values. A weight is code * step.
-    rANS words: u32 states of min(1024, 16 + symbols // 4096) lanes, then u16. Symbol i, a code + 128, is in
-    lane i % lanes. Its state x has x % 2^14 in symbol s of its table: x = f[s] * (x >> 14) + x % 2^14 -
-    sum(f[:s]); if that is below 2^16, x = x << 16 | next word. All end at 2^16."""
+    """(container, bytes by kind of matrix, relative error). `coarsen` divides all levels, up in some rows, down in
+    others: sizes move by single rows. UserError: NaN, infinity, too large. Little-endian: "PGOLF" 3 | SHA-256 of the
+    rest | u32 size of side stream | side stream, LZMA2 | rANS words Side stream: per tensor a line `name coded(0 or
+    1) dimensions ...`, the order of all that follows; a zero; then 16-bit numbers, all their low bytes before all
+    high ones: 256 frequencies for each of the 64 tables; spread classes of all rows, then of all columns (a code's
+    table: row + column - 16, clipped to 0 ... 63); per tensor the bfloat16 steps of its rows if coded, else its
+    float16 values. A weight is code * step. rANS words: u32 states of min(1024, 16 + symbols // 4096) lanes, then
+    u16. Symbol i, a code + 128, is in lane i % lanes. Its state x has x % 2^14 in symbol s of its table: x = f[s] *
+    (x >> 14) + x % 2^14 - sum(f[:s]); if that is below 2^16, x = x << 16 | next word. All end at 2^16."""
     text, classes, numbers, pairs, squares = "", [], [], {}, np.array((0.0, 1e-300))  # what is lost, what was
     for name, tensor in state.items():
         w, natural = tensor.detach().float().cpu().contiguous(), natural_levels(name, tensor, hp)
@@ -896,9 +845,6 @@ def pack(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0) ->
         sizes[kind] += round(bits[pair].sum() / 8)
     sizes["side"] = len(blob) - sum(sizes.values())
     return blob, " ".join(f"{kind}:{size}" for kind, size in sizes.items()), math.sqrt(np.divide(*squares))
-def need(ok: bool, why: str) -> None:
-    if not ok:
-        raise ValueError(why)
 def unpack(blob: bytes) -> dict[str, Tensor]:
     """A container's state dict, float32; claims are checked before they allocate. ValueError: what fails."""
     try:
@@ -934,9 +880,8 @@ def unpack(blob: bytes) -> dict[str, Tensor]:
     except (lzma.LZMAError, ValueError) as error:
         raise ValueError(f"artifact: {error}") from None
 def fit_artifact(state: dict[str, Tensor], hp: Hyperparameters, budget: int) -> tuple[bytes, str]:
-    """(container of at most `budget` bytes, two lines of facts: the fit; bytes by kind). One scalar divides
-    all levels: 1 if that fits and FILL_BUDGET is off; below 1, finer codes up to +-127, while bytes are left;
-    above 1 where they are too few. Found by packing, to within 4 KB. UserError: not even codes of +-1 fit."""
+    """(container of at most `budget` bytes, two lines of facts). One scalar, found by packing, to within 4 KB,
+    divides all levels: over 1 if bytes are few, with FILL_BUDGET under 1, up to 8 bits, if some are left."""
     count, before = max(1, sum(map(torch.numel, state.values()))), pack(state, hp)[2]
     natural, high, best = 2 ** (hp.quant_bits - 1) - 1, 254.0, None  # `best` is packed with `high`
     low = coarsen = (natural + 1) / 256 if hp.fill_budget else 1.0
@@ -955,13 +900,11 @@ def fit_artifact(state: dict[str, Tensor], hp: Hyperparameters, budget: int) -> 
 def write_artifact(model: GPT, path: Path, hp: Hyperparameters, rt: Runtime) -> None:
     """Rank 0 packs the model into `path`, <= SIZE_CAP bytes with this code. UserError: too big, disk full."""
     if rt.rank == 0:
-        code = len(Path(__file__).read_bytes())
-        blob, facts = fit_artifact(model.state_dict(), hp, SIZE_CAP - code)
+        blob, facts = fit_artifact(model.state_dict(), hp, SIZE_CAP - (code := len(Path(__file__).read_bytes())))
         rt.log("fit_artifact " + facts.replace("\n", f"\nartifact_bytes code:{code} "))
         replace_file(path, lambda file: file.write(blob))
 def load_artifact(model: GPT, path: Path, rt: Runtime) -> int:
-    """Every rank's model becomes what rank 0 reads from `path`, which logs and returns the bytes of code and
-    artifact. UserError: no such file, a damaged one, or one of another model."""
+    """All get rank 0's `path`; returns the bytes of code and artifact. UserError: none, damaged, another model."""
     code, blob, label = len(Path(__file__).read_bytes()), b"", f"int{model.hp.quant_bits}+rans"
     if rt.rank == 0:
         try:
@@ -980,24 +923,21 @@ def load_artifact(model: GPT, path: Path, rt: Runtime) -> int:
 # --- 9. Neural scoring --------------------------------------------------------------------------------------
 # Overlapping windows give every target a long context; the window that ends nearest after it scores it, once.
 # Ranks share the windows, rank 0 gets nll[t] and entropy[t] in stream order.
-SEGMENT_BATCHES = 32  # most global batches that are scored between two sums over the ranks
+SEGMENT_BATCHES, TTT_BATCH = 32, 32  # most global batches between two sums; sequences per step of learning
 def windows(begin: int, end: int, length: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(start, first scored target, its end) per window of the targets [begin, end); target j is token j + 1.
-    A window reads tokens [start, start + length); the first scores `length` targets if the stream begins
-    with it, each other `stride`, the last what is left."""
+    """(start, first scored target, its end) per window of the targets [begin, end); target j is token j + 1,
+    tokens [start, start + length) are read. The stream's first scores all, each other `stride` or the rest."""
     ends = np.minimum(np.arange(begin + stride if begin else length, end + stride, stride), end)
     return np.maximum(ends - length, 0), np.append(begin, ends[:-1]), ends
 @torch.inference_mode()
 def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int, rt: Runtime, part=None):
-    """Yields (2, N) float32, nll and entropy in nats, of the targets [begin, end) = `part`, by default all,
-    in segments that grow, in stream order; N = 0 on ranks other than 0. `trunk`: the model, compiled or
-    not; only scored positions go through the head, and of all but the first window through the last block."""
+    """Yields (2, N) float32, nll and entropy in nats, of the targets [begin, end) = `part` or all, in growing
+    segments; N = 0 on ranks but 0. `trunk`: the model, perhaps compiled. Only scored positions go all through."""
     hp, (begin, end) = model.hp, part or (0, len(tokens) - 1)
     length = min(hp.eval_seq_len, end)
     starts, first, ends = windows(begin, end, length, stride)
     batch, head_rows = max(1, hp.val_batch_size // (length * rt.world_size)), max(1, 2 ** 26 // hp.vocab_size)
-    progress = Progress(rt, f"scoring stride:{stride}", len(tokens) - 1)
-    done, batches = 0, 1
+    progress, done, batches = Progress(rt, f"scoring stride:{stride}", len(tokens) - 1), 0, 1
     while done < len(starts):
         segment = np.arange(done, min(done + batches * batch * rt.world_size, len(starts)))
         share, offset = np.array_split(segment, rt.world_size)[rt.rank], first[done]
@@ -1007,14 +947,15 @@ def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int, rt: Runtime
             full = np.pad(mine, (0, batch - len(mine) if len(starts) > batch else 0), "edge")  # one shape
             at = starts[full][:, None] + np.arange(length)
             last = min(stride, length) if (ends - first)[full].max() <= stride else length
-            hidden_BTD = trunk(torch.from_numpy(tokens[at].astype(np.int64)).to(rt.device), last=last)
+            run = trunk if last < length else model  # whole windows are few: no graph of theirs pays for itself
+            hidden_BTD = run(torch.from_numpy(tokens[at].astype(np.int64)).to(rt.device), last=last)
             at = at[:, -last:]
             scored = (at >= first[full][:, None]) & (at < ends[full][:, None])
             scored[len(mine):] = False
             rows, column, target = (torch.from_numpy(x).to(rt.device) for x in (
                 np.flatnonzero(scored), at[scored] - offset, tokens[at[scored] + 1].astype(np.int64)))
             for r, c, v in zip(*(x.split(head_rows) for x in (rows, column, target))):
-                scores_2N[:, c] = torch.stack(model.scores(hidden_BTD.flatten(0, 1)[r], v))
+                scores_2N[:, c] = model.scores(hidden_BTD.flatten(0, 1)[r], v)
         done, batches = done + len(segment), min(2 * batches, SEGMENT_BATCHES)
         yield rt.sum(scores_2N)[:, :0 if rt.rank else None].cpu().numpy().copy()  # a view keeps all alive
         if not part:
@@ -1023,9 +964,8 @@ def bits_per_byte(nll: np.ndarray, stream_bytes: np.ndarray) -> float:
     """Code length of the targets in bits over their UTF-8 bytes; sums in float64, divided once."""
     return float(nll.sum(dtype=np.float64) / math.log(2) / stream_bytes.sum(dtype=np.int64))
 # --- 10. N-gram mixture -------------------------------------------------------------------------------------
-# The model forgets what it read a window ago; counts do not. Counting is sorting: positions lie grouped by
-# the n - 1 tokens before them, in stream order; sorting a group by its next token splits it into groups of n:
-# exact counts of strictly earlier positions. It runs in a thread while the GPUs score.
+# Counting is sorting: positions lie grouped by the n - 1 tokens before them, in stream order; sorting a group
+# by its next token splits it into groups of n: exact counts of the past, in a thread while the GPUs score.
 CHUNK = 1 << 18  # positions refined at a time, so that what a sort touches stays in the cache
 ORDER_CENTERS = np.array((4.5, 4.2, 3.8, 3.5, 3.2, 3.0))  # nats, orders 2...7 and beyond (PR #825)
 HASH_PRIMES = np.array((36313, 27191, 51647, 81929, 131071, 175447, 209591), np.uint64)
@@ -1136,7 +1076,6 @@ def bucket_weights(mass: np.ndarray) -> np.ndarray:
     if mass.ndim > 1:
         prior = bucket_weights(mass.sum(-1)).reshape(*mass.shape[:-1], 1)
     return ((mass + 20 * prior) / (mass.sum(0) + 20)).reshape(3, -1)
-
 class Mixture:
     """The model's scores mixed with counts, block after block as they come. NGRAM_ALPHA=online: p_1 = model,
         p_n(v) = w0 * p_{n-1}(v) + w1 * c(u, v) / c(u) + w2 * [v is what followed u last time],
@@ -1155,8 +1094,8 @@ class Mixture:
     def extend(self, nll: np.ndarray, entropy: np.ndarray) -> None:
         """Mix every block that ends within the scores so far: nats of the stream's first len(nll) targets."""
         for a, b in pairwise(self.edges[self.block: np.searchsorted(self.edges, len(nll), "right")]):
-            if not np.isfinite(nll[a:b] + entropy[a:b]).all():
-                raise RuntimeError(f"scores of targets {a} to {b} are not finite: the model has diverged")
+            finite = np.isfinite(nll[a:b] + entropy[a:b]).all()
+            require(finite, f"scores of targets {a} to {b} are not finite: the model has diverged", RuntimeError)
             model = np.exp(-np.minimum(nll[a:b].astype(np.float64), 690))
             mix = self.mix_online if self.hp.ngram_alpha == "online" else self.mix_backoff
             p, trust, self.longest[a:b] = mix(a, b, model, entropy[a:b])
@@ -1213,8 +1152,7 @@ class Mixture:
         prefix = Mixture(tokens[: 1 << 14], self.hp)
         if not all(np.array_equal(some, full[:len(some)]) for some, full in zip(prefix.counts, self.counts)):
             faults.append(f"the counts of the first {prefix.targets} differ alone")
-        if faults:
-            raise RuntimeError(f"the mixture is no code; targets {'; '.join(faults)}")
+        require(not faults, f"the mixture is no code; targets {'; '.join(faults)}", RuntimeError)
         return (f"targets:{self.edges[self.block]}/{self.targets} mass_min:{min(masses):.12f} "
                 f"mass_max:{max(masses):.12f} recounted:{sum(len(f) > 1 for f in self.decided.values())} "
                 f"enumerated:{len(masses)} prefix:{prefix.targets}")
@@ -1240,10 +1178,9 @@ class Trainer:
         self.optimizers = build_optimizers(model, self.hp, rt)
         self.averages = {name: WeightAverage(decay, self.parameters) for name, decay in (
             ("ema", self.hp.ema_decay), ("swa", 1.0)) if name in self.hp.averaging.split("_")}
-    def step(self, scale: float, hardness: float | None) -> Tensor:
+    def step(self, scale: float, hardness: Tensor | None) -> Tensor:
         """One update on batch `self.steps`, lr times `scale`; returns this rank's part of the mean loss."""
         total, passes = torch.zeros((), device=self.rt.device), self.loader.accumulation
-        hardness = None if hardness is None else torch.tensor(hardness, device=self.rt.device)
         for micro in range(passes):
             ids, targets = self.loader.micro_batch(self.steps, micro)
             if self.rt.device.type == "cuda":
@@ -1262,8 +1199,7 @@ class Trainer:
         return total
     def validate(self, name: str = "") -> tuple[float, float]:
         """(nats per target, bits per byte) on rank 0, of windows that do not overlap; logged as `name`."""
-        segments = score_stream(self.trunk, self.model, self.tokens, self.hp.eval_seq_len, self.rt)
-        nll, _ = np.concatenate(list(segments), 1)
+        nll, _ = np.concatenate([*score_stream(self.model, self.model, self.tokens, self.hp.eval_seq_len, self.rt)], 1)
         loss, bpb = (nll.mean(dtype=float), bits_per_byte(nll, self.stream_bytes)) if len(nll) else (0, 0)
         if name:
             self.rt.log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
@@ -1272,18 +1208,17 @@ class Trainer:
         """All that training changes, to read or write; of Muon's momentum this rank's share is true."""
         muon, adamw = self.optimizers
         named = {"progress": self.progress, **{f"model.{k}": t for k, t in self.model.state_dict().items()}}
-        named |= {f"muon.{i}": group["buffer"] for i, group in enumerate(muon.param_groups)}
-        for i, state in enumerate(adamw.state.values()):
-            named |= {f"adamw.{key}.{i}": value for key, value in state.items()}
-        for name, average in self.averages.items():
-            named |= {f"{name}.{i}": t for i, t in enumerate([average.count, *average.mean])}
-        return named
+        lists = {"muon": [group["buffer"] for group in muon.param_groups]}
+        lists |= {f"adamw.{k}": [state[k] for state in adamw.state.values()]
+                  for k in ("step", "exp_avg", "exp_avg_sq")}
+        lists |= {name: [average.count, *average.mean] for name, average in self.averages.items()}
+        return named | {f"{name}.{i}": t for name, ts in lists.items() for i, t in enumerate(ts)}
     def warm_up(self) -> None:
         """Run WARMUP_STEPS steps so that everything is compiled, the quantised graph too, then undo them."""
         kept = [t.clone() for t in self.tensors().values()]
         progress = Progress(self.rt, "warm-up", self.hp.warmup_steps)
         for i in range(self.hp.warmup_steps):
-            self.step(1.0, hardness=1.0 if self.hp.late_qat_threshold and i % 2 else None)
+            self.step(1.0, torch.ones((), device=self.rt.device) if self.hp.late_qat_threshold and i % 2 else None)
             progress(i + 1)
         torch._foreach_copy_([*self.tensors().values()], kept)
     def save(self) -> None:
@@ -1355,8 +1290,7 @@ def train(trainer: Trainer) -> None:
             saved = seconds
             trainer.save()  # and barrier; also before a validation, in which a signal would have to wait
         if pause and not stopped:
-            paused = time.perf_counter()
-            loss, bpb = trainer.validate()
+            paused, (loss, bpb) = time.perf_counter(), trainer.validate()
             rt.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {clock}")
             rt.patient = not last  # a signal from here on ends the run at once
             stopped = rt.agree(bool(rt.stopped))[0] and last
@@ -1368,7 +1302,7 @@ def train(trainer: Trainer) -> None:
         if scale < hp.late_qat_threshold:
             if hardness is None:
                 rt.log(f"late_qat:on step:{step} lr_scale:{scale:.4f} bits:{hp.quant_bits} {hp.qat_rounding}")
-            hardness = 1 + 15 * (1 - scale / hp.late_qat_threshold)  # of soft rounding: 1 to 16
+            hardness = torch.tensor(16 - 15 * scale / hp.late_qat_threshold, device=rt.device)  # 1 to 16
         losses = [*losses, trainer.step(scale, hardness)][-2:]
     if capped:
         rt.log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms {label}")
@@ -1381,16 +1315,15 @@ def train(trainer: Trainer) -> None:
 def log_header(trainer: Trainer) -> None:
     """What a reviewer needs to repeat the run: this source, versions, hardware, data, every setting."""
     hp, loader, rt = trainer.hp, trainer.loader, trainer.rt
-    cpu, cuda = f"{platform.processor() or platform.machine()} CPU", rt.device.type == "cuda"
     files = dict(train=loader.paths[0]) if loader else {}
     files |= dict(val=find_shards("val", hp)[0], tokenizer=Path(hp.tokenizer_path))
-    rt.log("\n".join((Path(__file__).read_text(encoding="utf-8"), "=" * 100,
-        f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
-        f"numpy:{np.__version__} platform:{platform.platform()}",
-        *(f"data:{name} first:{path} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
-          for name, path in files.items()),
+    rt.log("\n".join((
+        Path(__file__).read_text(encoding="utf-8"), "=" * 100, f"python:{platform.python_version()} torch:"
+        f"{torch.__version__} cuda:{torch.version.cuda} numpy:{np.__version__} platform:{platform.platform()}",
+        *(f"data:{k} first:{p} sha256:{hashlib.sha256(p.read_bytes()).hexdigest()}" for k, p in files.items()),
         *map("=".join, hp.as_env().items()))), console=False)
-    rt.log(f"hardware:{rt.world_size} x {torch.cuda.get_device_name() if cuda else cpu} threads:"
+    cpu = f"{platform.processor() or platform.machine()} CPU"
+    rt.log(f"hardware:{rt.world_size} x {torch.cuda.get_device_name() if rt.device.type == 'cuda' else cpu} threads:"
            f"{torch.get_num_threads()} cores:{os.cpu_count()} attention:{trainer.model.attention_name} "
            f"accumulation:{getattr(loader, 'accumulation', 0)}\ntrain_tokens:{getattr(loader, 'tokens', 0)} "
            f"val_targets:{len(trainer.stream_bytes)} val_bytes:{trainer.stream_bytes.sum()}")
@@ -1406,17 +1339,16 @@ def report_mixture(trainer: Trainer, mixture: Mixture, scores: np.ndarray, added
     gain = np.bincount(mixture.longest, nll - mixture.nll) / math.log(2) / stream_bytes.sum()
     for n, targets in zip(*np.unique(mixture.longest, return_counts=True)):
         rt.log(f"ngram_order order:{n} targets:{targets} gain:{gain[n]:.8f}")
-    orders = f"orders:{hp.ngram_min_order}-{hp.ngram_order}"
+    facts = f"orders:{hp.ngram_min_order}-{hp.ngram_order} counts:%s alpha:{hp.ngram_alpha}"
     rt.log(f"final_ngram_exact val_loss:{mixture.nll.mean():.8f} val_bpb:{bpb:.8f} gain:{neural - bpb:.8f} "
-           f"{orders} counts:exact alpha:{hp.ngram_alpha} added_time:{1e3 * added:.0f}ms")
+           f"{facts % 'exact'} added_time:{1e3 * added:.0f}ms")
     if hp.ngram_counts == "hashed":
         hashed = Mixture(trainer.tokens, hp)
         hashed.extend(*scores)
         mass = hashed_mass(trainer.tokens, order := hashed.counts[0], np.flatnonzero(order)[-32:], hp)
         rt.log(f"final_ngram_hashed pseudo_bpb:{bits_per_byte(hashed.nll, stream_bytes):.8f} mass:{mass:.2f} "
-               f"{orders} counts:hashed alpha:{hp.ngram_alpha} (not a probability: it sums to the mass)")
+               f"{facts % 'hashed'} (not a probability: it sums to the mass)")
     return bpb
-TTT_BATCH = 32  # sequences per step of test-time training
 def ttt_batches(trainer: Trainer, begin: int, end: int):
     """(ids, targets, weights), each (B, T), of this rank: the targets [begin, end) in sequences that do not
     overlap, TTT_BATCH at once over all ranks; the weight is the target's share of the batch's bytes."""
@@ -1464,10 +1396,9 @@ def score_and_learn(trainer: Trainer, stride: int):
         rt.log(f"ttt:score_first epochs:{hp.ttt_epochs} moved:{moved:.4f}")
         torch._foreach_copy_(live, initial)
 def scores_in_time(trainer: Trainer, began: float):
-    """(stride, segments of scores): EVAL_STRIDE or, where the third segment's speed projects an end over 95 %
-    of EVAL_BUDGET_SECONDS after `began`, the smallest of WIDER_STRIDES that fits, or else the widest."""
+    """(stride, segments): EVAL_STRIDE's, or of the first of 96, 128, 256 whose third projects 95 % of the budget."""
     hp, rt, total = trainer.hp, trainer.rt, len(trainer.tokens) - 1
-    strides = [hp.eval_stride, *(s for s in WIDER_STRIDES if hp.eval_stride < s <= hp.eval_seq_len)]
+    strides = [hp.eval_stride, *(s for s in (96, 128, 256) if hp.eval_stride < s <= hp.eval_seq_len)]
     for stride in strides:
         segments = (score_and_learn(trainer, stride) if hp.ttt_epochs
                     else score_stream(trainer.trunk, trainer.model, trainer.tokens, stride, rt))
@@ -1523,8 +1454,7 @@ def main(env: dict[str, str]) -> None:
         rt.compare({"train_gpt.py": Path(__file__).read_bytes(), "settings": hp, "torch": torch.__version__,
                     "data files": fingerprint(hp)})
         trainer = Trainer(GPT(hp).to(rt.device), loader, rt)
-        trainer.tokens = tokens
-        trainer.stream_bytes = count(tokens) if rt.rank == 0 or hp.ttt_epochs else None
+        trainer.tokens, trainer.stream_bytes = tokens, count(tokens) if rt.rank == 0 or hp.ttt_epochs else None
         if rt.rank == 0:
             log_header(trainer)
         for warning in mistyped(env):
@@ -1552,8 +1482,8 @@ def main(env: dict[str, str]) -> None:
         rt.log(f"error: {type(error).__name__}: {error}", console=False)
         raise error from None
 def end(error: BaseException | None) -> None:
-    """Leaves the process, with one line for an error that a user can mend; rank 0 speaks first, then torchrun
-    stops the others. Not sys.exit: gloo's thread that drops its last tensor would crash Python's shutdown."""
+    """Leaves the process, with a line for an error that a user can mend; rank 0 speaks, torchrun stops the others.
+    Not sys.exit: gloo's thread that drops its last tensor would crash Python's shutdown."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun, as rank 0 has spoken
     rank = int(os.environ.get("RANK", 0))
     if error and not (rank and isinstance(error, Stopped)):

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Scoring with overlapping windows: windows/s, time and bits per byte by stride, compiled and not, in one run.
+"""Scoring with overlapping windows: windows/s, time and bits per byte by stride, each switch off in turn, in one run.
 
     python bench/bench_eval.py [final_model.int6.ptz] [--targets 60000] [--rounds 3] [--strides 64 96 128 256]
 
 Settings are train_gpt.py's environment variables, those that the artifact was trained with; without DATA_PATH the
 demo's model on the built-in corpus. Without an artifact the weights are random: times, but no bpb. One process; all
-variants in turn in each round, the median is shown. The last column is scaled up from --targets to the whole stream:
-what this one device would take for it.
+variants in turn in each round, the median is shown. Variants: as it is; all positions through the last block and not
+only the scored ones; on a GPU also without the kernels, without both (plain: what the ratio is to), not compiled. The
+last column is scaled up from --targets to the whole stream: what this one device would take for it.
 """
 import argparse
 import os
@@ -42,6 +43,19 @@ def score(trunk, model: t.GPT, tokens: np.ndarray, stride: int, rt: t.Runtime) -
     return nll, time.perf_counter() - start
 
 
+def variants(model: t.GPT, hp: t.Hyperparameters) -> dict[str, tuple]:
+    """Name -> (trunk, model for the head); the first is as it is, the second the plain form."""
+    def whole(trunk):
+        return lambda ids, last: trunk(ids)[:, -last:]
+    if not model.embed.weight.is_cuda:
+        return {"as it is": (model, model), "whole last block": (whole(model), model)}
+    plain = t.GPT(t.replace(hp, fused_mlp=False, fused_loss=False)).to(model.embed.weight.device)
+    plain.load_state_dict(model.state_dict())
+    compiled, plainly = (torch.compile(m, dynamic=False) for m in (model, plain))
+    return {"as it is": (compiled, model), "plain": (whole(plainly), plain),
+            "whole last block": (whole(compiled), model), "kernels off": (plainly, plain), "not compiled": (model, model)}
+
+
 def measure(hp: t.Hyperparameters, artifact: Path | None, strides: list[int], targets: int, rounds: int) -> None:
     """Print a row per stride and variant."""
     rt, stream, counter = t.Runtime("", {}), t.load_validation(hp), t.ByteCounter(hp)
@@ -50,28 +64,28 @@ def measure(hp: t.Hyperparameters, artifact: Path | None, strides: list[int], ta
     model = t.GPT(hp).to(rt.device)
     if artifact:
         t.load_artifact(model, artifact, rt)
-    trunks = {"not compiled": model}
-    if hp.compile == "1" or hp.compile == "auto" and rt.device.type == "cuda":
-        trunks["compiled"] = torch.compile(model, dynamic=False)
+    trunks = variants(model, hp)
     seconds, bpb = defaultdict(list), {}
-    for trunk in trunks.values():
-        score(trunk, model, tokens, strides[-1], rt)  # compiles, and warms up
+    for trunk, scorer in trunks.values():
+        for stride in strides:
+            score(trunk, scorer, tokens[: 4 * hp.eval_seq_len], stride, rt)  # compiles, and warms up
     for _ in range(rounds):
         for stride in strides:
-            for name, trunk in trunks.items():
-                nll, took = score(trunk, model, tokens, stride, rt)
+            for name, (trunk, scorer) in trunks.items():
+                nll, took = score(trunk, scorer, tokens, stride, rt)
                 seconds[stride, name].append(took)
-                bpb[stride] = t.bits_per_byte(nll, counter(tokens))
+                bpb.setdefault(stride, t.bits_per_byte(nll, counter(tokens)))
     device = torch.cuda.get_device_name() if rt.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{device}, torch {torch.__version__}, attention {model.attention_name}: {len(tokens) - 1:,} of "
-          f"{len(stream) - 1:,} targets, windows of {hp.eval_seq_len}\n\n{'stride':>6} {'':13} {'windows':>8} "
-          f"{'windows/s':>10} {'low-high s':>14} {'bpb':>9} {'to first':>9} {'whole stream s':>15}")
+          f"{len(stream) - 1:,} targets, windows of {hp.eval_seq_len}\n\n{'stride':>6} {'':17} {'windows':>8} "
+          f"{'windows/s':>10} {'ratio':>6} {'low-high s':>14} {'bpb':>9} {'to first':>9} {'whole stream s':>15}")
     for (stride, name), rows in seconds.items():
         windows = len(t.windows(0, len(tokens) - 1, min(hp.eval_seq_len, len(tokens) - 1), stride)[0])
         middle = statistics.median(rows)
         said = f"{bpb[stride]:>9.4f} {bpb[stride] - bpb[strides[0]]:>+9.4f}" if artifact else f"{'':19}"
         whole = middle * (len(stream) - 1) / (len(tokens) - 1)
-        print(f"{stride:>6} {name:13} {windows:>8,} {windows / middle:>10,.1f} "
+        ratio = statistics.median(seconds[stride, list(trunks)[1]]) / middle
+        print(f"{stride:>6} {name:17} {windows:>8,} {windows / middle:>10,.1f} {ratio:>6.2f} "
               f"{f'{min(rows):.2f}-{max(rows):.2f}':>14} {said} {whole:>15.1f}")
 
 

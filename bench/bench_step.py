@@ -4,14 +4,17 @@
     python bench/bench_step.py [--steps 10] [--rounds 3] [--count]      settings: train_gpt.py's environment variables
 
 Counted, without a GPU and without computing anything (meta tensors): per step and kind of operation the FLOPs and the
-bytes that cross the memory bus if each operation reads its inputs and writes its outputs, in the dtypes of CUDA. The
-elementwise row is what fusion can save. `floor`: the larger of FLOPs and bytes at an H100's datasheet rates.
+bytes that cross the memory bus if each operation reads its inputs and writes its outputs, in the dtypes of CUDA, with
+the project's kernels. The elementwise row is what the compiler's fusion can save (bench_fusion.py: what it does save).
+`floor`: the larger of FLOPs and bytes at an H100's datasheet rates.
 Measured, on a GPU, or on a CPU with settings that suit it: ms per step (median of the rounds, variants in turn),
 tokens/s, MFU: the counted FLOPs of products and attention over the fastest bfloat16 product seen in the same run
-(float32 on a CPU), and the kernels that take most time. --count: only the first table. Batches are random tokens, in
-one process.
+(float32 on a CPU), the ratio to the plain compiled model, and the kernels that take most time. On a GPU also: the
+compiled bfloat16 model with kernels against the uncompiled float32 one without, and the MLP kernel with other tiles
+against the compiled plain form. --count: only the first table. Batches are random tokens, in one process.
 """
 import argparse
+import contextlib
 import os
 import statistics
 import sys
@@ -20,27 +23,52 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_gpt as t  # noqa: E402
 
+PLAIN = "plain, compiled"
 PEAK_FLOPS, PEAK_BYTES = 989e12, 3.35e12  # per second, H100 SXM: dense bfloat16; HBM3
-KINDS = {"products": ("mm", "bmm", "addmm"), "loss": ("_log_softmax", "nll_loss", "tanh"),
+KINDS = {"products": ("mm", "bmm", "addmm", "fused_mlp"), "loss": ("fused_token", "_log_softmax", "nll_loss", "tanh"),
          "tables": ("embedding", "index", "gather", "scatter")}
+
+
+TILES = [dict(BM=m, BN=n, BK=k, num_warps=w, num_stages=s) for m, n, k, w, s in (
+    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (256, 128, 64, 8, 3),
+    (64, 256, 64, 4, 4), (128, 256, 32, 8, 4))]
 
 
 # --- counting ------------------------------------------------------------------------------------------------------
 
-class AsOnCuda(TorchFunctionMode):
-    """Meta tensors say that they are on CUDA, so that the model computes in bfloat16."""
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return True if func is torch.Tensor.is_cuda.__get__ else func(*args, **(kwargs or {}))
+@contextlib.contextmanager
+def patched(**names):
+    """Other values for names of train_gpt."""
+    plain = {name: getattr(t, name) for name in names}
+    vars(t).update(names)
+    try:
+        yield
+    finally:
+        vars(t).update(plain)
+
+
+def as_on_cuda():
+    """A model on the CPU, or of meta tensors, takes the way it takes on CUDA."""
+    return patched(working_dtype=lambda x: torch.bfloat16, has_kernels=lambda x: True)
+
+
+@register_flop_formula(torch.ops.golf.fused_mlp)
+def mlp_flops(x, fc, proj, slope, **_) -> int:
+    return 4 * x[0] * fc[0] * fc[1]
+
+
+@register_flop_formula(torch.ops.golf.fused_mlp_backward)
+def mlp_backward_flops(g, proj, z, slope, **_) -> int:
+    return 2 * g[0] * proj[0] * proj[1]
 
 
 class Tally(TorchDispatchMode):
@@ -93,26 +121,23 @@ def count(hp: t.Hyperparameters) -> dict[tuple[str, str], list[float]]:
     """(phase, kind) -> [FLOPs, bytes] of one step on one GPU, all its micro-batches."""
     passes = -(-hp.train_batch_tokens // max(hp.micro_batch_tokens, hp.train_seq_len))
     rows = hp.train_batch_tokens // hp.train_seq_len // passes
-    tally, plain = Tally(), t.causal_attention
+    tally = Tally()
     with torch.device("meta"):
         model, ids = t.GPT(hp), torch.zeros(rows, hp.train_seq_len, dtype=torch.int64)
         muon, adamw = t.build_optimizers(model, hp, t.Runtime("", {}))
-    t.causal_attention = lambda q, k, v, flash=None: Attention.apply(tally, q, k, v)
-    try:
-        with AsOnCuda(), tally:
-            tally.phase = "forward"
-            loss = t.training_loss(model, ids, ids, None)
-            tally.phase = "backward"
-            loss.backward()
-            for entry in tally.found.values():
-                entry[:] = [passes * number for number in entry]
-            tally.phase = "optimizer"
-            # one fused kernel: parameter, gradient and two moments in; parameter and moments out
-            adamw.step = lambda: tally.add("elementwise", 0, sum(7 * stored(p) for group in adamw.param_groups
-                                                                 for p in group["params"]))
-            t.update(muon, adamw, t.Runtime("", {}), hp.grad_clip_norm)
-    finally:
-        t.causal_attention = plain
+    attention = patched(causal_attention=lambda q, k, v, flash=None: Attention.apply(tally, q, k, v))
+    with as_on_cuda(), attention, tally:
+        tally.phase = "forward"
+        loss = t.training_loss(model, ids, ids, None)
+        tally.phase = "backward"
+        loss.backward()
+        for entry in tally.found.values():
+            entry[:] = [passes * number for number in entry]
+        tally.phase = "optimizer"
+        # one fused kernel: parameter, gradient and two moments in; parameter and moments out
+        adamw.step = lambda: tally.add("elementwise", 0, sum(7 * stored(p) for group in adamw.param_groups
+                                                             for p in group["params"]))
+        t.update(muon, adamw, t.Runtime("", {}), hp.grad_clip_norm)
     return dict(tally.found)
 
 
@@ -178,6 +203,9 @@ def variants(hp: t.Hyperparameters, rt: t.Runtime) -> dict[str, t.Trainer]:
         changed = t.replace(hp, **changes)
         return t.Trainer(t.GPT(changed).to(rt.device), RandomTokens(changed), rt)
     found = {"as it is": trainer()}
+    if found["as it is"].model.embed.weight.is_cuda:
+        found |= {"MLP kernels off": trainer(fused_mlp=False), "loss kernels off": trainer(fused_loss=False),
+                  PLAIN: trainer(fused_mlp=False, fused_loss=False)}
     if hp.compile != "0" and (hp.compile == "1" or rt.device.type == "cuda"):
         found["not compiled"] = trainer(compile="0")
     if found["as it is"].model.attention_name != "sdpa":
@@ -195,7 +223,7 @@ def measure(hp: t.Hyperparameters, steps: int, rounds: int, flops: float) -> Non
     for _ in range(rounds):
         for name, trainer in trainers.items():
             seconds[name].append(timed(lambda trainer=trainer: trainer.step(1.0, None), steps))
-    best, first = ceiling(rt.device), statistics.median(seconds["as it is"])
+    best, first = ceiling(rt.device), statistics.median(seconds[PLAIN if PLAIN in seconds else "as it is"])
     device = torch.cuda.get_device_name() if rt.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"\nmeasured on {device}, attention {trainers['as it is'].model.attention_name}, torch {torch.__version__}; "
           f"fastest product {best / 1e12:.2f} TFLOP/s\n\n{'':20} {'ms/step':>9} {'low-high':>19} {'tokens/s':>11} "
@@ -215,6 +243,61 @@ def measure(hp: t.Hyperparameters, steps: int, rounds: int, flops: float) -> Non
         print(f"{micros / whole:>6.1%} {micros / 1e3:>9.2f} {calls:>6}  {name[:100]}")
 
 
+def check_on_gpu(hp: t.Hyperparameters) -> None:
+    """Loss and gradients of the compiled bfloat16 model with kernels against the uncompiled float32 one without."""
+    torch.manual_seed(hp.seed)
+    model, ids = t.GPT(hp).cuda(), torch.randint(0, hp.vocab_size, (2, hp.train_seq_len + 1), device="cuda")
+    with torch.no_grad():
+        for p in model.parameters():  # so that no matrix is zero, no weight one
+            p.add_(0.02 * torch.randn_like(p))
+    plain = patched(working_dtype=lambda x: torch.float32, has_kernels=lambda x: False,
+                    causal_attention=lambda q, k, v, flash=None, f=t.causal_attention: f(q, k, v))
+    with plain:
+        exact = t.training_loss(model, ids[:, :-1], ids[:, 1:], None)
+        wanted = torch.autograd.grad(exact, list(model.parameters()))
+    loss = torch.compile(t.training_loss, dynamic=False)(model, ids[:, :-1], ids[:, 1:], None)
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    errors = {name: float((a - b).norm() / b.norm().clamp_min(1e-12))
+              for (name, _), a, b in zip(model.named_parameters(), found, wanted)}
+    worst = max(errors, key=errors.get)
+    print(f"\nbfloat16, compiled, kernels against float32: loss {loss:.5f} to {exact:.5f}; gradients' relative error "
+          f"median {statistics.median(errors.values()):.4f}, largest {errors[worst]:.4f} ({worst})")
+
+
+def time_tiles(hp: t.Hyperparameters) -> None:
+    """ms of the MLP's kernel, forward and backward, by tile; beside it the compiled plain form of the same work."""
+    N = max(1, min(hp.micro_batch_tokens, hp.train_batch_tokens) // hp.train_seq_len) * hp.train_seq_len
+    W, D = int(hp.mlp_mult * hp.model_dim), hp.model_dim
+    x, g, z = (torch.randn(N, width, device="cuda", dtype=torch.bfloat16) for width in (D, D, W))
+    fc, proj = (torch.randn(W, D, device="cuda", dtype=torch.bfloat16) * D ** -0.5 for _ in range(2))
+    proj = proj.mT.contiguous()
+
+    def forward(x, fc):
+        y = x @ fc.mT
+        return y, t.F.leaky_relu(y, hp.leaky_slope).square()
+
+    def backward(g, proj, z):
+        return (g @ proj) * 2 * z * torch.where(z > 0, 1.0, hp.leaky_slope ** 2)
+    plain = [torch.compile(f, dynamic=False) for f in (forward, backward)]
+
+    def both(calls) -> str:
+        for call in calls:
+            timed(call, 3)
+        return "".join(f"{1e3 * min(timed(call, 10) for _ in range(3)):>12.3f}" for call in calls)
+    print(f"\n{'MLP kernel, tile':40}{'forward ms':>12}{'backward ms':>12}\n{'compiled plain form':40}"
+          + both((lambda: plain[0](x, fc), lambda: plain[1](g, proj, z))))
+    for tile in TILES:
+        with patched(MLP_TILE=tile):
+            name = "x".join(str(tile[k]) for k in ("BM", "BN", "BK"))
+            try:
+                ms = both((lambda: t.launch_mlp(x, fc.mT, z, hp.leaky_slope, False),
+                           lambda: t.launch_mlp(g, proj, z, hp.leaky_slope, True)))
+            except t.triton.runtime.errors.OutOfResources as error:
+                ms = f"  {error}"
+        print(f"{name + ' warps {num_warps} stages {num_stages}'.format(**tile):40}{ms}"
+              f"{'  (the one in use)' if tile == t.MLP_TILE else ''}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10, help="per round")
@@ -228,6 +311,9 @@ def main() -> None:
     flops = print_count(hp)
     small = hp.train_batch_tokens <= 1 << 16
     if not args.count and (small or torch.cuda.is_available()):
+        if torch.cuda.is_available():
+            check_on_gpu(hp)
+            time_tiles(hp)
         measure(hp, args.steps, args.rounds, flops)
     elif not args.count:
         print("\nnothing measured: there is no GPU, and a CPU takes minutes for a step of such size; set smaller ones")

@@ -20,7 +20,7 @@ import sentencepiece as spm  # noqa: E402
 
 if not torch.cuda.is_available():  # kernels made in this process run in Triton's interpreter; not those of subprocesses
     os.environ["TRITON_INTERPRET"] = "1"
-from train_gpt import Hyperparameters  # noqa: E402
+from train_gpt import Hyperparameters, softcap  # noqa: E402
 
 os.environ.pop("TRITON_INTERPRET", None)
 torch.set_num_threads(1)
@@ -35,6 +35,11 @@ TINY = dict(  # a model with every feature on that takes milliseconds
 
 def tiny(**changes) -> Hyperparameters:
     return Hyperparameters.from_env({k: str(v) for k, v in {**TINY, **changes}.items()})
+
+
+def logits(model, hidden) -> torch.Tensor:
+    """(..., V): the logarithms of the probabilities, up to a constant."""
+    return softcap(model.logits(hidden), model.hp.logit_softcap)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import constriction
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import logits, tiny
 from reference import Predictor
 from test_scoring import score
 
@@ -46,7 +46,7 @@ def model_distribution(model, known: list[int], targets: int) -> np.ndarray:
     window = np.zeros(hp.eval_seq_len, np.int64)
     window[: j + 1 - start] = known[start:]
     hidden = model(torch.from_numpy(window)[None])[0, j - start]
-    return torch.softmax(model.logits(hidden).double(), -1).numpy()
+    return torch.softmax(logits(model, hidden).double(), -1).numpy()
 
 
 def predictions(model, first_token: int, targets: int):

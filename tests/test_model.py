@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny
+from conftest import logits, tiny
 
 import train_gpt as t
 
@@ -110,9 +110,9 @@ SWITCHES = [{}, dict(VE_ENABLED=0), dict(VRL_ENABLED=0), dict(XSA_LAST_N=0), dic
 def test_every_feature_equals_its_plain_reading(rng, in_float64, switch):
     model = randomize(t.GPT(tiny(**switch)))
     ids = torch.from_numpy(rng.integers(0, 300, (2, 7)))
-    got = model.logits(model(ids))
-    for row, logits in zip(ids, got):
-        torch.testing.assert_close(logits, plain_forward(model, row.tolist()), rtol=1e-9, atol=1e-9)
+    got = logits(model, model(ids))
+    for row, row_logits in zip(ids, got):
+        torch.testing.assert_close(row_logits, plain_forward(model, row.tolist()), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("switch", SWITCHES[1:], ids=lambda s: ",".join(s))
@@ -124,7 +124,7 @@ def test_every_switch_changes_the_model(switch):
     other.load_state_dict({k: v for k, v in base.state_dict().items()
                            if k in (s := other.state_dict()) and s[k].shape == v.shape}, strict=False)
     ids = torch.arange(12).view(1, 12) * 7
-    assert not torch.allclose(base.logits(base(ids)), other.logits(other(ids)), rtol=0, atol=1e-6)
+    assert not torch.allclose(logits(base, base(ids)), logits(other, other(ids)), rtol=0, atol=1e-6)
 
 
 def test_rope_base_grows_beyond_1024_positions(rng, in_float64):
@@ -139,11 +139,11 @@ def test_a_changed_token_changes_no_earlier_logit(rng):
     """Causality of the whole model, bit for bit, at every position."""
     model = randomize(t.GPT(tiny())).float()
     ids = torch.from_numpy(rng.integers(0, 300, (1, 20)))
-    before = model.logits(model(ids))
+    before = logits(model, model(ids))
     for position in range(20):
         changed = ids.clone()
         changed[0, position] = (ids[0, position] + 1 + rng.integers(0, 298)) % 300
-        after = model.logits(model(changed))
+        after = logits(model, model(changed))
         assert torch.equal(before[0, :position], after[0, :position])
         assert not torch.equal(before[0, position], after[0, position])
 
@@ -151,7 +151,7 @@ def test_a_changed_token_changes_no_earlier_logit(rng):
 def test_loss_is_the_mean_cross_entropy_of_the_logits(rng):
     model = randomize(t.GPT(tiny())).float()
     x, y = (torch.from_numpy(rng.integers(0, 300, (3, 9))) for _ in range(2))
-    torch.testing.assert_close(model(x, y), F.cross_entropy(model.logits(model(x)).flatten(0, 1), y.flatten()))
+    torch.testing.assert_close(model(x, y), F.cross_entropy(logits(model, model(x)).flatten(0, 1), y.flatten()))
 
 
 def test_defaults_are_the_design():

@@ -184,7 +184,7 @@ def renamed(folder):
 
 
 def other_code(folder):
-    edit(folder / "logs/seed2.txt", r"^import contextlib, hashlib,", "import contextlob, hashlib,")
+    edit(folder / "logs/seed2.txt", r"^import concurrent", "import concurrint")
 
 
 def too_big(folder):
@@ -287,7 +287,7 @@ def test_check_passes_on_a_good_folder(good, monkeypatch, capsys):
 
 
 def flash_first(folder):
-    edit(folder / "train_gpt.py", "^import numpy as np$", "import flash_attn_interface\nimport numpy as np")
+    edit(folder / "train_gpt.py", "^import numpy as np", "import flash_attn_interface\nimport numpy as np")
 
 
 def one_seed_less(folder):
@@ -355,7 +355,7 @@ DEFECTS = [  # what is spoilt, which check must see it, what it must say
     (changed(r"parameters:\d+$", "parameters:4242"), "parameters", "parameters:4242, but its settings make"),
     (lambda f: edit(f / "train_gpt.py", r"\Z", "# later\n"), "source", "seed2.txt:.*differs from train_gpt.py"),
     (flash_first, "imports", "No module named 'flash_attn_interface'"),
-    (lambda f: edit(f / "train_gpt.py", "^import contextlib", "import pickle, contextlib"), "safe_reading", "imports"),
+    (lambda f: edit(f / "train_gpt.py", "^import concurrent", "import pickle, concurrent"), "safe_reading", "imports"),
     (lambda f: (f / "train_gpt.py").write_text("def f(:\n"), "compiles", "train_gpt.py:1: "),
 ]
 

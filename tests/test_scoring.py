@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, collect, tiny
+from conftest import ROOT, collect, logits, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +32,8 @@ def plain_scores(model, tokens, stride):
     hp, nll, entropy = model.hp, [], []
     T, done, start = min(hp.eval_seq_len, len(tokens) - 1), 0, 0
     while done < len(tokens) - 1:
-        p = torch.softmax(model.logits(model(torch.tensor(tokens[None, start: start + T].astype(int))))[0].double(), -1)
+        window = torch.tensor(tokens[None, start: start + T].astype(int))
+        p = torch.softmax(logits(model, model(window))[0].double(), -1)
         for j in range(done, start + T):
             nll.append(-math.log(p[j - start, tokens[j + 1]]))
             entropy.append(float(-(p[j - start] * p[j - start].log()).sum()))
@@ -90,8 +91,8 @@ def test_only_scored_positions_go_through_the_head_and_the_last_block(rng, monke
     """Of 200 targets in windows of 32: the first window's 32, then 8 a window; the attention sees the same queries."""
     hp, head, queries = tiny(VAL_BATCH_SIZE=32), [], []
     model, tokens = t.GPT(hp), rng.integers(0, 300, 201).astype(np.uint16)
-    products = model.head_products
-    monkeypatch.setattr(model, "head_products", lambda hidden: (head.append(len(hidden)), products(hidden))[1])
+    plain = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: (head.append(len(hidden)), plain(hidden))[1])
     for layer, block in enumerate(model.blocks):
         block.attn.q.register_forward_hook(lambda _, x, y, layer=layer: queries.append((layer, y.size(0) * y.size(1))))
     score(model, tokens, 8)

@@ -5,7 +5,7 @@ import constriction
 import numpy as np
 import pytest
 import torch
-from conftest import collect, run_script, tiny, values
+from conftest import collect, logits, run_script, tiny, values
 from reference import Predictor
 
 import train_gpt as t
@@ -66,7 +66,7 @@ def test_one_update_is_the_written_rule(stream):
              if n.startswith("blocks.3.") or n == "embed.weight" or not n.endswith(".weight")]
     before = [p.detach().clone() for p in tuned]
     ids = torch.from_numpy(tokens[:33].astype(np.int64))
-    logp = torch.log_softmax(model.logits(model(ids[None, :32])), -1)[0]
+    logp = torch.log_softmax(logits(model, model(ids[None, :32])), -1)[0]
     weights = torch.from_numpy(stream_bytes[:32].astype(np.float32))
     loss = -(logp[torch.arange(32), ids[1:]] * weights).sum() / weights.sum()
     grads = torch.autograd.grad(loss, tuned)
@@ -150,7 +150,7 @@ def distribution(trainer, buffer, j: int, begin: int, end: int) -> np.ndarray:
     start = int(starts[np.searchsorted(first, j, "right") - 1])
     with torch.no_grad():
         hidden = trainer.model(torch.from_numpy(buffer[start: start + length].astype(np.int64))[None])[0, j - start]
-        return torch.softmax(trainer.model.logits(hidden).double(), -1).numpy()
+        return torch.softmax(logits(trainer.model, hidden).double(), -1).numpy()
 
 
 def code(trainer, total: int, first_token: int, next_token):

@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""What the compiler fuses in a training step: kernels and bytes, with the project's own kernels off and on. No GPU.
+
+    python bench/bench_fusion.py [--list]           settings: train_gpt.py's environment variables
+
+Inductor schedules forward and backward of one micro-batch (fake tensors: nothing is computed, nothing compiled) in the
+dtypes of CUDA, and tells for each kernel the bytes of all buffers that it reads and writes. Its CPU scheduler is asked
+to treat concatenations as its CUDA scheduler does; both fuse by the same rules, but a GPU's reductions can take in
+more of what follows them. Attention counts as one kernel that reads q, k, v and writes y. `floor`: those bytes at an
+H100's datasheet bandwidth. --list: every kernel of the model as it is, with the operations in it.
+"""
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+from functorch.compile import make_boxed_func
+from torch._inductor import config
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.graph import GraphLowering
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_gpt as t  # noqa: E402
+
+PEAK_BYTES = 3.35e12  # per second, H100 SXM: HBM3
+VARIANTS = {"plain": {"fused_mlp": False, "fused_loss": False}, "MLP kernels": {"fused_loss": False},
+            "loss kernels": {"fused_mlp": False}, "both": {}}
+
+
+class Scheduled(Exception):
+    """Raised where code would be generated."""
+
+
+@torch.library.custom_op("bench::attention", mutates_args=())
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    raise NotImplementedError
+
+
+@torch.library.custom_op("bench::attention_backward", mutates_args=())
+def attention_backward(g: torch.Tensor, y: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
+                       v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    raise NotImplementedError
+
+
+attention.register_fake(lambda q, k, v: q.new_empty(q.shape))
+attention_backward.register_fake(lambda g, y, *qkv: tuple(x.new_empty(x.shape) for x in qkv))
+attention.register_autograd(lambda ctx, g: attention_backward(g, *ctx.saved_tensors),
+                            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output, *inputs))
+
+
+def schedule(hp: t.Hyperparameters) -> list[list[tuple[str, int, str]]]:
+    """Per graph (forward, backward): of each kernel whether a library's or generated, bytes, operations."""
+    graphs = []
+
+    def record(graph: GraphLowering):
+        graph.init_wrapper_code()
+        graph._update_scheduler()
+        graphs.append([("library" if type(node).__name__.startswith("Extern") else "generated",
+                        node.get_read_write_buffers_sizes(),
+                        " ".join(sorted({o.name for n in node.get_nodes() for o in getattr(n.node, "origins", ())})))
+                       for node in graph.scheduler.nodes if not type(node).__name__.startswith("Nop")])
+        raise Scheduled
+
+    def inner(module, inputs, **options):
+        found = len(graphs)
+        try:
+            compile_fx_inner(module, inputs, **options)
+        except Exception:
+            if len(graphs) == found:
+                raise
+        return make_boxed_func(module.forward)
+
+    rows = max(1, min(hp.micro_batch_tokens, hp.train_batch_tokens) // hp.train_seq_len)
+    names = dict(working_dtype=lambda x: torch.bfloat16, has_kernels=lambda x: True,
+                 causal_attention=lambda q, k, v, flash=None: attention(q, k, v))
+    plain, codegen = {name: getattr(t, name) for name in names}, GraphLowering.codegen
+    torch._dynamo.reset()
+    try:
+        vars(t).update(names)
+        GraphLowering.codegen = record
+        with FakeTensorMode(), config.patch(force_pointwise_cat=True, fx_graph_cache=False):
+            model, ids = t.GPT(hp), torch.zeros(rows, hp.train_seq_len, dtype=torch.int64)
+            backend = lambda module, inputs: compile_fx(module, inputs, inner_compile=inner)  # noqa: E731
+            torch.compile(t.training_loss, dynamic=False, backend=backend)(model, ids, ids, None).backward()
+    finally:
+        vars(t).update(plain)
+        GraphLowering.codegen = codegen
+    return graphs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="every kernel of the model as it is")
+    args = parser.parse_args()
+    try:
+        hp = t.Hyperparameters.from_env(dict(os.environ))
+    except t.UserError as error:
+        sys.exit(f"bench_fusion.py: error: {error}")
+    tokens = max(1, min(hp.micro_batch_tokens, hp.train_batch_tokens) // hp.train_seq_len) * hp.train_seq_len
+    print(f"scheduled by torch {torch.__version__}, one micro-batch of {tokens:,} tokens, bfloat16\n\n"
+          f"{'':14}{'forward: kernels':>17}{'GB':>8}{'library GB':>11}{'backward: kernels':>19}{'GB':>8}"
+          f"{'library GB':>11}{'floor ms':>10}{'to plain':>9}")
+    first = 0.0
+    for name, changes in VARIANTS.items():
+        graphs, cells, total = schedule(t.replace(hp, **changes)), "", 0
+        for (width, graph) in zip((17, 19), graphs):
+            own = [size for kind, size, _ in graph if kind == "generated"]
+            library = sum(size for kind, size, _ in graph if kind == "library")
+            cells += f"{len(own):>{width}}{sum(own) / 1e9:>8.2f}{library / 1e9:>11.2f}"
+            total += sum(own) + library
+        first = first or total
+        print(f"{name:14}{cells}{1e3 * total / PEAK_BYTES:>10.2f}{total / first:>9.3f}")
+        if args.list and name == "both":
+            for phase, graph in zip(("forward", "backward"), graphs):
+                for kind, size, operations in graph:
+                    print(f"  {phase:9}{kind:10}{size / tokens:>9.0f} B/token  {operations[:120]}")
+
+
+if __name__ == "__main__":
+    main()
