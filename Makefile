@@ -6,7 +6,7 @@
 # make check  the reviewers' checks alone
 # make lint   ruff
 # make bench  speed and size, as ratios measured in one run
-# make bench-gpu  a training step and scoring at full size, on a GPU (ARTIFACT=file DATA_PATH=... TOKENIZER_PATH=...)
+# make bench-gpu  kernels tested, a step and scoring timed, on a GPU (ARTIFACT=file DATA_PATH=... TOKENIZER_PATH=...)
 # Each target sets up what it needs in .venv; nothing outside this folder changes.
 PYTHON ?= python3
 VENV := .venv
@@ -50,6 +50,7 @@ bench: setup
 
 bench-gpu: setup
 	$(RUN) data/prepare_demo.py
+	$(RUN) -m pytest tests/test_kernels.py -q
 	$(RUN) bench/bench_step.py
 	DATA_PATH=$${DATA_PATH:-data/datasets/demo_sp1024} TOKENIZER_PATH=$${TOKENIZER_PATH:-data/tokenizers/demo_1024_bpe.model} \
 	    $(RUN) bench/bench_eval.py $(ARTIFACT)

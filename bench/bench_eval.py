@@ -53,7 +53,8 @@ def variants(model: t.GPT, hp: t.Hyperparameters) -> dict[str, tuple]:
     plain.load_state_dict(model.state_dict())
     compiled, plainly = (torch.compile(m, dynamic=False) for m in (model, plain))
     return {"as it is": (compiled, model), "plain": (whole(plainly), plain),
-            "whole last block": (whole(compiled), model), "kernels off": (plainly, plain), "not compiled": (model, model)}
+            "whole last block": (whole(compiled), model), "kernels off": (plainly, plain),
+            "not compiled": (model, model)}
 
 
 def measure(hp: t.Hyperparameters, artifact: Path | None, strides: list[int], targets: int, rounds: int) -> None:

@@ -75,12 +75,28 @@ def test_bench_step_counts_what_a_step_computes():
     assert found["forward", "products"][0] == 2 * sum(used) * tokens
     assert found["backward", "products"][0] == 4 * sum(used) * tokens
     assert found["forward", "attention"][0] == 2 * hp.num_layers * hp.model_dim * hp.train_seq_len * tokens
-    mlp = hp.num_layers * tokens * int(hp.mlp_mult * hp.model_dim)
-    assert found["forward", "elementwise"][1] > 2 * 2 * 2 * mlp       # leaky_relu, then square: bfloat16 in and out
+    off = count(tiny(MICRO_BATCH_TOKENS=256, FUSED_MLP=0))
+    mlp = hp.num_layers * tokens * int(hp.mlp_mult * hp.model_dim)    # leaky_relu, then square: bfloat16 in and out
+    assert off["forward", "elementwise"][1] - found["forward", "elementwise"][1] >= 2 * 2 * 2 * mlp
+    assert all(off[phase, "products"][0] == found[phase, "products"][0] for phase in ("forward", "backward"))
     adamw = sum(p.numel() for name, p in t.GPT(hp).named_parameters() if name.endswith("table.weight"))
     assert found["optimizer", "elementwise"][1] > 7 * 4 * adamw and found["optimizer", "products"][0] > 0
     again = count(tiny(MICRO_BATCH_TOKENS=512))                       # the same step in fewer passes
     assert again["forward", "products"][0] == found["forward", "products"][0]
+
+
+def test_bench_fusion_sees_what_the_kernels_save():
+    """Of the plain form the compiler writes and reads again what the kernels keep in registers."""
+    from bench_fusion import VARIANTS, schedule
+    hp, moved = tiny(NUM_LAYERS=2, VE_LAYERS="1", XSA_LAST_N=1), {}
+    for name in ("plain", "both"):
+        graphs = schedule(t.replace(hp, **VARIANTS[name]))
+        moved[name] = sum(size for graph in graphs for _, size, _ in graph)
+        ops = " ".join(operations for graph in graphs for _, _, operations in graph)
+        assert len(graphs) == 2 and ("fused_mlp_backward" in ops) == ("fused_token_scores" in ops) == (name == "both")
+    tokens, W, V = hp.train_batch_tokens, int(hp.mlp_mult * hp.model_dim), hp.vocab_size
+    assert moved["plain"] - moved["both"] > tokens * 2 * (2 * 3 * W + V)
+    assert t.working_dtype(torch.zeros(1)) == torch.float32 and not t.has_kernels(torch.zeros(1))   # put back
 
 
 def test_bench_step_measures_on_a_cpu(capsys):
@@ -97,10 +113,10 @@ def test_bench_eval_scores_every_stride(corpus, tmp_path, capsys):
     hp, path = tiny(**corpus), tmp_path / "m.ptz"
     path.write_bytes(t.pack(t.GPT(hp).state_dict(), hp)[0])
     measure(hp, path, [8, 32], 400, 1)
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.lstrip()[:2] in ("8 ", "32")]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "as it is" in line]
     windows = [len(t.windows(0, 400, 32, stride)[0]) for stride in (8, 32)]
-    assert [int(row[3]) for row in rows] == windows and all(1 < float(row[6]) < 12 for row in rows)
-    assert float(rows[1][7]) == pytest.approx(float(rows[1][6]) - float(rows[0][6]), abs=1.1e-4)
+    assert [int(row[4]) for row in rows] == windows and all(1 < float(row[8]) < 12 for row in rows)
+    assert float(rows[1][9]) == pytest.approx(float(rows[1][8]) - float(rows[0][8]), abs=1.1e-4)
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "bench").glob("*.py")), ids=lambda p: p.name)

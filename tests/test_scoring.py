@@ -102,6 +102,20 @@ def test_only_scored_positions_go_through_the_head_and_the_last_block(rng, monke
     assert all(n == 32 for layer, n in queries if layer < last) and len(queries) == 22 * hp.num_layers
 
 
+def test_the_compiled_trunk_scores_the_many_windows_the_model_the_few_whole_ones(rng):
+    """One graph of one shape: compiling another for whole windows would cost more than they take."""
+    hp, shapes = tiny(VAL_BATCH_SIZE=128), []
+    model, tokens = t.GPT(hp), rng.integers(0, 300, 301).astype(np.uint16)
+
+    def trunk(ids, last):
+        shapes.append((tuple(ids.shape), last))
+        return model(ids, last=last)
+    got = collect(t.score_stream(trunk, model, tokens, 8, t.Runtime("", {})))
+    assert set(shapes) == {((4, 32), 8)} and len(shapes) == 8  # 4 of 35 windows at once, the first whole
+    np.testing.assert_array_equal(got, score(model, tokens, 8))
+    assert np.isfinite(collect(t.score_stream(None, model, tokens, 32, t.Runtime("", {})))).all()
+
+
 def test_future_tokens_change_no_earlier_score(rng):
     hp = tiny()
     model, tokens = t.GPT(hp), rng.integers(0, 300, 150).astype(np.uint16)
