@@ -137,6 +137,7 @@ class Hyperparameters:
             (self.num_heads % self.num_kv_heads == 0, "NUM_HEADS NUM_KV_HEADS", "the latter must divide"),
             (self.rope_dims in range(0, self.head_dim + 1, 2), "ROPE_DIMS",
              f"expected an even number up to the head width MODEL_DIM/NUM_HEADS = {self.head_dim}"),
+            (self.mlp_mult * self.model_dim >= 1, "MLP_MULT", "the MLP would have no units"),
             (self.xsa_last_n <= L, "XSA_LAST_N NUM_LAYERS", "there are not so many layers"),
             (set(ve) <= set(range(L)), "VE_LAYERS", f"layers run from 0 to {L - 1}; or set VE_ENABLED=0"),
             (self.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "expected 0 (off) or at least 2"),
@@ -367,11 +368,11 @@ class ByteCounter:
         """Bytes (uint16) of each target of the stream `tokens`; a word's space counts only after text."""
         return self.length[tokens[1:]] + (self.opens_word[tokens[1:]] & self.is_text[tokens[:-1]])
 # --- 4. Kernels ---------------------------------------------------------------------------------------------
-# What is elementwise the compiler fuses, but not into a product, and a loss is more than one pass to it. Each
-# op has its plain form beside it, which runs on a CPU and where Triton is missing or the op's switch off.
+# What is elementwise the compiler fuses, but not into a product, and to it a loss is several passes. Each op
+# has its plain form beside it, which runs on a CPU and where Triton is missing or the op's switch off.
 jit = triton.jit if triton else lambda kernel: kernel
 def has_kernels(x: Tensor) -> bool:
-    return triton is not None and x.is_cuda and torch.cuda.get_device_capability()[0] in (9, 10)  # room for tiles
+    return triton is not None and x.is_cuda
 def kernel_op(fake):
     """A function that launches kernels becomes an op of torch.library; to torch.compile it is what `fake` is."""
     def register(launch):
@@ -395,17 +396,17 @@ def mlp_kernel(a_ptr, b_ptr, z_ptr, out_ptr, M, N, K, stride_k, stride_n, slope,
         a = tl.load(a_ptr + m * K + k[None, :], (m < M) & (k[None, :] < K), 0.0)
         b = tl.load(b_ptr + k[:, None] * stride_k + n * stride_n, (k[:, None] < K) & (n < N), 0.0)
         product = tl.dot(a, b, product)
-    if BACKWARD:
-        z = tl.load(z_ptr + at, inside, 0.0).to(tl.float32)
-    else:
-        z = product.to(z_ptr.dtype.element_ty).to(tl.float32)  # rounded, as backward will read it
+    z = tl.load(z_ptr + at, inside, 0.0) if BACKWARD else product.to(z_ptr.dtype.element_ty)
+    if not BACKWARD:
         tl.store(z_ptr + at, z, inside)
+    z = z.to(tl.float32)  # rounded forward too, as backward will read it
     tl.store(out_ptr + at, z * tl.where(z > 0, 1.0, slope * slope) * (2 * product if BACKWARD else z), inside)
-MLP_TILE = dict(BM=128, BN=256, BK=64, num_warps=8, num_stages=3)  # for Hopper
+MLP_TILE = dict(BM=128, BN=256, BK=64, num_warps=8, num_stages=3)  # for Hopper: 147 KB of shared memory
 def launch_mlp(a_MK: Tensor, b_KN: Tensor, z_MN: Tensor, slope: float, backward: bool) -> Tensor:
     sizes, out_MN = (*z_MN.shape, len(b_KN)), torch.empty_like(z_MN)
-    grid = triton.cdiv(sizes[0], MLP_TILE["BM"]) * triton.cdiv(sizes[1], MLP_TILE["BN"]),
-    mlp_kernel[grid](a_MK.contiguous(), b_KN, z_MN, out_MN, *sizes, *b_KN.stride(), slope, backward, **MLP_TILE)
+    tile = dict(MLP_TILE, BN=64) if z_MN.is_cuda and torch.cuda.get_device_capability()[0] not in (9, 10) else MLP_TILE
+    grid = triton.cdiv(sizes[0], tile["BM"]) * triton.cdiv(sizes[1], tile["BN"]),
+    mlp_kernel[grid](a_MK.contiguous(), b_KN, z_MN, out_MN, *sizes, *b_KN.stride(), slope, backward, **tile)
     return out_MN
 @kernel_op(lambda x, fc, proj, slope: (x.new_empty(x.shape), *(x.new_empty(len(x), len(fc)) for _ in "zh")))
 def fused_mlp(x_ND: Tensor, fc_WD: Tensor, proj_DW: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -418,9 +419,9 @@ def fused_mlp_backward(g_ND: Tensor, proj_DW: Tensor, z_NW: Tensor, slope: float
     return launch_mlp(g_ND, proj_DW, z_NW.contiguous(), slope, True)
 def keep(ctx, inputs, output) -> None:
     *tensors, ctx.number = inputs
-    ctx.save_for_backward(*tensors, *(output if isinstance(output, tuple) else (output,)))
+    ctx.save_for_backward(*tensors, *(output[1:] if isinstance(output, tuple) else ()))
 def mlp_gradients(ctx, g_ND: Tensor, *_):
-    x, fc, proj, _, z, h = ctx.saved_tensors
+    x, fc, proj, z, h = ctx.saved_tensors
     dz = fused_mlp_backward(g_ND, proj, z, ctx.number)
     return dz @ fc, dz.mT @ x, g_ND.mT @ h, None
 fused_mlp.register_autograd(mlp_gradients, setup_context=keep)
@@ -436,8 +437,7 @@ def scores_kernel(z_ptr, target_ptr, upstream_ptr, out_ptr, N, V, cap, CAPPED: t
                   BACKWARD: tl.constexpr, BV: tl.constexpr):
     """A row of logits in registers: its nll and entropy or, backward, given their gradients, its gradient."""
     row, v = tl.program_id(0).to(tl.int64), tl.arange(0, BV)
-    z = tl.load(z_ptr + row * V + v, v < V, 0.0).to(tl.float32)
-    target = tl.load(target_ptr + row)
+    z, target = tl.load(z_ptr + row * V + v, v < V, 0.0).to(tl.float32), tl.load(target_ptr + row)
     tanh = 2 * tl.sigmoid(2 * z / cap) - 1 if CAPPED else z
     logits = tl.where(v < V, cap * tanh if CAPPED else z, -float("inf"))
     logits -= tl.max(logits, 0)
@@ -463,15 +463,14 @@ def fused_token_scores(z_NV: Tensor, targets_N: Tensor, upstream_2N: Tensor, cap
                         backward, block, num_warps=min(max(block // 256, 1), 16))
     return out
 def scores_gradients(ctx, upstream_2N: Tensor):
-    z, targets, *_ = ctx.saved_tensors
+    z, targets, _ = ctx.saved_tensors
     return fused_token_scores(z, targets, upstream_2N, ctx.number), None, None, None
 fused_token_scores.register_autograd(scores_gradients, setup_context=keep)
 def find_flash_attention():
     """(name, function) of the fastest attention that is installed and runs here, or (name, None): torch's."""
-    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
     for version, module, needed in ((3, "flash_attn_interface", 9), (2, "flash_attn", 8)):
         with contextlib.suppress(ImportError):
-            if major >= needed:
+            if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= needed:
                 return f"flash_attention_{version}", importlib.import_module(module).flash_attn_func
     return "sdpa", None
 def causal_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, flash=None) -> Tensor:
@@ -481,6 +480,7 @@ def causal_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, flash=None)
         return y[0] if isinstance(y, tuple) else y
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
     S, T = q.size(2), k.size(2)
+    k, v = (x if S == T else x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))  # fast masks know no GQA
     seen_ST = None if S == T else torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S)
     return F.scaled_dot_product_attention(q, k, v, seen_ST, is_causal=S == T,
                                           enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
@@ -494,10 +494,10 @@ def norm(x: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """Float32 weights, computed in the dtype of the input. A factor of the outputs multiplies the weights: it
     is the same, but neither it nor its gradient takes a pass over all tokens."""
-    def forward(self, x: Tensor, factor: Tensor | float = 1.0) -> Tensor:
+    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
         return F.linear(x, self.matrix(x.dtype, factor))
-    def matrix(self, dtype: torch.dtype, factor: Tensor | float = 1.0) -> Tensor:
-        return (self.weight * factor).to(dtype)
+    def matrix(self, dtype: torch.dtype, factor: Tensor | None = None) -> Tensor:
+        return (self.weight if factor is None else self.weight * factor).to(dtype)
 def rotary_tables(T: int, hp: Hyperparameters, device=None) -> Tensor:
     """cos and sin, (2, T, 1, ROPE_DIMS/2) float32; beyond 1024 positions the base grows (NTK-aware)."""
     r = hp.rope_dims
@@ -514,8 +514,7 @@ def rotate(x_BTHK: Tensor, rope: Tensor) -> Tensor:
 def remove_own_value(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     """XSA: what a head reads must come from elsewhere: drop its component along its own position's value."""
     B, T, H, K = y_BTHK.shape
-    y = y_BTHK.view(B, T, v_BTGK.size(2), -1, K)
-    v = F.normalize(v_BTGK, dim=-1).unsqueeze(3)
+    y, v = y_BTHK.view(B, T, v_BTGK.size(2), -1, K), F.normalize(v_BTGK, dim=-1).unsqueeze(3)
     return (y - (y * v).sum(-1, keepdim=True) * v).view(B, T, H, K)
 class Attention(nn.Module):
     def __init__(self, hp: Hyperparameters, layer: int, flash):
@@ -544,7 +543,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, hp: Hyperparameters):
         super().__init__()
-        D, width = hp.model_dim, max(1, int(hp.mlp_mult * hp.model_dim))
+        D, width = hp.model_dim, int(hp.mlp_mult * hp.model_dim)
         self.slope, self.fused = hp.leaky_slope, hp.fused_mlp
         self.fc, self.proj = Linear(D, width, bias=False), Linear(width, D, bias=False)
     def forward(self, x_BTD: Tensor, scale_D: Tensor) -> Tensor:
@@ -633,7 +632,7 @@ class GPT(nn.Module):
         weight = self.embed.weight if self.head is None else self.head.weight
         return F.linear(norm(hidden_D), weight.to(hidden_D.dtype))
     def scores(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-        """nll of the targets and entropy of the predictions, nats, (2, N) float32; to learn from, the former."""
+        """nll of the targets and entropy, nats, (2, N) float32; with gradients on the plain form gives nll only."""
         z_NV = self.logits(hidden_ND)
         if self.hp.fused_loss and has_kernels(z_NV):
             return fused_token_scores(z_NV, targets_N, z_NV.new_empty(0), self.hp.logit_softcap)
@@ -811,15 +810,15 @@ def rans_decode(coded: bytes, table: np.ndarray, freq: np.ndarray) -> np.ndarray
     need(not len(words) and (x == 1 << 16).all(), "codes do not end where they should")
     return symbols
 def pack(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0) -> tuple[bytes, str, float]:
-    """(container, bytes by kind of matrix, relative error). `coarsen` divides all levels, up in some rows, down in
-    others: sizes move by single rows. UserError: NaN, infinity, too large. Little-endian: "PGOLF" 3 | SHA-256 of the
-    rest | u32 size of side stream | side stream, LZMA2 | rANS words Side stream: per tensor a line `name coded(0 or
-    1) dimensions ...`, the order of all that follows; a zero; then 16-bit numbers, all their low bytes before all
-    high ones: 256 frequencies for each of the 64 tables; spread classes of all rows, then of all columns (a code's
-    table: row + column - 16, clipped to 0 ... 63); per tensor the bfloat16 steps of its rows if coded, else its
-    float16 values. A weight is code * step. rANS words: u32 states of min(1024, 16 + symbols // 4096) lanes, then
-    u16. Symbol i, a code + 128, is in lane i % lanes. Its state x has x % 2^14 in symbol s of its table: x = f[s] *
-    (x >> 14) + x % 2^14 - sum(f[:s]); if that is below 2^16, x = x << 16 | next word. All end at 2^16."""
+    """(container, bytes by kind of matrix, relative error). `coarsen` divides all levels, rounded up in some rows, down
+    in others: sizes move by single rows. UserError: NaN, infinity, too large. Little-endian layout:
+        "PGOLF" 3 | SHA-256 of the rest | u32 size of side stream | side stream, LZMA2 | rANS words
+    Side stream: per tensor a line `name coded(0, 1) dimensions ...`, whose order all follows; a zero; then 16-bit
+    numbers, low bytes first, then high ones: 256 frequencies for each of the 64 tables; spread classes of all rows,
+    then columns (a code's table: row + column - 16, clipped to 0 ... 63); per tensor the bfloat16 steps of its rows if
+    coded, else its float16 values. A weight is code * step. rANS words: u32 states of min(1024, 16 + symbols // 4096)
+    lanes, then u16. Symbol i, code + 128, is in lane i % lanes, whose state x has x % 2^14 in symbol s of its table: x
+    = f[s] * (x >> 14) + x % 2^14 - sum(f[:s]); if that is below 2^16, x = x << 16 | next word. All end at 2^16."""
     text, classes, numbers, pairs, squares = "", [], [], {}, np.array((0.0, 1e-300))  # what is lost, what was
     for name, tensor in state.items():
         w, natural = tensor.detach().float().cpu().contiguous(), natural_levels(name, tensor, hp)
@@ -946,7 +945,7 @@ def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int, rt: Runtime
             mine = share[i: i + batch]
             full = np.pad(mine, (0, batch - len(mine) if len(starts) > batch else 0), "edge")  # one shape
             at = starts[full][:, None] + np.arange(length)
-            last = min(stride, length) if (ends - first)[full].max() <= stride else length
+            last = min(stride, length) if (starts + length - first)[full].max() <= stride else length
             run = trunk if last < length else model  # whole windows are few: no graph of theirs pays for itself
             hidden_BTD = run(torch.from_numpy(tokens[at].astype(np.int64)).to(rt.device), last=last)
             at = at[:, -last:]
@@ -1396,7 +1395,8 @@ def score_and_learn(trainer: Trainer, stride: int):
         rt.log(f"ttt:score_first epochs:{hp.ttt_epochs} moved:{moved:.4f}")
         torch._foreach_copy_(live, initial)
 def scores_in_time(trainer: Trainer, began: float):
-    """(stride, segments): EVAL_STRIDE's, or of the first of 96, 128, 256 whose third projects 95 % of the budget."""
+    """(stride, segments): of the first of EVAL_STRIDE, 96, 128, 256 that by the third segment's speed ends within 95 %
+    of EVAL_BUDGET_SECONDS after `began`, or else of the last."""
     hp, rt, total = trainer.hp, trainer.rt, len(trainer.tokens) - 1
     strides = [hp.eval_stride, *(s for s in (96, 128, 256) if hp.eval_stride < s <= hp.eval_seq_len)]
     for stride in strides:

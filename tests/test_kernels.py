@@ -80,7 +80,8 @@ def test_mlp_of_any_size_equals_float64(N, D, W, slope, seed, half):
 
 
 def test_mlp_with_the_tiles_that_are_shipped(rng):
-    check_mlp(random(130, 65), random(260, 65), random(65, 260), 0.5, random(130, 65).detach())
+    x, fc, proj = random(130, 65, dtype=HALF), random(260, 65, dtype=HALF), random(65, 260, dtype=HALF, scale=0.06)
+    check_mlp(x, fc, proj, 0.5, random(130, 65, dtype=HALF).detach())
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e6])
@@ -171,6 +172,18 @@ def test_gradcheck_of_the_mlp(rng, small_tiles):
     x, fc, proj = random(4, 5), random(6, 5), random(5, 6)
     assert torch.autograd.gradcheck(lambda *args: t.fused_mlp(*args, 0.5)[0], (x, fc, proj), eps=1e-2, atol=0.1,
                                     rtol=0.02)
+
+
+def test_every_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
+    """Triton's compiler refuses what its interpreter takes; and each tile must fit a multiprocessor's shared memory."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-W", "ignore", "compile_kernels.py"], cwd=ROOT / "tests", env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    kernels = {name for name in vars(t) if name.endswith("_kernel")}
+    assert {name for _, name, _ in rows} == kernels and len(rows) == 8
+    assert all(int(shared) <= {"90": 232_448, "89": 101_376}[architecture] for architecture, _, shared in rows)
 
 
 # --- as ops ---------------------------------------------------------------------------------------------------------

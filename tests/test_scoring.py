@@ -87,6 +87,22 @@ def test_a_part_of_the_stream_gets_the_scores_it_has_in_the_whole(rng):
         np.testing.assert_allclose(score(model, tokens, 8, (begin, end)), whole[:, begin:end], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("begin, end, stride", [(16, 32, 4), (16, 32, 8), (10, 20, 4), (5, 60, 8), (31, 33, 1)])
+def test_a_part_near_the_start_of_the_stream_has_its_scores(rng, begin, end, stride):
+    """There a window's scored targets are not its last ones: chunks of test-time training shorter than a window."""
+    model, tokens = t.GPT(tiny(VAL_BATCH_SIZE=96)), rng.integers(0, 300, 90).astype(np.uint16)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+        nll, _ = score(model, tokens, stride, (begin, end))
+        for j in range(begin, end):  # of some window that ends at its target
+            starts, first, ends = t.windows(begin, end, min(32, end), stride)
+            at = starts[np.searchsorted(ends, j, "right")]
+            window = torch.tensor(tokens[None, at: j + 1].astype(int))
+            logp = torch.log_softmax(logits(model, model(window)), -1)[0, -1]
+            assert nll[j - begin] == pytest.approx(-float(logp[int(tokens[j + 1])]), abs=1e-4)
+
+
 def test_only_scored_positions_go_through_the_head_and_the_last_block(rng, monkeypatch):
     """Of 200 targets in windows of 32: the first window's 32, then 8 a window; the attention sees the same queries."""
     hp, head, queries = tiny(VAL_BATCH_SIZE=32), [], []
