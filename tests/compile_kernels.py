@@ -1,5 +1,6 @@
-"""Compiles every kernel for GPUs that are not here: python tests/compile_kernels.py. Prints architecture, kernel, shared
-memory; what Triton's interpreter takes and its compiler does not, fails. Not interpreted, so a process of its own."""
+"""Compiles every kernel for GPUs that are not here: python tests/compile_kernels.py. Prints architecture, kernel, bytes
+of shared memory; what Triton's interpreter takes and its compiler does not, fails. A process of its own, for it is not
+interpreted."""
 import sys
 from pathlib import Path
 
@@ -33,6 +34,7 @@ for backward in (False, True):
                           num_stages=tile["num_stages"])
         print(architecture, "mlp_kernel", shared)
     for capped in (False, True):
-        pointers = dict(z_ptr="*bf16", target_ptr="*i64", upstream_ptr="*fp32", out_ptr="*bf16" if backward else "*fp32")
+        pointers = dict(z_ptr="*bf16", target_ptr="*i64", upstream_ptr="*fp32")
+        pointers["out_ptr"] = "*bf16" if backward else "*fp32"
         shared = compiled(t.scores_kernel, 90, pointers, dict(CAPPED=capped, BACKWARD=backward, BV=1024), num_warps=4)
         print(90, "scores_kernel", shared)
