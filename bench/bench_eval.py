@@ -43,11 +43,11 @@ def score(trunk, model: t.GPT, tokens: np.ndarray, stride: int, rt: t.Runtime) -
     return nll, time.perf_counter() - start
 
 
-def variants(model: t.GPT, hp: t.Hyperparameters) -> dict[str, tuple]:
+def variants(model: t.GPT, hp: t.Hyperparameters, on_gpu: bool) -> dict[str, tuple]:
     """Name -> (trunk, model for the head); the first is as it is, the second the plain form."""
     def whole(trunk):
         return lambda ids, last: trunk(ids)[:, -last:]
-    if not model.embed.weight.is_cuda:
+    if not on_gpu:
         return {"as it is": (model, model), "whole last block": (whole(model), model)}
     plain = t.GPT(t.replace(hp, fused_mlp=False, fused_loss=False)).to(model.embed.weight.device)
     plain.load_state_dict(model.state_dict())
@@ -65,7 +65,7 @@ def measure(hp: t.Hyperparameters, artifact: Path | None, strides: list[int], ta
     model = t.GPT(hp).to(rt.device)
     if artifact:
         t.load_artifact(model, artifact, rt)
-    trunks = variants(model, hp)
+    trunks = variants(model, hp, rt.device.type == "cuda")
     seconds, bpb = defaultdict(list), {}
     for trunk, scorer in trunks.values():
         for stride in strides:

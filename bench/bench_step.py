@@ -243,10 +243,10 @@ def measure(hp: t.Hyperparameters, steps: int, rounds: int, flops: float) -> Non
         print(f"{micros / whole:>6.1%} {micros / 1e3:>9.2f} {calls:>6}  {name[:100]}")
 
 
-def check_on_gpu(hp: t.Hyperparameters) -> None:
-    """Loss and gradients of the compiled bfloat16 model with kernels against the uncompiled float32 one without."""
+def check_gradients(hp: t.Hyperparameters, device: torch.device) -> None:
+    """Loss and gradients of the compiled model with kernels (bfloat16) against the uncompiled float32 one without."""
     torch.manual_seed(hp.seed)
-    model, ids = t.GPT(hp).cuda(), torch.randint(0, hp.vocab_size, (2, hp.train_seq_len + 1), device="cuda")
+    model, ids = t.GPT(hp).to(device), torch.randint(0, hp.vocab_size, (2, hp.train_seq_len + 1), device=device)
     with torch.no_grad():
         for p in model.parameters():  # so that no matrix is zero, no weight one
             p.add_(0.02 * torch.randn_like(p))
@@ -260,16 +260,17 @@ def check_on_gpu(hp: t.Hyperparameters) -> None:
     errors = {name: float((a - b).norm() / b.norm().clamp_min(1e-12))
               for (name, _), a, b in zip(model.named_parameters(), found, wanted)}
     worst = max(errors, key=errors.get)
-    print(f"\nbfloat16, compiled, kernels against float32: loss {loss:.5f} to {exact:.5f}; gradients' relative error "
+    print(f"\ncompiled, with kernels, in {t.working_dtype(model.embed.weight)} against float32: loss {loss:.5f} to "
+          f"{exact:.5f}; gradients' relative error "
           f"median {statistics.median(errors.values()):.4f}, largest {errors[worst]:.4f} ({worst})")
 
 
-def time_tiles(hp: t.Hyperparameters) -> None:
+def time_tiles(hp: t.Hyperparameters, device: torch.device) -> None:
     """ms of the MLP's kernel, forward and backward, by tile; beside it the compiled plain form of the same work."""
     N = max(1, min(hp.micro_batch_tokens, hp.train_batch_tokens) // hp.train_seq_len) * hp.train_seq_len
     W, D = int(hp.mlp_mult * hp.model_dim), hp.model_dim
-    x, g, z = (torch.randn(N, width, device="cuda", dtype=torch.bfloat16) for width in (D, D, W))
-    fc, proj = (torch.randn(W, D, device="cuda", dtype=torch.bfloat16) * D ** -0.5 for _ in range(2))
+    x, g, z = (torch.randn(N, width, device=device, dtype=torch.bfloat16) for width in (D, D, W))
+    fc, proj = (torch.randn(W, D, device=device, dtype=torch.bfloat16) * D ** -0.5 for _ in range(2))
     proj = proj.mT.contiguous()
 
     def forward(x, fc):
@@ -312,8 +313,8 @@ def main() -> None:
     small = hp.train_batch_tokens <= 1 << 16
     if not args.count and (small or torch.cuda.is_available()):
         if torch.cuda.is_available():
-            check_on_gpu(hp)
-            time_tiles(hp)
+            check_gradients(hp, torch.device("cuda"))
+            time_tiles(hp, torch.device("cuda"))
         measure(hp, args.steps, args.rounds, flops)
     elif not args.count:
         print("\nnothing measured: there is no GPU, and a CPU takes minutes for a step of such size; set smaller ones")

@@ -1,4 +1,5 @@
 """The benches run: small sizes, no timing, the printed rows are there."""
+import re
 import subprocess
 import sys
 
@@ -108,6 +109,22 @@ def test_bench_step_measures_on_a_cpu(capsys):
     assert float(row[3]) > 0 and row[-1] == "1.00" and "aten::mm" in out and "floor ms" in out
 
 
+def test_bench_step_compares_gradients_and_tiles(capsys, monkeypatch):
+    """What it does on a GPU, on a CPU: the model without kernels, the MLP's kernel by a stand-in."""
+    import bench_step
+    hp, tiles = tiny(NUM_LAYERS=1, VE_ENABLED=0, XSA_LAST_N=0), []
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: f)
+    bench_step.check_gradients(hp, torch.device("cpu"))
+    out = capsys.readouterr().out
+    assert float(re.search(r"largest (\S+)", out)[1]) < 1e-4 and "torch.float32 against float32" in out
+    monkeypatch.setattr(t, "launch_mlp", lambda *args: tiles.append(t.MLP_TILE))
+    bench_step.time_tiles(hp, torch.device("cpu"))
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert "compiled plain form" in rows[0] and len(rows) == 1 + len(bench_step.TILES)
+    assert [row for row in rows if "the one in use" in row] == [rows[1]]
+    assert all(tile in tiles for tile in bench_step.TILES)
+
+
 def test_bench_eval_scores_every_stride(corpus, tmp_path, capsys):
     from bench_eval import measure
     hp, path = tiny(**corpus), tmp_path / "m.ptz"
@@ -117,6 +134,18 @@ def test_bench_eval_scores_every_stride(corpus, tmp_path, capsys):
     windows = [len(t.windows(0, 400, 32, stride)[0]) for stride in (8, 32)]
     assert [int(row[4]) for row in rows] == windows and all(1 < float(row[8]) < 12 for row in rows)
     assert float(rows[1][9]) == pytest.approx(float(rows[1][8]) - float(rows[0][8]), abs=1.1e-4)
+
+
+def test_the_variants_of_bench_eval_score_the_same(rng, monkeypatch):
+    from bench_eval import score, variants
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: f)
+    hp, tokens = tiny(), rng.integers(0, 300, 100).astype(np.uint16)
+    model = t.GPT(hp)
+    found = {name: score(trunk, head, tokens, 8, t.Runtime("", {}))[0]
+             for name, (trunk, head) in variants(model, hp, on_gpu=True).items()}
+    assert list(found)[:2] == ["as it is", "plain"] and len(found) == 5
+    for nll in found.values():
+        np.testing.assert_allclose(nll, found["plain"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "bench").glob("*.py")), ids=lambda p: p.name)
