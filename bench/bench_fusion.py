@@ -10,23 +10,15 @@ more of what follows them. Attention counts as one kernel that reads q, k, v and
 H100's datasheet bandwidth. --list: every kernel of the model as it is, with the operations in it.
 """
 import argparse
-import os
-import sys
-from pathlib import Path
 
 import torch
+from bench_step import PEAK_BYTES, as_on_cuda, micro_batch_rows, patched, settings, t
 from functorch.compile import make_boxed_func
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import train_gpt as t  # noqa: E402
-
-PEAK_BYTES = 3.35e12  # per second, H100 SXM: HBM3
 VARIANTS = {"plain": {"fused_mlp": False, "fused_loss": False}, "MLP kernels": {"fused_loss": False},
             "loss kernels": {"fused_mlp": False}, "both": {}}
 
@@ -74,20 +66,16 @@ def schedule(hp: t.Hyperparameters) -> list[list[tuple[str, int, str]]]:
                 raise
         return make_boxed_func(module.forward)
 
-    rows = max(1, min(hp.micro_batch_tokens, hp.train_batch_tokens) // hp.train_seq_len)
-    names = dict(working_dtype=lambda x: torch.bfloat16, has_kernels=lambda x: True,
-                 causal_attention=lambda q, k, v, flash=None: attention(q, k, v))
-    plain, codegen = {name: getattr(t, name) for name in names}, GraphLowering.codegen
+    codegen = GraphLowering.codegen
     torch._dynamo.reset()
     try:
-        vars(t).update(names)
         GraphLowering.codegen = record
-        with FakeTensorMode(), config.patch(force_pointwise_cat=True, fx_graph_cache=False):
-            model, ids = t.GPT(hp), torch.zeros(rows, hp.train_seq_len, dtype=torch.int64)
+        with (as_on_cuda(), patched(causal_attention=lambda q, k, v, flash=None: attention(q, k, v)),
+              config.patch(force_pointwise_cat=True, fx_graph_cache=False), FakeTensorMode()):
+            model, ids = t.GPT(hp), torch.zeros(micro_batch_rows(hp), hp.train_seq_len, dtype=torch.int64)
             backend = lambda module, inputs: compile_fx(module, inputs, inner_compile=inner)  # noqa: E731
             torch.compile(t.training_loss, dynamic=False, backend=backend)(model, ids, ids, None).backward()
     finally:
-        vars(t).update(plain)
         GraphLowering.codegen = codegen
     return graphs
 
@@ -96,11 +84,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="every kernel of the model as it is")
     args = parser.parse_args()
-    try:
-        hp = t.Hyperparameters.from_env(dict(os.environ))
-    except t.UserError as error:
-        sys.exit(f"bench_fusion.py: error: {error}")
-    tokens = max(1, min(hp.micro_batch_tokens, hp.train_batch_tokens) // hp.train_seq_len) * hp.train_seq_len
+    hp = settings()
+    tokens = micro_batch_rows(hp) * hp.train_seq_len
     print(f"scheduled by torch {torch.__version__}, one micro-batch of {tokens:,} tokens, bfloat16\n\n"
           f"{'':14}{'forward: kernels':>17}{'GB':>8}{'library GB':>11}{'backward: kernels':>19}{'GB':>8}"
           f"{'library GB':>11}{'floor ms':>10}{'to plain':>9}")

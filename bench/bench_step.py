@@ -56,6 +56,19 @@ def patched(**names):
         vars(t).update(plain)
 
 
+def settings() -> t.Hyperparameters:
+    """Those of the environment; ends the process with a line where they cannot work."""
+    try:
+        return t.Hyperparameters.from_env(dict(os.environ))
+    except t.UserError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+
+
+def micro_batch_rows(hp: t.Hyperparameters) -> int:
+    """Sequences in the largest micro-batch of one rank."""
+    return max(1, min(hp.micro_batch_tokens, hp.train_batch_tokens) // hp.train_seq_len)
+
+
 def as_on_cuda():
     """A model on the CPU, or of meta tensors, takes the way it takes on CUDA."""
     return patched(working_dtype=lambda x: torch.bfloat16, has_kernels=lambda x: True)
@@ -267,7 +280,7 @@ def check_gradients(hp: t.Hyperparameters, device: torch.device) -> None:
 
 def time_tiles(hp: t.Hyperparameters, device: torch.device) -> None:
     """ms of the MLP's kernel, forward and backward, by tile; beside it the compiled plain form of the same work."""
-    N = max(1, min(hp.micro_batch_tokens, hp.train_batch_tokens) // hp.train_seq_len) * hp.train_seq_len
+    N = micro_batch_rows(hp) * hp.train_seq_len
     W, D = int(hp.mlp_mult * hp.model_dim), hp.model_dim
     x, g, z = (torch.randn(N, width, device=device, dtype=torch.bfloat16) for width in (D, D, W))
     fc, proj = (torch.randn(W, D, device=device, dtype=torch.bfloat16) * D ** -0.5 for _ in range(2))
@@ -305,10 +318,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--count", action="store_true", help="count, measure nothing")
     args = parser.parse_args()
-    try:
-        hp = t.Hyperparameters.from_env(dict(os.environ))
-    except t.UserError as error:
-        sys.exit(f"bench_step.py: error: {error}")
+    hp = settings()
     flops = print_count(hp)
     small = hp.train_batch_tokens <= 1 << 16
     if not args.count and (small or torch.cuda.is_available()):
