@@ -4,7 +4,7 @@
 # make record README tables, submission.json and figures from the logs that README names; then the reviewers' checks
 #             (the table of systems from logs/systems/*.txt, if there are any)
 # make check  the reviewers' checks alone
-# make lint   ruff
+# make lint   ruff: its checks, and its format at 100 columns
 # make bench  speed and size, as ratios measured in one run
 # make bench-gpu  kernels tested, a step and scoring timed, on a GPU (ARTIFACT=file DATA_PATH=... TOKENIZER_PATH=...)
 # Each target sets up what it needs in .venv; nothing outside this folder changes.
@@ -44,6 +44,7 @@ check: setup
 
 lint: setup
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
 bench: setup
 	for b in bench/bench_*.py; do $(RUN) $$b || exit 1; done

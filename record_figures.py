@@ -1,11 +1,14 @@
 """Pictures of a run, for people who would rather look than read.
 
-    view(scores.npz)   one HTML page: the validation text, coloured by the bits that counting saved at each token
+    view(scores.npz)   one HTML page: the validation text, coloured by the bits that counting saved
+                       at each token
     plot(folder)       PNGs from the logs that README's results table links to, light and dark
 
-`python make_record.py view` and `python make_record.py plot` call these. Both are pure functions of their inputs:
-no dates, no random numbers, no network. The page holds all it needs; the figures hold nothing but the logs' numbers.
+`python make_record.py view` and `python make_record.py plot` call these. Both are pure functions of
+their inputs: no dates, no random numbers, no network. The page holds all it needs; the figures hold
+nothing but the logs' numbers.
 """
+
 from __future__ import annotations
 
 import codecs
@@ -23,25 +26,49 @@ import numpy as np
 
 from make_record import Folder, Log, RecordError, parse_log
 
-# --- 1. Colours ---------------------------------------------------------------------------------------------------
-# Blue means saved, orange lost: told apart by every kind of colour vision, and losses are underlined besides. Text on
-# each of them keeps a contrast of at least 4.5 (tested). The figures use the same two hues.
+# --- 1. Colours -----------------------------------------------------------------------------------
+# Blue means saved, orange lost: told apart by every kind of colour vision, and losses are
+# underlined besides. Text on each of them keeps a contrast of at least 4.5 (tested). The figures
+# use the same two hues.
 
-GAIN_EDGES = (-8, -4, -2, -1, -0.5, -0.1, 0.1, 0.5, 1, 2, 4, 8)  # bits saved; between the two of the middle: no colour
-COST_EDGES = (0.1, 0.5, 1, 2, 4, 6, 8, 10)                         # bits paid
-ORDER_EDGES = (2, 3, 4, 5, 6, 7, 8)                                # tokens of the longest gram whose context was known
+# bits saved; between the two of the middle: no colour
+GAIN_EDGES = (-8, -4, -2, -1, -0.5, -0.1, 0.1, 0.5, 1, 2, 4, 8)
+COST_EDGES = (0.1, 0.5, 1, 2, 4, 6, 8, 10)  # bits paid
+ORDER_EDGES = (2, 3, 4, 5, 6, 7, 8)  # tokens of the longest gram whose context was known
 
 THEMES = {
     "light": dict(
-        paper="#fbfaf7", card="#ffffff", ink="#1c1b19", soft="#5f5c57", line="#e2dfd8", saved="#1f6fb5",
-        lost="#ad5406", mark="#1c1b19", plain="#8d8a84",
-        gain="#e0802d #ea9a52 #f2b47c #f7cca4 #fae0c8 #fcf0e3 - #ebf2f9 #d8e6f5 #bfd8f0 #a1c6ea #7fb0e0 #5c9cd6",
-        cost="- #eeeaf6 #e0d9f0 #cfc4e8 #bfb1e0 #b09fd9 #a592d3 #9b87cd #927dc8"),
+        paper="#fbfaf7",
+        card="#ffffff",
+        ink="#1c1b19",
+        soft="#5f5c57",
+        line="#e2dfd8",
+        saved="#1f6fb5",
+        lost="#ad5406",
+        mark="#1c1b19",
+        plain="#8d8a84",
+        gain=(
+            "#e0802d #ea9a52 #f2b47c #f7cca4 #fae0c8 #fcf0e3 - "
+            "#ebf2f9 #d8e6f5 #bfd8f0 #a1c6ea #7fb0e0 #5c9cd6"
+        ),
+        cost="- #eeeaf6 #e0d9f0 #cfc4e8 #bfb1e0 #b09fd9 #a592d3 #9b87cd #927dc8",
+    ),
     "dark": dict(
-        paper="#141517", card="#1c1e21", ink="#ebe9e4", soft="#a5a29b", line="#313338", saved="#6db1ee",
-        lost="#f0a04b", mark="#ebe9e4", plain="#77767a",
-        gain="#9a5206 #834a0e #6d4012 #573515 #412a17 #2c2118 - #19232d #1a2e3f #1b3a54 #1c476a #1e5583 #1f639c",
-        cost="- #221f2e #2a253b #332c48 #3d3457 #473c68 #52457a #5b4c8a #635397"),
+        paper="#141517",
+        card="#1c1e21",
+        ink="#ebe9e4",
+        soft="#a5a29b",
+        line="#313338",
+        saved="#6db1ee",
+        lost="#f0a04b",
+        mark="#ebe9e4",
+        plain="#77767a",
+        gain=(
+            "#9a5206 #834a0e #6d4012 #573515 #412a17 #2c2118 - "
+            "#19232d #1a2e3f #1b3a54 #1c476a #1e5583 #1f639c"
+        ),
+        cost="- #221f2e #2a253b #332c48 #3d3457 #473c68 #52457a #5b4c8a #635397",
+    ),
 }
 
 
@@ -49,20 +76,25 @@ def theme_css(name: str) -> str:
     """The custom properties of one theme; `-` in a ramp is the bare page."""
     theme = THEMES[name]
     plain = {k: v for k, v in theme.items() if k not in ("gain", "cost")}
-    ramps = {f"{ramp}{i}": "transparent" if color == "-" else color
-             for ramp in ("gain", "cost") for i, color in enumerate(theme[ramp].split())}
+    ramps = {
+        f"{ramp}{i}": "transparent" if color == "-" else color
+        for ramp in ("gain", "cost")
+        for i, color in enumerate(theme[ramp].split())
+    }
     return f"color-scheme:{name};" + "".join(f"--{k}:{v};" for k, v in {**plain, **ramps}.items())
 
 
-# --- 2. What the page shows ---------------------------------------------------------------------------------------
+# --- 2. What the page shows -----------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Scores:
     """A run's scores with the stream they belong to. Arrays are one entry per target; nats."""
+
     path: Path
-    hp: object            # train_gpt.Hyperparameters
-    tokens: np.ndarray    # x_0 ... x_N: target t is tokens[t + 1]
-    bytes: np.ndarray     # UTF-8 bytes of each target
+    hp: object  # train_gpt.Hyperparameters
+    tokens: np.ndarray  # x_0 ... x_N: target t is tokens[t + 1]
+    bytes: np.ndarray  # UTF-8 bytes of each target
     nll: np.ndarray
     entropy: np.ndarray
     mixed: np.ndarray
@@ -74,34 +106,46 @@ class Scores:
 
 
 def view(scores_path, out=None, start: int | None = None, tokens: int = 4000) -> Path:
-    """Writes the page for `tokens` targets from target `start` (by default where counting saved most) and returns its
-    path, by default <RUN_ID>_view.html beside the scores. RecordError: scores or data that do not fit together, or
-    `out` cannot be written."""
+    """Writes the page for `tokens` targets from target `start` (by default where counting saved
+    most) and returns its path, by default <RUN_ID>_view.html beside the scores. RecordError: scores
+    or data that do not fit together, or `out` cannot be written."""
     scores_path = Path(scores_path)
     scores = load_scores(scores_path)
-    out = Path(out) if out else scores_path.with_name(f"{scores_path.stem.removesuffix('_scores')}_view.html")
+    out = (
+        Path(out)
+        if out
+        else scores_path.with_name(f"{scores_path.stem.removesuffix('_scores')}_view.html")
+    )
     first, last = choose_stretch(scores, start, tokens)
     page = render(scores, first, last)
     try:
         out.write_text(page, encoding="utf-8", newline="\n")
     except OSError as error:
-        raise RecordError(f"{out}: {error.strerror}; expected a file that can be written in a folder that is there") \
-            from None
+        raise RecordError(
+            f"{out}: {error.strerror}; expected a file that can be written "
+            "in a folder that is there"
+        ) from None
     return out
 
 
 def load_scores(path: Path) -> Scores:
     """The arrays of `path`, the settings of their run, and the stream that these name."""
     import train_gpt
+
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # TypeError: a bare array, .npy
-        raise RecordError(f"{path}: no scores of a run ({error}); expected an .npz that SAVE_SCORES=1 wrote") from None
+    # TypeError: a bare array, .npy
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise RecordError(
+            f"{path}: no scores of a run ({error}); expected an .npz that SAVE_SCORES=1 wrote"
+        ) from None
     missing = {"nll", "entropy", "mixed"} - set(arrays)
     if missing:
-        raise RecordError(f"{path}: holds no {', '.join(sorted(missing))}; expected scores of a run with "
-                          "NGRAM_ENABLED=1 SAVE_SCORES=1")
+        raise RecordError(
+            f"{path}: holds no {', '.join(sorted(missing))}; expected scores of a run with "
+            "NGRAM_ENABLED=1 SAVE_SCORES=1"
+        )
     try:
         hp = train_gpt.Hyperparameters.from_env(run_settings(path, arrays))
         stream, counter = train_gpt.load_validation(hp), train_gpt.ByteCounter(hp)
@@ -109,26 +153,37 @@ def load_scores(path: Path) -> Scores:
         raise RecordError(f"{path}: {error}") from None
     sizes = {name: len(arrays[name]) for name in ("nll", "entropy", "mixed")}
     if set(sizes.values()) != {len(stream) - 1}:
-        raise RecordError(f"{path}: holds {sizes}, but the validation stream in {hp.data_path} has {len(stream) - 1} "
-                          "targets: expected the data of that run")
+        raise RecordError(
+            f"{path}: holds {sizes}, but the validation stream in {hp.data_path} has "
+            f"{len(stream) - 1} targets: expected the data of that run"
+        )
     if not all(np.isfinite(arrays[name]).all() for name in sizes):
         raise RecordError(f"{path}: some scores are not finite: the run diverged")
-    hp = replace(hp, ngram_counts="exact")  # the mixture that is saved: hashed counts are only reported beside it
+    # the mixture that is saved: hashed counts are only reported beside it
+    hp = replace(hp, ngram_counts="exact")
     return Scores(path, hp, stream, counter(stream), *(arrays[name] for name in sizes))
 
 
 def run_settings(path: Path, arrays: dict) -> dict[str, str]:
-    """NAME -> text of the run's settings: from the scores' own `settings`, or from the log beside them. Relative paths
-    are looked for from here, from the run's folder, and from the repository."""
+    """NAME -> text of the run's settings: from the scores' own `settings`, or from the log beside
+    them. Relative paths are looked for from here, from the run's folder, and from the
+    repository."""
     if "settings" in arrays:
         try:
-            settings = {name.upper(): as_text(value) for name, value in json.loads(str(arrays["settings"])).items()}
+            settings = {
+                name.upper(): as_text(value)
+                for name, value in json.loads(str(arrays["settings"])).items()
+            }
         except (ValueError, AttributeError):
-            raise RecordError(f"{path}: its settings are no JSON object; was it written by train_gpt.py?") from None
+            raise RecordError(
+                f"{path}: its settings are no JSON object; was it written by train_gpt.py?"
+            ) from None
     else:
         log = path.with_name(path.stem.removesuffix("_scores") + ".txt")
         if not log.is_file():
-            raise RecordError(f"{path}: holds no settings, and there is no {log.name} beside it to take them from")
+            raise RecordError(
+                f"{path}: holds no settings, and there is no {log.name} beside it to take them from"
+            )
         settings = parse_log(log).settings
     for name in ("DATA_PATH", "TOKENIZER_PATH"):
         value = settings.get(name)
@@ -146,15 +201,20 @@ def as_text(value) -> str:
 
 
 def choose_stretch(scores: Scores, start: int | None, count: int) -> tuple[int, int]:
-    """[first, last) targets to show: `count` from `start`, or where they gain most, beginning at a word."""
+    """[first, last) targets to show: `count` from `start`, or where they gain most,
+    beginning at a word."""
     total = len(scores.nll)
     if count < 1 or start is not None and not 0 <= start < total:
-        raise RecordError(f"{scores.path}: asked for {count} targets from {start}; there are targets 0 to {total - 1}")
+        raise RecordError(
+            f"{scores.path}: asked for {count} targets from {start}; "
+            f"there are targets 0 to {total - 1}"
+        )
     if start is None:
         import train_gpt
+
         counter = train_gpt.ByteCounter(scores.hp)
         opens = counter.opens_word | ~counter.is_text
-        begins = np.flatnonzero(opens[scores.tokens[1: max(total - count, 0) + 2]])
+        begins = np.flatnonzero(opens[scores.tokens[1 : max(total - count, 0) + 2]])
         begins = begins if len(begins) else np.zeros(1, int)
         so_far = np.append(0, np.cumsum(scores.gain))
         start = int(begins[np.argmax(so_far[np.minimum(begins + count, total)] - so_far[begins])])
@@ -162,9 +222,9 @@ def choose_stretch(scores: Scores, start: int | None, count: int) -> tuple[int, 
 
 
 def token_texts(ids, sp, after_text: bool) -> list[str]:
-    """The text that each token completes; joined, the exact text. A character of several byte pieces stands at its
-    last byte, '' at the others; malformed bytes are U+FFFD. A word's space is dropped where it opens a document, as
-    when bytes are counted. Control pieces have no text."""
+    """The text that each token completes; joined, the exact text. A character of several byte
+    pieces stands at its last byte, '' at the others; malformed bytes are U+FFFD. A word's space is
+    dropped where it opens a document, as when bytes are counted. Control pieces have no text."""
     decoder, texts = codecs.getincrementaldecoder("utf-8")("replace"), []
     for i in map(int, ids):
         if sp.is_byte(i):
@@ -173,7 +233,8 @@ def token_texts(ids, sp, after_text: bool) -> list[str]:
             continue
         if rest := decoder.decode(b"", final=True):
             texts[-1] += rest
-        after, after_text = after_text, not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i))
+        after = after_text
+        after_text = not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i))
         text = sp.id_to_piece(i).replace("\u2581", " ") if after_text else ""
         texts.append(text if after else text.removeprefix(" "))
     if texts:
@@ -181,40 +242,68 @@ def token_texts(ids, sp, after_text: bool) -> list[str]:
     return texts
 
 
-# --- 3. The page --------------------------------------------------------------------------------------------------
+# --- 3. The page ----------------------------------------------------------------------------------
+
 
 def render(scores: Scores, first: int, last: int) -> str:
     """The page for targets [first, last)."""
     import sentencepiece
 
     import train_gpt
+
     sp = sentencepiece.SentencePieceProcessor(model_file=scores.hp.tokenizer_path)
     hp, size = scores.hp, slice(first, last)
     least = 1 if hp.ngram_alpha == "online" else hp.ngram_min_count
-    known = train_gpt.ngram_backoff(scores.tokens[:last + 1], replace(hp, ngram_min_count=least))
+    known = train_gpt.ngram_backoff(scores.tokens[: last + 1], replace(hp, ngram_min_count=least))
     order, context, pair = (array[size] for array in known)
-    lead = max(0, first - max(hp.ngram_order, 4))  # enough for the first context and to finish its characters
-    ids = scores.tokens[lead + 1: last + 1]
+    # enough for the first context and to finish its characters
+    lead = max(0, first - max(hp.ngram_order, 4))
+    ids = scores.tokens[lead + 1 : last + 1]
     before = int(scores.tokens[lead])
     is_text = not (sp.is_control(before) or sp.is_unknown(before) or sp.is_unused(before))
     texts = token_texts(ids, sp, is_text)
-    bits = {name: getattr(scores, name)[size].astype(np.float64) / math.log(2)
-            for name in ("nll", "mixed", "entropy")}
+    bits = {
+        name: getattr(scores, name)[size].astype(np.float64) / math.log(2)
+        for name in ("nll", "mixed", "entropy")
+    }
     data = dict(
-        start=first, total=len(scores.nll), lead=texts[:first - lead], text=texts[first - lead:],
-        piece={k: sp.id_to_piece(int(i)) for k, i in enumerate(ids[first - lead:]) if sp.is_byte(int(i)) or not
-               texts[first - lead + k]},
+        start=first,
+        total=len(scores.nll),
+        lead=texts[: first - lead],
+        text=texts[first - lead :],
+        piece={
+            k: sp.id_to_piece(int(i))
+            for k, i in enumerate(ids[first - lead :])
+            if sp.is_byte(int(i)) or not texts[first - lead + k]
+        },
         **{name: [round(float(b), 4) for b in column] for name, column in bits.items()},
-        order=order.tolist(), context=context.tolist(), pair=pair.tolist(), bytes=scores.bytes[size].tolist())
-    spans = token_spans(ids[first - lead:], texts[first - lead:], scores, size, order, sp)
+        order=order.tolist(),
+        context=context.tolist(),
+        pair=pair.tolist(),
+        bytes=scores.bytes[size].tolist(),
+    )
+    spans = token_spans(ids[first - lead :], texts[first - lead :], scores, size, order, sp)
     whole, part = totals(scores, slice(None)), totals(scores, size)
     run = hp.run_id or scores.path.stem.removesuffix("_scores")
-    return fill(PAGE, dict(
-        title=html.escape(f"{run}: what counting saved"), run=html.escape(run), light=theme_css("light"),
-        dark=theme_css("dark"), css=CSS + mode_css(), script=SCRIPT, text=spans, data=script_json(data),
-        lead=lead_sentence(hp, part, last - first), totals=totals_table(part, whole), overview=overview_svg(bits),
-        stream=stream_svg(scores, first, last), legend=legends(),
-        where=f"targets {first:,} to {last - 1:,} of {len(scores.nll):,}"))
+    return fill(
+        PAGE,
+        dict(
+            title=html.escape(f"{run}: what counting saved"),
+            run=html.escape(run),
+            light=theme_css("light"),
+            dark=theme_css("dark"),
+            css=CSS + mode_css(),
+            script=SCRIPT,
+            text=spans,
+            data=script_json(data),
+            lead=lead_sentence(hp, part, last - first),
+            totals=totals_table(part, whole),
+            overview=overview_svg(bits),
+            stream=stream_svg(scores, first, last),
+            legend=legends(),
+            where=f"targets {first:,} to {last - 1:,} of {len(scores.nll):,}",
+        ),
+    )
 
 
 def fill(template: str, parts: dict[str, str]) -> str:
@@ -229,32 +318,49 @@ def script_json(value) -> str:
 
 
 def visible(text: str) -> str:
-    """`text` for HTML: escaped, with a sign before each newline; other control characters as their pictures."""
+    """`text` for HTML: escaped, with a sign before each newline;
+    other control characters as their pictures."""
     shown = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text)
-    return html.escape(shown).replace("\n", '<i class="nl"></i>\n').replace("\t", '<i class="tab"></i>\t')
+    return (
+        html.escape(shown)
+        .replace("\n", '<i class="nl"></i>\n')
+        .replace("\t", '<i class="tab"></i>\t')
+    )
 
 
 def token_spans(ids, texts: list[str], scores: Scores, size: slice, order, sp) -> str:
     """One element per target. Its classes are its bins in the four ways of colouring."""
     gain = np.digitize(scores.gain[size], GAIN_EDGES)
-    model, mixed = (np.digitize(x[size] / math.log(2), COST_EDGES) for x in (scores.nll, scores.mixed))
+    model, mixed = (
+        np.digitize(x[size] / math.log(2), COST_EDGES) for x in (scores.nll, scores.mixed)
+    )
     longest, spans = np.digitize(order, ORDER_EDGES), []
     for k, (i, text) in enumerate(zip(map(int, ids), texts)):
         kind, extra = "", ""
         if not text:
             kind = " part" if sp.is_byte(i) else " doc" if i == sp.bos_id() else " ctl"
             extra = f' data-p="{html.escape(sp.id_to_piece(i))}"' if kind == " ctl" else ""
-        spans.append(f'<span role="option" tabindex="-1" id="t{size.start + k}" class="g{gain[k]} m{model[k]} '
-                     f'x{mixed[k]} o{longest[k]}{kind}"{extra}>{visible(text)}</span>')
+        spans.append(
+            f'<span role="option" tabindex="-1" id="t{size.start + k}" class="g{gain[k]} '
+            f'm{model[k]} x{mixed[k]} o{longest[k]}{kind}"{extra}>{visible(text)}</span>'
+        )
     return "".join(spans)
 
 
 def totals(scores: Scores, size: slice) -> dict[str, float]:
-    """Targets, bytes, and bits of the model and of the mixture within `size`; bpb where there are bytes."""
+    """Targets, bytes, and bits of the model and of the mixture within `size`;
+    bpb where there are bytes."""
     size_bytes = int(scores.bytes[size].sum(dtype=np.int64))
-    bits = {name: float(getattr(scores, name)[size].sum(dtype=np.float64) / math.log(2)) for name in ("nll", "mixed")}
-    return dict(targets=len(scores.nll[size]), bytes=size_bytes, **bits,
-                **{f"{name}_bpb": b / size_bytes if size_bytes else math.nan for name, b in bits.items()})
+    bits = {
+        name: float(getattr(scores, name)[size].sum(dtype=np.float64) / math.log(2))
+        for name in ("nll", "mixed")
+    }
+    return dict(
+        targets=len(scores.nll[size]),
+        bytes=size_bytes,
+        **bits,
+        **{f"{name}_bpb": b / size_bytes if size_bytes else math.nan for name, b in bits.items()},
+    )
 
 
 def totals_table(part: dict, whole: dict) -> str:
@@ -262,9 +368,11 @@ def totals_table(part: dict, whole: dict) -> str:
     rows = []
     for name, t in (("This stretch", part), ("Whole stream", whole)):
         saved = t["nll_bpb"] - t["mixed_bpb"]
-        rows.append(f'<tr><th scope="row">{name}</th><td>{t["targets"]:,}</td><td>{t["bytes"]:,}</td>'
-                    f'<td>{t["nll_bpb"]:.4f}</td><td class="strong">{t["mixed_bpb"]:.4f}</td>'
-                    f'<td class="{"saved" if saved >= 0 else "lost"}">{signed(saved, 4)}</td></tr>')
+        rows.append(
+            f'<tr><th scope="row">{name}</th><td>{t["targets"]:,}</td><td>{t["bytes"]:,}</td>'
+            f'<td>{t["nll_bpb"]:.4f}</td><td class="strong">{t["mixed_bpb"]:.4f}</td>'
+            f'<td class="{"saved" if saved >= 0 else "lost"}">{signed(saved, 4)}</td></tr>'
+        )
     return "".join(rows)
 
 
@@ -276,17 +384,29 @@ def lead_sentence(hp, part: dict, count: int) -> str:
     """What a visitor sees, in plain words."""
     saved = part["nll"] - part["mixed"]
     verb = "saves" if saved >= 0 else "loses"
-    return (f"A neural network predicts each token of a text. Beside it, exact counts of what followed the same "
-            f"{hp.ngram_min_order - 1} to {hp.ngram_order - 1} tokens earlier in the stream predict it too. In these "
-            f"{count:,} tokens the mixture of both needs <strong>{part['mixed']:,.0f} bits</strong> where the network "
-            f"alone needs {part['nll']:,.0f}: it {verb} <strong>{abs(saved):,.0f}</strong>.")
+    return (
+        "A neural network predicts each token of a text. Beside it, exact counts of what followed "
+        f"the same {hp.ngram_min_order - 1} to {hp.ngram_order - 1} tokens earlier in the stream "
+        f"predict it too. In these {count:,} tokens the mixture of both needs "
+        f"<strong>{part['mixed']:,.0f} bits</strong> where the network alone needs "
+        f"{part['nll']:,.0f}: it {verb} <strong>{abs(saved):,.0f}</strong>."
+    )
 
 
 def mode_css() -> str:
     """The colours of the four ways of colouring."""
-    rules = [f'[data-mode="gain"] .g{i}{{background:var(--gain{i})}}' for i in range(len(GAIN_EDGES) + 1)]
-    for mode, letter, edges in (("model", "m", COST_EDGES), ("mixed", "x", COST_EDGES), ("order", "o", ORDER_EDGES)):
-        rules += [f'[data-mode="{mode}"] .{letter}{i}{{background:var(--cost{i})}}' for i in range(len(edges) + 1)]
+    rules = [
+        f'[data-mode="gain"] .g{i}{{background:var(--gain{i})}}' for i in range(len(GAIN_EDGES) + 1)
+    ]
+    for mode, letter, edges in (
+        ("model", "m", COST_EDGES),
+        ("mixed", "x", COST_EDGES),
+        ("order", "o", ORDER_EDGES),
+    ):
+        rules += [
+            f'[data-mode="{mode}"] .{letter}{i}{{background:var(--cost{i})}}'
+            for i in range(len(edges) + 1)
+        ]
     return "\n".join(rules)
 
 
@@ -295,10 +415,25 @@ def legends() -> str:
     words = [f"{a:g} to {b:g}" for a, b in pairwise(GAIN_EDGES)]
     words = [f"lost {-GAIN_EDGES[0]}+", *words, f"saved {GAIN_EDGES[-1]}+"]
     short = [str(abs(e)).removeprefix("0") for e in GAIN_EDGES]
-    parts = [legend("gain", "bits lost \u2190 \u2192 bits saved", [f"g{i}" for i in range(len(words))], short, words)]
+    parts = [
+        legend(
+            "gain",
+            "bits lost \u2190 \u2192 bits saved",
+            [f"g{i}" for i in range(len(words))],
+            short,
+            words,
+        )
+    ]
     costs = [f"{e:g}".removeprefix("0") if e < 1 else f"{e:g}" for e in COST_EDGES]
-    words = [f"under {COST_EDGES[0]}", *(f"{a:g} to {b:g}" for a, b in pairwise(COST_EDGES)), f"{COST_EDGES[-1]}+"]
-    for mode, letter, label in (("model", "m", "bits the network pays"), ("mixed", "x", "bits the mixture pays")):
+    words = [
+        f"under {COST_EDGES[0]}",
+        *(f"{a:g} to {b:g}" for a, b in pairwise(COST_EDGES)),
+        f"{COST_EDGES[-1]}+",
+    ]
+    for mode, letter, label in (
+        ("model", "m", "bits the network pays"),
+        ("mixed", "x", "bits the mixture pays"),
+    ):
         parts.append(legend(mode, label, [f"{letter}{i}" for i in range(len(words))], costs, words))
     names = ["none", *map(str, ORDER_EDGES[:-1]), f"{ORDER_EDGES[-1]}+"]
     classes = [f"o{i}" for i in range(len(names))]
@@ -310,10 +445,15 @@ def legend(mode: str, label: str, classes: list[str], marks: list[str], words: l
     """Swatches with `marks` under their borders, or under their middles if there are as many."""
     cells = "".join(f'<i class="{c}" title="{html.escape(w)}"></i>' for c, w in zip(classes, words))
     share, shift = 100 / len(classes), 0.5 if len(marks) == len(classes) else 1
-    ticks = "".join(f'<b style="left:{share * (i + shift):.2f}%">{m}</b>' for i, m in enumerate(marks))
-    return (f'<figure class="legend" data-for="{mode}" data-mode="{mode}"><figcaption>{label}</figcaption>'
-            f'<span class="swatches" aria-hidden="true">{cells}</span>'
-            f'<span class="ticks" aria-hidden="true">{ticks}</span></figure>')
+    ticks = "".join(
+        f'<b style="left:{share * (i + shift):.2f}%">{m}</b>' for i, m in enumerate(marks)
+    )
+    return (
+        f'<figure class="legend" data-for="{mode}" data-mode="{mode}">'
+        f"<figcaption>{label}</figcaption>"
+        f'<span class="swatches" aria-hidden="true">{cells}</span>'
+        f'<span class="ticks" aria-hidden="true">{ticks}</span></figure>'
+    )
 
 
 def overview_svg(bits: dict[str, np.ndarray], columns: int = 240) -> str:
@@ -327,22 +467,30 @@ def overview_svg(bits: dict[str, np.ndarray], columns: int = 240) -> str:
     for a, b, u, d in zip(edges, edges[1:], up, down):
         x, width = a * share, (b - a) * share
         gap = min(0.8, width / 4)
-        parts.append(f'<rect class="up" x="{x:.2f}" y="{zero - u * scale:.2f}" width="{width - gap:.2f}" '
-                     f'height="{u * scale:.2f}"/><rect class="down" x="{x:.2f}" y="{zero:.2f}" '
-                     f'width="{width - gap:.2f}" height="{d * scale:.2f}"/>')
+        parts.append(
+            f'<rect class="up" x="{x:.2f}" y="{zero - u * scale:.2f}" width="{width - gap:.2f}" '
+            f'height="{u * scale:.2f}"/><rect class="down" x="{x:.2f}" y="{zero:.2f}" '
+            f'width="{width - gap:.2f}" height="{d * scale:.2f}"/>'
+        )
     height = zero + scale * float(down.max()) + 2
     label = f"Bits saved and lost along the stretch: {up.sum():,.0f} saved, {down.sum():,.0f} lost"
-    return (f'<svg viewBox="0 0 1000 {height:.2f}" preserveAspectRatio="none" role="img" aria-label="{label}">'
-            f'{"".join(parts)}<line x1="0" x2="1000" y1="{zero:.2f}" y2="{zero:.2f}"/></svg>')
+    return (
+        f'<svg viewBox="0 0 1000 {height:.2f}" preserveAspectRatio="none" role="img" '
+        f'aria-label="{label}">'
+        f'{"".join(parts)}<line x1="0" x2="1000" y1="{zero:.2f}" y2="{zero:.2f}"/></svg>'
+    )
 
 
 def stream_svg(scores: Scores, first: int, last: int, columns: int = 120) -> str:
-    """Bits per byte along the whole stream, network above, mixture below, and where the stretch lies."""
+    """Bits per byte along the whole stream, network above, mixture below,
+    and where the stretch lies."""
     total = len(scores.nll)
     edges = np.unique(np.linspace(0, total, min(columns, total) + 1).astype(int))
     size = np.maximum(np.add.reduceat(scores.bytes.astype(np.int64), edges[:-1]), 1)
-    model, mixed = (np.add.reduceat(x.astype(np.float64), edges[:-1]) / math.log(2) / size
-                    for x in (scores.nll, scores.mixed))
+    model, mixed = (
+        np.add.reduceat(x.astype(np.float64), edges[:-1]) / math.log(2) / size
+        for x in (scores.nll, scores.mixed)
+    )
     top = float(max(model.max(), mixed.max())) * 1.05
     x = (edges[:-1] + edges[1:]) / 2 / total * 1000
 
@@ -350,23 +498,38 @@ def stream_svg(scores: Scores, first: int, last: int, columns: int = 120) -> str
         return " ".join(f"{a:.1f},{100 - 100 * b / top:.2f}" for a, b in zip(x[::step], y[::step]))
 
     left, width = 1000 * first / total, max(1000 * (last - first) / total, 3)
-    label = (f"Bits per byte along the whole stream: the network from {model[0]:.2f} to {model[-1]:.2f}, "
-             f"the mixture from {mixed[0]:.2f} to {mixed[-1]:.2f}")
-    return (f'<svg viewBox="0 0 1000 100" preserveAspectRatio="none" role="img" aria-label="{label}">'
-            f'<rect class="here" x="{left:.1f}" y="0" width="{width:.1f}" height="100"/>'
-            f'<polygon points="{points(model)} {points(mixed, -1)}"/>'
-            f'<polyline class="model" points="{points(model)}"/><polyline class="mixed" points="{points(mixed)}"/>'
-            f'<line x1="0" x2="1000" y1="99.5" y2="99.5"/></svg>')
+    label = (
+        f"Bits per byte along the whole stream: the network from {model[0]:.2f} to "
+        f"{model[-1]:.2f}, the mixture from {mixed[0]:.2f} to {mixed[-1]:.2f}"
+    )
+    return (
+        f'<svg viewBox="0 0 1000 100" preserveAspectRatio="none" role="img" aria-label="{label}">'
+        f'<rect class="here" x="{left:.1f}" y="0" width="{width:.1f}" height="100"/>'
+        f'<polygon points="{points(model)} {points(mixed, -1)}"/>'
+        f'<polyline class="model" points="{points(model)}"/>'
+        f'<polyline class="mixed" points="{points(mixed)}"/>'
+        f'<line x1="0" x2="1000" y1="99.5" y2="99.5"/></svg>'
+    )
 
-# --- 4. The README's figures --------------------------------------------------------------------------------------
-# Grey is the network, blue what the counts add, orange a loss. Bars start at zero, lines and bars carry their own
-# names, seeds are shown together: mean and range. On GitHub's own backgrounds, at twice the pixels of its column.
+
+# --- 4. The README's figures ----------------------------------------------------------------------
+# Grey is the network, blue what the counts add, orange a loss. Bars start at zero, lines and bars
+# carry their own names, seeds are shown together: mean and range. On GitHub's own backgrounds, at
+# twice the pixels of its column.
 
 FIGURES = {  # name -> text for those who do not see it; in the order of the README
-    "fig_bpb": "Bits per byte from the last validation to the score: averaged, quantised, sliding window, mixed",
-    "fig_orders": "What the counts save, by the longest n-gram whose context was known, and how many targets that are",
+    "fig_bpb": (
+        "Bits per byte from the last validation to the score: averaged, quantised, "
+        "sliding window, mixed"
+    ),
+    "fig_orders": (
+        "What the counts save, by the longest n-gram whose context was known, "
+        "and how many targets that are"
+    ),
     "fig_training": "Training loss and learning rate over training time",
-    "fig_calibration": "Expected and actual nats per token by the model's entropy, for the network and the mixture",
+    "fig_calibration": (
+        "Expected and actual nats per token by the model's entropy, for the network and the mixture"
+    ),
     "fig_bytes": "Bytes of the submission by kind",
 }
 WIDTH, DPI = 8.3, 200  # inches; 830 px at twice the density
@@ -374,9 +537,9 @@ BACKGROUNDS = {"light": "#ffffff", "dark": "#0d1117"}
 
 
 def plot(folder) -> list[Path]:
-    """Writes <folder>/logs/<figure>_{light,dark}.png from the reported logs (see submitted_logs); returns their paths.
-    A figure whose lines a log lacks is skipped, with a line that says so; what an earlier call drew of it is removed.
-    The same logs give the same pixels."""
+    """Writes <folder>/logs/<figure>_{light,dark}.png from the reported logs (see submitted_logs);
+    returns their paths. A figure whose lines a log lacks is skipped, with a line that says so; what
+    an earlier call drew of it is removed. The same logs give the same pixels."""
     folder, written = Path(folder), []
     logs = submitted_logs(folder)
     for name in FIGURES:
@@ -397,23 +560,31 @@ def plot(folder) -> list[Path]:
 def pictures(folder) -> str:
     """Markdown for the README: each figure that is there, in the reader's theme."""
     return "\n\n".join(
-        f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="logs/{name}_dark.png">\n'
+        f"<picture>\n"
+        f'  <source media="(prefers-color-scheme: dark)" srcset="logs/{name}_dark.png">\n'
         f'  <img src="logs/{name}_light.png" width="830" alt="{html.escape(text)}">\n</picture>'
-        for name, text in FIGURES.items() if (Path(folder) / "logs" / f"{name}_light.png").is_file())
+        for name, text in FIGURES.items()
+        if (Path(folder) / "logs" / f"{name}_light.png").is_file()
+    )
 
 
 def submitted_logs(folder: Path) -> list[Log]:
-    """The logs that README's results table links to. If it links none, one per seed of submission.json, in its order:
-    logs/*.txt with that SEED; of several, that whose score it states."""
+    """The logs that README's results table links to. If it links none, one per seed of
+    submission.json, in its order: logs/*.txt with that SEED; of several, that whose score it
+    states."""
     if linked := Folder(folder).linked_logs():
         return [parse_log(path) for path in linked]
     path = folder / "submission.json"
     try:
         submission = json.loads(path.read_text(encoding="utf-8"))
         seeds = [str(seed) for seed in submission["seeds"]]
-        stated = {str(seed): result["val_bpb"] for seed, result in submission["seed_results"].items()}
+        stated = {
+            str(seed): result["val_bpb"] for seed, result in submission["seed_results"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecordError(f"{path}: no seeds and seed_results there ({error!r}); make it with `report`") from None
+        raise RecordError(
+            f"{path}: no seeds and seed_results there ({error!r}); make it with `report`"
+        ) from None
     logs, found = [], []
     for log in sorted((folder / "logs").glob("*.txt")):
         with contextlib.suppress(RecordError):  # no text: no log of ours
@@ -421,10 +592,19 @@ def submitted_logs(folder: Path) -> list[Log]:
     for seed in seeds:
         ours = [log for log in logs if log.settings.get("SEED") == seed]
         if len(ours) > 1:
-            ours = [log for log in ours if log.has("final_ngram_exact")
-                    and abs(log.find("final_ngram_exact").number("val_bpb") - stated.get(seed, math.nan)) < 5e-9]
+            ours = [
+                log
+                for log in ours
+                if log.has("final_ngram_exact")
+                and abs(
+                    log.find("final_ngram_exact").number("val_bpb") - stated.get(seed, math.nan)
+                )
+                < 5e-9
+            ]
         if len(ours) != 1:
-            raise RecordError(f"{path}: seed {seed} has {len(ours)} logs in {folder / 'logs'}, expected one")
+            raise RecordError(
+                f"{path}: seed {seed} has {len(ours)} logs in {folder / 'logs'}, expected one"
+            )
         found += ours
     if not found:
         raise RecordError(f"{path}: names no seeds")
@@ -433,8 +613,10 @@ def submitted_logs(folder: Path) -> list[Log]:
 
 # What each figure needs, from the logs. One row per seed.
 
+
 def per_seed(logs: list[Log], prefix: str, key: str) -> list[dict]:
-    """For each log, its lines with `prefix` by the value of their `key`. RecordError: it has none."""
+    """For each log, its lines with `prefix` by the value of their `key`.
+    RecordError: it has none."""
     tables = [{line[key]: line for line in log.all(f"{prefix} ")} for log in logs]
     for log, table in zip(logs, tables):
         if not table:
@@ -451,8 +633,15 @@ def collect_training(logs: list[Log]) -> dict:
     last = min(s[-1] for s in seconds)
     grid = np.unique(np.concatenate(seconds))
     grid = grid[(grid >= max(s[0] for s in seconds)) & (grid <= last)]
-    rows = {name: np.array([np.interp(grid, s, [getattr(step, name) for step in log.train_steps])
-                            for s, log in zip(seconds, logs)]) for name in ("loss", "lr_scale")}
+    rows = {
+        name: np.array(
+            [
+                np.interp(grid, s, [getattr(step, name) for step in log.train_steps])
+                for s, log in zip(seconds, logs)
+            ]
+        )
+        for name in ("loss", "lr_scale")
+    }
     validated = [(v.seconds, v.loss) for log in logs for v in log.validations]
     steps = [max(step.step for step in (*log.train_steps, *log.validations)) for log in logs]
     return dict(seconds=grid, **rows, validated=validated, steps=steps)
@@ -461,48 +650,84 @@ def collect_training(logs: list[Log]) -> dict:
 def collect_bpb(logs: list[Log]) -> dict:
     """The bpb of each seed by stage."""
     learns = any(log.settings.get("TTT_EPOCHS", "0") != "0" for log in logs)
-    stages = {"last validation": [], "averaged, float": [], "quantised, read back": [],
-              "sliding, learning" if learns else "sliding window": [], "mixed with counts": []}
+    stages = {
+        "last validation": [],
+        "averaged, float": [],
+        "quantised, read back": [],
+        "sliding, learning" if learns else "sliding window": [],
+        "mixed with counts": [],
+    }
     for log in logs:
         if not log.validations:
             raise RecordError(f"{log.path}: has no line with val_bpb")
         bits = log.settings.get("QUANT_BITS", "6")
-        lines = [log.find(name).number("val_bpb") for name in (
-            "final_float_exact", f"final_int{bits}_roundtrip_exact", f"final_int{bits}_sliding_window_exact",
-            "final_ngram_exact")]
+        lines = [
+            log.find(name).number("val_bpb")
+            for name in (
+                "final_float_exact",
+                f"final_int{bits}_roundtrip_exact",
+                f"final_int{bits}_sliding_window_exact",
+                "final_ngram_exact",
+            )
+        ]
         for values, value in zip(stages.values(), [log.validations[-1].bpb, *lines]):
             values.append(value)
     return dict(stages=stages)
 
 
 def collect_orders(logs: list[Log]) -> dict:
-    """Gain in bpb and share of the targets by the longest known order, 0 where a log has none; rows are seeds."""
+    """Gain in bpb and share of the targets by the longest known order, 0 where a log has none;
+    rows are seeds."""
     tables = per_seed(logs, "ngram_order", "order")
     orders = sorted({order for table in tables for order in table}, key=int)
-    gain, targets = (np.array([[table[order].number(key) if order in table else 0.0 for order in orders]
-                               for table in tables]) for key in ("gain", "targets"))
-    return dict(orders=[int(order) for order in orders], gain=gain, share=targets / targets.sum(1, keepdims=True))
+    gain, targets = (
+        np.array(
+            [
+                [table[order].number(key) if order in table else 0.0 for order in orders]
+                for table in tables
+            ]
+        )
+        for key in ("gain", "targets")
+    )
+    return dict(
+        orders=[int(order) for order in orders],
+        gain=gain,
+        share=targets / targets.sum(1, keepdims=True),
+    )
 
 
 def collect_bytes(logs: list[Log]) -> dict:
     """Bytes by kind; rows are seeds."""
     lines = [log.find("artifact_bytes ") for log in logs]
     kinds = dict.fromkeys(kind for line in lines for kind in line)
-    return dict(kinds=list(kinds), bytes=np.array([[line.number(kind) if kind in line else 0 for kind in kinds]
-                                                   for line in lines]))
+    return dict(
+        kinds=list(kinds),
+        bytes=np.array(
+            [[line.number(kind) if kind in line else 0 for kind in kinds] for line in lines]
+        ),
+    )
 
 
 def collect_calibration(logs: list[Log]) -> dict:
-    """Expected, actual and mixed nats per token by bin of the model's entropy; rows are seeds. Bins that are empty or
-    absent for a seed are left out; the share of targets is of all."""
+    """Expected, actual and mixed nats per token by bin of the model's entropy; rows are seeds. Bins
+    that are empty or absent for a seed are left out; the share of targets is of all."""
     tables = per_seed(logs, "calibration", "entropy")
-    bins = [name for name in tables[0]
-            if all(name in table and table[name].number("targets") > 0 for table in tables)]
+    bins = [
+        name
+        for name in tables[0]
+        if all(name in table and table[name].number("targets") > 0 for table in tables)
+    ]
     if not bins:
-        raise RecordError(f"{logs[0].path}: no bin of its calibration lines holds targets of every seed")
-    columns = {key: np.array([[table[name].number(key) for name in bins] for table in tables])
-               for key in ("expected", "nll", "mixed", "targets")}
-    all_targets = np.array([sum(line.number("targets") for line in table.values()) for table in tables])
+        raise RecordError(
+            f"{logs[0].path}: no bin of its calibration lines holds targets of every seed"
+        )
+    columns = {
+        key: np.array([[table[name].number(key) for name in bins] for table in tables])
+        for key in ("expected", "nll", "mixed", "targets")
+    }
+    all_targets = np.array(
+        [sum(line.number("targets") for line in table.values()) for table in tables]
+    )
     columns["share"] = columns.pop("targets") / all_targets[:, None]
     order = np.argsort(columns["expected"].mean(0), kind="stable")
     return {key: column[:, order] for key, column in columns.items()}
@@ -510,20 +735,37 @@ def collect_calibration(logs: list[Log]) -> dict:
 
 # How each figure is drawn: on a matplotlib Figure, with the colours of a theme.
 
+
 def draw(name: str, data: dict, theme: str, path: Path) -> None:
-    """One figure in one theme. Neither pyplot nor the user's matplotlibrc has a say, and no date goes into the file."""
+    """One figure in one theme. Neither pyplot nor the user's matplotlibrc has a say,
+    and no date goes into the file."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
     colors = THEMES[theme] | {"paper": BACKGROUNDS[theme]}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update({
-            "font.family": "DejaVu Sans", "font.size": 9.5, "text.color": colors["ink"],
-            "axes.edgecolor": colors["line"], "axes.labelcolor": colors["soft"], "axes.facecolor": colors["paper"],
-            "axes.spines.top": False, "axes.spines.right": False, "xtick.color": colors["soft"],
-            "ytick.color": colors["soft"], "axes.axisbelow": True, "axes.unicode_minus": True,
-            "grid.color": colors["line"], "grid.linewidth": 0.8, "xtick.major.size": 0, "ytick.major.size": 0})
+        matplotlib.rcParams.update(
+            {
+                "font.family": "DejaVu Sans",
+                "font.size": 9.5,
+                "text.color": colors["ink"],
+                "axes.edgecolor": colors["line"],
+                "axes.labelcolor": colors["soft"],
+                "axes.facecolor": colors["paper"],
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "xtick.color": colors["soft"],
+                "ytick.color": colors["soft"],
+                "axes.axisbelow": True,
+                "axes.unicode_minus": True,
+                "grid.color": colors["line"],
+                "grid.linewidth": 0.8,
+                "xtick.major.size": 0,
+                "ytick.major.size": 0,
+            }
+        )
         figure = Figure(facecolor=colors["paper"], dpi=DPI)
         FigureCanvasAgg(figure)
         DRAW[name](figure, data, colors)
@@ -531,25 +773,35 @@ def draw(name: str, data: dict, theme: str, path: Path) -> None:
 
 
 def heading(figure, height: float, title: str, note: str, colors: dict) -> None:
-    """Sets the size; a title and a line under it stand at the upper left, `margins` leaves them their room."""
+    """Sets the size; a title and a line under it stand at the upper left,
+    `margins` leaves them their room."""
     figure.set_size_inches(WIDTH, height)
     figure.text(0.02, 1 - 0.17 / height, title, fontsize=12.5, fontweight="bold", va="top")
     figure.text(0.02, 1 - 0.44 / height, note, fontsize=9.5, color=colors["soft"], va="top")
 
 
-def margins(figure, height: float, left: float, right: float = 0.3, bottom: float = 0.35, head=0.8,
-            **more) -> None:
+def margins(
+    figure, height: float, left: float, right: float = 0.3, bottom: float = 0.35, head=0.8, **more
+) -> None:
     """The plotting area, by its distance in inches from the edges of the figure."""
-    figure.subplots_adjust(left=left / WIDTH, right=1 - right / WIDTH, bottom=bottom / height, top=1 - head / height,
-                           **more)
+    figure.subplots_adjust(
+        left=left / WIDTH,
+        right=1 - right / WIDTH,
+        bottom=bottom / height,
+        top=1 - head / height,
+        **more,
+    )
 
 
 def seeds_note(count: int) -> str:
     return "one seed" if count == 1 else f"mean of {count} seeds, thin line: their range"
 
 
-def named_bars(axes, names: list[str], rows: np.ndarray, colors: list[str], labels: list[str], ink: str) -> None:
-    """Horizontal bars from zero, the first on top: means of `rows` (seeds x bars), ranges, a label at each end."""
+def named_bars(
+    axes, names: list[str], rows: np.ndarray, colors: list[str], labels: list[str], ink: str
+) -> None:
+    """Horizontal bars from zero, the first on top: means of `rows` (seeds x bars), ranges,
+    a label at each end."""
     y, mean = np.arange(len(names))[::-1], rows.mean(0)
     axes.barh(y, mean, 0.62, color=colors)
     if len(rows) > 1:
@@ -569,30 +821,59 @@ def named_bars(axes, names: list[str], rows: np.ndarray, colors: list[str], labe
 def draw_bpb(figure, data: dict, colors: dict) -> None:
     names, rows = list(data["stages"]), np.array(list(data["stages"].values())).T
     mean, height = rows.mean(0), 2.75
-    heading(figure, height, "Where the bits per byte go",
-            f"bits per byte of the validation stream, lower is better; {seeds_note(len(rows))}", colors)
+    heading(
+        figure,
+        height,
+        "Where the bits per byte go",
+        f"bits per byte of the validation stream, lower is better; {seeds_note(len(rows))}",
+        colors,
+    )
     steps = ["", *(f"{signed(b - a, 4)}" for a, b in pairwise(mean))]
     axes = figure.subplots()
     margins(figure, height, 1.75, 1.75, 0.15)
-    named_bars(axes, names, rows, [colors["plain"]] * (len(names) - 1) + [colors["saved"]],
-               [f"{m:.4f}" for m in mean], colors["ink"])
+    named_bars(
+        axes,
+        names,
+        rows,
+        [colors["plain"]] * (len(names) - 1) + [colors["saved"]],
+        [f"{m:.4f}" for m in mean],
+        colors["ink"],
+    )
     for at, step in zip(np.arange(len(names))[::-1], steps):
         color = colors["lost"] if step.startswith("+") and float(step) > 0 else colors["saved"]
-        axes.text(1 + 1.55 / (WIDTH - 3.5), at, step, transform=axes.get_yaxis_transform(), ha="right", va="center",
-                  color=color)
+        axes.text(
+            1 + 1.55 / (WIDTH - 3.5),
+            at,
+            step,
+            transform=axes.get_yaxis_transform(),
+            ha="right",
+            va="center",
+            color=color,
+        )
 
 
 def draw_orders(figure, data: dict, colors: dict) -> None:
     gain, share, height = data["gain"], data["share"], 0.95 + 0.31 * len(data["orders"])
-    heading(figure, height, "What counting saves, by the longest n-gram whose context was known",
-            f"the gain adds up to {gain.sum(1).mean():.4f} bits per byte; {seeds_note(len(gain))}", colors)
+    heading(
+        figure,
+        height,
+        "What counting saves, by the longest n-gram whose context was known",
+        f"the gain adds up to {gain.sum(1).mean():.4f} bits per byte; {seeds_note(len(gain))}",
+        colors,
+    )
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     margins(figure, height, 1.1, 0.75, 0.32, wspace=0.42)
     names = ["none" if order == 0 else f"{order} tokens" for order in data["orders"]]
     hues = [colors["saved"] if g >= 0 else colors["lost"] for g in gain.mean(0)]
     named_bars(left, names, gain, hues, [signed(g, 4) for g in gain.mean(0)], colors["ink"])
-    named_bars(right, names, 100 * share, [colors["plain"]] * len(names),
-               [f"{100 * s:.1f} %" for s in share.mean(0)], colors["ink"])
+    named_bars(
+        right,
+        names,
+        100 * share,
+        [colors["plain"]] * len(names),
+        [f"{100 * s:.1f} %" for s in share.mean(0)],
+        colors["ink"],
+    )
     right.set_yticks([])
     left.set_xlabel("bits per byte saved", loc="left")
     right.set_xlabel("share of the targets", loc="left")
@@ -605,11 +886,23 @@ def draw_bytes(figure, data: dict, colors: dict) -> None:
     total = rows.sum(1).max()
     note = f"the largest of {len(rows)} seeds; bars: their mean, thin line: their range"
     note = "bytes by kind" if len(rows) == 1 else note
-    heading(figure, height, f"{total:,.0f} bytes, {100 * total / CAP:.1f} % of the {CAP:,} allowed", note, colors)
+    heading(
+        figure,
+        height,
+        f"{total:,.0f} bytes, {100 * total / CAP:.1f} % of the {CAP:,} allowed",
+        note,
+        colors,
+    )
     axes = figure.subplots()
     margins(figure, height, 1.25, 1.75, 0.1)
-    named_bars(axes, names, rows, [colors["saved"]] * len(names),
-               [f"{b:,.0f}   {100 * b / mean.sum():.1f} %" for b in mean], colors["ink"])
+    named_bars(
+        axes,
+        names,
+        rows,
+        [colors["saved"]] * len(names),
+        [f"{b:,.0f}   {100 * b / mean.sum():.1f} %" for b in mean],
+        colors["ink"],
+    )
 
 
 def band(axes, x, rows: np.ndarray, color: str) -> None:
@@ -621,21 +914,38 @@ def band(axes, x, rows: np.ndarray, color: str) -> None:
 
 def draw_training(figure, data: dict, colors: dict) -> None:
     height, x, count, steps = 4.4, data["seconds"], len(data["steps"]), sorted(set(data["steps"]))
-    heading(figure, height, "Training", f"{' to '.join(f'{s:,}' for s in steps[::max(1, len(steps) - 1)])} steps; "
-            f"{'one seed' if count == 1 else f'mean of {count} seeds, band: their range'}", colors)
+    heading(
+        figure,
+        height,
+        "Training",
+        f"{' to '.join(f'{s:,}' for s in steps[:: max(1, len(steps) - 1)])} steps; "
+        f"{'one seed' if count == 1 else f'mean of {count} seeds, band: their range'}",
+        colors,
+    )
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     margins(figure, height, 0.62, 1.35, 0.5, head=1.02, hspace=0.42)
     for axes, rows, name in ((loss, data["loss"], "training loss"), (rate, data["lr_scale"], "")):
         band(axes, x, rows, colors["plain"])
         middle = x[0] + 0.45 * (x[-1] - x[0])
-        axes.annotate(name, (middle, np.interp(middle, x, rows.max(0))), (4, 7), textcoords="offset points",
-                      color=colors["soft"])
+        axes.annotate(
+            name,
+            (middle, np.interp(middle, x, rows.max(0))),
+            (4, 7),
+            textcoords="offset points",
+            color=colors["soft"],
+        )
     if data["validated"]:
         at, value = np.array(data["validated"]).T
         loss.plot(at, value, "o", color=colors["saved"], markersize=4.5, clip_on=False)
         final = value[np.argsort(at)[-count:]].mean()
-        loss.text(1.01, final, f"validation {final:.3f}", transform=loss.get_yaxis_transform(), va="center",
-                  color=colors["saved"])
+        loss.text(
+            1.01,
+            final,
+            f"validation {final:.3f}",
+            transform=loss.get_yaxis_transform(),
+            va="center",
+            color=colors["saved"],
+        )
     rate.set_ylim(0, 1.05)
     rate.set_yticks([0, 1], ["0", "1"])
     rate.set_xlim(0, None)
@@ -644,7 +954,8 @@ def draw_training(figure, data: dict, colors: dict) -> None:
 
 
 def panels(colors: dict, titles: dict) -> None:
-    """Light frames: a quiet title over each of the axes, horizontal lines, no spines but the lowest."""
+    """Light frames: a quiet title over each of the axes, horizontal lines,
+    no spines but the lowest."""
     for axes, title in titles.items():
         axes.set_title(title, loc="left", fontsize=9.5, color=colors["soft"], pad=7)
         axes.grid(axis="y")
@@ -653,22 +964,35 @@ def panels(colors: dict, titles: dict) -> None:
 
 def draw_calibration(figure, data: dict, colors: dict) -> None:
     height, x, count = 5.0, data["expected"].mean(0), len(data["nll"])
-    heading(figure, height, "Does the model know what it does not know?",
-            f"grouped by what the model expects (its entropy); dashed: just as expected; "
-            f"{'one seed' if count == 1 else f'mean of {count} seeds, thin lines: range'}", colors)
+    heading(
+        figure,
+        height,
+        "Does the model know what it does not know?",
+        f"grouped by what the model expects (its entropy); dashed: just as expected; "
+        f"{'one seed' if count == 1 else f'mean of {count} seeds, thin lines: range'}",
+        colors,
+    )
     curve, amount = figure.subplots(2, 1, sharex=True, height_ratios=(3.6, 1))
     margins(figure, height, 0.62, 1.05, 0.5, head=1.02, hspace=0.36)
     curve.plot([0, x[-1]], [0, x[-1]], color=colors["soft"], linewidth=0.9, linestyle=(0, (4, 3)))
     last = {key: float(data[key].mean(0)[-1]) for key in ("nll", "mixed")}
-    close = abs(last["nll"] - last["mixed"]) < 0.06 * max(last.values())  # then their names move apart
+    # then their names move apart
+    close = abs(last["nll"] - last["mixed"]) < 0.06 * max(last.values())
     above = "nll" if last["nll"] >= last["mixed"] else "mixed"
     for key, color, label in (("nll", "plain", "network"), ("mixed", "saved", "mixture")):
         rows, shift = data[key], (7 if key == above else -7) * close
         if count > 1:
             curve.vlines(x, rows.min(0), rows.max(0), color=colors["ink"], linewidth=1.1)
         curve.plot(x, rows.mean(0), "-o", color=colors[color], linewidth=1.6, markersize=4.5)
-        curve.annotate(label, (x[-1], last[key]), (9, shift), textcoords="offset points", va="center",
-                       color=colors["soft" if key == "nll" else color], annotation_clip=False)
+        curve.annotate(
+            label,
+            (x[-1], last[key]),
+            (9, shift),
+            textcoords="offset points",
+            va="center",
+            color=colors["soft" if key == "nll" else color],
+            annotation_clip=False,
+        )
     width = 0.6 * np.min(np.diff(x), initial=float(x[-1]))
     amount.bar(x, 100 * data["share"].mean(0), width, color=colors["plain"])
     amount.yaxis.set_major_formatter("{x:.0f} %")
@@ -679,12 +1003,22 @@ def draw_calibration(figure, data: dict, colors: dict) -> None:
 
 
 CAP = 16_000_000  # bytes (train_gpt.SIZE_CAP, which needs torch to be read)
-COLLECT = dict(fig_bpb=collect_bpb, fig_orders=collect_orders, fig_training=collect_training,
-               fig_calibration=collect_calibration, fig_bytes=collect_bytes)
-DRAW = dict(fig_bpb=draw_bpb, fig_orders=draw_orders, fig_training=draw_training, fig_calibration=draw_calibration,
-            fig_bytes=draw_bytes)
+COLLECT = dict(
+    fig_bpb=collect_bpb,
+    fig_orders=collect_orders,
+    fig_training=collect_training,
+    fig_calibration=collect_calibration,
+    fig_bytes=collect_bytes,
+)
+DRAW = dict(
+    fig_bpb=draw_bpb,
+    fig_orders=draw_orders,
+    fig_training=draw_training,
+    fig_calibration=draw_calibration,
+    fig_bytes=draw_bytes,
+)
 
-# --- 5. The page's template ---------------------------------------------------------------------------------------
+# --- 5. The page's template -----------------------------------------------------------------------
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -763,7 +1097,7 @@ PAGE = """<!doctype html>
 <script>@@script@@</script>
 </body>
 </html>
-"""
+"""  # noqa: E501 (the page's own lines: breaking them would change its bytes)
 
 CSS = """
 *{box-sizing:border-box}
@@ -935,7 +1269,7 @@ kbd{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;border:1p
 }
 @media print{.bar,.side,footer,.skip{display:none}main{display:block}}
 @media (forced-colors:active){.text>span,.swatches i{forced-color-adjust:none}.text{forced-color-adjust:none}}
-"""
+"""  # noqa: E501 (the page's own lines: breaking them would change its bytes)
 
 SCRIPT = """
 "use strict";
@@ -1164,4 +1498,4 @@ else if (ranks.gains.length && innerWidth > 900) {
   show(hovered);
 }
 })();
-"""
+"""  # noqa: E501 (the page's own lines: breaking them would change its bytes)

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""The artifact's bytes over the zeroth-order entropy of its codes, beside other coders of the same codes, in one run.
+"""The artifact's bytes over the zeroth-order entropy of its codes,
+beside other coders of the same codes, in one run.
 
     python bench/bench_artifact.py [--seconds 60] [--bits 6] [--budget BYTES] [--state STATE.npz]
 
-Weights: a model of the default shapes (27.0M parameters), trained for --seconds on the built-in corpus; or the arrays
-of an npz, by parameter name. H0 is the entropy of each tensor's codes by their own frequencies, summed: what no coder
-with one table per tensor can beat. Everything is of the natural codes (QUANT_BITS, tables 8 bits); last, the codes
-that fit_artifact chooses for --budget bytes. One thread.
+Weights: a model of the default shapes (27.0M parameters), trained for --seconds on the built-in
+corpus; or the arrays of an npz, by parameter name. H0 is the entropy of each tensor's codes by
+their own frequencies, summed: what no coder with one table per tensor can beat. Everything is of
+the natural codes (QUANT_BITS, tables 8 bits); last, the codes that fit_artifact chooses for
+--budget bytes. One thread.
 """
+
 import argparse
 import io
 import lzma
@@ -28,18 +31,29 @@ import train_gpt as t  # noqa: E402
 
 
 def trained_state(seconds: float) -> dict[str, torch.Tensor]:
-    """Weights of the default shapes after `seconds` of training on the built-in corpus, small batches."""
+    """Weights of the default shapes after `seconds` of training on the built-in corpus,
+    small batches."""
     prepare_demo.main(ROOT / "data")
     hp = t.Hyperparameters(
         data_path=str(ROOT / "data/datasets/demo_sp1024"),
         tokenizer_path=str(ROOT / "data/tokenizers/demo_1024_bpe.model"),
-        train_seq_len=256, train_batch_tokens=1024, warmup_steps=0, max_wallclock_seconds=seconds, warmdown_iters=10,
-        ema_decay=0.9, train_log_every=0, compile="0", late_qat_threshold=0.0)
+        train_seq_len=256,
+        train_batch_tokens=1024,
+        warmup_steps=0,
+        max_wallclock_seconds=seconds,
+        warmdown_iters=10,
+        ema_decay=0.9,
+        train_log_every=0,
+        compile="0",
+        late_qat_threshold=0.0,
+    )
     trainer = t.Trainer(t.GPT(hp), t.TokenLoader(hp, 0, 1), t.Runtime("", {}))
     trainer.tokens = t.load_validation(hp)[: 16 * hp.train_seq_len + 1]
     trainer.stream_bytes = np.ones(len(trainer.tokens) - 1)  # its validation is not looked at
     t.train(trainer)
-    print(f"weights: default shapes, {trainer.steps} steps of 1024 tokens in {trainer.seconds:.0f} s")
+    print(
+        f"weights: default shapes, {trainer.steps} steps of 1024 tokens in {trainer.seconds:.0f} s"
+    )
     return trainer.model.state_dict()
 
 
@@ -62,8 +76,13 @@ def timed(work):
 
 def compare(state: dict[str, torch.Tensor], hp: t.Hyperparameters) -> None:
     """One row per coder of the same natural codes: bytes, bytes / H0, seconds."""
-    coded, quantize_s = timed(lambda: {name: quantized(w, levels) for name, w in state.items()
-                                       if (levels := t.natural_levels(name, w, hp))})
+    coded, quantize_s = timed(
+        lambda: {
+            name: quantized(w, levels)
+            for name, w in state.items()
+            if (levels := t.natural_levels(name, w, hp))
+        }
+    )
     h0 = sum(entropy_bytes(codes.numpy()) for codes, _ in coded.values())
     stream = b"".join(codes.numpy().tobytes() for codes, _ in coded.values())
     (blob, sizes, error), pack_s = timed(lambda: t.pack(state, hp))
@@ -71,19 +90,28 @@ def compare(state: dict[str, torch.Tensor], hp: t.Hyperparameters) -> None:
     _, decode_s = timed(lambda: t.unpack(blob))
     saved = io.BytesIO()
     torch.save(coded | {name: w.half() for name, w in state.items() if name not in coded}, saved)
-    print(f"codes: {len(stream):,}, H0 {h0:,.0f} bytes = {8 * h0 / len(stream):.4f} bits per code, "
-          f"relative error {error:.5f}")
+    print(
+        f"codes: {len(stream):,}, H0 {h0:,.0f} bytes = {8 * h0 / len(stream):.4f} bits per code, "
+        f"relative error {error:.5f}"
+    )
     print(f"{'coder':44} {'bytes':>12} {'/ H0':>8} {'seconds':>8}")
     best = 9 | lzma.PRESET_EXTREME
-    rows = [("this container, all of it", len(blob), encode_s),
-            ("torch.save of codes and steps, lzma -9e",
-             *timed_size(lambda: lzma.compress(saved.getvalue(), preset=best))),
-            ("codes alone, lzma -9e", *timed_size(lambda: lzma.compress(stream, preset=best))),
-            ("codes alone, deflate Z_HUFFMAN_ONLY", *timed_size(lambda: huffman(stream)))]
+    rows = [
+        ("this container, all of it", len(blob), encode_s),
+        (
+            "torch.save of codes and steps, lzma -9e",
+            *timed_size(lambda: lzma.compress(saved.getvalue(), preset=best)),
+        ),
+        ("codes alone, lzma -9e", *timed_size(lambda: lzma.compress(stream, preset=best))),
+        ("codes alone, deflate Z_HUFFMAN_ONLY", *timed_size(lambda: huffman(stream))),
+    ]
     for name, size, seconds in rows:
         print(f"{name:44} {size:12,} {size / h0:8.4f} {seconds:8.1f}")
-    print(f"quantise {quantize_s:.1f} s, encode {encode_s:.1f} s, read back {decode_s:.1f} s; saved over torch.save + "
-          f"lzma: {rows[1][1] - len(blob):,} bytes\nbytes of the container: {sizes}")
+    print(
+        f"quantise {quantize_s:.1f} s, encode {encode_s:.1f} s, read back {decode_s:.1f} s; saved "
+        f"over torch.save + lzma: {rows[1][1] - len(blob):,} bytes\n"
+        f"bytes of the container: {sizes}"
+    )
 
 
 def timed_size(work) -> tuple[int, float]:
@@ -97,11 +125,15 @@ def huffman(stream: bytes) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--bits", type=int, default=6)
-    parser.add_argument("--budget", type=int, default=t.SIZE_CAP - len(Path(t.__file__).read_bytes()),
-                        help="default: what train_gpt.py leaves of the cap")
+    parser.add_argument(
+        "--budget",
+        type=int,
+        default=t.SIZE_CAP - len(Path(t.__file__).read_bytes()),
+        help="default: what train_gpt.py leaves of the cap",
+    )
     parser.add_argument("--state")
     args = parser.parse_args()
     torch.set_num_threads(1)

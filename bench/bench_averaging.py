@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""Do averages and late QAT pay for themselves? bpb after the round trip, for each AVERAGING x late QAT, 3 seeds.
+"""Do averages and late QAT pay for themselves? bpb after the round trip,
+for each AVERAGING x late QAT, 3 seeds.
 
     python bench/bench_averaging.py [--steps 280] [--seeds 1 2 3] [--bits 6]
 
-Trains the demo model (the settings of runs/demo.sh, but a fixed number of steps, so that seeds and machines agree) on
-the built-in corpus. One training serves all four averages: they only watch. Then each is packed at QUANT_BITS, read
-back, and scored on the validation stream in windows without overlap. Float = the same weights before packing.
+Trains the demo model (the settings of runs/demo.sh, but a fixed number of steps, so that seeds and
+machines agree) on the built-in corpus. One training serves all four averages: they only watch. Then
+each is packed at QUANT_BITS, read back, and scored on the validation stream in windows without
+overlap. Float = the same weights before packing.
 """
+
 import argparse
 import re
 import statistics
@@ -46,7 +49,7 @@ def one_run(hp, tokens, stream_bytes) -> dict[str, tuple[float, float]]:
     trainer.tokens, trainer.stream_bytes = tokens, stream_bytes
     last, train_step = {}, trainer.step
 
-    def step(*args, **named):                   # keeps the last weights, before train() loads the average
+    def step(*args, **named):  # keeps the last weights, before train() loads the average
         loss = train_step(*args, **named)
         last["weights"] = [p.detach().clone() for p in trainer.parameters]
         return loss
@@ -55,23 +58,37 @@ def one_run(hp, tokens, stream_bytes) -> dict[str, tuple[float, float]]:
     t.train(trainer)
     names, results = [n for n, _ in trainer.model.named_parameters()], {}
     for averaging in ("none", "ema", "swa", "ema_swa"):
-        watched = {name: trainer.averages[name] for name in averaging.split("_") if name in trainer.averages}
+        watched = {
+            name: trainer.averages[name]
+            for name in averaging.split("_")
+            if name in trainer.averages
+        }
         chosen = t.averaged_parameters(watched) or last["weights"]
         state = dict(zip(names, chosen))
         float_bpb = bpb(trainer.model, state, tokens, stream_bytes)
-        results[averaging] = float_bpb, bpb(trainer.model, t.unpack(t.pack(state, hp)[0]), tokens, stream_bytes)
+        results[averaging] = (
+            float_bpb,
+            bpb(trainer.model, t.unpack(t.pack(state, hp)[0]), tokens, stream_bytes),
+        )
     return results
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=280)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--bits", type=int, default=6)
     args = parser.parse_args()
     prepare_demo.main(ROOT / "data")
-    fixed = dict(ITERATIONS=args.steps, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, WARMDOWN_ITERS=args.steps * 5 // 8,
-                 AVERAGING="ema_swa", QUANT_BITS=args.bits, TRAIN_LOG_EVERY=0)
+    fixed = dict(
+        ITERATIONS=args.steps,
+        MAX_WALLCLOCK_SECONDS=0,
+        WARMUP_STEPS=0,
+        WARMDOWN_ITERS=args.steps * 5 // 8,
+        AVERAGING="ema_swa",
+        QUANT_BITS=args.bits,
+        TRAIN_LOG_EVERY=0,
+    )
     table = {}
     for threshold in (0, t.Hyperparameters().late_qat_threshold):
         for seed in args.seeds:
@@ -79,14 +96,25 @@ def main() -> None:
             tokens = t.load_validation(hp)
             for averaging, pair in one_run(hp, tokens, t.ByteCounter(hp)(tokens)).items():
                 table.setdefault((averaging, threshold > 0), []).append(pair)
-            print(f"done: late QAT {'on' if threshold else 'off'}, seed {seed}", file=sys.stderr, flush=True)
-    print(f"demo model, {args.steps} steps, int{args.bits}, seeds {args.seeds}: mean bpb (standard deviation)")
+            print(
+                f"done: late QAT {'on' if threshold else 'off'}, seed {seed}",
+                file=sys.stderr,
+                flush=True,
+            )
+    print(
+        f"demo model, {args.steps} steps, int{args.bits}, seeds {args.seeds}: "
+        "mean bpb (standard deviation)"
+    )
     print("| AVERAGING | late QAT | float | round trip | cost of packing |\n|---|---|---|---|---|")
-    for (averaging, qat), pairs in sorted(table.items(), key=lambda item: np.mean([p[1] for p in item[1]])):
+    for (averaging, qat), pairs in sorted(
+        table.items(), key=lambda item: np.mean([p[1] for p in item[1]])
+    ):
         floats, packed = zip(*pairs)
         spread = statistics.stdev(packed) if len(packed) > 1 else 0.0
-        print(f"| {averaging} | {'on' if qat else 'off'} | {np.mean(floats):.4f} "
-              f"| {np.mean(packed):.4f} ({spread:.4f}) | {np.mean(packed) - np.mean(floats):+.4f} |")
+        print(
+            f"| {averaging} | {'on' if qat else 'off'} | {np.mean(floats):.4f} "
+            f"| {np.mean(packed):.4f} ({spread:.4f}) | {np.mean(packed) - np.mean(floats):+.4f} |"
+        )
 
 
 if __name__ == "__main__":

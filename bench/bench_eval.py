@@ -1,14 +1,18 @@
 #!/usr/bin/env python3
-"""Scoring with overlapping windows: windows/s, time and bits per byte by stride, each switch off in turn, in one run.
+"""Scoring with overlapping windows: windows/s, time and bits per byte by stride,
+each switch off in turn, in one run.
 
-    python bench/bench_eval.py [final_model.int6.ptz] [--targets 60000] [--rounds 3] [--strides 64 96 128 256]
+    python bench/bench_eval.py [final_model.int6.ptz] [--targets 60000] [--rounds 3]
+        [--strides 64 96 128 256]
 
-Settings are train_gpt.py's environment variables, those that the artifact was trained with; without DATA_PATH the
-demo's model on the built-in corpus. Without an artifact the weights are random: times, but no bpb. One process; all
-variants in turn in each round, the median is shown. Variants: as it is; all positions through the last block and not
-only the scored ones; on a GPU also without the kernels, without both (plain: what the ratio is to), not compiled. The
-last column is scaled up from --targets to the whole stream: what this one device would take for it.
+Settings are train_gpt.py's environment variables, those that the artifact was trained with; without
+DATA_PATH the demo's model on the built-in corpus. Without an artifact the weights are random:
+times, but no bpb. One process; all variants in turn in each round, the median is shown. Variants:
+as it is; all positions through the last block and not only the scored ones; on a GPU also without
+the kernels, without both (plain: what the ratio is to), not compiled. The last column is scaled up
+from --targets to the whole stream: what this one device would take for it.
 """
+
 import argparse
 import os
 import statistics
@@ -34,7 +38,9 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def score(trunk, model: t.GPT, tokens: np.ndarray, stride: int, rt: t.Runtime) -> tuple[np.ndarray, float]:
+def score(
+    trunk, model: t.GPT, tokens: np.ndarray, stride: int, rt: t.Runtime
+) -> tuple[np.ndarray, float]:
     """(nats per target, seconds)."""
     synchronize()
     start = time.perf_counter()
@@ -45,19 +51,27 @@ def score(trunk, model: t.GPT, tokens: np.ndarray, stride: int, rt: t.Runtime) -
 
 def variants(model: t.GPT, hp: t.Hyperparameters, on_gpu: bool) -> dict[str, tuple]:
     """Name -> (trunk, model for the head); the first is as it is, the second the plain form."""
+
     def whole(trunk):
         return lambda ids, last: trunk(ids)[:, -last:]
+
     if not on_gpu:
         return {"as it is": (model, model), "whole last block": (whole(model), model)}
     plain = t.GPT(t.replace(hp, fused_mlp=False, fused_loss=False)).to(model.embed.weight.device)
     plain.load_state_dict(model.state_dict())
     compiled, plainly = (torch.compile(m, dynamic=False) for m in (model, plain))
-    return {"as it is": (compiled, model), "plain": (whole(plainly), plain),
-            "whole last block": (whole(compiled), model), "kernels off": (plainly, plain),
-            "not compiled": (model, model)}
+    return {
+        "as it is": (compiled, model),
+        "plain": (whole(plainly), plain),
+        "whole last block": (whole(compiled), model),
+        "kernels off": (plainly, plain),
+        "not compiled": (model, model),
+    }
 
 
-def measure(hp: t.Hyperparameters, artifact: Path | None, strides: list[int], targets: int, rounds: int) -> None:
+def measure(
+    hp: t.Hyperparameters, artifact: Path | None, strides: list[int], targets: int, rounds: int
+) -> None:
     """Print a row per stride and variant."""
     rt, stream, counter = t.Runtime("", {}), t.load_validation(hp), t.ByteCounter(hp)
     tokens = np.array(stream[: targets + 1])
@@ -69,29 +83,45 @@ def measure(hp: t.Hyperparameters, artifact: Path | None, strides: list[int], ta
     seconds, bpb = defaultdict(list), {}
     for trunk, scorer in trunks.values():
         for stride in strides:
-            score(trunk, scorer, tokens[: 4 * hp.eval_seq_len], stride, rt)  # compiles, and warms up
+            # compiles, and warms up
+            score(trunk, scorer, tokens[: 4 * hp.eval_seq_len], stride, rt)
     for _ in range(rounds):
         for stride in strides:
             for name, (trunk, scorer) in trunks.items():
                 nll, took = score(trunk, scorer, tokens, stride, rt)
                 seconds[stride, name].append(took)
                 bpb.setdefault(stride, t.bits_per_byte(nll, counter(tokens)))
-    device = torch.cuda.get_device_name() if rt.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{device}, torch {torch.__version__}, attention {model.attention_name}: {len(tokens) - 1:,} of "
-          f"{len(stream) - 1:,} targets, windows of {hp.eval_seq_len}\n\n{'stride':>6} {'':17} {'windows':>8} "
-          f"{'windows/s':>10} {'ratio':>6} {'low-high s':>14} {'bpb':>9} {'to first':>9} {'whole stream s':>15}")
+    device = (
+        torch.cuda.get_device_name()
+        if rt.device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
+    print(
+        f"{device}, torch {torch.__version__}, attention {model.attention_name}: "
+        f"{len(tokens) - 1:,} of {len(stream) - 1:,} targets, windows of {hp.eval_seq_len}\n\n"
+        f"{'stride':>6} {'':17} {'windows':>8} {'windows/s':>10} {'ratio':>6} {'low-high s':>14} "
+        f"{'bpb':>9} {'to first':>9} {'whole stream s':>15}"
+    )
     for (stride, name), rows in seconds.items():
-        windows = len(t.windows(0, len(tokens) - 1, min(hp.eval_seq_len, len(tokens) - 1), stride)[0])
+        windows = len(
+            t.windows(0, len(tokens) - 1, min(hp.eval_seq_len, len(tokens) - 1), stride)[0]
+        )
         middle = statistics.median(rows)
-        said = f"{bpb[stride]:>9.4f} {bpb[stride] - bpb[strides[0]]:>+9.4f}" if artifact else f"{'':19}"
+        said = (
+            f"{bpb[stride]:>9.4f} {bpb[stride] - bpb[strides[0]]:>+9.4f}"
+            if artifact
+            else f"{'':19}"
+        )
         whole = middle * (len(stream) - 1) / (len(tokens) - 1)
         ratio = statistics.median(seconds[stride, list(trunks)[1]]) / middle
-        print(f"{stride:>6} {name:17} {windows:>8,} {windows / middle:>10,.1f} {ratio:>6.2f} "
-              f"{f'{min(rows):.2f}-{max(rows):.2f}':>14} {said} {whole:>15.1f}")
+        print(
+            f"{stride:>6} {name:17} {windows:>8,} {windows / middle:>10,.1f} {ratio:>6.2f} "
+            f"{f'{min(rows):.2f}-{max(rows):.2f}':>14} {said} {whole:>15.1f}"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("artifact", nargs="?", type=Path, help="none: random weights")
     parser.add_argument("--strides", type=int, nargs="+", default=[64, 96, 128, 256])
     parser.add_argument("--targets", type=int, default=60_000, help="of the stream's beginning")
@@ -104,7 +134,9 @@ def main() -> None:
             prepare_demo.main(ROOT / "data")
             hp = demo_settings()
         if not 1 <= min(args.strides) <= max(args.strides) <= hp.eval_seq_len:
-            raise t.UserError(f"--strides {args.strides}: expected 1 to EVAL_SEQ_LEN={hp.eval_seq_len}")
+            raise t.UserError(
+                f"--strides {args.strides}: expected 1 to EVAL_SEQ_LEN={hp.eval_seq_len}"
+            )
         measure(hp, args.artifact, args.strides, args.targets, args.rounds)
     except t.UserError as error:
         sys.exit(f"bench_eval.py: error: {error}")

@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""What the compiler fuses in a training step: kernels and bytes, with the project's own kernels off and on. No GPU.
+"""What the compiler fuses in a training step: kernels and bytes,
+with the project's own kernels off and on. No GPU.
 
     python bench/bench_fusion.py [--list]           settings: train_gpt.py's environment variables
 
-Inductor schedules forward and backward of one micro-batch (fake tensors: nothing is computed, nothing compiled) in the
-dtypes of CUDA, and tells for each kernel the bytes of all buffers that it reads and writes. Its CPU scheduler is asked
-to treat concatenations as its CUDA scheduler does; both fuse by the same rules, but a GPU's reductions can take in
-more of what follows them. Attention counts as one kernel that reads q, k, v and writes y. `floor`: those bytes at an
-H100's datasheet bandwidth. --list: every kernel of the model as it is, with the operations in it.
+Inductor schedules forward and backward of one micro-batch (fake tensors: nothing is computed,
+nothing compiled) in the dtypes of CUDA, and tells for each kernel the bytes of all buffers that it
+reads and writes. Its CPU scheduler is asked to treat concatenations as its CUDA scheduler does;
+both fuse by the same rules, but a GPU's reductions can take in more of what follows them. Attention
+counts as one kernel that reads q, k, v and writes y. `floor`: those bytes at an H100's datasheet
+bandwidth. --list: every kernel of the model as it is, with the operations in it.
 """
+
 import argparse
 
 import torch
@@ -19,8 +22,12 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-VARIANTS = {"plain": {"fused_mlp": False, "fused_loss": False}, "MLP kernels": {"fused_loss": False},
-            "loss kernels": {"fused_mlp": False}, "both": {}}
+VARIANTS = {
+    "plain": {"fused_mlp": False, "fused_loss": False},
+    "MLP kernels": {"fused_loss": False},
+    "loss kernels": {"fused_mlp": False},
+    "both": {},
+}
 
 
 class Scheduled(Exception):
@@ -33,28 +40,43 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 
 
 @torch.library.custom_op("bench::attention_backward", mutates_args=())
-def attention_backward(g: torch.Tensor, y: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
-                       v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def attention_backward(
+    g: torch.Tensor, y: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     raise NotImplementedError
 
 
 attention.register_fake(lambda q, k, v: q.new_empty(q.shape))
 attention_backward.register_fake(lambda g, y, *qkv: tuple(x.new_empty(x.shape) for x in qkv))
-attention.register_autograd(lambda ctx, g: attention_backward(g, *ctx.saved_tensors),
-                            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output, *inputs))
+attention.register_autograd(
+    lambda ctx, g: attention_backward(g, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output, *inputs),
+)
 
 
 def schedule(hp: t.Hyperparameters) -> list[list[tuple[str, int, str]]]:
-    """Per graph (forward, backward): of each kernel whether a library's or generated, bytes, operations."""
+    """Per graph (forward, backward): of each kernel whether a library's or generated, bytes,
+    operations."""
     graphs = []
+
+    def operations(node) -> str:
+        origins = (o for n in node.get_nodes() for o in getattr(n.node, "origins", ()))
+        return " ".join(sorted({o.name for o in origins}))
 
     def record(graph: GraphLowering):
         graph.init_wrapper_code()
         graph._update_scheduler()
-        graphs.append([("library" if type(node).__name__.startswith("Extern") else "generated",
-                        node.get_read_write_buffers_sizes(),
-                        " ".join(sorted({o.name for n in node.get_nodes() for o in getattr(n.node, "origins", ())})))
-                       for node in graph.scheduler.nodes if not type(node).__name__.startswith("Nop")])
+        graphs.append(
+            [
+                (
+                    "library" if type(node).__name__.startswith("Extern") else "generated",
+                    node.get_read_write_buffers_sizes(),
+                    operations(node),
+                )
+                for node in graph.scheduler.nodes
+                if not type(node).__name__.startswith("Nop")
+            ]
+        )
         raise Scheduled
 
     def inner(module, inputs, **options):
@@ -70,29 +92,39 @@ def schedule(hp: t.Hyperparameters) -> list[list[tuple[str, int, str]]]:
     torch._dynamo.reset()
     try:
         GraphLowering.codegen = record
-        with (as_on_cuda(), patched(causal_attention=lambda q, k, v, flash=None: attention(q, k, v)),
-              config.patch(force_pointwise_cat=True, fx_graph_cache=False), FakeTensorMode()):
-            model, ids = t.GPT(hp), torch.zeros(micro_batch_rows(hp), hp.train_seq_len, dtype=torch.int64)
+        with (
+            as_on_cuda(),
+            patched(causal_attention=lambda q, k, v, flash=None: attention(q, k, v)),
+            config.patch(force_pointwise_cat=True, fx_graph_cache=False),
+            FakeTensorMode(),
+        ):
+            model = t.GPT(hp)
+            ids = torch.zeros(micro_batch_rows(hp), hp.train_seq_len, dtype=torch.int64)
             backend = lambda module, inputs: compile_fx(module, inputs, inner_compile=inner)  # noqa: E731
-            torch.compile(t.training_loss, dynamic=False, backend=backend)(model, ids, ids, None).backward()
+            torch.compile(t.training_loss, dynamic=False, backend=backend)(
+                model, ids, ids, None
+            ).backward()
     finally:
         GraphLowering.codegen = codegen
     return graphs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--list", action="store_true", help="every kernel of the model as it is")
     args = parser.parse_args()
     hp = settings()
     tokens = micro_batch_rows(hp) * hp.train_seq_len
-    print(f"scheduled by torch {torch.__version__}, one micro-batch of {tokens:,} tokens, bfloat16\n\n"
-          f"{'':14}{'forward: kernels':>17}{'GB':>8}{'library GB':>11}{'backward: kernels':>19}{'GB':>8}"
-          f"{'library GB':>11}{'floor ms':>10}{'to plain':>9}")
+    print(
+        f"scheduled by torch {torch.__version__}, one micro-batch of {tokens:,} tokens, "
+        "bfloat16\n\n"
+        f"{'':14}{'forward: kernels':>17}{'GB':>8}{'library GB':>11}"
+        f"{'backward: kernels':>19}{'GB':>8}{'library GB':>11}{'floor ms':>10}{'to plain':>9}"
+    )
     first = 0.0
     for name, changes in VARIANTS.items():
         graphs, cells, total = schedule(t.replace(hp, **changes)), "", 0
-        for (width, graph) in zip((17, 19), graphs):
+        for width, graph in zip((17, 19), graphs):
             own = [size for kind, size, _ in graph if kind == "generated"]
             library = sum(size for kind, size, _ in graph if kind == "library")
             cells += f"{len(own):>{width}}{sum(own) / 1e9:>8.2f}{library / 1e9:>11.2f}"

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""Host memory of scoring a long stream at world size 8: is there one copy of the stream, and one of the counts?
+"""Host memory of scoring a long stream at world size 8: is there one copy of the stream,
+and one of the counts?
 
     python bench/bench_memory.py [--tokens 200000 2000000] [--full] [--ranks 8]
 
-EVAL_ONLY of a tiny model over a synthetic stream (spans of real text, in 360 pieces, so that the output head costs
-little), windows without overlap, n-gram mixture as by default. Every half second the proportional set sizes
-(/proc/PID/smaps_rollup) of all ranks are summed: what ranks share, the memory-mapped stream and the libraries, counts
-once. Rank 0 also mixes; its high-water mark is the kernel's (VmHWM), in which shared pages count fully.
---full: 62M tokens, the challenge's.
+EVAL_ONLY of a tiny model over a synthetic stream (spans of real text, in 360 pieces, so that the
+output head costs little), windows without overlap, n-gram mixture as by default. Every half second
+the proportional set sizes (/proc/PID/smaps_rollup) of all ranks are summed: what ranks share, the
+memory-mapped stream and the libraries, counts once. Rank 0 also mixes; its high-water mark is the
+kernel's (VmHWM), in which shared pages count fully. --full: 62M tokens, the challenge's.
 """
+
 import argparse
 import os
 import subprocess
@@ -30,15 +32,28 @@ from prepare_demo import train_tokenizer  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 
-MODEL = dict(NUM_LAYERS=1, MODEL_DIM=16, NUM_HEADS=1, NUM_KV_HEADS=1, ROPE_DIMS=8, VE_ENABLED=0, XSA_LAST_N=0,
-             BIGRAM_VOCAB_SIZE=0, EVAL_SEQ_LEN=256, EVAL_STRIDE=256, VAL_BATCH_SIZE=32_768, EVAL_BUDGET_SECONDS=0,
-             VOCAB_SIZE=360, RUN_ID="memory")
+MODEL = dict(
+    NUM_LAYERS=1,
+    MODEL_DIM=16,
+    NUM_HEADS=1,
+    NUM_KV_HEADS=1,
+    ROPE_DIMS=8,
+    VE_ENABLED=0,
+    XSA_LAST_N=0,
+    BIGRAM_VOCAB_SIZE=0,
+    EVAL_SEQ_LEN=256,
+    EVAL_STRIDE=256,
+    VAL_BATCH_SIZE=32_768,
+    EVAL_BUDGET_SECONDS=0,
+    VOCAB_SIZE=360,
+    RUN_ID="memory",
+)
 
 
 def megabytes(path: str, key: str) -> float:
     try:
         lines = Path(path).read_text().splitlines()
-    except OSError:                             # the rank has ended
+    except OSError:  # the rank has ended
         return 0.0
     return sum(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1e3 * 1.024
 
@@ -48,30 +63,48 @@ def real_text() -> tuple[np.ndarray, bytes]:
     texts = [topics[name] for name in sorted(topics)]
     tokenizer = train_tokenizer(texts, MODEL["VOCAB_SIZE"])
     sp = spm.SentencePieceProcessor(model_proto=tokenizer)
-    return np.array([token for text in texts for token in (t.BOS, *sp.encode(text))], np.uint16), tokenizer
+    tokens = [token for text in texts for token in (t.BOS, *sp.encode(text))]
+    return np.array(tokens, np.uint16), tokenizer
 
 
-def measure(folder: Path, corpus: np.ndarray, tokenizer: bytes, tokens: int, ranks: int) -> dict[str, float]:
+def measure(
+    folder: Path, corpus: np.ndarray, tokenizer: bytes, tokens: int, ranks: int
+) -> dict[str, float]:
     """Peaks in MB, and seconds, of one scoring run over `tokens` tokens."""
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, tokens
     with open(folder / "fineweb_val_000000.bin", "wb") as file:
         file.write(header.tobytes() + resample(corpus, tokens).tobytes())
     (folder / "tokenizer").write_bytes(tokenizer)
-    settings = {k: str(v) for k, v in MODEL.items()} | dict(DATA_PATH=str(folder), TOKENIZER_PATH=f"{folder}/tokenizer")
+    settings = {k: str(v) for k, v in MODEL.items()} | dict(
+        DATA_PATH=str(folder), TOKENIZER_PATH=f"{folder}/tokenizer"
+    )
     hp = t.Hyperparameters.from_env(settings)
     (folder / "m.ptz").write_bytes(t.pack(t.GPT(hp).state_dict(), hp)[0])
-    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", EVAL_ONLY="m.ptz", **settings)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-               str(ROOT / "train_gpt.py")]
+    env = dict(
+        os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", EVAL_ONLY="m.ptz", **settings
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        str(ROOT / "train_gpt.py"),
+    ]
     peak, begun = dict(total=0.0, other=0.0, first=0.0), time.monotonic()
     with open(folder / "said", "w+") as said:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=said, stderr=said)
         while process.poll() is None:
             pids = workers(process)
-            pss = {rank: megabytes(f"/proc/{pid}/smaps_rollup", "Pss") for rank, pid in pids.items()}
-            now = dict(total=sum(pss.values()), other=max((pss[r] for r in pss if r), default=0.0),
-                       first=megabytes(f"/proc/{pids.get(0)}/status", "VmHWM"))
+            pss = {
+                rank: megabytes(f"/proc/{pid}/smaps_rollup", "Pss") for rank, pid in pids.items()
+            }
+            now = dict(
+                total=sum(pss.values()),
+                other=max((pss[r] for r in pss if r), default=0.0),
+                first=megabytes(f"/proc/{pids.get(0)}/status", "VmHWM"),
+            )
             peak = {key: max(peak[key], now[key]) for key in peak}
             time.sleep(0.5)
         if process.returncode:
@@ -81,19 +114,25 @@ def measure(folder: Path, corpus: np.ndarray, tokenizer: bytes, tokens: int, ran
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[200_000, 2_000_000])
     parser.add_argument("--full", action="store_true", help=f"{FULL:,} tokens too")
     parser.add_argument("--ranks", type=int, default=8)
     args = parser.parse_args()
     corpus, tokenizer = real_text()
-    print(f"\n| tokens | stream MB | sum of PSS over {args.ranks} ranks | rank 0, high-water mark | "
-          "largest other rank, PSS | seconds |\n|---|---|---|---|---|---|", flush=True)
+    print(
+        f"\n| tokens | stream MB | sum of PSS over {args.ranks} ranks | rank 0, high-water mark | "
+        "largest other rank, PSS | seconds |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
     for tokens in [*args.tokens, *([FULL] if args.full else [])]:
         with tempfile.TemporaryDirectory() as folder:
             peak = measure(Path(folder), corpus, tokenizer, tokens, args.ranks)
-        print(f"| {tokens:,} | {2e-6 * tokens:.1f} | {peak['total']:,.0f} MB | {peak['first']:,.0f} MB | "
-              f"{peak['other']:,.0f} MB | {peak['seconds']:.0f} |", flush=True)
+        print(
+            f"| {tokens:,} | {2e-6 * tokens:.1f} | {peak['total']:,.0f} MB | "
+            f"{peak['first']:,.0f} MB | {peak['other']:,.0f} MB | {peak['seconds']:.0f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""Speed and memory of the n-gram stage, beside a dictionary cache and the predecessors' hash cache, in one run.
+"""Speed and memory of the n-gram stage, beside a dictionary cache and the predecessors' hash cache,
+in one run.
 
     python bench/bench_ngram.py [--tokens 1000000 8000000] [--full] [--repeat 3] [SHARD ...]
 
-Rows: exact counts + backoff (what NGRAM_ALPHA=entropy needs), the online mixture's counting and mixing, a plain
-dictionary that scores one token and then adds it, and chunked `np.add.at` into hash tables. Every measurement is a
-fresh process on one core (OMP_NUM_THREADS=1), so that no row sees another's memory. It times the call alone, not
-imports nor reading the stream; memory is the process's high-water mark (ru_maxrss). Nothing here can fail for being
-slow: read the ratios.
+Rows: exact counts + backoff (what NGRAM_ALPHA=entropy needs), the online mixture's counting and
+mixing, a plain dictionary that scores one token and then adds it, and chunked `np.add.at` into hash
+tables. Every measurement is a fresh process on one core (OMP_NUM_THREADS=1), so that no row sees
+another's memory. It times the call alone, not imports nor reading the stream; memory is the
+process's high-water mark (ru_maxrss). Nothing here can fail for being slow: read the ratios.
 """
+
 import argparse
 import json
 import os
@@ -24,63 +26,75 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]  # train_gpt is imported where it is measured: the parent stays small
+# train_gpt is imported where it is measured: the parent stays small
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-LOW, HIGH, MIN_COUNT = 2, 7, 2                          # orders, and how often a context must have been seen
-FULL = 62_000_000                                       # tokens of the challenge's validation stream
-ONCE = 10_000_000                                       # more tokens than this are measured only once
-DICTIONARY_TOKENS, HASH_TOKENS = 300_000, 2_000_000     # most tokens of the two slow rows
-BUCKETS, CHUNK = 4_194_304, 65_536                      # the predecessors' table and chunk
+LOW, HIGH, MIN_COUNT = 2, 7, 2  # orders, and how often a context must have been seen
+FULL = 62_000_000  # tokens of the challenge's validation stream
+ONCE = 10_000_000  # more tokens than this are measured only once
+DICTIONARY_TOKENS, HASH_TOKENS = 300_000, 2_000_000  # most tokens of the two slow rows
+BUCKETS, CHUNK = 4_194_304, 65_536  # the predecessors' table and chunk
 PRIMES = np.array((36313, 27191, 51647, 81929, 131071, 175447, 209591), np.uint64)
 
 
-# --- the two streams -------------------------------------------------------------------------------------------
+# --- the two streams ------------------------------------------------------------------------------
+
 
 def resample(corpus: np.ndarray, length: int, seed: int = 0) -> np.ndarray:
-    """`length` tokens: random spans of 32-1024 tokens of `corpus`, one token in ten replaced by a unigram draw."""
+    """`length` tokens: random spans of 32-1024 tokens of `corpus`,
+    one token in ten replaced by a unigram draw."""
     rng, out, done = np.random.default_rng(seed), np.empty(length, np.uint16), 0
     while done < length:
         size = min(int(rng.integers(32, 1025)), length - done, len(corpus))
         start = rng.integers(0, len(corpus) - size + 1)
-        out[done: done + size] = corpus[start: start + size]
+        out[done : done + size] = corpus[start : start + size]
         done += size
     for at in range(0, length, 1 << 20):
-        piece = out[at: at + (1 << 20)]
+        piece = out[at : at + (1 << 20)]
         swap = np.flatnonzero(rng.random(len(piece)) < 0.1)
         piece[swap] = corpus[rng.integers(0, len(corpus), len(swap))]
     return out
 
 
 def make_stream(path: str, length: int, shards: list[str]) -> dict:
-    """Write up to `length` tokens (uint16) to the file `path`; returns how many, and in words what they are."""
+    """Write up to `length` tokens (uint16) to the file `path`; returns how many,
+    and in words what they are."""
     import train_gpt
+
     if shards:
         names, parts = [], []
         for shard in shards:
             if not Path(shard).is_file():
                 raise train_gpt.UserError(f"{shard}: no such file")
             if length > sum(map(len, parts)):
-                names, parts = [*names, Path(shard).name], [*parts, train_gpt.load_shard(Path(shard))]
+                names = [*names, Path(shard).name]
+                parts = [*parts, train_gpt.load_shard(Path(shard))]
         tokens = np.concatenate(parts)[:length]
         words = f"the first {len(tokens):,} tokens of {' + '.join(names)}, as they are"
     else:
         demo = ROOT / "data/datasets/demo_sp1024/fineweb_train_000000.bin"
         if not demo.exists():
             import prepare_demo
+
             prepare_demo.main(ROOT / "data")
         corpus = train_gpt.load_shard(demo)
         tokens = resample(corpus, length)
-        words = (f"SYNTHETIC, {length:,} tokens: random spans of 32-1024 tokens of the built-in demo corpus "
-                 f"({len(corpus):,} tokens), 10 % of the tokens replaced by unigram draws, seed 0")
+        words = (
+            f"SYNTHETIC, {length:,} tokens: random spans of 32-1024 tokens of the built-in demo "
+            f"corpus ({len(corpus):,} tokens), 10 % of the tokens replaced by unigram draws, seed 0"
+        )
     tokens.tofile(path)
     return dict(tokens=len(tokens), words=words)
 
 
-# --- the rows: each returns [(label, seconds, high-water mark in bytes after it), ...] --------------------------
+# --- the rows: each returns [(label, seconds, high-water mark in bytes after it), ...] ------------
+
 
 def high_water() -> int:
     """Bytes: the most memory this process has held so far (Linux counts KiB, macOS bytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def timed(label: str, call, *args) -> tuple[tuple, object]:
@@ -92,20 +106,31 @@ def timed(label: str, call, *args) -> tuple[tuple, object]:
 
 def exact_settings():
     import train_gpt
-    return train_gpt.Hyperparameters(ngram_alpha="entropy", ngram_min_order=LOW, ngram_order=HIGH,
-                                     ngram_min_count=MIN_COUNT)
+
+    return train_gpt.Hyperparameters(
+        ngram_alpha="entropy", ngram_min_order=LOW, ngram_order=HIGH, ngram_min_count=MIN_COUNT
+    )
 
 
 def exact_row(tokens: np.ndarray) -> list[tuple]:
     """Exact counts of all orders and the longest order that matched, per target."""
     import train_gpt
-    return [timed(f"exact counts + backoff, orders {LOW}-{HIGH}", train_gpt.ngram_backoff, tokens,
-                  exact_settings())[0]]
+
+    return [
+        timed(
+            f"exact counts + backoff, orders {LOW}-{HIGH}",
+            train_gpt.ngram_backoff,
+            tokens,
+            exact_settings(),
+        )[0]
+    ]
 
 
 def online_row(tokens: np.ndarray, highest: int) -> list[tuple]:
-    """The online mixture: counts and context codes, then mixing block by block with made-up scores."""
+    """The online mixture: counts and context codes,
+    then mixing block by block with made-up scores."""
     import train_gpt
+
     longest = dict(ngram_order=highest) if highest else {}
     hp, rng = train_gpt.Hyperparameters(ngram_alpha="online", **longest), np.random.default_rng(0)
     name = f"online mixture, orders {hp.ngram_min_order}-{hp.ngram_order}"
@@ -117,18 +142,19 @@ def online_row(tokens: np.ndarray, highest: int) -> list[tuple]:
 
 
 def dictionary_cache(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(order, c(u), c(u, v)) per target with two dictionaries, keyed by the tokens' bytes: score one, then add it."""
+    """(order, c(u), c(u, v)) per target with two dictionaries, keyed by the tokens' bytes:
+    score one, then add it."""
     raw, contexts, pairs = tokens.astype("<u2").tobytes(), {}, {}
     best = np.zeros((3, len(tokens) - 1), np.int64)
     for t in range(1, len(tokens)):
         longest = min(HIGH, t + 1)
         for n in range(longest, LOW - 1, -1):
-            count = contexts.get(raw[2 * (t - n + 1): 2 * t], 0)
+            count = contexts.get(raw[2 * (t - n + 1) : 2 * t], 0)
             if count >= MIN_COUNT:
-                best[:, t - 1] = n, count, pairs.get(raw[2 * (t - n + 1): 2 * t + 2], 0)
+                best[:, t - 1] = n, count, pairs.get(raw[2 * (t - n + 1) : 2 * t + 2], 0)
                 break
         for n in range(LOW, longest + 1):
-            context, pair = raw[2 * (t - n + 1): 2 * t], raw[2 * (t - n + 1): 2 * t + 2]
+            context, pair = raw[2 * (t - n + 1) : 2 * t], raw[2 * (t - n + 1) : 2 * t + 2]
             contexts[context] = contexts.get(context, 0) + 1
             pairs[pair] = pairs.get(pair, 0) + 1
     return tuple(best)
@@ -137,25 +163,30 @@ def dictionary_cache(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 def dictionary_row(tokens: np.ndarray) -> list[tuple]:
     """The dictionary cache; afterwards, untimed, a look whether ngram_backoff counts the same."""
     import train_gpt
+
     row, found = timed(f"dictionary cache, orders {LOW}-{HIGH}", dictionary_cache, tokens)
     exact = train_gpt.ngram_backoff(tokens, exact_settings())
     same = all(np.array_equal(x, y) for x, y in zip(found, exact))
     return [(row[0] + ("" if same else " (DIFFERS from the exact counts)"), *row[1:])]
 
 
-def chunk_buckets(tokens: np.ndarray, start: int, stop: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """(context bucket, pair bucket) of order n for the targets t in start ... stop - 1; start >= n - 1."""
+def chunk_buckets(
+    tokens: np.ndarray, start: int, stop: int, n: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(context bucket, pair bucket) of order n for the targets t in start ... stop - 1;
+    start >= n - 1."""
     width, mask = n - 1, np.uint64(BUCKETS - 1)
     h = np.zeros(stop - start, np.uint64)
     for k in range(width):
-        h ^= tokens[start - width + k: stop - width + k].astype(np.uint64) * PRIMES[k]
+        h ^= tokens[start - width + k : stop - width + k].astype(np.uint64) * PRIMES[k]
     context = h & mask
-    pair = (context ^ tokens[start: stop].astype(np.uint64) * PRIMES[width]) & mask
+    pair = (context ^ tokens[start:stop].astype(np.uint64) * PRIMES[width]) & mask
     return context.astype(np.int64), pair.astype(np.int64)
 
 
 def hash_cache(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(order, quotient) per target from hash tables, in the predecessors' manner: score a chunk, then add it."""
+    """(order, quotient) per target from hash tables, in the predecessors' manner: score a chunk,
+    then add it."""
     tables = {n: np.zeros((2, BUCKETS), np.uint32) for n in range(LOW, HIGH + 1)}
     order, quotient = np.zeros(len(tokens) - 1, np.uint8), np.zeros(len(tokens) - 1)
     for begin in range(1, len(tokens), CHUNK):
@@ -182,21 +213,31 @@ def hash_row(tokens: np.ndarray) -> list[tuple]:
 ROWS = dict(exact=exact_row, online=online_row, dictionary=dictionary_row, hash=hash_row)
 
 
-# --- the table -------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
+
 
 def child(*args) -> object:
-    """This script as a fresh process on one core, doing one thing; what it found, from the last line it printed."""
-    done = subprocess.run([sys.executable, __file__, *map(str, args)], env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          stdout=subprocess.PIPE, text=True)
+    """This script as a fresh process on one core, doing one thing; what it found,
+    from the last line it printed."""
+    done = subprocess.run(
+        [sys.executable, __file__, *map(str, args)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     if done.returncode:
-        raise SystemExit(f"bench_ngram: the step {' '.join(map(str, args[:2]))} failed (above)"
-                         if done.returncode != 2 else 2)
+        raise SystemExit(
+            f"bench_ngram: the step {' '.join(map(str, args[:2]))} failed (above)"
+            if done.returncode != 2
+            else 2
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def serve(task: str, *args: str) -> None:
     """What a child does: make the stream, or measure one row on the first tokens of it."""
     import train_gpt
+
     try:
         if task == "stream":
             answer = make_stream(args[0], int(args[1]), list(args[2:]))
@@ -211,7 +252,8 @@ def serve(task: str, *args: str) -> None:
 
 
 def measure(task: str, path: str, tokens: int, repeat: int, *args) -> float:
-    """Measure one row in `repeat` processes and print its lines; the median tokens/s of its first line."""
+    """Measure one row in `repeat` processes and print its lines;
+    the median tokens/s of its first line."""
     runs = [child(f"_{task}", path, tokens, *args) for _ in range(1 if tokens > ONCE else repeat)]
     rates = []
     for same in zip(*runs):
@@ -220,25 +262,51 @@ def measure(task: str, path: str, tokens: int, repeat: int, *args) -> float:
         spread = f"{min(speeds) / 1e6:.3f}-{max(speeds) / 1e6:.3f}" if len(speeds) > 1 else "once"
         label, _, _, begin = same[0]
         peak = max(bytes_ for _, _, bytes_, _ in same)
-        print(f"{label:46} {tokens:>11,} {rates[-1] / 1e6:>9.3f} {spread:>15} {peak / 1e6:>9.0f} "
-              f"{begin / 1e6:>9.0f}", flush=True)
+        print(
+            f"{label:46} {tokens:>11,} {rates[-1] / 1e6:>9.3f} {spread:>15} {peak / 1e6:>9.0f} "
+            f"{begin / 1e6:>9.0f}",
+            flush=True,
+        )
     return rates[0]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shards", nargs="*", metavar="SHARD", help="token shards to read, one after the other; none: "
-                        "a synthetic stream from the built-in demo corpus")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1_000_000, 8_000_000], help="sizes of the fast rows")
-    parser.add_argument("--full", action="store_true", help=f"{FULL:,} tokens too: about 3.5 GB and some minutes")
-    parser.add_argument("--repeat", type=int, default=3, help=f"processes per row (above {ONCE:,} tokens always one)")
-    parser.add_argument("--order", type=int, default=0, help="longest gram of the online mixture; 0: the default")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "shards",
+        nargs="*",
+        metavar="SHARD",
+        help="token shards to read, one after the other; none: "
+        "a synthetic stream from the built-in demo corpus",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[1_000_000, 8_000_000],
+        help="sizes of the fast rows",
+    )
+    parser.add_argument(
+        "--full", action="store_true", help=f"{FULL:,} tokens too: about 3.5 GB and some minutes"
+    )
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        default=3,
+        help=f"processes per row (above {ONCE:,} tokens always one)",
+    )
+    parser.add_argument(
+        "--order", type=int, default=0, help="longest gram of the online mixture; 0: the default"
+    )
     args = parser.parse_args()
     if min(args.tokens) < 2 or args.repeat < 1:
         parser.error("--tokens needs at least 2 and --repeat at least 1")
     wanted = args.tokens + [FULL] * args.full
-    print(f"python {platform.python_version()}, numpy {np.__version__}, {os.cpu_count()} cores of "
-          f"{platform.processor() or platform.machine()}, load average {os.getloadavg()[0]:.1f}; one core per row")
+    print(
+        f"python {platform.python_version()}, numpy {np.__version__}, {os.cpu_count()} cores of "
+        f"{platform.processor() or platform.machine()}, load average {os.getloadavg()[0]:.1f}; one "
+        "core per row"
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/stream"
         stream = child("_stream", path, max(*wanted, 2), *args.shards)
@@ -253,17 +321,25 @@ def table(path: str, sizes: list[int], repeat: int, order: int) -> None:
     exact = {size: measure("exact", path, size, repeat) for size in sizes}
     for size in sizes:
         measure("online", path, size, repeat, order)
-    others = {name: (most, measure(task, path, most, repeat)) for task, name, most in (
-        ("dictionary", "dictionary cache", min(DICTIONARY_TOKENS, sizes[-1])),
-        ("hash", "np.add.at hash cache", min(HASH_TOKENS, sizes[-1])))}
+    others = {
+        name: (most, measure(task, path, most, repeat))
+        for task, name, most in (
+            ("dictionary", "dictionary cache", min(DICTIONARY_TOKENS, sizes[-1])),
+            ("hash", "np.add.at hash cache", min(HASH_TOKENS, sizes[-1])),
+        )
+    }
     print(f"\nratio of tokens/s: exact counts + backoff, orders {LOW}-{HIGH}, to")
     for name, (most, rate) in others.items():
         ratios = ", ".join(f"{exact[size] / rate:.1f}x at {size:,}" for size in sizes)
         print(f"  {name + f' at {most:,} tokens':46} {ratios}")
-    print(f"Mtok/s: median of {repeat} processes (once above {ONCE:,} tokens). peak MB: the process's high-water mark "
-          "to the row's end;\nat start: what Python, torch and the stream took of it. Mixing used synthetic nll "
-          "(exponential, mean 2) and\nentropy (uniform 0-6). The dictionary's counts were compared with the exact "
-          "ones.\nThese machines are noisy: read the ratios.")
+    print(
+        f"Mtok/s: median of {repeat} processes (once above {ONCE:,} tokens). peak MB: the "
+        "process's high-water mark to the row's end;\n"
+        "at start: what Python, torch and the stream took of it. Mixing used synthetic nll "
+        "(exponential, mean 2) and\n"
+        "entropy (uniform 0-6). The dictionary's counts were compared with the exact ones.\n"
+        "These machines are noisy: read the ratios."
+    )
 
 
 if __name__ == "__main__":

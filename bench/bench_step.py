@@ -1,18 +1,23 @@
 #!/usr/bin/env python3
-"""A training step: the work in it, counted, and the time it takes, measured with each switch off in turn.
+"""A training step: the work in it, counted, and the time it takes,
+measured with each switch off in turn.
 
-    python bench/bench_step.py [--steps 10] [--rounds 3] [--count]      settings: train_gpt.py's environment variables
+    python bench/bench_step.py [--steps 10] [--rounds 3] [--count]
+        settings: train_gpt.py's environment variables
 
-Counted, without a GPU and without computing anything (meta tensors): per step and kind of operation the FLOPs and the
-bytes that cross the memory bus if each operation reads its inputs and writes its outputs, in the dtypes of CUDA, with
-the project's kernels. The elementwise row is what the compiler's fusion can save (bench_fusion.py: what it does save).
-`floor`: the larger of FLOPs and bytes at an H100's datasheet rates.
-Measured, on a GPU, or on a CPU with settings that suit it: ms per step (median of the rounds, variants in turn),
-tokens/s, MFU: the counted FLOPs of products and attention over the fastest bfloat16 product seen in the same run
-(float32 on a CPU), the ratio to the plain compiled model, and the kernels that take most time. On a GPU also: the
-compiled bfloat16 model with kernels against the uncompiled float32 one without, and the MLP kernel with other tiles
-against the compiled plain form. --count: only the first table. Batches are random tokens, in one process.
+Counted, without a GPU and without computing anything (meta tensors): per step and kind of operation
+the FLOPs and the bytes that cross the memory bus if each operation reads its inputs and writes its
+outputs, in the dtypes of CUDA, with the project's kernels. The elementwise row is what the
+compiler's fusion can save (bench_fusion.py: what it does save). `floor`: the larger of FLOPs and
+bytes at an H100's datasheet rates.
+Measured, on a GPU, or on a CPU with settings that suit it: ms per step (median of the rounds,
+variants in turn), tokens/s, MFU: the counted FLOPs of products and attention over the fastest
+bfloat16 product seen in the same run (float32 on a CPU), the ratio to the plain compiled model, and
+the kernels that take most time. On a GPU also: the compiled bfloat16 model with kernels against the
+uncompiled float32 one without, and the MLP kernel with other tiles against the compiled plain form.
+--count: only the first table. Batches are random tokens, in one process.
 """
+
 import argparse
 import contextlib
 import os
@@ -34,16 +39,29 @@ import train_gpt as t  # noqa: E402
 
 PLAIN = "plain, compiled"
 PEAK_FLOPS, PEAK_BYTES = 989e12, 3.35e12  # per second, H100 SXM: dense bfloat16; HBM3
-KINDS = {"products": ("mm", "bmm", "addmm", "fused_mlp"), "loss": ("fused_token", "_log_softmax", "nll_loss", "tanh"),
-         "tables": ("embedding", "index", "gather", "scatter")}
+KINDS = {
+    "products": ("mm", "bmm", "addmm", "fused_mlp"),
+    "loss": ("fused_token", "_log_softmax", "nll_loss", "tanh"),
+    "tables": ("embedding", "index", "gather", "scatter"),
+}
 
 
-TILES = [dict(BM=m, BN=n, BK=k, num_warps=w, num_stages=s) for m, n, k, w, s in (
-    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (256, 128, 64, 8, 3),
-    (64, 256, 64, 4, 4), (128, 256, 32, 8, 4))]
+TILES = [
+    dict(BM=m, BN=n, BK=k, num_warps=w, num_stages=s)
+    for m, n, k, w, s in (
+        (128, 256, 64, 8, 3),
+        (128, 256, 64, 8, 4),
+        (128, 128, 64, 4, 4),
+        (128, 128, 64, 8, 3),
+        (256, 128, 64, 8, 3),
+        (64, 256, 64, 4, 4),
+        (128, 256, 32, 8, 4),
+    )
+]
 
 
-# --- counting ------------------------------------------------------------------------------------------------------
+# --- counting -------------------------------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def patched(**names):
@@ -86,6 +104,7 @@ def mlp_backward_flops(g, proj, z, slope, **_) -> int:
 
 class Tally(TorchDispatchMode):
     """(FLOPs, bytes) of every operation by phase and kind. Views move nothing."""
+
     def __init__(self):
         super().__init__()
         self.phase, self.found = "", defaultdict(lambda: [0.0, 0.0])
@@ -101,9 +120,14 @@ class Tally(TorchDispatchMode):
         if not (func._schema.returns and views):
             tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
             name = func._schema.name.split("::")[1]
-            kind = next((kind for kind, names in KINDS.items() if name.startswith(names)), "elementwise")
-            flops = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out) \
-                if func._overloadpacket in flop_registry else 0
+            kind = next(
+                (kind for kind, names in KINDS.items() if name.startswith(names)), "elementwise"
+            )
+            flops = (
+                flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+                if func._overloadpacket in flop_registry
+                else 0
+            )
             self.add(kind, flops, sum(stored(x) for x in tensors))
         return out
 
@@ -115,12 +139,15 @@ def stored(x: torch.Tensor) -> int:
 
 
 class Attention(torch.autograd.Function):
-    """What a fused attention moves and computes (FlashAttention, 2205.14135): no T x T matrix, half of the scores."""
+    """What a fused attention moves and computes (FlashAttention, 2205.14135): no T x T matrix,
+    half of the scores."""
+
     @staticmethod
     def forward(ctx, tally, q_BTHK, k_BTGK, v_BTGK):
         ctx.tally, ctx.shapes = tally, [x.shape for x in (q_BTHK, k_BTGK, v_BTGK)]
         B, T, H, K = q_BTHK.shape
-        ctx.flops, ctx.bytes = 2 * B * H * T * T * K, sum(map(stored, (q_BTHK, q_BTHK, k_BTGK, v_BTGK)))
+        ctx.flops = 2 * B * H * T * T * K
+        ctx.bytes = sum(map(stored, (q_BTHK, q_BTHK, k_BTGK, v_BTGK)))
         tally.add("attention", ctx.flops, ctx.bytes)
         return torch.empty_like(q_BTHK)
 
@@ -138,7 +165,9 @@ def count(hp: t.Hyperparameters) -> dict[tuple[str, str], list[float]]:
     with torch.device("meta"):
         model, ids = t.GPT(hp), torch.zeros(rows, hp.train_seq_len, dtype=torch.int64)
         muon, adamw = t.build_optimizers(model, hp, t.Runtime("", {}))
-    attention = patched(causal_attention=lambda q, k, v, flash=None: Attention.apply(tally, q, k, v))
+    attention = patched(
+        causal_attention=lambda q, k, v, flash=None: Attention.apply(tally, q, k, v)
+    )
     with as_on_cuda(), attention, tally:
         tally.phase = "forward"
         loss = t.training_loss(model, ids, ids, None)
@@ -148,8 +177,11 @@ def count(hp: t.Hyperparameters) -> dict[tuple[str, str], list[float]]:
             entry[:] = [passes * number for number in entry]
         tally.phase = "optimizer"
         # one fused kernel: parameter, gradient and two moments in; parameter and moments out
-        adamw.step = lambda: tally.add("elementwise", 0, sum(7 * stored(p) for group in adamw.param_groups
-                                                             for p in group["params"]))
+        adamw.step = lambda: tally.add(
+            "elementwise",
+            0,
+            sum(7 * stored(p) for group in adamw.param_groups for p in group["params"]),
+        )
         t.update(muon, adamw, t.Runtime("", {}), hp.grad_clip_norm)
     return dict(tally.found)
 
@@ -157,27 +189,44 @@ def count(hp: t.Hyperparameters) -> dict[tuple[str, str], list[float]]:
 def print_count(hp: t.Hyperparameters) -> float:
     """The table; returns the FLOPs of a step."""
     found = count(hp)
-    print(f"counted, one step of {hp.train_batch_tokens:,} tokens (x {hp.train_seq_len}), all on one GPU\n\n"
-          f"{'phase':10} {'kind':12} {'TFLOP':>9} {'GB moved':>9} {'floor ms':>9}")
+    print(
+        f"counted, one step of {hp.train_batch_tokens:,} tokens (x {hp.train_seq_len}), all on one "
+        "GPU\n\n"
+        f"{'phase':10} {'kind':12} {'TFLOP':>9} {'GB moved':>9} {'floor ms':>9}"
+    )
     floors = {}
     for (phase, kind), (flops, size) in sorted(found.items()):
         floors[phase, kind] = 1e3 * max(flops / PEAK_FLOPS, size / PEAK_BYTES)
-        print(f"{phase:10} {kind:12} {flops / 1e12:>9.4g} {size / 1e9:>9.4g} {floors[phase, kind]:>9.4g}")
+        print(
+            f"{phase:10} {kind:12} {flops / 1e12:>9.4g} {size / 1e9:>9.4g} "
+            f"{floors[phase, kind]:>9.4g}"
+        )
     flops, size = (sum(entry[i] for entry in found.values()) for i in (0, 1))
-    whole, waste = sum(floors.values()), sum(ms for (_, kind), ms in floors.items() if kind == "elementwise")
-    print(f"{'all':10} {'':12} {flops / 1e12:>9.4g} {size / 1e9:>9.4g} {whole:>9.4g}   elementwise {waste / whole:.0%}"
-          f"; without it {whole - waste:.4g} ms; on 8 GPUs an eighth, but the optimizer")
+    whole = sum(floors.values())
+    waste = sum(ms for (_, kind), ms in floors.items() if kind == "elementwise")
+    print(
+        f"{'all':10} {'':12} {flops / 1e12:>9.4g} {size / 1e9:>9.4g} {whole:>9.4g}   elementwise "
+        f"{waste / whole:.0%}; without it {whole - waste:.4g} ms; on 8 GPUs an eighth, but the "
+        "optimizer"
+    )
     return flops
 
 
-# --- measuring -----------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
+
 
 class RandomTokens:
     """A TokenLoader of one rank without data."""
+
     def __init__(self, hp: t.Hyperparameters):
-        rows, most = hp.train_batch_tokens // hp.train_seq_len, max(1, hp.micro_batch_tokens // hp.train_seq_len)
-        self.accumulation = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most)
-        self.ids = torch.randint(0, hp.vocab_size, (rows // self.accumulation, hp.train_seq_len + 1))
+        rows = hp.train_batch_tokens // hp.train_seq_len
+        most = max(1, hp.micro_batch_tokens // hp.train_seq_len)
+        self.accumulation = next(
+            n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most
+        )
+        self.ids = torch.randint(
+            0, hp.vocab_size, (rows // self.accumulation, hp.train_seq_len + 1)
+        )
 
     def micro_batch(self, step: int, micro: int):
         return self.ids[:, :-1].contiguous(), self.ids[:, 1:].contiguous()
@@ -200,25 +249,32 @@ def timed(call, times: int) -> float:
 
 def ceiling(device: torch.device) -> float:
     """FLOP/s of the fastest of a few large square products."""
-    sizes, dtype = ((4096, 8192), torch.bfloat16) if device.type == "cuda" else ((512, 1024), torch.float32)
+    sizes, dtype = (
+        ((4096, 8192), torch.bfloat16) if device.type == "cuda" else ((512, 1024), torch.float32)
+    )
     best = 0.0
     for n in sizes:
         a = torch.randn(n, n, device=device, dtype=dtype)
         timed(lambda a=a: a @ a, 2)
-        best = max(best, 2 * n ** 3 / min(timed(lambda a=a: a @ a, 5) for _ in range(3)))
+        best = max(best, 2 * n**3 / min(timed(lambda a=a: a @ a, 5) for _ in range(3)))
     return best
 
 
 def variants(hp: t.Hyperparameters, rt: t.Runtime) -> dict[str, t.Trainer]:
     """Name -> a trainer with one switch off."""
+
     def trainer(**changes):
         torch.manual_seed(hp.seed)
         changed = t.replace(hp, **changes)
         return t.Trainer(t.GPT(changed).to(rt.device), RandomTokens(changed), rt)
+
     found = {"as it is": trainer()}
     if found["as it is"].model.embed.weight.is_cuda:
-        found |= {"MLP kernels off": trainer(fused_mlp=False), "loss kernels off": trainer(fused_loss=False),
-                  PLAIN: trainer(fused_mlp=False, fused_loss=False)}
+        found |= {
+            "MLP kernels off": trainer(fused_mlp=False),
+            "loss kernels off": trainer(fused_loss=False),
+            PLAIN: trainer(fused_mlp=False, fused_loss=False),
+        }
     if hp.compile != "0" and (hp.compile == "1" or rt.device.type == "cuda"):
         found["not compiled"] = trainer(compile="0")
     if found["as it is"].model.attention_name != "sdpa":
@@ -236,20 +292,36 @@ def measure(hp: t.Hyperparameters, steps: int, rounds: int, flops: float) -> Non
     for _ in range(rounds):
         for name, trainer in trainers.items():
             seconds[name].append(timed(lambda trainer=trainer: trainer.step(1.0, None), steps))
-    best, first = ceiling(rt.device), statistics.median(seconds[PLAIN if PLAIN in seconds else "as it is"])
-    device = torch.cuda.get_device_name() if rt.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"\nmeasured on {device}, attention {trainers['as it is'].model.attention_name}, torch {torch.__version__}; "
-          f"fastest product {best / 1e12:.2f} TFLOP/s\n\n{'':20} {'ms/step':>9} {'low-high':>19} {'tokens/s':>11} "
-          f"{'MFU':>6} {'ratio':>6}")
+    best = ceiling(rt.device)
+    first = statistics.median(seconds[PLAIN if PLAIN in seconds else "as it is"])
+    device = (
+        torch.cuda.get_device_name()
+        if rt.device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
+    print(
+        f"\nmeasured on {device}, attention {trainers['as it is'].model.attention_name}, torch "
+        f"{torch.__version__}; fastest product {best / 1e12:.2f} TFLOP/s\n\n"
+        f"{'':20} {'ms/step':>9} {'low-high':>19} {'tokens/s':>11} {'MFU':>6} {'ratio':>6}"
+    )
     for name, all_rounds in seconds.items():
         middle = statistics.median(all_rounds)
-        print(f"{name:20} {1e3 * middle:>9.2f} {f'{1e3 * min(all_rounds):.2f}-{1e3 * max(all_rounds):.2f}':>19} "
-              f"{hp.train_batch_tokens / middle:>11,.0f} {flops / middle / best:>6.1%} {middle / first:>6.2f}")
+        print(
+            f"{name:20} {1e3 * middle:>9.2f} "
+            f"{f'{1e3 * min(all_rounds):.2f}-{1e3 * max(all_rounds):.2f}':>19} "
+            f"{hp.train_batch_tokens / middle:>11,.0f} {flops / middle / best:>6.1%} "
+            f"{middle / first:>6.2f}"
+        )
     with torch.profiler.profile() as profile:
         timed(lambda: trainers["as it is"].step(1.0, None), 1)
     on_gpu = rt.device.type == "cuda"
-    rows = sorted(((e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count, e.key)
-                   for e in profile.key_averages()), reverse=True)
+    rows = sorted(
+        (
+            (e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count, e.key)
+            for e in profile.key_averages()
+        ),
+        reverse=True,
+    )
     whole = sum(row[0] for row in rows) or 1
     print(f"\n{'share':>6} {'ms':>9} {'calls':>6}  kernel, one step")
     for micros, calls, name in rows[:12]:
@@ -257,33 +329,43 @@ def measure(hp: t.Hyperparameters, steps: int, rounds: int, flops: float) -> Non
 
 
 def check_gradients(hp: t.Hyperparameters, device: torch.device) -> None:
-    """Loss and gradients of the compiled model with kernels (bfloat16) against the uncompiled float32 one without."""
+    """Loss and gradients of the compiled model with kernels (bfloat16) against the
+    uncompiled float32 one without."""
     torch.manual_seed(hp.seed)
-    model, ids = t.GPT(hp).to(device), torch.randint(0, hp.vocab_size, (2, hp.train_seq_len + 1), device=device)
+    model = t.GPT(hp).to(device)
+    ids = torch.randint(0, hp.vocab_size, (2, hp.train_seq_len + 1), device=device)
     with torch.no_grad():
         for p in model.parameters():  # so that no matrix is zero, no weight one
             p.add_(0.02 * torch.randn_like(p))
-    plain = patched(working_dtype=lambda x: torch.float32, has_kernels=lambda x: False,
-                    causal_attention=lambda q, k, v, flash=None, f=t.causal_attention: f(q, k, v))
+    plain = patched(
+        working_dtype=lambda x: torch.float32,
+        has_kernels=lambda x: False,
+        causal_attention=lambda q, k, v, flash=None, f=t.causal_attention: f(q, k, v),
+    )
     with plain:
         exact = t.training_loss(model, ids[:, :-1], ids[:, 1:], None)
         wanted = torch.autograd.grad(exact, list(model.parameters()))
     loss = torch.compile(t.training_loss, dynamic=False)(model, ids[:, :-1], ids[:, 1:], None)
     found = torch.autograd.grad(loss, list(model.parameters()))
-    errors = {name: float((a - b).norm() / b.norm().clamp_min(1e-12))
-              for (name, _), a, b in zip(model.named_parameters(), found, wanted)}
+    errors = {
+        name: float((a - b).norm() / b.norm().clamp_min(1e-12))
+        for (name, _), a, b in zip(model.named_parameters(), found, wanted)
+    }
     worst = max(errors, key=errors.get)
-    print(f"\ncompiled, with kernels, in {t.working_dtype(model.embed.weight)} against float32: loss {loss:.5f} to "
-          f"{exact:.5f}; gradients' relative error "
-          f"median {statistics.median(errors.values()):.4f}, largest {errors[worst]:.4f} ({worst})")
+    print(
+        f"\ncompiled, with kernels, in {t.working_dtype(model.embed.weight)} against float32: loss "
+        f"{loss:.5f} to {exact:.5f}; gradients' relative error median "
+        f"{statistics.median(errors.values()):.4f}, largest {errors[worst]:.4f} ({worst})"
+    )
 
 
 def time_tiles(hp: t.Hyperparameters, device: torch.device) -> None:
-    """ms of the MLP's kernel, forward and backward, by tile; beside it the compiled plain form of the same work."""
+    """ms of the MLP's kernel, forward and backward, by tile;
+    beside it the compiled plain form of the same work."""
     N = micro_batch_rows(hp) * hp.train_seq_len
     W, D = int(hp.mlp_mult * hp.model_dim), hp.model_dim
     x, g, z = (torch.randn(N, width, device=device, dtype=torch.bfloat16) for width in (D, D, W))
-    fc, proj = (torch.randn(W, D, device=device, dtype=torch.bfloat16) * D ** -0.5 for _ in range(2))
+    fc, proj = (torch.randn(W, D, device=device, dtype=torch.bfloat16) * D**-0.5 for _ in range(2))
     proj = proj.mT.contiguous()
 
     def forward(x, fc):
@@ -291,29 +373,40 @@ def time_tiles(hp: t.Hyperparameters, device: torch.device) -> None:
         return y, t.F.leaky_relu(y, hp.leaky_slope).square()
 
     def backward(g, proj, z):
-        return (g @ proj) * 2 * z * torch.where(z > 0, 1.0, hp.leaky_slope ** 2)
+        return (g @ proj) * 2 * z * torch.where(z > 0, 1.0, hp.leaky_slope**2)
+
     plain = [torch.compile(f, dynamic=False) for f in (forward, backward)]
 
     def both(calls) -> str:
         for call in calls:
             timed(call, 3)
         return "".join(f"{1e3 * min(timed(call, 10) for _ in range(3)):>12.3f}" for call in calls)
-    print(f"\n{'MLP kernel, tile':40}{'forward ms':>12}{'backward ms':>12}\n{'compiled plain form':40}"
-          + both((lambda: plain[0](x, fc), lambda: plain[1](g, proj, z))))
+
+    print(
+        f"\n{'MLP kernel, tile':40}{'forward ms':>12}{'backward ms':>12}\n"
+        f"{'compiled plain form':40}"
+        + both((lambda: plain[0](x, fc), lambda: plain[1](g, proj, z)))
+    )
     for tile in TILES:
         with patched(MLP_TILE=tile):
             name = "x".join(str(tile[k]) for k in ("BM", "BN", "BK"))
             try:
-                ms = both((lambda: t.launch_mlp(x, fc.mT, z, hp.leaky_slope, False),
-                           lambda: t.launch_mlp(g, proj, z, hp.leaky_slope, True)))
+                ms = both(
+                    (
+                        lambda: t.launch_mlp(x, fc.mT, z, hp.leaky_slope, False),
+                        lambda: t.launch_mlp(g, proj, z, hp.leaky_slope, True),
+                    )
+                )
             except t.triton.runtime.errors.OutOfResources as error:
                 ms = f"  {error}"
-        print(f"{name + ' warps {num_warps} stages {num_stages}'.format(**tile):40}{ms}"
-              f"{'  (the one in use)' if tile == t.MLP_TILE else ''}")
+        print(
+            f"{name + ' warps {num_warps} stages {num_stages}'.format(**tile):40}{ms}"
+            f"{'  (the one in use)' if tile == t.MLP_TILE else ''}"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=10, help="per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--count", action="store_true", help="count, measure nothing")
@@ -327,7 +420,10 @@ def main() -> None:
             time_tiles(hp, torch.device("cuda"))
         measure(hp, args.steps, args.rounds, flops)
     elif not args.count:
-        print("\nnothing measured: there is no GPU, and a CPU takes minutes for a step of such size; set smaller ones")
+        print(
+            "\nnothing measured: there is no GPU, and a CPU takes minutes for a step of such size; "
+            "set smaller ones"
+        )
 
 
 if __name__ == "__main__":

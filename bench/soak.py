@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""Short runs at random numbers of ranks, killed at random moments and resumed until they end; nothing may be lost.
+"""Short runs at random numbers of ranks, killed at random moments and resumed until they end;
+nothing may be lost.
 
     python bench/soak.py [--runs 20] [--minutes 15] [--seed 1]
 
-Each run trains a tiny model on the built-in corpus and is disturbed up to three times: SIGTERM or SIGKILL, to one rank
-or to torchrun (with SIGKILL of torchrun its ranks are killed too, as when a machine is taken away). It goes on from
-its newest checkpoint, or, if its artifact was whole, now and then from that (EVAL_ONLY), on another number of ranks.
-After each end: all checkpoints and artifacts can be read, the log is whole and says why it ended. At last: every step
-was logged, the bpb is that of an undisturbed run to 1e-4. Exit status 1 if anything was lost. A markdown table.
+Each run trains a tiny model on the built-in corpus and is disturbed up to three times: SIGTERM or
+SIGKILL, to one rank or to torchrun (with SIGKILL of torchrun its ranks are killed too, as when a
+machine is taken away). It goes on from its newest checkpoint, or, if its artifact was whole, now
+and then from that (EVAL_ONLY), on another number of ranks. After each end: all checkpoints and
+artifacts can be read, the log is whole and says why it ended. At last: every step was logged, the
+bpb is that of an undisturbed run to 1e-4. Exit status 1 if anything was lost. A markdown table.
 """
+
 import argparse
 import contextlib
 import os
@@ -29,10 +32,19 @@ from conftest import TINY, finish, start_script, values, workers  # noqa: E402
 import train_gpt as t  # noqa: E402
 
 STEPS = 200
-SETTINGS = {**TINY, "VOCAB_SIZE": 1024, "ITERATIONS": STEPS, "WARMDOWN_ITERS": 60, "CHECKPOINT_EVERY": 0.3,
-            "EVAL_SEQ_LEN": 256, "EVAL_STRIDE": 256, "VAL_BATCH_SIZE": 8192, "NGRAM_ORDER": 3,
-            "DATA_PATH": ROOT / "data/datasets/demo_sp1024",
-            "TOKENIZER_PATH": ROOT / "data/tokenizers/demo_1024_bpe.model"}
+SETTINGS = {
+    **TINY,
+    "VOCAB_SIZE": 1024,
+    "ITERATIONS": STEPS,
+    "WARMDOWN_ITERS": 60,
+    "CHECKPOINT_EVERY": 0.3,
+    "EVAL_SEQ_LEN": 256,
+    "EVAL_STRIDE": 256,
+    "VAL_BATCH_SIZE": 8192,
+    "NGRAM_ORDER": 3,
+    "DATA_PATH": ROOT / "data/datasets/demo_sp1024",
+    "TOKENIZER_PATH": ROOT / "data/tokenizers/demo_1024_bpe.model",
+}
 FINAL = "final_ngram_exact"
 
 
@@ -45,15 +57,17 @@ def logs(folder: Path) -> list[str]:
 def moment(rng):
     """A random moment, as a function of a log: at the start, at a step, in packing, in scoring."""
     step = rng.randrange(STEPS)
-    line = rng.choice((None, "step", "step", "step", "final_float_exact", "final_int6_roundtrip_exact"))
+    line = rng.choice(
+        (None, "step", "step", "step", "final_float_exact", "final_int6_roundtrip_exact")
+    )
     if line == "step":
         return lambda log: any(int(s) >= step for s in re.findall(r"^step:(\d+)/", log, re.M))
     return lambda log: not line or re.search(f"^{line}", log, re.M)
 
 
 def disturb(process, folder: Path, begun: int, rng) -> str:
-    """Waits for a random moment of the log after the first `begun` ones, and up to 0.5 s more; then one random blow.
-    Says what it was: "" if the run ended before."""
+    """Waits for a random moment of the log after the first `begun` ones, and up to 0.5 s more; then
+    one random blow. Says what it was: "" if the run ended before."""
     due = moment(rng)
     while process.poll() is None and not due("".join(logs(folder)[begun:])):
         time.sleep(0.05)
@@ -72,7 +86,11 @@ def disturb(process, folder: Path, begun: int, rng) -> str:
 
 def check(folder: Path, code: int, blow: str) -> list[str]:
     """What is wrong with what this end left behind."""
-    wrong = [] if (code == 0) == (not blow) or code == 0 else [f"exit status {code} of an undisturbed run"]
+    wrong = (
+        []
+        if (code == 0) == (not blow) or code == 0
+        else [f"exit status {code} of an undisturbed run"]
+    )
     hp = t.Hyperparameters.from_env({k: str(v) for k, v in SETTINGS.items()})
     for path in [*folder.glob("logs/*.ckpt"), *folder.glob("*.ptz")]:
         try:
@@ -85,9 +103,16 @@ def check(folder: Path, code: int, blow: str) -> list[str]:
     for path in folder.rglob("*.tmp"):
         path.unlink()
         wrong += [] if "KILL" in blow else [f"{path.name} left behind"]
-    last = logs(folder)[-1:] if code and "KILL torchrun" not in blow and "KILL rank 0" not in blow else []
-    wrong += [f"the log ends with {log[-80:]!r}" for log in last
-              if log and not log.splitlines()[-1].startswith(("error: ", "  log  "))]
+    last = (
+        logs(folder)[-1:]
+        if code and "KILL torchrun" not in blow and "KILL rank 0" not in blow
+        else []
+    )
+    wrong += [
+        f"the log ends with {log[-80:]!r}"
+        for log in last
+        if log and not log.splitlines()[-1].startswith(("error: ", "  log  "))
+    ]
     return wrong
 
 
@@ -105,7 +130,7 @@ def one_run(folder: Path, rng) -> tuple[list[str], list[str]]:
         blow = disturb(process, folder, begun, rng) if blows else ""
         done = finish(process, 200)
         at = re.findall(r"^step:(\d+)/", logs(folder)[-1], re.M) if blow and logs(folder) else []
-        kind = "".join(name[0] for name in extra)                # E: EVAL_ONLY, R: RESUME
+        kind = "".join(name[0] for name in extra)  # E: EVAL_ONLY, R: RESUME
         story.append(f"{ranks}{kind}{f' {blow}' if blow else ''}{f' at {at[-1]}' if at else ''}")
         wrong += check(folder, done.returncode, blow)
         if done.returncode == 0:
@@ -120,13 +145,19 @@ def verdict(folder: Path, expected: float) -> tuple[str, list[str]]:
     if not last:
         return "none", ["no final score"]
     bpb = float(values(last, FINAL)["val_bpb"])
-    steps = {int(step) for log in logs(folder) for step in re.findall(r"^step:(\d+)/\d+ train_loss", log, re.M)}
+    steps = {
+        int(step)
+        for log in logs(folder)
+        for step in re.findall(r"^step:(\d+)/\d+ train_loss", log, re.M)
+    }
     wrong = [] if abs(bpb - expected) <= 1e-4 else [f"bpb is off by {bpb - expected:+.6f}"]
-    return f"{bpb:.8f}", wrong + ([] if steps == set(range(1, STEPS + 1)) else [f"{STEPS - len(steps)} steps unlogged"])
+    return f"{bpb:.8f}", wrong + (
+        [] if steps == set(range(1, STEPS + 1)) else [f"{STEPS - len(steps)} steps unlogged"]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--minutes", type=float, default=15, help="no run is begun after that")
     parser.add_argument("--seed", type=int, default=1)
@@ -140,9 +171,13 @@ def main() -> None:
         if done.returncode:
             sys.exit(done.stderr)
         expected = float(values(logs(folder)[0], FINAL)["val_bpb"])
-        print(f"undisturbed, one rank: {expected:.8f} bpb. Starts: ranks, R = RESUME, E = EVAL_ONLY, then what "
-              "ended it and the last step logged\n\n| run | starts | bpb | difference | lost |\n"
-              "|---|---|---|---|---|", flush=True)
+        print(
+            f"undisturbed, one rank: {expected:.8f} bpb. Starts: ranks, R = RESUME, E = EVAL_ONLY, "
+            "then what ended it and the last step logged\n\n"
+            "| run | starts | bpb | difference | lost |\n"
+            "|---|---|---|---|---|",
+            flush=True,
+        )
         for run in range(1, args.runs + 1):
             if time.monotonic() - begun > 60 * args.minutes:
                 print(f"| | time is over after {run - 1} runs | | | |")
@@ -153,8 +188,11 @@ def main() -> None:
             bpb, more = verdict(folder, expected)
             failed += bool(wrong + more)
             difference = "" if bpb == "none" else f"{float(bpb) - expected:+.1e}"
-            print(f"| {run} | {', '.join(story)} | {bpb} | {difference} | {'; '.join(wrong + more) or 'nothing'} |",
-                  flush=True)
+            print(
+                f"| {run} | {', '.join(story)} | {bpb} | {difference} | "
+                f"{'; '.join(wrong + more) or 'nothing'} |",
+                flush=True,
+            )
     print(f"\n{failed} runs lost something")
     sys.exit(failed > 0)
 

@@ -3,19 +3,22 @@
 
     python data/prepare_demo.py [OUTPUT_FOLDER]          (default: this folder)
 
-Every Python ships a few megabytes of real English: the docstrings of its standard library and the language
-reference in `pydoc_data.topics`. One module, or one topic, is one document. A document belongs to validation when
-the CRC-32 of its name is divisible by VAL_EVERY, so the split depends on nothing but names. A 1024-piece
-SentencePiece BPE with byte fallback is trained on the training documents only, laid out as the challenge's own
-(<pad> <s> </s> <unk>, then 256 bytes). The result has the challenge's paths and shard format, so `train_gpt.py`
-needs one loader and the real FineWeb drops in by DATA_PATH and TOKENIZER_PATH alone:
+Every Python ships a few megabytes of real English: the docstrings of its standard library and the
+language reference in `pydoc_data.topics`. One module, or one topic, is one document. A document
+belongs to validation when the CRC-32 of its name is divisible by VAL_EVERY, so the split depends on
+nothing but names. A 1024-piece SentencePiece BPE with byte fallback is trained on the training
+documents only, laid out as the challenge's own (<pad> <s> </s> <unk>, then 256 bytes). The result
+has the challenge's paths and shard format, so `train_gpt.py` needs one loader and the real FineWeb
+drops in by DATA_PATH and TOKENIZER_PATH alone:
 
     OUTPUT/datasets/demo_sp1024/fineweb_{train,val}_000000.bin
     OUTPUT/tokenizers/demo_1024_bpe.model
-    OUTPUT/datasets/demo_sp1024/corpus.json               counts and sha256; written last, so it marks a whole set
+    OUTPUT/datasets/demo_sp1024/corpus.json
+        counts and sha256; written last, so it marks a whole set
 
 The corpus is a function of the Python version alone; a second run finds it whole and does nothing.
 """
+
 import ast
 import hashlib
 import io
@@ -36,7 +39,8 @@ SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 
 
 def docstrings(source: bytes) -> str:
-    """All docstrings of one module, in source order; empty when the file is not valid Python (test fixtures)."""
+    """All docstrings of one module, in source order;
+    empty when the file is not valid Python (test fixtures)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -44,12 +48,15 @@ def docstrings(source: bytes) -> str:
     except (SyntaxError, ValueError):
         return ""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = sorted((n for n in ast.walk(tree) if isinstance(n, kinds)), key=lambda n: getattr(n, "lineno", 0))
+    nodes = sorted(
+        (n for n in ast.walk(tree) if isinstance(n, kinds)), key=lambda n: getattr(n, "lineno", 0)
+    )
     return "\n\n".join(text for n in nodes if (text := ast.get_docstring(n)))
 
 
 def documents() -> dict[str, str]:
-    """name -> text, in the order of the names' CRC-32: neighbours in a folder are not neighbours in the stream."""
+    """name -> text, in the order of the names' CRC-32:
+    neighbours in a folder are not neighbours in the stream."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = {}
     for path in root.rglob("*.py"):
@@ -57,6 +64,7 @@ def documents() -> dict[str, str]:
         if not {"site-packages", "dist-packages"} & set(name.parts):
             found[name.as_posix()] = docstrings(path.read_bytes())
     from pydoc_data.topics import topics
+
     found |= {f"topics/{name}": text for name, text in topics.items()}
     return {name: found[name] for name in sorted(found, key=_crc) if found[name]}
 
@@ -65,8 +73,18 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     lines = (line for text in texts for line in text.splitlines() if line.strip())
     spm.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
-        pad_id=0, bos_id=BOS, eos_id=2, unk_id=3, num_threads=1, minloglevel=2)
+        sentence_iterator=lines,
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=BOS,
+        eos_id=2,
+        unk_id=3,
+        num_threads=1,
+        minloglevel=2,
+    )
     return model.getvalue()
 
 
@@ -96,13 +114,21 @@ def main(folder: Path) -> None:
         split["val" if _crc(name) % VAL_EVERY == 0 else "train"].append(text)
     model = train_tokenizer(split["train"], VOCAB_SIZE)
     pieces = spm.SentencePieceProcessor(model_proto=model)
-    facts = {"python": platform.python_version(), "documents": len(docs), "tokenizer_sha256": _sha256(model)}
+    facts = {
+        "python": platform.python_version(),
+        "documents": len(docs),
+        "tokenizer_sha256": _sha256(model),
+    }
     write_whole(tokenizer, model)
     for part, texts in split.items():
         tokens = np.concatenate([np.array([BOS, *ids], np.uint16) for ids in pieces.encode(texts)])
         content = shard(tokens)
-        facts |= {f"{part}_documents": len(texts), f"{part}_bytes": sum(len(t.encode()) for t in texts),
-                  f"{part}_tokens": len(tokens), f"{part}_sha256": _sha256(content)}
+        facts |= {
+            f"{part}_documents": len(texts),
+            f"{part}_bytes": sum(len(t.encode()) for t in texts),
+            f"{part}_tokens": len(tokens),
+            f"{part}_sha256": _sha256(content),
+        }
         write_whole(dataset / f"fineweb_{part}_000000.bin", content)
     write_whole(marker, (json.dumps(facts, indent=1) + "\n").encode())
     print(f"demo corpus: {json.dumps(facts)}")

@@ -1,6 +1,7 @@
-"""Compiles every kernel for GPUs that are not here: python tests/compile_kernels.py. Prints architecture, kernel, bytes
-of shared memory; what Triton's interpreter takes and its compiler does not, fails. A process of its own, for it is not
-interpreted."""
+"""Compiles every kernel for GPUs that are not here: python tests/compile_kernels.py. Prints
+architecture, kernel, bytes of shared memory; what Triton's interpreter takes and its compiler does
+not, fails. A process of its own, for it is not interpreted."""
+
 import sys
 from pathlib import Path
 
@@ -12,29 +13,55 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_gpt as t  # noqa: E402
 
-NUMBERS = dict(M="i32", N="i32", K="i32", V="i32", stride_k="i32", stride_n="i32", slope="fp32", cap="fp32")
+NUMBERS = dict(
+    M="i32", N="i32", K="i32", V="i32", stride_k="i32", stride_n="i32", slope="fp32", cap="fp32"
+)
 
 
-def compiled(kernel, architecture: int, pointers: dict[str, str], constants: dict, **options) -> int:
-    """Bytes of shared memory; pointers and sizes are multiples of 16, as PyTorch's and the model's are."""
+def compiled(
+    kernel, architecture: int, pointers: dict[str, str], constants: dict, **options
+) -> int:
+    """Bytes of shared memory; pointers and sizes are multiples of 16,
+    as PyTorch's and the model's are."""
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else pointers.get(name) or NUMBERS[name] for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
-               if signature[name] == "i32" or name in pointers}
-    source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options).metadata.shared
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name) or NUMBERS[name]
+        for name in names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name] == "i32" or name in pointers
+    }
+    source = ASTSource(
+        kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned
+    )
+    return triton.compile(
+        source, target=GPUTarget("cuda", architecture, 32), options=options
+    ).metadata.shared
 
 
 for backward in (False, True):
-    fast = "stride_n" if backward else "stride_k"                    # the one that is 1
+    fast = "stride_n" if backward else "stride_k"  # the one that is 1
     for architecture, tile in ((90, t.MLP_TILE), (89, dict(t.MLP_TILE, BN=64))):
         sizes = {name: tile[name] for name in ("BM", "BN", "BK")}
-        shared = compiled(t.mlp_kernel, architecture, dict.fromkeys(("a_ptr", "b_ptr", "z_ptr", "out_ptr"), "*bf16"),
-                          dict(BACKWARD=backward, **{fast: 1}, **sizes), num_warps=tile["num_warps"],
-                          num_stages=tile["num_stages"])
+        shared = compiled(
+            t.mlp_kernel,
+            architecture,
+            dict.fromkeys(("a_ptr", "b_ptr", "z_ptr", "out_ptr"), "*bf16"),
+            dict(BACKWARD=backward, **{fast: 1}, **sizes),
+            num_warps=tile["num_warps"],
+            num_stages=tile["num_stages"],
+        )
         print(architecture, "mlp_kernel", shared)
     for capped in (False, True):
         pointers = dict(z_ptr="*bf16", target_ptr="*i64", upstream_ptr="*fp32")
         pointers["out_ptr"] = "*bf16" if backward else "*fp32"
-        shared = compiled(t.scores_kernel, 90, pointers, dict(CAPPED=capped, BACKWARD=backward, BV=1024), num_warps=4)
+        shared = compiled(
+            t.scores_kernel,
+            90,
+            pointers,
+            dict(CAPPED=capped, BACKWARD=backward, BV=1024),
+            num_warps=4,
+        )
         print(90, "scores_kernel", shared)

@@ -1,4 +1,6 @@
-"""Shared by all tests: a small corpus in the challenge's format, small settings, fresh random numbers."""
+"""Shared by all tests: a small corpus in the challenge's format, small settings,
+fresh random numbers."""
+
 import contextlib
 import os
 import re
@@ -18,7 +20,8 @@ sys.path.insert(0, str(ROOT / "data"))
 
 import sentencepiece as spm  # noqa: E402
 
-if not torch.cuda.is_available():  # kernels made in this process run in Triton's interpreter; not those of subprocesses
+# kernels made in this process run in Triton's interpreter; not those of subprocesses
+if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 from train_gpt import Hyperparameters, softcap  # noqa: E402
 
@@ -26,11 +29,33 @@ os.environ.pop("TRITON_INTERPRET", None)
 torch.set_num_threads(1)
 
 TINY = dict(  # a model with every feature on that takes milliseconds
-    NUM_LAYERS=4, MODEL_DIM=64, NUM_HEADS=4, NUM_KV_HEADS=2, ROPE_DIMS=8, MLP_MULT=2, VE_LAYERS="2,3", VE_DIM=16,
-    XSA_LAST_N=2, BIGRAM_VOCAB_SIZE=128, BIGRAM_DIM=16, VOCAB_SIZE=512, TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=512,
-    EVAL_SEQ_LEN=32, EVAL_STRIDE=8, VAL_BATCH_SIZE=1024, WARMUP_STEPS=1, ITERATIONS=12, WARMDOWN_ITERS=6,
-    TRAIN_LOG_EVERY=1, LATE_QAT_THRESHOLD=0.3, MAX_WALLCLOCK_SECONDS=0, EMA_DECAY=0.9, TIED_EMBED_LR=0.01,
-    RUN_ID="test")
+    NUM_LAYERS=4,
+    MODEL_DIM=64,
+    NUM_HEADS=4,
+    NUM_KV_HEADS=2,
+    ROPE_DIMS=8,
+    MLP_MULT=2,
+    VE_LAYERS="2,3",
+    VE_DIM=16,
+    XSA_LAST_N=2,
+    BIGRAM_VOCAB_SIZE=128,
+    BIGRAM_DIM=16,
+    VOCAB_SIZE=512,
+    TRAIN_SEQ_LEN=32,
+    TRAIN_BATCH_TOKENS=512,
+    EVAL_SEQ_LEN=32,
+    EVAL_STRIDE=8,
+    VAL_BATCH_SIZE=1024,
+    WARMUP_STEPS=1,
+    ITERATIONS=12,
+    WARMDOWN_ITERS=6,
+    TRAIN_LOG_EVERY=1,
+    LATE_QAT_THRESHOLD=0.3,
+    MAX_WALLCLOCK_SECONDS=0,
+    EMA_DECAY=0.9,
+    TIED_EMBED_LR=0.01,
+    RUN_ID="test",
+)
 
 
 def tiny(**changes) -> Hyperparameters:
@@ -66,10 +91,12 @@ def write_shard(path: Path, tokens) -> Path:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> dict[str, str]:
-    """DATA_PATH and TOKENIZER_PATH of a real but small text: this Python's language reference, 512 pieces."""
+    """DATA_PATH and TOKENIZER_PATH of a real but small text: this Python's language reference,
+    512 pieces."""
     from pydoc_data.topics import topics
 
     from prepare_demo import train_tokenizer
+
     folder = tmp_path_factory.mktemp("corpus")
     texts = [topics[name] for name in sorted(topics)]
     model = train_tokenizer(texts, 512)
@@ -86,15 +113,35 @@ def corpus(tmp_path_factory) -> dict[str, str]:
 SCRIPT = ROOT / "train_gpt.py"
 
 
-def start_script(cwd: Path, ranks: int = 1, script: Path = SCRIPT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                 **env) -> subprocess.Popen:
+def start_script(
+    cwd: Path,
+    ranks: int = 1,
+    script: Path = SCRIPT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    **env,
+) -> subprocess.Popen:
     """train_gpt.py as users start it: under torchrun, or plainly with ranks=0."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
-    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV")}
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        if ranks
+        else []
+    )
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV")
+    }
     settings = {k: str(v) for k, v in {**TINY, **env}.items()}
     env = {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **settings}
-    return subprocess.Popen([sys.executable, *launcher, str(script)], cwd=cwd, env=env, text=True,
-                            stdout=stdout, stderr=stderr)
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(script)],
+        cwd=cwd,
+        env=env,
+        text=True,
+        stdout=stdout,
+        stderr=stderr,
+    )
 
 
 def finish(process: subprocess.Popen, timeout: float = 240) -> subprocess.CompletedProcess:
@@ -109,14 +156,16 @@ def finish(process: subprocess.Popen, timeout: float = 240) -> subprocess.Comple
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def run_script(cwd: Path, ranks: int = 1, script: Path = SCRIPT, **env) -> subprocess.CompletedProcess:
+def run_script(
+    cwd: Path, ranks: int = 1, script: Path = SCRIPT, **env
+) -> subprocess.CompletedProcess:
     return finish(start_script(cwd, ranks, script, **env))
 
 
 def workers(process: subprocess.Popen) -> dict[int, int]:
     """rank -> process id, of the ranks that this torchrun started."""
     found = {}
-    with contextlib.suppress(OSError):                           # one of them has just ended
+    with contextlib.suppress(OSError):  # one of them has just ended
         for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
             environ = Path(f"/proc/{pid}/environ").read_text().split("\0")
             found |= {int(pair[5:]): int(pid) for pair in environ if pair.startswith("RANK=")}
@@ -124,7 +173,8 @@ def workers(process: subprocess.Popen) -> dict[int, int]:
 
 
 def wait_for(log: Path, pattern: str, process: subprocess.Popen, seconds: float = 120) -> None:
-    """Until a line of `log` starts with `pattern` (no line of the source, with which a log begins, should)."""
+    """Until a line of `log` starts with `pattern` (no line of the source, with which a log begins,
+    should)."""
     end = time.monotonic() + seconds
     while not (log.exists() and re.search("^" + pattern, log.read_text(), re.M)):
         if process.poll() is not None or time.monotonic() > end:
@@ -134,8 +184,8 @@ def wait_for(log: Path, pattern: str, process: subprocess.Popen, seconds: float 
 
 
 def patched(path: Path, body: str) -> Path:
-    """A script that is train_gpt.py after `body`, which knows it as t and may wrap what it calls: so a fault comes
-    at one exact moment."""
+    """A script that is train_gpt.py after `body`, which knows it as t and may wrap what it calls:
+    so a fault comes at one exact moment."""
     path.write_text(f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -162,7 +212,8 @@ t.Trainer.step = step
 
 @pytest.fixture(scope="session")
 def runs(corpus, tmp_path_factory):
-    """The same run on 1, 2 and 4 ranks, and on 8 where there are cores for them: ranks -> (folder, what it said)."""
+    """The same run on 1, 2 and 4 ranks, and on 8 where there are cores for them: ranks -> (folder,
+    what it said)."""
     done = {}
     for ranks in (1, 2, 4, *[8] * (os.cpu_count() >= 8)):
         cwd = tmp_path_factory.mktemp(f"ranks{ranks}")

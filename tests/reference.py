@@ -1,7 +1,8 @@
 """A second, slow reading of the n-gram mixture: one token at a time, dictionaries only.
 
-It predicts the whole vocabulary before it sees the token, then learns the token, and nothing else: so it is what a
-decoder runs. The tests compare the sorted, vectorised production code with it."""
+It predicts the whole vocabulary before it sees the token, then learns the token, and nothing else:
+so it is what a decoder runs. The tests compare the sorted, vectorised production code with it."""
+
 import math
 from collections import Counter, defaultdict
 
@@ -16,18 +17,21 @@ class Predictor:
     def __init__(self, first_token: int, total: int, hp: t.Hyperparameters):
         self.hp, self.stream, self.edges = hp, [first_token], set(t.block_edges(total))
         orders = range(2, hp.ngram_order + 1)
-        self.followed = {n: defaultdict(list) for n in orders}      # context -> [(position, token), ...]
-        self.counts = {n: defaultdict(Counter) for n in orders}     # context -> token -> how often
+        # context -> [(position, token), ...]
+        self.followed = {n: defaultdict(list) for n in orders}
+        self.counts = {n: defaultdict(Counter) for n in orders}  # context -> token -> how often
         self.mass = {n: np.zeros((3, t.STATES, t.GAPS, t.HEATS)) for n in orders}
         self.fresh = {n: np.zeros((3, t.STATES, t.GAPS, t.HEATS)) for n in orders}
         self.weights = {n: t.bucket_weights(self.mass[n]) for n in orders}
-        self.document, self.lead = int(first_token == t.BOS), 0.0   # documents begun, log odds of the mixture
+        # documents begun, log odds of the mixture
+        self.document, self.lead = int(first_token == t.BOS), 0.0
 
     def context(self, n):
-        return tuple(self.stream[len(self.stream) - n + 1:]) if len(self.stream) >= n - 1 else None
+        return tuple(self.stream[len(self.stream) - n + 1 :]) if len(self.stream) >= n - 1 else None
 
     def bucket(self, n, past, entropy):
-        """What DESIGN calls features: of the context's past and the model's entropy, never of the target."""
+        """What DESIGN calls features: of the context's past and the model's entropy,
+        never of the target."""
         size = min(len(past).bit_length() - 1, 7)
         distinct = len(self.counts[n][self.context(n)])
         share = min(4 * (len(past) - distinct) // len(past), 3)

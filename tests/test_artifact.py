@@ -1,4 +1,6 @@
-"""Quantisation, entropy coding, the container, the cap; and late QAT, which must round exactly as the artifact does."""
+"""Quantisation, entropy coding, the container, the cap; and late QAT,
+which must round exactly as the artifact does."""
+
 import errno
 import hashlib
 import lzma
@@ -34,6 +36,7 @@ def noisy_model(hp) -> t.GPT:
 
 # ---- codes
 
+
 @pytest.mark.parametrize("levels", [1, 7, 15, 31, 127])
 def test_codes_are_small_integers_and_clipping_never_loses(rng, levels):
     w = heavy_tailed(40, 700)
@@ -48,7 +51,9 @@ def test_codes_are_small_integers_and_clipping_never_loses(rng, levels):
 
 def test_quantising_a_result_again_changes_nothing(rng):
     for levels in (1, 2, 5, 15, 31, 63, 100, 127):
-        codes, step = t.quantize_rows(heavy_tailed(200, 64) * 10.0 ** torch.randint(-12, 12, (200, 1)), levels)
+        codes, step = t.quantize_rows(
+            heavy_tailed(200, 64) * 10.0 ** torch.randint(-12, 12, (200, 1)), levels
+        )
         again, step_again = t.quantize_rows(codes * step, levels)
         assert torch.equal(codes, again) and torch.equal(step, step_again), levels
 
@@ -91,13 +96,21 @@ def test_kinds():
     levels = {n: t.natural_levels(n, p, model.hp) for n, p in model.state_dict().items()}
     assert levels["embed.weight"] == levels["bigram.table.weight"] == 127
     assert levels["blocks.0.attn.q.weight"] == levels["bigram.proj.weight"] == 15
-    assert levels["blocks.1.attn.vrl_gate"] == levels["skip_weights"] == levels["blocks.0.mix_x"] == 0
+    assert (
+        levels["blocks.1.attn.vrl_gate"] == levels["skip_weights"] == levels["blocks.0.mix_x"] == 0
+    )
 
 
 # ---- rANS
 
+
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 3000), st.integers(1, 64), st.integers(0, 2**32 - 1), st.sampled_from([0.2, 3.0, 40.0]))
+@given(
+    st.integers(1, 3000),
+    st.integers(1, 64),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.2, 3.0, 40.0]),
+)
 def test_rans_restores_any_symbols_with_any_tables(count, tables, seed, spread):
     rng = np.random.default_rng(seed)
     symbols = np.clip(np.rint(rng.normal(128, spread, count)), 0, 255).astype(np.uint8)
@@ -105,7 +118,8 @@ def test_rans_restores_any_symbols_with_any_tables(count, tables, seed, spread):
     freq, coded = t.rans_encode(table.astype(np.int16) * 256 + symbols)
     assert np.array_equal(t.rans_decode(coded, table, freq), symbols)
     sums, used = freq.reshape(t.TABLES, 256).sum(1), np.unique(table)
-    assert (sums[used] == 1 << t.SCALE).all() and (freq[table.astype(int) * 256 + symbols] > 0).all()
+    assert (sums[used] == 1 << t.SCALE).all()
+    assert (freq[table.astype(int) * 256 + symbols] > 0).all()
 
 
 def test_rans_is_close_to_the_entropy(rng):
@@ -117,14 +131,22 @@ def test_rans_is_close_to_the_entropy(rng):
 
 def test_tables_by_row_and_column_pay(rng):
     """Rows and columns of different spread: below the zeroth-order entropy of the tensor."""
-    codes = np.rint(rng.normal(size=(400, 500)) * 2.0 ** rng.normal(2, 0.7, (400, 1)) * 2.0 ** rng.normal(0, 0.7, 500))
+    codes = np.rint(
+        rng.normal(size=(400, 500))
+        * 2.0 ** rng.normal(2, 0.7, (400, 1))
+        * 2.0 ** rng.normal(0, 0.7, 500)
+    )
     codes = np.clip(codes, -127, 127).astype(np.int8)
     row, column = t.spread_classes(codes)
-    symbols, table = codes.astype(np.int16) + 128, np.clip(row[:, None] + column - 16, 0, t.TABLES - 1)
-    assert len(t.rans_encode((256 * table + symbols).ravel())[1]) < 0.95 * len(t.rans_encode(symbols.ravel())[1])
+    symbols = codes.astype(np.int16) + 128
+    table = np.clip(row[:, None] + column - 16, 0, t.TABLES - 1)
+    assert len(t.rans_encode((256 * table + symbols).ravel())[1]) < 0.95 * len(
+        t.rans_encode(symbols.ravel())[1]
+    )
 
 
 # ---- container
+
 
 def test_round_trip_gives_exactly_codes_times_steps(rng):
     model = noisy_model(tiny())
@@ -147,19 +169,33 @@ def test_packing_again_gives_the_same_bytes(rng, coarsen):
     assert pack(t.unpack(blob), model.hp, coarsen) == blob
 
 
-SHAPES = st.lists(st.one_of(st.tuples(), st.tuples(st.integers(0, 70)),
-                            st.tuples(st.integers(0, 9), st.integers(0, 40)),
-                            st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))), max_size=6)
+SHAPES = st.lists(
+    st.one_of(
+        st.tuples(),
+        st.tuples(st.integers(0, 70)),
+        st.tuples(st.integers(0, 9), st.integers(0, 40)),
+        st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+    ),
+    max_size=6,
+)
 
 
 @settings(max_examples=120, deadline=None)
-@given(SHAPES, st.integers(0, 2**32 - 1), st.sampled_from(["normal", "constant", "zero", "huge", "tiny"]),
-       st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]))
+@given(
+    SHAPES,
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["normal", "constant", "zero", "huge", "tiny"]),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]),
+)
 def test_any_state_survives(shapes, seed, kind, dtype):
     generator, hp = torch.Generator().manual_seed(seed), tiny()
     scale = dict(normal=1.0, constant=0.0, zero=0.0, huge=5e3, tiny=1e-7)[kind]
-    state = {f"t{i}.weight" if i % 2 else f"t{i}": (torch.randn(s, generator=generator) * scale
-                                                   + (kind == "constant")).to(dtype) for i, s in enumerate(shapes)}
+    state = {
+        f"t{i}.weight" if i % 2 else f"t{i}": (
+            torch.randn(s, generator=generator) * scale + (kind == "constant")
+        ).to(dtype)
+        for i, s in enumerate(shapes)
+    }
     blob = pack(state, hp)
     back = t.unpack(blob)
     assert list(back) == list(state) and pack(back, hp) == blob
@@ -168,7 +204,11 @@ def test_any_state_survives(shapes, seed, kind, dtype):
         assert back[name].shape == w.shape and back[name].dtype == torch.float32
         if w.numel():
             exact = not t.natural_levels(name, w, hp)
-            bound = w.abs() * 2.0 ** -11 + 1e-7 if exact else w.abs().max(1, keepdim=True).values / 31 + 1e-30
+            bound = (
+                w.abs() * 2.0**-11 + 1e-7
+                if exact
+                else w.abs().max(1, keepdim=True).values / 31 + 1e-30
+            )
             assert ((back[name] - w).abs() <= bound).all()
 
 
@@ -189,7 +229,7 @@ def test_a_thousand_corruptions_are_all_refused(rng):
         elif i % 4 == 1:
             del damaged[at:]
         elif i % 4 == 2:
-            damaged[at: at + 40] = rng.bytes(40)
+            damaged[at : at + 40] = rng.bytes(40)
         else:
             damaged[at:at] = rng.bytes(int(rng.integers(1, 9)))
         with pytest.raises(ValueError, match="^artifact: ") as error:
@@ -198,10 +238,11 @@ def test_a_thousand_corruptions_are_all_refused(rng):
 
 
 def test_with_a_repaired_checksum_damage_is_refused_or_harmless(rng):
-    """An attacker can repair the checksum: then the result is a clear error, or finite weights of checked shapes."""
+    """An attacker can repair the checksum: then the result is a clear error,
+    or finite weights of checked shapes."""
     blob, refused = pack(noisy_model(tiny(NUM_LAYERS=2, VE_LAYERS="1")).state_dict(), tiny()), 0
     for i in range(240):
-        body = bytearray(blob[len(t.MAGIC) + 32:])
+        body = bytearray(blob[len(t.MAGIC) + 32 :])
         at = int(rng.integers(0, len(body) if i % 2 else 2500))
         body[at] ^= 1 << int(rng.integers(0, 8))
         try:
@@ -213,7 +254,9 @@ def test_with_a_repaired_checksum_damage_is_refused_or_harmless(rng):
     assert refused > 120
 
 
-@pytest.mark.parametrize("foreign", [b"", b"PGOLF", b"\x80\x04\x95 a pickle", b"PK\x03\x04 a zip", bytes(1000)])
+@pytest.mark.parametrize(
+    "foreign", [b"", b"PGOLF", b"\x80\x04\x95 a pickle", b"PK\x03\x04 a zip", bytes(1000)]
+)
 def test_foreign_files_are_refused(foreign):
     with pytest.raises(ValueError, match="^artifact: "):
         t.unpack(foreign)
@@ -226,10 +269,30 @@ def container(text: bytes, rest: bytes = b"") -> bytes:
     return t.MAGIC + hashlib.sha256(body).digest() + body
 
 
-@pytest.mark.parametrize("table", [
-    "a 0 99999999999\n", "a 0 999999999\n", "a 1 268435456 2\n", "a 0 -1\n", "a exec 2\n", "a 0 1.5\n", "a 2 2\n",
-    '[["a",[2],0]]\n', "a 0 2\na 0 2\n", "a\n", "a 1 0 4\n", "a 1 2\n", "a 0 1 1 1 1 1\n", "nonsense", "\n",
-    "\xff 0 2\n", "a 0 2", "a 0 0\n" * 200_000, "x" * 2_000_000 + " 0 2\n"])
+@pytest.mark.parametrize(
+    "table",
+    [
+        "a 0 99999999999\n",
+        "a 0 999999999\n",
+        "a 1 268435456 2\n",
+        "a 0 -1\n",
+        "a exec 2\n",
+        "a 0 1.5\n",
+        "a 2 2\n",
+        '[["a",[2],0]]\n',
+        "a 0 2\na 0 2\n",
+        "a\n",
+        "a 1 0 4\n",
+        "a 1 2\n",
+        "a 0 1 1 1 1 1\n",
+        "nonsense",
+        "\n",
+        "\xff 0 2\n",
+        "a 0 2",
+        "a 0 0\n" * 200_000,
+        "x" * 2_000_000 + " 0 2\n",
+    ],
+)
 def test_absurd_tables_are_refused_before_anything_is_allocated(table):
     with pytest.raises(ValueError, match="^artifact: "):
         t.unpack(container(table.encode()))
@@ -248,6 +311,7 @@ def test_a_decompression_bomb_is_refused_without_being_inflated():
 
 # ---- the budget
 
+
 @pytest.mark.parametrize("bits", [5, 6])
 def test_forced_over_lands_within_4_kb_below_the_budget(rng, bits):
     model = noisy_model(tiny(MODEL_DIM=128, QUANT_BITS=bits, NUM_LAYERS=6))
@@ -256,12 +320,14 @@ def test_forced_over_lands_within_4_kb_below_the_budget(rng, bits):
         blob, facts = t.fit_artifact(model.state_dict(), model.hp, int(natural * share))
         assert int(natural * share) - 4096 < len(blob) <= int(natural * share), facts
         told = dict(fact.split(":") for fact in facts.split())
-        assert float(told["coarsen"]) > 1 and float(told["error_after"]) > float(told["error_before"]) > 0
+        assert float(told["coarsen"]) > 1
+        assert float(told["error_after"]) > float(told["error_before"]) > 0
         assert pack(t.unpack(blob), model.hp, told_exactly(blob, model, told)) == blob
 
 
 def told_exactly(blob, model, told):
-    """The scalar with all its digits: the one near the logged digits that packs to the same bytes."""
+    """The scalar with all its digits: the one near the logged digits that
+    packs to the same bytes."""
     near = float(told["coarsen"])
     for c in np.linspace(near - 6e-10, near + 6e-10, 25):
         if pack(model.state_dict(), model.hp, float(c)) == blob:
@@ -278,20 +344,31 @@ def test_what_is_left_is_spent(rng, packed_levels):
     assert float(told["coarsen"]) < 1 and float(told["error_after"]) < float(told["error_before"])
     finest, _ = t.fit_artifact(model.state_dict(), model.hp, 16_000_000)
     packed_levels.clear()
-    assert pack(t.unpack(finest), model.hp, 0.125) == finest and min(map(np.min, packed_levels)) == 127
+    assert pack(t.unpack(finest), model.hp, 0.125) == finest
+    assert min(map(np.min, packed_levels)) == 127
     kept, _ = t.fit_artifact(model.state_dict(), tiny(MODEL_DIM=128, FILL_BUDGET=0), 16_000_000)
     assert kept == natural
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.floats(0.02, 1.3), st.sampled_from(["signs", "spikes", "uniform", "ladder"]))
+@given(
+    st.integers(0, 2**32 - 1),
+    st.floats(0.02, 1.3),
+    st.sampled_from(["signs", "spikes", "uniform", "ladder"]),
+)
 def test_adversarial_weights_never_go_over(seed, share, kind):
     rng = np.random.default_rng(seed)
     shape = (60, 300)
-    w = dict(signs=rng.choice([-1.0, 1.0], shape), uniform=rng.uniform(-1, 1, shape),
-             spikes=rng.normal(size=shape) * (rng.random(shape) < 0.01) + 1e-6,
-             ladder=2.0 ** rng.integers(-30, 30, shape))
-    state = {"a.weight": torch.from_numpy(w[kind]).float(), "b": torch.from_numpy(rng.normal(size=50)).float()}
+    w = dict(
+        signs=rng.choice([-1.0, 1.0], shape),
+        uniform=rng.uniform(-1, 1, shape),
+        spikes=rng.normal(size=shape) * (rng.random(shape) < 0.01) + 1e-6,
+        ladder=2.0 ** rng.integers(-30, 30, shape),
+    )
+    state = {
+        "a.weight": torch.from_numpy(w[kind]).float(),
+        "b": torch.from_numpy(rng.normal(size=50)).float(),
+    }
     budget = max(600, int(len(pack(state, tiny())) * share))
     try:
         blob, _ = t.fit_artifact(state, tiny(), budget)
@@ -317,7 +394,9 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(t.os, "fsync", full)
-    with pytest.raises(t.UserError, match="final_model.int6.ptz: No space left on device; free space"):
+    with pytest.raises(
+        t.UserError, match="final_model.int6.ptz: No space left on device; free space"
+    ):
         t.write_artifact(t.GPT(tiny()), path, tiny(), t.Runtime("", {}))
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [(path.name, b"older")]
 
@@ -329,14 +408,17 @@ def test_bytes_by_kind_add_up_to_the_submission(tmp_path, rng):
     size = t.load_artifact(model, tmp_path / "m.ptz", rt)
     assert size == (tmp_path / "m.ptz").stat().st_size + Path(t.__file__).stat().st_size
     assert lines[-1] == f"Total submission size int6+rans: {size} bytes"
-    told, = (line for line in lines if line.startswith("artifact_bytes "))
+    (told,) = (line for line in lines if line.startswith("artifact_bytes "))
     told = {kind: int(n) for kind, n in (pair.split(":") for pair in told.split()[1:])}
-    assert set(told) == {"code", "side", "embeddings", "attention", "mlp"} and sum(told.values()) == size
+    assert set(told) == {"code", "side", "embeddings", "attention", "mlp"}
+    assert sum(told.values()) == size
     counts = dict(embeddings=0, attention=0, mlp=0)
     for name, p in model.named_parameters():
         if t.natural_levels(name, p, model.hp):
-            counts["attention" if ".attn." in name else "mlp" if ".mlp." in name else "embeddings"] += p.numel()
-    assert all(0.4 * counts[kind] < told[kind] < 1.02 * counts[kind] for kind in counts)    # 3 to 8 bits each
+            kind = "attention" if ".attn." in name else "mlp" if ".mlp." in name else "embeddings"
+            counts[kind] += p.numel()
+    # 3 to 8 bits each
+    assert all(0.4 * counts[kind] < told[kind] < 1.02 * counts[kind] for kind in counts)
 
 
 # ---- late QAT
@@ -346,8 +428,11 @@ HARDNESS = torch.tensor(1.0)  # plays no part in straight-through rounding
 
 def test_fake_quantised_weights_are_what_the_artifact_gives_back(rng):
     model = noisy_model(tiny())
-    fake, back = t.fake_quantized(model, model.hp, HARDNESS), t.unpack(pack(model.state_dict(), model.hp))
-    assert set(fake) == {n for n, p in model.named_parameters() if p.ndim == 2 and n.endswith(".weight")}
+    fake = t.fake_quantized(model, model.hp, HARDNESS)
+    back = t.unpack(pack(model.state_dict(), model.hp))
+    assert set(fake) == {
+        n for n, p in model.named_parameters() if p.ndim == 2 and n.endswith(".weight")
+    }
     for name, w in fake.items():
         torch.testing.assert_close(w.detach(), back[name], rtol=1e-6, atol=1e-7)
 
@@ -366,7 +451,8 @@ def test_gradients_pass_straight_through_the_rounding(rng):
 
 
 def test_late_qat_changes_the_forward_of_a_compiled_module_and_recompiles_nothing(rng):
-    """The predecessors' flag was baked into the graph at the first compile and never took effect."""
+    """The predecessors' flag was baked into the graph at the first compile
+    and never took effect."""
     torch.compiler.reset()
     graphs = []
 
@@ -381,20 +467,27 @@ def test_late_qat_changes_the_forward_of_a_compiled_module_and_recompiles_nothin
     loss = torch.compile(t.training_loss, dynamic=False, backend=counting_backend)
     ids = torch.from_numpy(rng.integers(0, 300, (2, 9)))
     x, y = ids[:, :-1], ids[:, 1:]
-    plain, quantised = (loss(model, x, y, q).item() for q in (None, HARDNESS))     # warm-up: both graphs
+    # warm-up: both graphs
+    plain, quantised = (loss(model, x, y, q).item() for q in (None, HARDNESS))
     compiled = len(graphs)
     assert compiled >= 2 and abs(plain - quantised) > 1e-6
-    for hardness, expected in ((None, plain), (HARDNESS * 2, quantised), (None, plain), (HARDNESS * 9, quantised)):
+    for hardness, expected in (
+        (None, plain),
+        (HARDNESS * 2, quantised),
+        (None, plain),
+        (HARDNESS * 9, quantised),
+    ):
         assert loss(model, x, y, hardness).item() == pytest.approx(expected, abs=1e-6)
         assert t.training_loss(model, x, y, hardness).item() == pytest.approx(expected, abs=1e-5)
     with torch.no_grad():
-        model.blocks[0].mlp.fc.weight.mul_(1.5)                                  # training moves weights, not graphs
+        model.blocks[0].mlp.fc.weight.mul_(1.5)  # training moves weights, not graphs
     assert loss(model, x, y, HARDNESS).item() != pytest.approx(quantised, abs=1e-7)
     assert len(graphs) == compiled and math.isfinite(plain)
 
 
 def test_a_model_of_the_default_size_lands_at_the_cap(tmp_path, rng):
-    """27 million heavy-tailed weights, over the cap at 6 bits: the file ends within 10 KB below it, never above."""
+    """27 million heavy-tailed weights, over the cap at 6 bits: the file ends within 10 KB below it,
+    never above."""
     model, lines, rt = t.GPT(t.Hyperparameters()), [], t.Runtime("", {})
     rt.log = lambda line, console=True: lines.extend(line.split("\n"))
     with torch.no_grad():
@@ -406,5 +499,6 @@ def test_a_model_of_the_default_size_lands_at_the_cap(tmp_path, rng):
     assert 15_990_000 <= size <= 16_000_000
     told = dict(pair.split(":") for pair in lines[0].split()[1:])
     assert lines[0].startswith("fit_artifact coarsen:") and float(told["coarsen"]) > 1
-    assert float(told["error_after"]) > float(told["error_before"]) and 4.5 < float(told["bits_per_parameter"]) < 4.8
+    assert float(told["error_after"]) > float(told["error_before"])
+    assert 4.5 < float(told["bits_per_parameter"]) < 4.8
     assert set(t.unpack((tmp_path / "m.ptz").read_bytes())) == set(model.state_dict())

@@ -1,4 +1,5 @@
 """The benches run: small sizes, no timing, the printed rows are there."""
+
 import re
 import subprocess
 import sys
@@ -14,15 +15,26 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 
 def run(*command):
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=200,
-                          env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_bench_ngram(tmp_path, rng):
     shard = write_shard(tmp_path / "s.bin", np.minimum(rng.zipf(1.3, 30_000), 1000))
     done = run(ROOT / "bench/bench_ngram.py", "--tokens", 20_000, "--repeat", 1, shard)
     assert done.returncode == 0, done.stderr
-    for row in ("exact counts + backoff", "online mixture", "dictionary cache", "np.add.at hash cache", "ratio"):
+    for row in (
+        "exact counts + backoff",
+        "online mixture",
+        "dictionary cache",
+        "np.add.at hash cache",
+        "ratio",
+    ):
         assert row in done.stdout
     assert "DIFFERS" not in done.stdout
 
@@ -34,8 +46,13 @@ def test_mix_study(tmp_path, rng):
     np.savez(scores, nll=nll, entropy=nll)
     done = run(ROOT / "bench/mix_study.py", scores, shard, "--orders", 3)
     assert done.returncode == 0, done.stderr
-    for row in ("neural model alone", "α by order", "online, orders 2-3", "not a probability",
-                "mass_min:1.000000000000"):
+    for row in (
+        "neural model alone",
+        "α by order",
+        "online, orders 2-3",
+        "not a probability",
+        "mass_min:1.000000000000",
+    ):
         assert row in done.stdout
     assert run(ROOT / "bench/mix_study.py", tmp_path / "absent.npz", shard).returncode != 0
 
@@ -44,22 +61,26 @@ def test_bench_memory():
     done = run(ROOT / "bench/bench_memory.py", "--tokens", 5000, "--ranks", 2)
     assert done.returncode == 0, done.stderr
     tokens, _, total, first, other, _ = done.stdout.splitlines()[-1].strip("| ").split(" | ")
-    assert tokens == "5,000" and 50 < float(other.split()[0]) < float(first.split()[0].replace(",", ""))
+    assert tokens == "5,000"
+    assert 50 < float(other.split()[0]) < float(first.split()[0].replace(",", ""))
     assert float(total.split()[0].replace(",", "")) > 100
 
 
 def test_bench_averaging_scores_every_average(corpus):
     from bench_averaging import demo_settings, one_run
+
     assert demo_settings().model_dim == 128 and demo_settings(SEED=5).seed == 5
     hp = tiny(**corpus, AVERAGING="ema_swa", SWA_EVERY=1, SWA_THRESHOLD=1, TRAIN_LOG_EVERY=0)
     tokens = np.array(t.load_validation(hp)[:400])
     results = one_run(hp, tokens, t.ByteCounter(hp)(tokens))
     assert set(results) == {"none", "ema", "swa", "ema_swa"}
-    assert len(set(results.values())) == 4 and all(1 < b < 12 for pair in results.values() for b in pair)
+    assert len(set(results.values())) == 4
+    assert all(1 < b < 12 for pair in results.values() for b in pair)
 
 
 def test_bench_artifact_compares_the_coders(capsys):
     from bench_artifact import compare
+
     torch.manual_seed(3)
     compare(t.GPT(tiny()).state_dict(), tiny())
     out = capsys.readouterr().out
@@ -67,41 +88,61 @@ def test_bench_artifact_compares_the_coders(capsys):
 
 
 def test_bench_step_counts_what_a_step_computes():
-    """Products: 2 FLOPs per weight and token forwards, twice that backwards; attention: half of T x T, two products."""
+    """Products: 2 FLOPs per weight and token forwards, twice that backwards;
+    attention: half of T x T, two products."""
     from bench_step import count
+
     hp = tiny(MICRO_BATCH_TOKENS=256)
     found, tokens = count(hp), hp.train_batch_tokens
-    used = [p.numel() for name, p in t.GPT(hp).named_parameters()
-            if name.endswith(".weight") and p.ndim == 2 and not name.endswith("table.weight")]   # embed: as head
+    # embed: as head
+    used = [
+        p.numel()
+        for name, p in t.GPT(hp).named_parameters()
+        if name.endswith(".weight") and p.ndim == 2 and not name.endswith("table.weight")
+    ]
     assert found["forward", "products"][0] == 2 * sum(used) * tokens
     assert found["backward", "products"][0] == 4 * sum(used) * tokens
-    assert found["forward", "attention"][0] == 2 * hp.num_layers * hp.model_dim * hp.train_seq_len * tokens
+    assert (
+        found["forward", "attention"][0]
+        == 2 * hp.num_layers * hp.model_dim * hp.train_seq_len * tokens
+    )
     off = count(tiny(MICRO_BATCH_TOKENS=256, FUSED_MLP=0))
-    mlp = hp.num_layers * tokens * int(hp.mlp_mult * hp.model_dim)    # leaky_relu, then square: bfloat16 in and out
+    # leaky_relu, then square: bfloat16 in and out
+    mlp = hp.num_layers * tokens * int(hp.mlp_mult * hp.model_dim)
     assert off["forward", "elementwise"][1] - found["forward", "elementwise"][1] >= 2 * 2 * 2 * mlp
-    assert all(off[phase, "products"][0] == found[phase, "products"][0] for phase in ("forward", "backward"))
-    adamw = sum(p.numel() for name, p in t.GPT(hp).named_parameters() if name.endswith("table.weight"))
-    assert found["optimizer", "elementwise"][1] > 7 * 4 * adamw and found["optimizer", "products"][0] > 0
-    again = count(tiny(MICRO_BATCH_TOKENS=512))                       # the same step in fewer passes
+    assert all(
+        off[phase, "products"][0] == found[phase, "products"][0]
+        for phase in ("forward", "backward")
+    )
+    adamw = sum(
+        p.numel() for name, p in t.GPT(hp).named_parameters() if name.endswith("table.weight")
+    )
+    assert found["optimizer", "elementwise"][1] > 7 * 4 * adamw
+    assert found["optimizer", "products"][0] > 0
+    again = count(tiny(MICRO_BATCH_TOKENS=512))  # the same step in fewer passes
     assert again["forward", "products"][0] == found["forward", "products"][0]
 
 
 def test_bench_fusion_sees_what_the_kernels_save():
     """Of the plain form the compiler writes and reads again what the kernels keep in registers."""
     from bench_fusion import VARIANTS, schedule
+
     hp, moved = tiny(NUM_LAYERS=1, VE_ENABLED=0, XSA_LAST_N=0), {}
     for name in ("plain", "both"):
         graphs = schedule(t.replace(hp, **VARIANTS[name]))
         moved[name] = sum(size for graph in graphs for _, size, _ in graph)
         ops = " ".join(operations for graph in graphs for _, _, operations in graph)
-        assert len(graphs) == 2 and ("fused_mlp_backward" in ops) == ("fused_token_scores" in ops) == (name == "both")
+        assert len(graphs) == 2
+        assert ("fused_mlp_backward" in ops) == ("fused_token_scores" in ops) == (name == "both")
     tokens, W, V = hp.train_batch_tokens, int(hp.mlp_mult * hp.model_dim), hp.vocab_size
     assert moved["plain"] - moved["both"] > tokens * 2 * (3 * W + V)
-    assert t.working_dtype(torch.zeros(1)) == torch.float32 and not t.has_kernels(torch.zeros(1))   # put back
+    # put back
+    assert t.working_dtype(torch.zeros(1)) == torch.float32 and not t.has_kernels(torch.zeros(1))
 
 
 def test_bench_step_measures_on_a_cpu(capsys):
     from bench_step import measure, print_count
+
     hp = tiny(COMPILE=0)
     measure(hp, 1, 2, print_count(hp))
     out = capsys.readouterr().out
@@ -110,13 +151,16 @@ def test_bench_step_measures_on_a_cpu(capsys):
 
 
 def test_bench_step_compares_gradients_and_tiles(capsys, monkeypatch):
-    """What it does on a GPU, on a CPU: the model without kernels, the MLP's kernel by a stand-in."""
+    """What it does on a GPU, on a CPU: the model without kernels,
+    the MLP's kernel by a stand-in."""
     import bench_step
+
     hp, tiles = tiny(NUM_LAYERS=1, VE_ENABLED=0, XSA_LAST_N=0), []
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: f)
     bench_step.check_gradients(hp, torch.device("cpu"))
     out = capsys.readouterr().out
-    assert float(re.search(r"largest (\S+)", out)[1]) < 1e-4 and "torch.float32 against float32" in out
+    assert float(re.search(r"largest (\S+)", out)[1]) < 1e-4
+    assert "torch.float32 against float32" in out
     monkeypatch.setattr(t, "launch_mlp", lambda *args: tiles.append(t.MLP_TILE))
     bench_step.time_tiles(hp, torch.device("cpu"))
     rows = capsys.readouterr().out.splitlines()[2:]
@@ -127,6 +171,7 @@ def test_bench_step_compares_gradients_and_tiles(capsys, monkeypatch):
 
 def test_bench_eval_scores_every_stride(corpus, tmp_path, capsys):
     from bench_eval import measure
+
     hp, path = tiny(**corpus), tmp_path / "m.ptz"
     path.write_bytes(t.pack(t.GPT(hp).state_dict(), hp)[0])
     measure(hp, path, [8, 32], 400, 1)
@@ -138,11 +183,14 @@ def test_bench_eval_scores_every_stride(corpus, tmp_path, capsys):
 
 def test_the_variants_of_bench_eval_score_the_same(rng, monkeypatch):
     from bench_eval import score, variants
+
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: f)
     hp, tokens = tiny(), rng.integers(0, 300, 100).astype(np.uint16)
     model = t.GPT(hp)
-    found = {name: score(trunk, head, tokens, 8, t.Runtime("", {}))[0]
-             for name, (trunk, head) in variants(model, hp, on_gpu=True).items()}
+    found = {
+        name: score(trunk, head, tokens, 8, t.Runtime("", {}))[0]
+        for name, (trunk, head) in variants(model, hp, on_gpu=True).items()
+    }
     assert list(found)[:2] == ["as it is", "plain"] and len(found) == 5
     for nll in found.values():
         np.testing.assert_allclose(nll, found["plain"], rtol=1e-5, atol=1e-5)

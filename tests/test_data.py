@@ -1,4 +1,5 @@
 """Shards, the loader, the byte counter, the built-in corpus."""
+
 import json
 
 import numpy as np
@@ -16,14 +17,23 @@ def test_load_shard_is_a_memory_map_of_what_was_written(tmp_path, rng):
     assert isinstance(loaded, np.memmap) and np.array_equal(loaded, tokens)
 
 
-@pytest.mark.parametrize("damage, said", [
-    (lambda b: b"\x00" * 4 + b[4:], "magic 0, version 1, 100 tokens in 1224 bytes; expected magic 20240520, version 1"),
-    (lambda b: b[:4] + (7).to_bytes(4, "little") + b[8:], "magic 20240520, version 7, 100 tokens"),
-    (lambda b: b[:-2], "100 tokens in 1222 bytes; expected .* 1024 \\+ 2 n bytes"),
-    (lambda b: b[:100], "100 tokens in 100 bytes; expected .* 1024 \\+ 2 n bytes"),
-    (lambda b: b"", "0 tokens in 0 bytes; expected"),
-    (lambda b: b[:8] + bytes(1016), "0 tokens in 1024 bytes; expected"),
-])
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (
+            lambda b: b"\x00" * 4 + b[4:],
+            "magic 0, version 1, 100 tokens in 1224 bytes; expected magic 20240520, version 1",
+        ),
+        (
+            lambda b: b[:4] + (7).to_bytes(4, "little") + b[8:],
+            "magic 20240520, version 7, 100 tokens",
+        ),
+        (lambda b: b[:-2], "100 tokens in 1222 bytes; expected .* 1024 \\+ 2 n bytes"),
+        (lambda b: b[:100], "100 tokens in 100 bytes; expected .* 1024 \\+ 2 n bytes"),
+        (lambda b: b"", "0 tokens in 0 bytes; expected"),
+        (lambda b: b[:8] + bytes(1016), "0 tokens in 1024 bytes; expected"),
+    ],
+)
 def test_bad_shards_are_refused_by_name(tmp_path, damage, said):
     path = write_shard(tmp_path / "fineweb_val_000000.bin", range(100))
     path.write_bytes(damage(path.read_bytes()))
@@ -38,17 +48,21 @@ def stream_of(paths):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_ranks_share_each_global_batch_without_overlap(corpus, world_size):
-    """Whatever the number of ranks and of micro-batches, batch k is the same lanes of the stream, in order."""
+    """Whatever the number of ranks and of micro-batches, batch k is the same lanes of the stream,
+    in order."""
     for micro in (32, 64, 512):
         hp = tiny(**corpus, MICRO_BATCH_TOKENS=micro)
         loaders = [TokenLoader(hp, r, world_size) for r in range(world_size)]
-        stream, T, S = stream_of(loaders[0].paths), hp.train_seq_len, hp.train_batch_tokens // hp.train_seq_len
+        stream = stream_of(loaders[0].paths)
+        T = hp.train_seq_len
+        S = hp.train_batch_tokens // hp.train_seq_len
         for step in (0, 1, 7, 1000):
             parts = [ld.micro_batch(step, m) for ld in loaders for m in range(ld.accumulation)]
             x, y = (np.concatenate([p[i].numpy() for p in parts]) for i in (0, 1))
             starts = np.arange(S) * len(stream) // S + step * T
             at = (starts[:, None] + np.arange(T)) % len(stream)
-            assert np.array_equal(x, stream[at]) and np.array_equal(y, stream[(at + 1) % len(stream)])
+            assert np.array_equal(x, stream[at])
+            assert np.array_equal(y, stream[(at + 1) % len(stream)])
             assert len(np.unique(at)) == hp.train_batch_tokens
             assert all(p[0].numel() <= max(micro, T) for p in parts)
 
@@ -57,7 +71,10 @@ def test_lanes_read_everything_once_before_anything_twice(tmp_path):
     write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(16 * 32 * 5) % 500)
     loader = TokenLoader(tiny(DATA_PATH=tmp_path), 0, 1)
     seen = []
-    loader.span = lambda start, count: (seen.extend(range(start, start + count - 1)), np.zeros(count))[1]
+    loader.span = lambda start, count: (
+        seen.extend(range(start, start + count - 1)),
+        np.zeros(count),
+    )[1]
     for step in range(5):
         loader.micro_batch(step, 0)
     assert sorted(seen) == list(range(16 * 32 * 5))
@@ -88,15 +105,21 @@ def test_training_shards_may_lie_elsewhere(tmp_path, corpus):
 def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
     for part in ("train", "val"):
         write_shard(tmp_path / f"fineweb_{part}_000000.bin", [1, 2, 512, 4] * 400)
-    with pytest.raises(UserError, match="fineweb_train_000000.bin: holds token 512, but VOCAB_SIZE=512"):
+    with pytest.raises(
+        UserError, match="fineweb_train_000000.bin: holds token 512, but VOCAB_SIZE=512"
+    ):
         TokenLoader(tiny(DATA_PATH=tmp_path), 0, 1).micro_batch(0, 0)
-    with pytest.raises(UserError, match="fineweb_val_000000.bin: holds token 512, but VOCAB_SIZE=512"):
+    with pytest.raises(
+        UserError, match="fineweb_val_000000.bin: holds token 512, but VOCAB_SIZE=512"
+    ):
         load_validation(tiny(DATA_PATH=tmp_path))
 
 
 def test_a_validation_stream_shorter_than_a_window_is_refused(tmp_path):
     write_shard(tmp_path / "fineweb_val_000000.bin", range(32))
-    with pytest.raises(UserError, match="has 32 tokens, a window needs 33: set EVAL_SEQ_LEN to at most 31"):
+    with pytest.raises(
+        UserError, match="has 32 tokens, a window needs 33: set EVAL_SEQ_LEN to at most 31"
+    ):
         load_validation(tiny(DATA_PATH=tmp_path))
 
 
@@ -108,10 +131,17 @@ def test_validation_shards_are_joined_in_order(tmp_path, rng):
 
 
 def test_bytes_of_a_document_are_the_bytes_of_its_text(corpus):
-    """Decoding a document must give a text of exactly as many bytes as its targets count (its first space is none)."""
+    """Decoding a document must give a text of exactly as many bytes as its targets count
+    (its first space is none)."""
     sp = spm.SentencePieceProcessor(model_file=corpus["TOKENIZER_PATH"])
     counter = ByteCounter(tiny(**corpus))
-    for text in ("plain words", "caf\u00e9 \u2603 and \U0001f600 bytes", "x", "  spaces   here ", "\u2581 literal"):
+    for text in (
+        "plain words",
+        "caf\u00e9 \u2603 and \U0001f600 bytes",
+        "x",
+        "  spaces   here ",
+        "\u2581 literal",
+    ):
         ids = np.array([1, *sp.encode(text)])
         assert counter(ids).sum() == len(sp.decode(ids[1:].tolist()).encode())
 
@@ -126,7 +156,9 @@ def test_bytes_follow_the_definition_token_by_token(corpus, rng):
         if sp.is_byte(target):
             return 1
         piece = sp.id_to_piece(target)
-        after_text = not (sp.is_control(previous) or sp.is_unknown(previous) or sp.is_unused(previous))
+        after_text = not (
+            sp.is_control(previous) or sp.is_unknown(previous) or sp.is_unused(previous)
+        )
         space = piece.startswith("\u2581") and after_text
         return len(piece.replace("\u2581", "").encode()) + space
 
@@ -145,17 +177,25 @@ def test_tokenizer_errors(corpus, tmp_path):
 
 
 def test_the_built_in_corpus_is_whole_deterministic_and_split_by_document(tmp_path, monkeypatch):
-    docs = {f"m{i}.py": f"This is document {i}. It says the words alpha beta gamma {i * 7919}." for i in range(400)}
+    docs = {
+        f"m{i}.py": f"This is document {i}. It says the words alpha beta gamma {i * 7919}."
+        for i in range(400)
+    }
     monkeypatch.setattr(prepare_demo, "documents", lambda: docs)
     monkeypatch.setattr(prepare_demo, "VOCAB_SIZE", 300)
     for name in ("a", "b"):
         prepare_demo.main(tmp_path / name)
-    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    files = sorted(
+        p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()
+    )
     assert len(files) == 4
-    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    assert all(
+        (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files
+    )
     facts = json.loads((tmp_path / "a/datasets/demo_sp1024/corpus.json").read_text())
     val = load_shard(tmp_path / "a/datasets/demo_sp1024/fineweb_val_000000.bin")
-    assert facts["train_documents"] + facts["val_documents"] == 400 and facts["val_tokens"] == len(val)
+    assert facts["train_documents"] + facts["val_documents"] == 400
+    assert facts["val_tokens"] == len(val)
     assert (val == 1).sum() == facts["val_documents"] > 0
     stamp = (tmp_path / "a/datasets/demo_sp1024/fineweb_val_000000.bin").stat().st_mtime_ns
     prepare_demo.main(tmp_path / "a")
@@ -163,6 +203,9 @@ def test_the_built_in_corpus_is_whole_deterministic_and_split_by_document(tmp_pa
 
 
 def test_docstrings_are_found_in_source_order():
-    source = b'"""Module."""\nclass A:\n  """Class."""\n  def f(self):\n    """Method."""\ndef g():\n  "Last."\n'
+    source = (
+        b'"""Module."""\nclass A:\n  """Class."""\n  def f(self):\n    """Method."""\n'
+        b'def g():\n  "Last."\n'
+    )
     assert prepare_demo.docstrings(source) == "Module.\n\nClass.\n\nMethod.\n\nLast."
     assert prepare_demo.docstrings(b"print 'python two'") == ""

@@ -1,9 +1,12 @@
-"""The proof: a range coder driven by our probabilities, and a decoder that has the bytes and the artifact only.
+"""The proof: a range coder driven by our probabilities,
+and a decoder that has the bytes and the artifact only.
 
-A small model is trained, packed and read back. The encoder turns 4,200 tokens of real text into bytes with the mixed
-probabilities; the decoder restores every token from those bytes. The length is what the score claims, to 64 bits.
-With the predecessors' hashed counts in the place of ours it is not. `make prove` runs this and shows the numbers.
+A small model is trained, packed and read back. The encoder turns 4,200 tokens of real text into
+bytes with the mixed probabilities; the decoder restores every token from those bytes. The length is
+what the score claims, to 64 bits. With the predecessors' hashed counts in the place of ours it is
+not. `make prove` runs this and shows the numbers.
 """
+
 import math
 
 import constriction
@@ -17,7 +20,14 @@ from test_scoring import score
 import train_gpt as t
 
 TOKENS = 4_201  # 4,200 targets
-SMALL = dict(NUM_LAYERS=2, VE_LAYERS="1", ITERATIONS=80, WARMDOWN_ITERS=40, TRAIN_BATCH_TOKENS=2048, TRAIN_LOG_EVERY=0)
+SMALL = dict(
+    NUM_LAYERS=2,
+    VE_LAYERS="1",
+    ITERATIONS=80,
+    WARMDOWN_ITERS=40,
+    TRAIN_BATCH_TOKENS=2048,
+    TRAIN_LOG_EVERY=0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +36,8 @@ def artifact(corpus) -> tuple[bytes, t.Hyperparameters, np.ndarray]:
     torch.manual_seed(7)
     hp, rt = tiny(**corpus, **SMALL), t.Runtime("", {})
     trainer = t.Trainer(t.GPT(hp), t.TokenLoader(hp, 0, 1), rt)
-    trainer.tokens, trainer.stream_bytes = np.array(t.load_validation(hp)[:TOKENS]), np.ones(TOKENS - 1)
+    trainer.tokens = np.array(t.load_validation(hp)[:TOKENS])
+    trainer.stream_bytes = np.ones(TOKENS - 1)
     t.train(trainer)
     return t.pack(trainer.model.state_dict(), hp)[0], hp, trainer.tokens
 
@@ -39,7 +50,8 @@ def load(blob: bytes, hp) -> t.GPT:
 
 @torch.no_grad()
 def model_distribution(model, known: list[int], targets: int) -> np.ndarray:
-    """p(v) of the token after `known`, in the window that scores it; what is not known yet is zeros."""
+    """p(v) of the token after `known`, in the window that scores it;
+    what is not known yet is zeros."""
     hp, j = model.hp, len(known) - 1
     starts, first, _ = t.windows(0, targets, hp.eval_seq_len, hp.eval_stride)
     start = int(starts[np.searchsorted(first, j, "right") - 1])
@@ -50,7 +62,8 @@ def model_distribution(model, known: list[int], targets: int) -> np.ndarray:
 
 
 def predictions(model, first_token: int, targets: int):
-    """A coroutine: yields p(v) of the next token, is sent the token. Encoder and decoder run this same code."""
+    """A coroutine: yields p(v) of the next token, is sent the token.
+    Encoder and decoder run this same code."""
     predictor, known = Predictor(first_token, targets, model.hp), [first_token]
     while len(known) <= targets:
         p = model_distribution(model, known, targets)
@@ -64,7 +77,8 @@ def coder_model(p: np.ndarray):
 
 
 def encode(model, tokens: np.ndarray) -> np.ndarray:
-    encoder, stream = constriction.stream.queue.RangeEncoder(), predictions(model, int(tokens[0]), len(tokens) - 1)
+    encoder = constriction.stream.queue.RangeEncoder()
+    stream = predictions(model, int(tokens[0]), len(tokens) - 1)
     p = next(stream)
     for token in tokens[1:].tolist():
         encoder.encode(token, coder_model(p))
@@ -76,7 +90,8 @@ def encode(model, tokens: np.ndarray) -> np.ndarray:
 
 def decode(blob: bytes, hp, words: np.ndarray, first_token: int, targets: int) -> np.ndarray:
     """All a receiver needs: the artifact, the bytes, where the stream begins and how long it is."""
-    decoder, stream = constriction.stream.queue.RangeDecoder(words), predictions(load(blob, hp), first_token, targets)
+    decoder = constriction.stream.queue.RangeDecoder(words)
+    stream = predictions(load(blob, hp), first_token, targets)
     tokens, p = [first_token], next(stream)
     while True:
         tokens.append(int(decoder.decode(coder_model(p))))
@@ -99,16 +114,22 @@ def test_a_decoder_restores_the_stream_from_the_claimed_number_of_bits(artifact,
     hp = t.Hyperparameters(**{**vars(hp), "ngram_alpha": alpha})
     model = load(blob, hp)
     claimed, words = claimed_bits(model, tokens, hp), encode(model, tokens)
-    print(f"alpha:{alpha} targets:{TOKENS - 1} claimed:{claimed:.1f} bits coded:{32 * len(words)} bits "
-          f"uniform:{(TOKENS - 1) * math.log2(hp.vocab_size):.0f} bits artifact:{len(blob)} bytes")
+    print(
+        f"alpha:{alpha} targets:{TOKENS - 1} claimed:{claimed:.1f} bits coded:{32 * len(words)} "
+        f"bits uniform:{(TOKENS - 1) * math.log2(hp.vocab_size):.0f} bits artifact:{len(blob)} "
+        "bytes"
+    )
     assert abs(32 * len(words) - claimed) <= 64
     assert np.array_equal(decode(blob, hp, words, int(tokens[0]), TOKENS - 1), tokens)
 
 
 def test_hashed_counts_cannot_keep_what_they_claim(artifact):
-    """What they give to the vocabulary sums to more than 1; a coder must scale it back, and the claim is gone."""
+    """What they give to the vocabulary sums to more than 1; a coder must scale it back,
+    and the claim is gone."""
     blob, hp, tokens = artifact
-    hp = t.Hyperparameters(**{**vars(hp), "ngram_alpha": "order", "ngram_counts": "hashed", "ngram_buckets": 4096})
+    hp = t.Hyperparameters(
+        **{**vars(hp), "ngram_alpha": "order", "ngram_counts": "hashed", "ngram_buckets": 4096}
+    )
     model = load(blob, hp)
     claimed, coded, largest = claimed_bits(model, tokens, hp), 0.0, 0.0
     order, _, _ = t.ngram_backoff(tokens, hp)
@@ -120,14 +141,17 @@ def test_hashed_counts_cannot_keep_what_they_claim(artifact):
         if n:
             context = keys[n][0][j - n + 2]
             seen = np.count_nonzero(keys[n][0][: j - n + 2] == context)
-            asked = t.hash_buckets(tokens[j + 2 - n: j + 2], n, hp, V)[1]
+            asked = t.hash_buckets(tokens[j + 2 - n : j + 2], n, hp, V)[1]
             counted = np.minimum(filled[n][asked.astype(np.int64)], seen) / seen
             alpha = t.backoff_weight(np.array([-(p * np.log(p)).sum()]), np.array([n]), hp)[0]
             p = (1 - alpha) * p + alpha * counted
         largest = max(largest, p.sum())
-        coded -= math.log2(p[tokens[j + 1]] / p.sum())           # the best a coder can do with it
+        coded -= math.log2(p[tokens[j + 1]] / p.sum())  # the best a coder can do with it
         for m in range(2, 8):
             if j >= m - 2:
                 filled[m][int(keys[m][1][j - m + 2])] += 1
-    print(f"hashed: claimed:{claimed:.0f} 'bits' coded:{coded:.0f} bits largest sum over the vocabulary:{largest:.1f}")
+    print(
+        f"hashed: claimed:{claimed:.0f} 'bits' coded:{coded:.0f} bits largest sum over "
+        f"the vocabulary:{largest:.1f}"
+    )
     assert coded > claimed + 64 and largest > 2

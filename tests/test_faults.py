@@ -1,4 +1,6 @@
-"""Faults provoked for real, in the middle of a run: it ends soon, says why in one line, and nothing is lost."""
+"""Faults provoked for real, in the middle of a run: it ends soon, says why in one line,
+and nothing is lost."""
+
 import os
 import re
 import shutil
@@ -9,7 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BEFORE_STEP, SCRIPT, finish, patched, run_script, start_script, tiny, values, wait_for, workers
+from conftest import (
+    BEFORE_STEP,
+    SCRIPT,
+    finish,
+    patched,
+    run_script,
+    start_script,
+    tiny,
+    values,
+    wait_for,
+    workers,
+)
 from test_ranks import STEADY, log_of, losses, new_trainer, score_lines
 
 import train_gpt as t
@@ -28,7 +41,12 @@ PHASES = dict(  # settings, the line that says the phase has begun, what is left
     warm_up=(dict(LONG, WARMUP_STEPS=100_000), "NGRAM_BUCKETS=", []),
     training=(LONG, "step:3/", ["test.ckpt"]),
     packing=(dict(NGRAM_ENABLED=0), "final_float_exact", ["test.ckpt"]),
-    scoring=(dict(NGRAM_ENABLED=0, ITERATIONS=2, EVAL_SEQ_LEN=256, EVAL_STRIDE=1), "final_int6_roundtrip_exact", []))
+    scoring=(
+        dict(NGRAM_ENABLED=0, ITERATIONS=2, EVAL_SEQ_LEN=256, EVAL_STRIDE=1),
+        "final_int6_roundtrip_exact",
+        [],
+    ),
+)
 
 
 def whole(cwd: Path) -> bool:
@@ -40,8 +58,17 @@ def whole(cwd: Path) -> bool:
     return not list(cwd.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("phase, ranks", [
-    ("warm_up", 0), ("training", 0), ("packing", 0), ("scoring", 0), ("packing", 2), ("scoring", 2)])
+@pytest.mark.parametrize(
+    "phase, ranks",
+    [
+        ("warm_up", 0),
+        ("training", 0),
+        ("packing", 0),
+        ("scoring", 0),
+        ("packing", 2),
+        ("scoring", 2),
+    ],
+)
 def test_sigterm_ends_any_phase_at_once_and_loses_nothing(corpus, tmp_path, phase, ranks):
     """Training under torchrun: see test_ranks.py, which resumes it too."""
     settings, line, left = PHASES[phase]
@@ -54,8 +81,12 @@ def test_sigterm_ends_any_phase_at_once_and_loses_nothing(corpus, tmp_path, phas
     assert done.returncode != 0 and time.monotonic() - sent < 20
     errors = [line for line in done.stderr.splitlines() if line.startswith("train_gpt.py: error: ")]
     log = log_of(tmp_path)
-    assert len(errors) == 1 and "SIGTERM" in errors[0] and "Traceback" not in done.stderr.split("torch/distributed")[0]
-    assert log.endswith("\n") and log.splitlines()[-1].startswith("error: ") and "SIGTERM" in log.splitlines()[-1]
+    assert len(errors) == 1
+    assert "SIGTERM" in errors[0]
+    assert "Traceback" not in done.stderr.split("torch/distributed")[0]
+    assert log.endswith("\n")
+    assert log.splitlines()[-1].startswith("error: ")
+    assert "SIGTERM" in log.splitlines()[-1]
     assert sorted(p.name for p in tmp_path.glob("logs/*") if p.suffix != ".txt") == left
     assert len(list(tmp_path.glob("*.ptz"))) == (phase == "scoring") and whole(tmp_path)
     if phase == "training":
@@ -65,16 +96,30 @@ def test_sigterm_ends_any_phase_at_once_and_loses_nothing(corpus, tmp_path, phas
 
 
 def test_a_second_signal_changes_nothing(corpus, tmp_path):
-    """torchrun and a scheduler may both send one: training still ends its step and writes its checkpoint."""
-    process = start_script(tmp_path, 0, patched(tmp_path.with_suffix(".py"), BEFORE_STEP + """
+    """torchrun and a scheduler may both send one:
+    training still ends its step and writes its checkpoint."""
+    process = start_script(
+        tmp_path,
+        0,
+        patched(
+            tmp_path.with_suffix(".py"),
+            BEFORE_STEP
+            + """
 def before(trainer):
     if trainer.steps == 5:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
             os.kill(os.getpid(), number)
-"""), **corpus, **LONG)
+""",
+        ),
+        **corpus,
+        **LONG,
+    )
     done = finish(process)
-    assert done.returncode == 1 and done.stderr == ("train_gpt.py: error: step:6/100000: stopped by SIGTERM; "
-                                                    "RESUME=logs/test.ckpt goes on from step 6\n")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "train_gpt.py: error: step:6/100000: stopped by SIGTERM; "
+        "RESUME=logs/test.ckpt goes on from step 6\n"
+    )
     assert t.read_checkpoint(f"{tmp_path}/logs/test.ckpt")["progress"][0] == 6 and whole(tmp_path)
 
 
@@ -91,7 +136,8 @@ def test_a_signal_during_the_last_validation_is_not_lost(corpus, tmp_path, monke
 
 
 def test_a_validation_that_is_killed_costs_no_training(corpus, tmp_path):
-    """A signal waits until a validation ends, a scheduler does not: the checkpoint is written before."""
+    """A signal waits until a validation ends, a scheduler does not:
+    the checkpoint is written before."""
     trainer = new_trainer(corpus, tmp_path / "run.txt", ITERATIONS=6, VAL_LOSS_EVERY=3)
 
     def validate(name=""):
@@ -106,39 +152,47 @@ def test_a_validation_that_is_killed_costs_no_training(corpus, tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_ends_the_run_and_its_checkpoint_is_whole(corpus, tmp_path, victim):
     settings = {**corpus, **STEADY, "ITERATIONS": 60, "WARMDOWN_ITERS": 55, "NGRAM_ENABLED": 0}
-    slow = patched(tmp_path.with_suffix(".py"), BEFORE_STEP + "def before(trainer): time.sleep(0.1)\n")
+    slow = patched(
+        tmp_path.with_suffix(".py"), BEFORE_STEP + "def before(trainer): time.sleep(0.1)\n"
+    )
     process = start_script(tmp_path, 2, slow, **settings, CHECKPOINT_EVERY=0.001)
     wait_for(tmp_path / "logs/test.txt", "step:6/", process)
     os.kill(workers(process)[victim], signal.SIGKILL)
     done = finish(process, 60)
     assert done.returncode != 0
-    if victim:                                                   # rank 0 is left to tell
-        errors = [line for line in done.stderr.splitlines() if line.startswith("train_gpt.py: error: ")]
+    if victim:  # rank 0 is left to tell
+        errors = [
+            line for line in done.stderr.splitlines() if line.startswith("train_gpt.py: error: ")
+        ]
         assert len(errors) == 1 and "error: another rank ended, see what it said" in errors[0]
         assert log_of(tmp_path).splitlines()[-1].startswith("error: UserError: another rank ended")
-    assert re.search(r"exitcode *: -9|Signal 9", done.stderr)    # torchrun names the rank that was killed
+    # torchrun names the rank that was killed
+    assert re.search(r"exitcode *: -9|Signal 9", done.stderr)
     before = losses(log_of(tmp_path))
-    for aside in tmp_path.rglob("*.tmp"):                        # SIGKILL leaves no chance to remove it; never read
+    for aside in tmp_path.rglob("*.tmp"):  # SIGKILL leaves no chance to remove it; never read
         aside.unlink()
     assert whole(tmp_path) and t.read_checkpoint(f"{tmp_path}/logs/test.ckpt")["progress"][0] >= 5
     if victim == 0:
-        return                                                   # what it left is resumed once: below
+        return  # what it left is resumed once: below
     again = run_script(tmp_path, 0, **settings, RESUME="logs/test.ckpt")
     assert again.returncode == 0, again.stderr
     after = losses(log_of(tmp_path, "test_2"))
     assert set(before) | set(after) == set(range(1, 61))
-    for step in set(before) & set(after):                        # what both did: on two ranks and on one
+    for step in set(before) & set(after):  # what both did: on two ranks and on one
         assert float(before[step]) == pytest.approx(float(after[step]), abs=2e-4)
 
 
 # ---- a full disk
+
 
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a file system of 16 MB of its own."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", folder], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "none", folder], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
     yield folder
@@ -156,24 +210,40 @@ def fill():
 
 
 def test_a_disk_that_is_full_for_a_while_costs_no_line_of_the_log(corpus, small_disk):
-    """Full from step 3 to 8: the log catches up, checkpoints are skipped with a warning, the last one is whole."""
-    done = run_script(small_disk, 0, patched(small_disk.parent / "fault.py", FILL + BEFORE_STEP + """
+    """Full from step 3 to 8: the log catches up, checkpoints are skipped with a warning,
+    the last one is whole."""
+    done = run_script(
+        small_disk,
+        0,
+        patched(
+            small_disk.parent / "fault.py",
+            FILL
+            + BEFORE_STEP
+            + """
 def before(trainer):
     if trainer.steps == 3:
         fill()
-        trainer.rt.log("-" * 5000, console=False)                # past the page that the log has already
+        trainer.rt.log("-" * 5000, console=False)  # past the page that the log has already
     if trainer.steps == 8:
         step = t.read_checkpoint("logs/test.ckpt")["progress"][0]
         os.unlink("filler")
         assert step == 3, step
-"""), **corpus, NGRAM_ENABLED=0, CHECKPOINT_EVERY=1e-9)
+""",
+        ),
+        **corpus,
+        NGRAM_ENABLED=0,
+        CHECKPOINT_EVERY=1e-9,
+    )
     assert done.returncode == 0, done.stderr
     assert "warning: logs/test.txt: No space left on device; the run goes on" in done.stderr
     log = log_of(small_disk)
     assert list(losses(log)) == list(range(1, 13)) and "total_eval_time" in log
-    assert log.count("warning: logs/test.ckpt: No space left on device; free space, then RESUME") == 5
+    assert (
+        log.count("warning: logs/test.ckpt: No space left on device; free space, then RESUME") == 5
+    )
     assert set(log.splitlines()) >= set(done.stdout.split("\n\n")[0].splitlines())
-    assert t.read_checkpoint(f"{small_disk}/logs/test.ckpt")["progress"][0] == 12 and whole(small_disk)
+    assert t.read_checkpoint(f"{small_disk}/logs/test.ckpt")["progress"][0] == 12
+    assert whole(small_disk)
 
 
 def test_a_console_that_takes_nothing_costs_nothing(corpus, tmp_path):
@@ -184,39 +254,66 @@ def test_a_console_that_takes_nothing_costs_nothing(corpus, tmp_path):
         process = start_script(tmp_path, 0, stdout=pipe, stderr=full, **corpus, NGRAM_ENABLED=0)
     os.close(pipe)
     assert process.wait(60) == 0
-    assert list(losses(log_of(tmp_path))) == list(range(1, 13)) and "total_eval_time" in log_of(tmp_path)
+    assert list(losses(log_of(tmp_path))) == list(range(1, 13))
+    assert "total_eval_time" in log_of(tmp_path)
 
 
 def test_a_disk_that_stays_full_is_said_at_the_end(corpus, small_disk):
-    """The log cannot be whole, so the run does not end as if it were; the artifact, written before, is."""
-    done = run_script(small_disk, 0, patched(small_disk.parent / "fault.py", FILL + """
+    """The log cannot be whole, so the run does not end as if it were; the artifact,
+    written before, is."""
+    done = run_script(
+        small_disk,
+        0,
+        patched(
+            small_disk.parent / "fault.py",
+            FILL
+            + """
 evaluate = t.evaluate
 def full(trainer, *args):
     fill()
-    trainer.rt.log("-" * 5000, console=False)                    # past the page that the log has already
+    trainer.rt.log("-" * 5000, console=False)  # past the page that the log has already
     return evaluate(trainer, *args)
 t.evaluate = full
-"""), **corpus, NGRAM_ENABLED=0)
+""",
+        ),
+        **corpus,
+        NGRAM_ENABLED=0,
+    )
     assert done.returncode == 1 and "final_int6_sliding_window_exact" in done.stdout
-    assert re.fullmatch(r"train_gpt.py: error: logs/test.txt: no disk space for its last \d+ bytes; free some "
-                        "and keep what was printed", done.stderr.splitlines()[-1])
+    assert re.fullmatch(
+        r"train_gpt.py: error: logs/test.txt: no disk space for its last \d+ bytes; free some "
+        "and keep what was printed",
+        done.stderr.splitlines()[-1],
+    )
     assert len(list(small_disk.glob("*.ptz"))) == 1 and whole(small_disk)
 
 
 def test_a_full_disk_at_packing_leaves_no_half_artifact_and_the_checkpoint(corpus, small_disk):
     old = b"the artifact of an earlier run"
     (small_disk / "final_model.int6.ptz").write_bytes(old)
-    done = run_script(small_disk, 0, patched(small_disk.parent / "fault.py", FILL + """
+    done = run_script(
+        small_disk,
+        0,
+        patched(
+            small_disk.parent / "fault.py",
+            FILL
+            + """
 write = t.write_artifact
 def full(*args):
     fill()
     write(*args)
 t.write_artifact = full
-"""), **corpus, NGRAM_ENABLED=0)
+""",
+        ),
+        **corpus,
+        NGRAM_ENABLED=0,
+    )
     assert done.returncode == 1
     said = "error: final_model.int6.ptz: No space left on device; free space, then RESUME"
-    assert done.stderr.count("train_gpt.py: error: ") == 1 and f"train_gpt.py: {said}\n" in done.stderr
-    assert (small_disk / "final_model.int6.ptz").read_bytes() == old and not list(small_disk.rglob("*.tmp"))
+    assert done.stderr.count("train_gpt.py: error: ") == 1
+    assert f"train_gpt.py: {said}\n" in done.stderr
+    assert (small_disk / "final_model.int6.ptz").read_bytes() == old
+    assert not list(small_disk.rglob("*.tmp"))
     (small_disk / "filler").unlink()
     again = run_script(small_disk, 0, **corpus, NGRAM_ENABLED=0, RESUME="logs/test.ckpt")
     assert again.returncode == 0 and "train_loss" not in again.stdout, again.stderr
@@ -225,53 +322,88 @@ t.write_artifact = full
 
 # ---- data, numbers, names
 
+
 def test_a_shard_removed_during_training_is_not_missed(corpus, tmp_path):
     """It is memory-mapped: the run ends with the digits of an undisturbed one."""
     data = shutil.copytree(corpus["DATA_PATH"], tmp_path / "data")
-    script = patched(tmp_path / "fault.py", BEFORE_STEP + """
+    script = patched(
+        tmp_path / "fault.py",
+        BEFORE_STEP
+        + """
 def before(trainer):
     if trainer.steps == 2:
         for path in trainer.loader.paths: path.unlink()
-""")
+""",
+    )
     for name in ("run", "undisturbed"):
         (tmp_path / name).mkdir()
     done = run_script(tmp_path / "run", 0, script, **{**corpus, "DATA_PATH": data})
     assert done.returncode == 0, done.stderr
     assert not list(data.glob("fineweb_train_*"))
-    assert score_lines(done.stdout) == score_lines(run_script(tmp_path / "undisturbed", 0, **corpus).stdout)
+    assert score_lines(done.stdout) == score_lines(
+        run_script(tmp_path / "undisturbed", 0, **corpus).stdout
+    )
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(corpus, tmp_path):
-    done = run_script(tmp_path, 2, patched(tmp_path.with_suffix(".py"), BEFORE_STEP + """
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    corpus, tmp_path
+):
+    done = run_script(
+        tmp_path,
+        2,
+        patched(
+            tmp_path.with_suffix(".py"),
+            BEFORE_STEP
+            + """
 def before(trainer):
     if trainer.steps == 5:
         with t.torch.no_grad():
             trainer.parameters[0].fill_(float("nan"))
-"""), **corpus, CHECKPOINT_EVERY=1e-9)
+""",
+        ),
+        **corpus,
+        CHECKPOINT_EVERY=1e-9,
+    )
     assert done.returncode != 0 and done.stderr.count("train_gpt.py: error: ") == 1
-    assert ("train_gpt.py: error: step:6/12: the training loss is not finite; lower the learning rates; "
-            "RESUME=logs/test.ckpt goes on from step 5\n") in done.stderr
-    assert re.search("^warning: model.* is not finite, so step 6 gets no checkpoint$", log_of(tmp_path), re.M)
+    assert (
+        "train_gpt.py: error: step:6/12: the training loss is not finite; lower the learning "
+        "rates; RESUME=logs/test.ckpt goes on from step 5\n"
+    ) in done.stderr
+    assert re.search(
+        "^warning: model.* is not finite, so step 6 gets no checkpoint$", log_of(tmp_path), re.M
+    )
     assert t.read_checkpoint(f"{tmp_path}/logs/test.ckpt")["progress"][0] == 5 and whole(tmp_path)
 
 
 def test_a_huge_learning_rate_is_stopped_with_its_step(corpus, tmp_path):
     trainer = new_trainer(corpus, tmp_path / "run.txt", MATRIX_LR=1e30, ITERATIONS=50)
-    with pytest.raises(t.UserError, match=r"^step:\d+/50: the training loss is not finite; .*there is no checkpoint$"):
+    with pytest.raises(
+        t.UserError,
+        match=r"^step:\d+/50: the training loss is not finite; .*there is no checkpoint$",
+    ):
         t.train(trainer)
     assert trainer.steps < 10 and not list(tmp_path.iterdir())
 
 
 def test_two_runs_of_the_same_name_at_the_same_time_keep_both_logs(corpus, tmp_path):
-    meet = patched(tmp_path.with_suffix(".py"), BEFORE_STEP + """
-def before(trainer):                                             # neither begins before both have a log
+    meet = patched(
+        tmp_path.with_suffix(".py"),
+        BEFORE_STEP
+        + """
+def before(trainer):  # neither begins before both have a log
     while len(os.listdir("logs")) < 2: time.sleep(0.01)
-""")
-    both = [start_script(tmp_path, 0, meet, **corpus, NGRAM_ENABLED=0, SEED=seed) for seed in (1, 2)]
+""",
+    )
+    both = [
+        start_script(tmp_path, 0, meet, **corpus, NGRAM_ENABLED=0, SEED=seed) for seed in (1, 2)
+    ]
     done = [finish(process) for process in both]
     assert [d.returncode for d in done] == [0, 0], [d.stderr for d in done]
     logs = [log_of(tmp_path, name) for name in ("test", "test_2")]
-    assert {values(log, "SEED=") == {} and re.search("^SEED=.*", log, re.M)[0] for log in logs} == {"SEED=1", "SEED=2"}
+    assert {values(log, "SEED=") == {} and re.search("^SEED=.*", log, re.M)[0] for log in logs} == {
+        "SEED=1",
+        "SEED=2",
+    }
     for log in logs:
         assert list(losses(log)) == list(range(1, 13)) and "total_eval_time" in log
         said = next(d.stdout for d in done if score_lines(d.stdout) == score_lines(log))

@@ -1,4 +1,6 @@
-"""The page and the figures of a run: what they show is what the run scored, in a real browser and on real pixels."""
+"""The page and the figures of a run: what they show is what the run scored,
+in a real browser and on real pixels."""
+
 import base64
 import json
 import os
@@ -19,18 +21,26 @@ import record_figures as figures
 import train_gpt
 from make_record import RecordError
 
-CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+CHROME = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    None,
+)
 
 
 class Browser:
-    """A headless Chromium, driven over a pipe by the DevTools protocol: real keys, pointers, themes and pixels."""
+    """A headless Chromium, driven over a pipe by the DevTools protocol: real keys, pointers,
+    themes and pixels."""
 
     def __init__(self):
         self.folder, self.calls = tempfile.mkdtemp(), 0
         (theirs_in, self.send), (self.receive, theirs_out) = os.pipe(), os.pipe()
         script = f"exec {CHROME} {' '.join(self.flags())} 3<&{theirs_in} 4>&{theirs_out}"
-        self.process = subprocess.Popen(["bash", "-c", script], pass_fds=(theirs_in, theirs_out),
-                                        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            ["bash", "-c", script],
+            pass_fds=(theirs_in, theirs_out),
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
         os.close(theirs_in), os.close(theirs_out)
         self.buffer, self.session = b"", None
         target = self("Target.createTarget", url="about:blank")["targetId"]
@@ -39,14 +49,27 @@ class Browser:
         self("Runtime.enable"), self("Page.enable"), self("Network.enable")
 
     def flags(self) -> list[str]:
-        return ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--hide-scrollbars",
-                "--no-first-run", "--disable-dev-shm-usage", f"--user-data-dir={self.folder}"]
+        return [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--remote-debugging-pipe",
+            "--hide-scrollbars",
+            "--no-first-run",
+            "--disable-dev-shm-usage",
+            f"--user-data-dir={self.folder}",
+        ]
 
     def __call__(self, method: str, **params) -> dict:
-        """The result of one call; errors and requests that happen meanwhile are kept in `errors`."""
+        """The result of one call; errors and requests that happen meanwhile
+        are kept in `errors`."""
         self.calls += 1
         session = dict(sessionId=self.session) if self.session else {}
-        os.write(self.send, json.dumps(dict(id=self.calls, method=method, params=params, **session)).encode() + b"\0")
+        os.write(
+            self.send,
+            json.dumps(dict(id=self.calls, method=method, params=params, **session)).encode()
+            + b"\0",
+        )
         while True:
             while b"\0" not in self.buffer:
                 self.buffer += os.read(self.receive, 1 << 20)
@@ -61,19 +84,35 @@ class Browser:
                 self.errors.append(message["params"]["request"]["url"])
 
     def open(self, url: str, width: int = 1200, height: int = 800, theme: str = "light") -> None:
-        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
-        self("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value=theme),
-                                                     dict(name="prefers-reduced-motion", value="reduce")])
+        self(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 500,
+        )
+        self(
+            "Emulation.setEmulatedMedia",
+            features=[
+                dict(name="prefers-color-scheme", value=theme),
+                dict(name="prefers-reduced-motion", value="reduce"),
+            ],
+        )
         self("Page.navigate", url="about:blank")
         self.errors.clear()
         self("Page.navigate", url=url)
         end = time.monotonic() + 10
-        while time.monotonic() < end and self.js("document.readyState + location.protocol") != "completefile:":
+        while (
+            time.monotonic() < end
+            and self.js("document.readyState + location.protocol") != "completefile:"
+        ):
             time.sleep(0.02)
         self.errors = [e for e in self.errors if not str(e).startswith(("file:", "about:"))]
 
     def js(self, expression: str):
-        result = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        result = self(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
@@ -85,11 +124,20 @@ class Browser:
 
     def point(self, selector: str, press: bool = False) -> None:
         """Move the pointer over an element, and click there with `press`."""
-        x, y = self.js(f"(r => [r.x + r.width / 2, r.y + r.height / 2])(document.querySelector({selector!r})"
-                       ".getClientRects()[0])")
+        x, y = self.js(
+            f"(r => [r.x + r.width / 2, r.y + r.height / 2])(document.querySelector({selector!r})"
+            ".getClientRects()[0])"
+        )
         for kind in ("mouseMoved", *(["mousePressed", "mouseReleased"] if press else [])):
             button = "none" if kind == "mouseMoved" else "left"
-            self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, clickCount=int(press))
+            self(
+                "Input.dispatchMouseEvent",
+                type=kind,
+                x=x,
+                y=y,
+                button=button,
+                clickCount=int(press),
+            )
 
     def screenshot(self, path: Path) -> Path:
         path.write_bytes(base64.b64decode(self("Page.captureScreenshot")["data"]))
@@ -104,8 +152,10 @@ class Browser:
 
 # --- a run's scores, made up: a hostile document, then the language reference ---
 
-HOSTILE = ("</script><script>document.title='owned'</script><!-- &amp; \"'` <img src=x onerror=alert(1)> "
-           "caf\u00e9 \U0001f600 \u4e2d")
+HOSTILE = (
+    "</script><script>document.title='owned'</script><!-- &amp; \"'` <img src=x onerror=alert(1)> "
+    "caf\u00e9 \U0001f600 \u4e2d"
+)
 
 
 @pytest.fixture(scope="session")
@@ -115,11 +165,15 @@ def sp(corpus):
 
 @pytest.fixture(scope="session")
 def run(corpus, sp, tmp_path_factory) -> Path:
-    """The scores of a run of random quality; the text of its first document tries to leave its place."""
-    rng, folder = np.random.default_rng(int.from_bytes(os.urandom(4), "little")), tmp_path_factory.mktemp("run")
+    """The scores of a run of random quality;
+    the text of its first document tries to leave its place."""
+    rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    folder = tmp_path_factory.mktemp("run")
     newline = sp.piece_to_id("<0x0A>")
     reference = train_gpt.load_validation(tiny(**corpus))[:1400]
-    stream = np.concatenate([[1], sp.encode(HOSTILE), [newline], sp.encode("after"), reference]).astype(np.uint16)
+    stream = np.concatenate(
+        [[1], sp.encode(HOSTILE), [newline], sp.encode("after"), reference]
+    ).astype(np.uint16)
     write_shard(folder / "data/fineweb_val_000000.bin", stream)
     hp = tiny(**{**corpus, "DATA_PATH": folder / "data", "VE_LAYERS": "2,3"})
     nll = rng.gamma(2, 2, len(stream) - 1).astype(np.float32)
@@ -127,8 +181,13 @@ def run(corpus, sp, tmp_path_factory) -> Path:
     mixed = np.maximum(nll - gain, 0.01).astype(np.float32)
     path = folder / "logs/made_up_scores.npz"
     path.parent.mkdir()
-    np.savez(path, nll=nll, mixed=mixed, entropy=rng.gamma(2, 2, len(nll)).astype(np.float32),
-             settings=json.dumps(asdict(hp)))
+    np.savez(
+        path,
+        nll=nll,
+        mixed=mixed,
+        entropy=rng.gamma(2, 2, len(nll)).astype(np.float32),
+        settings=json.dumps(asdict(hp)),
+    )
     return path
 
 
@@ -138,18 +197,25 @@ def page_data(page: str) -> dict:
 
 # --- the page ---
 
+
 def test_token_texts_are_the_exact_text(sp, rng, corpus):
     pool = [*"abc xyz \u00e9\u00df\u4e2d\U0001f600\u0416\u2014<&>", "the ", "with "]
-    documents = [" ".join("".join(rng.choice(pool, rng.integers(1, 30))).split()) or "x" for _ in range(30)]
+    documents = [
+        " ".join("".join(rng.choice(pool, rng.integers(1, 30))).split()) or "x" for _ in range(30)
+    ]
     tokens = np.array(sum(([1, *sp.encode(text)] for text in documents), [1]))
     texts = figures.token_texts(tokens[1:], sp, after_text=False)
     assert "".join(texts) == "".join(sp.decode(sp.encode(text)) for text in documents)
     counted = train_gpt.ByteCounter(tiny(**corpus))(tokens).sum()
-    assert len("".join(texts).encode()) == counted, "the text shown has the bytes that the score divides by"
+    assert len("".join(texts).encode()) == counted, (
+        "the text shown has the bytes that the score divides by"
+    )
 
 
 def test_bytes_that_are_no_utf8_are_replaced_as_a_decoder_would(sp, rng):
-    raw = bytes(rng.choice(np.frombuffer("\u00e9\u4e2d\U0001f600a\n".encode() + b"\xff", np.uint8), 200))
+    raw = bytes(
+        rng.choice(np.frombuffer("\u00e9\u4e2d\U0001f600a\n".encode() + b"\xff", np.uint8), 200)
+    )
     texts = figures.token_texts([sp.piece_to_id(f"<0x{b:02X}>") for b in raw], sp, after_text=True)
     assert len(texts) == len(raw) and "".join(texts) == raw.decode(errors="replace")
     cut = figures.token_texts([sp.piece_to_id("<0xE4>"), sp.piece_to_id("a")], sp, True)
@@ -157,7 +223,13 @@ def test_bytes_that_are_no_utf8_are_replaced_as_a_decoder_would(sp, rng):
 
 
 def test_what_is_embedded_cannot_end_its_element(rng):
-    hostile = ["</script>", "<!--<script>", "\u2028", HOSTILE, "".join(map(chr, rng.integers(1, 0xD7FF, 200)))]
+    hostile = [
+        "</script>",
+        "<!--<script>",
+        "\u2028",
+        HOSTILE,
+        "".join(map(chr, rng.integers(1, 0xD7FF, 200))),
+    ]
     text = figures.script_json(hostile)
     assert json.loads(text) == hostile and not set("<>&\u2028") & set(text)
 
@@ -168,15 +240,19 @@ def test_the_stretch_is_the_one_that_gains_most(run, corpus):
     best, gain = None, -np.inf
     for a in range(len(scores.nll) - count + 1):
         token = scores.tokens[a + 1]
-        if (counter.opens_word[token] or not counter.is_text[token]) and scores.gain[a: a + count].sum() > gain + 1e-9:
-            best, gain = a, scores.gain[a: a + count].sum()
+        saved = scores.gain[a : a + count].sum()
+        if (counter.opens_word[token] or not counter.is_text[token]) and saved > gain + 1e-9:
+            best, gain = a, saved
     assert figures.choose_stretch(scores, None, count) == (best, best + count)
     assert figures.choose_stretch(scores, 1300, 10_000) == (1300, len(scores.nll))
 
 
 def test_the_page_states_what_was_scored(run, tmp_path):
     out = figures.view(run, tmp_path / "page.html", start=100, tokens=700)
-    assert figures.view(run, tmp_path / "again.html", start=100, tokens=700).read_bytes() == out.read_bytes()
+    assert (
+        figures.view(run, tmp_path / "again.html", start=100, tokens=700).read_bytes()
+        == out.read_bytes()
+    )
     page, scores = out.read_text(encoding="utf-8"), figures.load_scores(run)
     data, size = page_data(page), slice(100, 800)
     for name in ("nll", "mixed", "entropy"):
@@ -187,11 +263,19 @@ def test_the_page_states_what_was_scored(run, tmp_path):
     tokens, longest = scores.tokens.tolist(), scores.hp.ngram_order
     for k in range(0, 700, 41):  # recounted by scanning
         t = 101 + k
-        seen = {n: [tokens[j] for j in range(n - 1, t) if tokens[j - n + 1: j] == tokens[t - n + 1: t]]
-                for n in range(2, longest + 1)}
+        seen = {
+            n: [
+                tokens[j] for j in range(n - 1, t) if tokens[j - n + 1 : j] == tokens[t - n + 1 : t]
+            ]
+            for n in range(2, longest + 1)
+        }
         order = max((n for n in seen if seen[n]), default=0)
         found = seen.get(order, [])
-        assert (data["order"][k], data["context"][k], data["pair"][k]) == (order, len(found), found.count(tokens[t]))
+        assert (data["order"][k], data["context"][k], data["pair"][k]) == (
+            order,
+            len(found),
+            found.count(tokens[t]),
+        )
 
 
 def test_settings_come_from_the_scores_or_from_the_log_beside_them(run, tmp_path):
@@ -213,7 +297,8 @@ def test_scores_that_do_not_fit_are_refused_in_one_line(run, tmp_path):
     bad[7] = np.nan
     for changes, message in (
         (dict(nll=arrays["nll"][:-1]), "expected the data of that run"),
-        (dict(mixed=bad), "not finite"), (dict(mixed=None), "holds no mixed"),
+        (dict(mixed=bad), "not finite"),
+        (dict(mixed=None), "holds no mixed"),
         (dict(settings=json.dumps(asdict(replace(hp, data_path="nowhere")))), "DATA_PATH=nowhere"),
     ):
         path = tmp_path / "bad_scores.npz"
@@ -227,7 +312,7 @@ def test_scores_that_do_not_fit_are_refused_in_one_line(run, tmp_path):
     for path in (tmp_path / f"{name}.npz" for name in ("text", "cut", "odd", "none")):
         with pytest.raises(RecordError, match=path.name):
             figures.view(path)
-    for asked in (dict(start=-1), dict(start=10 ** 6), dict(tokens=0)):
+    for asked in (dict(start=-1), dict(start=10**6), dict(tokens=0)):
         with pytest.raises(RecordError, match="asked for"):
             figures.view(run, **asked)
     assert not list(tmp_path.glob("*.html"))
@@ -235,17 +320,22 @@ def test_scores_that_do_not_fit_are_refused_in_one_line(run, tmp_path):
 
 def test_what_cannot_be_viewed_is_one_line(run, tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.zeros(9))
-    for command, said in (([tmp_path / "x.npy"], f"{tmp_path}/x.npy: no scores of a run"),
-                          ([run, "--out", tmp_path / "nowhere/x.html"], f"{tmp_path}/nowhere/x.html: No such file"),
-                          ([run, "--out", tmp_path], f"{tmp_path}: Is a directory")):
+    for command, said in (
+        ([tmp_path / "x.npy"], f"{tmp_path}/x.npy: no scores of a run"),
+        ([run, "--out", tmp_path / "nowhere/x.html"], f"{tmp_path}/nowhere/x.html: No such file"),
+        ([run, "--out", tmp_path], f"{tmp_path}: Is a directory"),
+    ):
         assert make_record.main(["view", *map(str, command)]) == 1
         error = capsys.readouterr().err
         assert error.startswith(f"make_record.py: error: {said}") and error.count("\n") == 1
 
 
 def luminance(color: str) -> float:
-    rgb = np.array([int(color[i: i + 2], 16) for i in (1, 3, 5)]) / 255
-    return float(np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722))
+    rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return float(
+        np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        @ (0.2126, 0.7152, 0.0722)
+    )
 
 
 def contrast(a: str, b: str) -> float:
@@ -256,18 +346,26 @@ def contrast(a: str, b: str) -> float:
 @pytest.mark.parametrize("theme", figures.THEMES)
 def test_text_can_be_read_on_every_colour(theme):
     colors = figures.THEMES[theme]
-    ramps = {name: [c if c != "-" else colors["paper"] for c in colors[name].split()] for name in ("gain", "cost")}
-    assert len(ramps["gain"]) == len(figures.GAIN_EDGES) + 1 and len(ramps["cost"]) == len(figures.COST_EDGES) + 1
+    ramps = {
+        name: [c if c != "-" else colors["paper"] for c in colors[name].split()]
+        for name in ("gain", "cost")
+    }
+    assert len(ramps["gain"]) == len(figures.GAIN_EDGES) + 1
+    assert len(ramps["cost"]) == len(figures.COST_EDGES) + 1
     for color in (*ramps["gain"], *ramps["cost"], colors["paper"], colors["card"]):
         assert contrast(color, colors["ink"]) >= 4.5, color
     for name in ("soft", "saved", "lost"):
-        assert min(contrast(colors[name], colors[ground]) for ground in ("paper", "card")) >= 4.5, name
-    for side in (ramps["gain"][6:], ramps["gain"][6::-1], ramps["cost"]):  # further from nothing: further from the page
+        assert min(contrast(colors[name], colors[ground]) for ground in ("paper", "card")) >= 4.5, (
+            name
+        )
+    # further from nothing: further from the page
+    for side in (ramps["gain"][6:], ramps["gain"][6::-1], ramps["cost"]):
         steps = [contrast(color, colors["paper"]) for color in side]
         assert steps == sorted(steps) and steps[-1] > 1.8
 
 
 # --- the page in a browser ---
+
 
 @pytest.fixture(scope="module")
 def browser():
@@ -284,7 +382,8 @@ def test_a_browser_shows_the_text_exactly_and_asks_for_nothing(browser, run, tmp
     data = page_data((tmp_path / "page.html").read_text(encoding="utf-8"))
     shown = browser.js("[...document.querySelectorAll('#text > span')].map(e => e.textContent)")
     assert shown == data["text"] and len(shown) == len(data["nll"])
-    assert "".join(shown).startswith(HOSTILE + "\n after") and browser.js("document.title").startswith("test:")
+    assert "".join(shown).startswith(HOSTILE + "\n after")
+    assert browser.js("document.title").startswith("test:")
     assert browser.errors == []
 
 
@@ -299,17 +398,35 @@ def test_keys_pointer_and_lists_lead_to_the_same_card(browser, run, tmp_path):
         return focus, browser.js("document.querySelector('#card').innerText")
 
     browser.js("document.querySelector('.skip').focus()")
-    for key, i in (("n", ranked[0]), ("n", ranked[1]), ("p", ranked[0]), ("N", ranked[-1]), ("Home", 0),
-                   ("ArrowRight", 1), ("End", 599), ("ArrowRight", 599)):
+    for key, i in (
+        ("n", ranked[0]),
+        ("n", ranked[1]),
+        ("p", ranked[0]),
+        ("N", ranked[-1]),
+        ("Home", 0),
+        ("ArrowRight", 1),
+        ("End", 599),
+        ("ArrowRight", 599),
+    ):
         browser.key(key)
         focus, card = state()
         assert focus == i, key
         verdict = f"{'saved' if gain[i] > 0 else 'lost'} {abs(gain[i]):.2f} bits"
-        assert all(part in card for part in (verdict, f"{data['nll'][i]:.2f}", f"{data['mixed'][i]:.2f}",
-                                             f"{data['entropy'][i]:.2f}", f"target {data['start'] + i:,}")), card
+        assert all(
+            part in card
+            for part in (
+                verdict,
+                f"{data['nll'][i]:.2f}",
+                f"{data['mixed'][i]:.2f}",
+                f"{data['entropy'][i]:.2f}",
+                f"target {data['start'] + i:,}",
+            )
+        ), card
         if data["order"][i]:
             assert f"order {data['order'][i]}" in card and f"{data['context'][i]:,} \u00d7" in card
-    assert browser.js("document.querySelectorAll('#text [tabindex=\"0\"]').length") == 1, "one stop for Tab"
+    assert browser.js("document.querySelectorAll('#text [tabindex=\"0\"]').length") == 1, (
+        "one stop for Tab"
+    )
     browser.key("ArrowUp")
     up = browser.js("document.activeElement.getBoundingClientRect().top")
     browser.key("ArrowDown")
@@ -317,22 +434,30 @@ def test_keys_pointer_and_lists_lead_to_the_same_card(browser, run, tmp_path):
     before = state()[0]
     over = browser.js("""[...document.querySelectorAll('#text > span')].find(e => {
         const r = e.getClientRects()[0];
-        return r && r.top > 300 && e === document.elementFromPoint(r.x + r.width / 2, r.y + r.height / 2);
+        return r && r.top > 300
+            && e === document.elementFromPoint(r.x + r.width / 2, r.y + r.height / 2);
     }).id""")
     browser.point(f"#{over}")
-    assert f"target {int(over[1:]):,}" in state()[1] and state()[0] == before, "the pointer shows, focus stays"
+    assert f"target {int(over[1:]):,}" in state()[1] and state()[0] == before, (
+        "the pointer shows, focus stays"
+    )
     browser.point(f"#{over}", press=True)
     assert state()[0] == int(over[1:]) - data["start"]
     browser.js("document.querySelector('#losses button').click()")
-    assert state()[0] == ranked[-1] and browser.js("location.hash") == f"#t{ranked[-1] + data['start']}"
+    assert state()[0] == ranked[-1]
+    assert browser.js("location.hash") == f"#t{ranked[-1] + data['start']}"
     browser.key("c")
-    assert browser.js("getComputedStyle(document.querySelector('.legend[data-for=model]')).display") == "block"
+    assert (
+        browser.js("getComputedStyle(document.querySelector('.legend[data-for=model]')).display")
+        == "block"
+    )
     assert browser.errors == []
 
 
 @pytest.mark.parametrize("width, height", [(1000, 700), (390, 844)])
 def test_screenshots_light_and_dark_wide_and_narrow(browser, run, tmp_path, width, height):
     from matplotlib.image import imread
+
     url, light = figures.view(run, tmp_path / "page.html").as_uri(), []
     for theme in figures.THEMES:
         browser.open(url, width, height, theme)
@@ -343,9 +468,15 @@ def test_screenshots_light_and_dark_wide_and_narrow(browser, run, tmp_path, widt
         light.append(np.median(pixels))
         shades = len(np.unique((pixels * 15).astype(int).reshape(-1, 3), axis=0))
         assert shades > 25 and pixels.std() > 0.05, "not blank"
-        assert browser.js("document.documentElement.scrollWidth") <= width, "nothing to scroll sideways"
-        card = browser.js("(r => [r.top, r.bottom])(document.querySelector('#card').getBoundingClientRect())")
-        focus = browser.js("(r => [r.top, r.bottom])(document.activeElement.getBoundingClientRect())")
+        assert browser.js("document.documentElement.scrollWidth") <= width, (
+            "nothing to scroll sideways"
+        )
+        card = browser.js(
+            "(r => [r.top, r.bottom])(document.querySelector('#card').getBoundingClientRect())"
+        )
+        focus = browser.js(
+            "(r => [r.top, r.bottom])(document.activeElement.getBoundingClientRect())"
+        )
         assert card[0] >= 0 and card[1] <= height and focus[0] > 0 and focus[1] < height
         if width < 500:
             assert focus[1] < card[0], "the sheet does not cover the token"
@@ -357,22 +488,37 @@ def test_screenshots_light_and_dark_wide_and_narrow(browser, run, tmp_path, widt
 
 # --- the figures ---
 
+
 def log_text(seed: int, rng, drop: str = "") -> str:
     """A log with all that the figures read; lines that start with `drop` are left out."""
     lines = [f"SEED={seed}", "QUANT_BITS=6"]
     for step in range(10, 310, 10):
         loss = 3 + 4 * np.exp(-step / 60) + rng.normal(0, 0.03)
-        lines.append(f"step:{step}/300 train_loss:{loss:.4f} train_time:{step * 210 + rng.integers(9)}ms "
-                     f"step_avg:210.00ms tok/s:9000 lr_scale:{min(1, (300 - step) / 150):.4f}")
+        lines.append(
+            f"step:{step}/300 train_loss:{loss:.4f} train_time:{step * 210 + rng.integers(9)}ms "
+            f"step_avg:210.00ms tok/s:9000 lr_scale:{min(1, (300 - step) / 150):.4f}"
+        )
     lines.append("step:300/300 val_loss:3.1000 val_bpb:2.0500 train_time:63000ms step_avg:210.00ms")
-    for name, bpb in (("float", 2.04), ("int6_roundtrip", 2.06), ("int6_sliding_window", 2.01), ("ngram", 1.51)):
+    for name, bpb in (
+        ("float", 2.04),
+        ("int6_roundtrip", 2.06),
+        ("int6_sliding_window", 2.01),
+        ("ngram", 1.51),
+    ):
         lines.append(f"final_{name}_exact val_loss:3.0 val_bpb:{bpb + rng.normal(0, 0.003):.8f}")
     side = 30_000 + rng.integers(99)
-    lines.append(f"artifact_bytes code:92459 side:{side} embeddings:170000 attention:201000 mlp:484000")
-    lines += [f"ngram_order order:{n} targets:{1000 + 100 * n} gain:{0.08 * (n > 0) - 0.1 * (n == 2):.8f}"
-              for n in (0, *range(2, 8))]
-    lines += [f"calibration entropy:{a}-{a + 1} targets:{500 + 100 * a} expected:{a + 0.5} "
-              f"nll:{a + 0.6 + rng.normal(0, 0.03):.4f} mixed:{0.7 * a + 0.4:.4f}" for a in range(6)]
+    lines.append(
+        f"artifact_bytes code:92459 side:{side} embeddings:170000 attention:201000 mlp:484000"
+    )
+    lines += [
+        f"ngram_order order:{n} targets:{1000 + 100 * n} gain:{0.08 * (n > 0) - 0.1 * (n == 2):.8f}"
+        for n in (0, *range(2, 8))
+    ]
+    lines += [
+        f"calibration entropy:{a}-{a + 1} targets:{500 + 100 * a} expected:{a + 0.5} "
+        f"nll:{a + 0.6 + rng.normal(0, 0.03):.4f} mixed:{0.7 * a + 0.4:.4f}"
+        for a in range(6)
+    ]
     lines.append("calibration entropy:6-7 targets:0 expected:nan nll:nan mixed:nan")
     return "".join(f"{line}\n" for line in lines if not (drop and line.startswith(drop)))
 
@@ -383,32 +529,45 @@ def record(folder: Path, rng, seeds=(42, 1337, 2024), drop: str = "") -> Path:
     for seed in seeds:
         text = log_text(seed, rng, drop)
         (folder / f"logs/seed{seed}.txt").write_text(text)
-        score = [line for line in text.splitlines() if line.startswith("final_ngram_exact")][0].split("val_bpb:")[1]
+        lines = [line for line in text.splitlines() if line.startswith("final_ngram_exact")]
+        score = lines[0].split("val_bpb:")[1]
         results[str(seed)] = dict(val_bpb=float(score))
-    (folder / "submission.json").write_text(json.dumps(dict(seeds=list(seeds), seed_results=results)))
+    (folder / "submission.json").write_text(
+        json.dumps(dict(seeds=list(seeds), seed_results=results))
+    )
     return folder
 
 
 def test_plot_draws_every_figure_in_both_themes(tmp_path, rng, capsys):
     from matplotlib.image import imread
+
     folder = record(tmp_path, rng)
     paths = figures.plot(folder)
-    assert capsys.readouterr().out == "" and {p.name for p in paths} == {
-        f"{name}_{theme}.png" for name in figures.FIGURES for theme in ("light", "dark")}
+    assert capsys.readouterr().out == ""
+    assert {p.name for p in paths} == {
+        f"{name}_{theme}.png" for name in figures.FIGURES for theme in ("light", "dark")
+    }
     for path in paths:
         pixels = imread(path)[..., :3]
         assert pixels.shape[1] == 1660 and pixels.std() > 0.05, path.name
         background = figures.BACKGROUNDS[path.stem.split("_")[-1]]
-        assert np.allclose(pixels[0, 0] * 255, [int(background[i: i + 2], 16) for i in (1, 3, 5)], atol=1)
+        assert np.allclose(
+            pixels[0, 0] * 255, [int(background[i : i + 2], 16) for i in (1, 3, 5)], atol=1
+        )
         for edge in (pixels[:6], pixels[-6:], pixels[:, :6], pixels[:, -6:]):
-            assert np.ptp(edge.reshape(-1, 3), axis=0).max() < 0.01, f"{path.name}: something is cut off"
+            assert np.ptp(edge.reshape(-1, 3), axis=0).max() < 0.01, (
+                f"{path.name}: something is cut off"
+            )
         assert b"Date" not in path.read_bytes() and b"Software" not in path.read_bytes()
     markup = figures.pictures(folder)
-    assert all(f"logs/{path.name}" in markup for path in paths) and markup.count("prefers-color-scheme: dark") == 5
+    assert all(f"logs/{path.name}" in markup for path in paths)
+    assert markup.count("prefers-color-scheme: dark") == 5
     again = tmp_path / "again.png"
     for name in ("fig_training",):
         figures.draw(name, figures.COLLECT[name](figures.submitted_logs(folder)), "dark", again)
-        assert again.read_bytes() == (folder / f"logs/{name}_dark.png").read_bytes(), "same logs, same pixels"
+        assert again.read_bytes() == (folder / f"logs/{name}_dark.png").read_bytes(), (
+            "same logs, same pixels"
+        )
 
 
 def test_plot_shows_in_the_readme_what_it_drew(tmp_path, rng, capsys, monkeypatch):
@@ -424,8 +583,9 @@ def test_plot_shows_in_the_readme_what_it_drew(tmp_path, rng, capsys, monkeypatc
     readme.write_text("# x\n<!-- figures:begin -->\nold\n<!-- figures:end -->\nrest\n")
     for _ in range(2):
         assert make_record.main(["plot", str(folder)]) == 0 and not capsys.readouterr().err
-        assert readme.read_text() == (f"# x\n<!-- figures:begin -->\n{figures.pictures(folder)}\n"
-                                      "<!-- figures:end -->\nrest\n")
+        assert readme.read_text() == (
+            f"# x\n<!-- figures:begin -->\n{figures.pictures(folder)}\n<!-- figures:end -->\nrest\n"
+        )
     assert make_record.check_figures(make_record.Folder(folder)) == "8 shown by README, all here"
 
 
@@ -434,8 +594,10 @@ def test_the_figures_are_of_the_logs_that_readme_links_to(tmp_path, rng):
     folder = record(tmp_path, rng, seeds=(7, 8))
     (folder / "logs/again.txt").write_text((folder / "logs/seed7.txt").read_text())
     (folder / "logs/odd.txt").write_bytes(b"\xff\xfe")
-    (folder / "README.md").write_text("<!-- results:begin -->\n| [7](logs/seed7.txt) |\n| [8](logs/seed8.txt) |\n"
-                                      "<!-- results:end -->\n")
+    (folder / "README.md").write_text(
+        "<!-- results:begin -->\n| [7](logs/seed7.txt) |\n| [8](logs/seed8.txt) |\n"
+        "<!-- results:end -->\n"
+    )
     assert [log.path.name for log in figures.submitted_logs(folder)] == ["seed7.txt", "seed8.txt"]
     (folder / "README.md").unlink()
     (folder / "logs/again.txt").unlink()
@@ -448,28 +610,45 @@ def test_the_figures_numbers_are_the_logs_numbers(tmp_path, rng):
     orders = figures.collect_orders(logs)
     assert orders["orders"] == [0, 2, 3, 4, 5, 6, 7] and np.allclose(orders["gain"].sum(1), 0.38)
     assert np.allclose(orders["share"].sum(1), 1)
-    assert figures.collect_bytes(logs)["bytes"][0].sum() == sum(
-        log_value for log_value in map(int, (p.split(":")[1] for p in logs[0].find("artifact_bytes").text.split()[1:])))
+    sizes = [int(p.split(":")[1]) for p in logs[0].find("artifact_bytes").text.split()[1:]]
+    assert figures.collect_bytes(logs)["bytes"][0].sum() == sum(sizes)
     mixed = figures.collect_bpb(logs)["stages"]["mixed with counts"]
     assert mixed == [log.find("final_ngram_exact").number("val_bpb") for log in logs]
     calibration = figures.collect_calibration(logs)
     assert calibration["nll"].shape == (3, 6), "the empty bin is left out"
     assert np.allclose(calibration["share"].sum(1), 1)
     path = tmp_path / "logs/seed42.txt"
-    path.write_text("".join(line for line in path.read_text().splitlines(True)
-                            if not line.startswith(("calibration entropy:5-6", "ngram_order order:0"))))
+    path.write_text(
+        "".join(
+            line
+            for line in path.read_text().splitlines(True)
+            if not line.startswith(("calibration entropy:5-6", "ngram_order order:0"))
+        )
+    )
     logs = figures.submitted_logs(tmp_path)
-    assert figures.collect_calibration(logs)["nll"].shape == (3, 5), "a bin that one seed lacks is left out"
+    assert figures.collect_calibration(logs)["nll"].shape == (3, 5), (
+        "a bin that one seed lacks is left out"
+    )
     share = figures.collect_orders(logs)["share"]
     assert np.flatnonzero(share[:, 0] == 0).tolist() == [0], "an order that a seed lacks counts 0"
     training = figures.collect_training(logs)
-    assert training["loss"].shape == (3, len(training["seconds"])) and training["steps"] == [300] * 3
+    assert training["loss"].shape == (3, len(training["seconds"]))
+    assert training["steps"] == [300] * 3
 
 
-@pytest.mark.parametrize("name, drop", [("fig_orders", "ngram_order"), ("fig_bytes", "artifact_bytes"),
-                                        ("fig_calibration", "calibration"), ("fig_training", "step:10/"),
-                                        ("fig_bpb", "final_float")])
-def test_a_log_that_lacks_a_line_costs_only_that_figure(tmp_path, rng, capsys, monkeypatch, name, drop):
+@pytest.mark.parametrize(
+    "name, drop",
+    [
+        ("fig_orders", "ngram_order"),
+        ("fig_bytes", "artifact_bytes"),
+        ("fig_calibration", "calibration"),
+        ("fig_training", "step:10/"),
+        ("fig_bpb", "final_float"),
+    ],
+)
+def test_a_log_that_lacks_a_line_costs_only_that_figure(
+    tmp_path, rng, capsys, monkeypatch, name, drop
+):
     record(tmp_path, rng, seeds=(1, 2))
     path = tmp_path / "logs/seed2.txt"
     lines = path.read_text().splitlines()
@@ -490,7 +669,9 @@ def test_one_seed_and_logs_that_are_not_one_per_seed(tmp_path, rng, monkeypatch)
     monkeypatch.setattr(figures, "THEMES", {"light": figures.THEMES["light"]})
     assert len(figures.plot(folder)) == 5
     (folder / "logs/other.txt").write_text(log_text(7, rng))
-    assert [log.path.name for log in figures.submitted_logs(folder)] == ["seed7.txt"], "the one whose score is stated"
+    assert [log.path.name for log in figures.submitted_logs(folder)] == ["seed7.txt"], (
+        "the one whose score is stated"
+    )
     (folder / "logs/copy.txt").write_text((folder / "logs/seed7.txt").read_text())
     with pytest.raises(RecordError, match="seed 7 has 2 logs"):
         figures.plot(folder)

@@ -1,4 +1,6 @@
-"""Kernels against float64 references: in Triton's interpreter, or on the GPU where there is one (see conftest.py)."""
+"""Kernels against float64 references: in Triton's interpreter,
+or on the GPU where there is one (see conftest.py)."""
+
 import os
 import subprocess
 import sys
@@ -17,9 +19,11 @@ if t.triton is None:
     pytest.skip("no Triton for this platform", allow_module_level=True)
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-# The interpreter multiplies bfloat16 matrices wrongly (as the integers that hold them), so there float16 stands for it.
+# The interpreter multiplies bfloat16 matrices wrongly (as the integers that hold them),
+# so there float16 stands for it.
 HALF = torch.bfloat16 if CUDA else torch.float16
-EPS = {torch.float32: 2e-3 if CUDA else 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # TF32 on CUDA
+# TF32 on CUDA
+EPS = {torch.float32: 2e-3 if CUDA else 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 SMALL = dict(BM=16, BN=32, BK=16, num_warps=4, num_stages=2)
 
 
@@ -46,10 +50,15 @@ def gradients(outputs, inputs, upstream):
 def assert_near(found, expected, eps, what="", size=1e-30):
     """Within `eps` of the largest number, or of `size`: sums err by the size of what is summed."""
     expected, error = expected.double(), (found.double() - expected).abs().max()
-    assert error <= eps * max(expected.abs().max(), size) + 1e-30, (what, float(error), float(expected.abs().max()))
+    assert error <= eps * max(expected.abs().max(), size) + 1e-30, (
+        what,
+        float(error),
+        float(expected.abs().max()),
+    )
 
 
-# --- MLP -----------------------------------------------------------------------------------------------------------
+# --- MLP ------------------------------------------------------------------------------------------
+
 
 def check_mlp(x, fc, proj, slope, g):
     """Result and gradients of the kernel against those of the plain form in float64."""
@@ -66,48 +75,69 @@ def check_mlp(x, fc, proj, slope, g):
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.integers(1, 70), st.integers(1, 50), st.integers(1, 70), st.sampled_from([0.5, 0.9, 0.0, 1.0, -0.3]),
-       st.integers(0, 2 ** 32 - 1), st.booleans())
+@given(
+    st.integers(1, 70),
+    st.integers(1, 50),
+    st.integers(1, 70),
+    st.sampled_from([0.5, 0.9, 0.0, 1.0, -0.3]),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+)
 def test_mlp_of_any_size_equals_float64(N, D, W, slope, seed, half):
     torch.manual_seed(seed)
     dtype, plain = HALF if half else torch.float32, t.MLP_TILE
     t.MLP_TILE = SMALL
     try:
-        x, fc, proj = random(N, D, dtype=dtype), random(W, D, dtype=dtype), random(D, W, dtype=dtype, scale=W ** -0.5)
+        x = random(N, D, dtype=dtype)
+        fc = random(W, D, dtype=dtype)
+        proj = random(D, W, dtype=dtype, scale=W**-0.5)
         check_mlp(x, fc, proj, slope, random(N, D, dtype=dtype).detach())
     finally:
         t.MLP_TILE = plain
 
 
 def test_mlp_with_the_tiles_that_are_shipped(rng):
-    x, fc, proj = random(130, 65, dtype=HALF), random(260, 65, dtype=HALF), random(65, 260, dtype=HALF, scale=0.06)
+    x = random(130, 65, dtype=HALF)
+    fc = random(260, 65, dtype=HALF)
+    proj = random(65, 260, dtype=HALF, scale=0.06)
     check_mlp(x, fc, proj, 0.5, random(130, 65, dtype=HALF).detach())
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e6])
 def test_mlp_of_extreme_values(rng, small_tiles, scale):
-    check_mlp(random(20, 24, scale=scale), random(33, 24), random(24, 33), 0.5, random(20, 24).detach())
+    check_mlp(
+        random(20, 24, scale=scale), random(33, 24), random(24, 33), 0.5, random(20, 24).detach()
+    )
 
 
 def test_mlp_of_zeros_is_zero_and_has_no_gradient(small_tiles):
-    x, fc, proj = (torch.zeros(s, device=DEVICE, requires_grad=True) for s in ((5, 8), (9, 8), (8, 9)))
+    x, fc, proj = (
+        torch.zeros(s, device=DEVICE, requires_grad=True) for s in ((5, 8), (9, 8), (8, 9))
+    )
     y, z, h = t.fused_mlp(x, fc, proj, 0.5)
     assert not any(v.any() for v in (y, z, h, *gradients(y, (x, fc, proj), torch.ones_like(y))))
 
 
 def test_mlp_of_inputs_that_are_not_contiguous(rng, small_tiles):
     x, fc, proj = random(24, 40).T, random(24, 33).T, random(33, 24).T
-    check_mlp(*(v.detach().requires_grad_() for v in (x, fc, proj)), 0.5, torch.ones((), device=DEVICE).expand(40, 24))
+    check_mlp(
+        *(v.detach().requires_grad_() for v in (x, fc, proj)),
+        0.5,
+        torch.ones((), device=DEVICE).expand(40, 24),
+    )
 
 
 def test_mlp_kernel_writes_nothing_outside_of_its_matrix(rng, small_tiles):
     """Rows and columns that do not fill the tiles."""
-    x, fc, guard = random(19, 24).detach(), random(37, 24).detach(), torch.full((40, 37), 7.0, device=DEVICE)
+    x = random(19, 24).detach()
+    fc = random(37, 24).detach()
+    guard = torch.full((40, 37), 7.0, device=DEVICE)
     t.launch_mlp(x, fc.mT, guard[:19], 0.5, False)
     assert (guard[19:] == 7).all() and not (guard[:19] == 7).any()
 
 
-# --- loss ----------------------------------------------------------------------------------------------------------
+# --- loss -----------------------------------------------------------------------------------------
+
 
 def scores(z, targets, cap):
     return t.fused_token_scores(z, targets, z.new_empty(0), cap)
@@ -119,15 +149,26 @@ def check_scores(z, targets, cap, upstream):
     wanted = -logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
     for name, a, b in zip(("nll", "entropy"), found, wanted):
         assert a.dtype == torch.float32
-        torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
-    (a,), (b,) = gradients(found, z, torch.stack(upstream)), gradients(wanted, exact, [u.double() for u in upstream])
+        torch.testing.assert_close(
+            a.double(), b, rtol=2e-6, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    (a,), (b,) = (
+        gradients(found, z, torch.stack(upstream)),
+        gradients(wanted, exact, [u.double() for u in upstream]),
+    )
     assert a.dtype == z.dtype
     assert_near(a, b, EPS[z.dtype] / 2 + 2e-6, "dz", size=max(u.abs().max() for u in upstream))
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.integers(1, 9), st.integers(2, 300), st.sampled_from([0.0, 30.0, 1.5]), st.sampled_from([0.01, 3.0, 100.0]),
-       st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 2 ** 32 - 1))
+@given(
+    st.integers(1, 9),
+    st.integers(2, 300),
+    st.sampled_from([0.0, 30.0, 1.5]),
+    st.sampled_from([0.01, 3.0, 100.0]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.integers(0, 2**32 - 1),
+)
 def test_scores_of_any_size_equal_float64(N, V, cap, scale, dtype, seed):
     torch.manual_seed(seed)
     z, targets = random(N, V, dtype=dtype, scale=scale), torch.randint(0, V, (N,), device=DEVICE)
@@ -148,9 +189,12 @@ def test_scores_of_extreme_logits_are_finite(cap, value):
     z[:, 3] = value
     z.requires_grad_()
     nll, entropy = scores(z, torch.tensor([3, 5], device=DEVICE), cap)
-    expected, same = t.token_scores(z.detach(), torch.tensor([3, 5], device=DEVICE), cap)[0], (entropy[0] - entropy[1])
+    expected = t.token_scores(z.detach(), torch.tensor([3, 5], device=DEVICE), cap)[0]
+    same = entropy[0] - entropy[1]
     (dz,) = gradients(nll.sum() + entropy.sum(), z, None)
-    assert all(v.isfinite().all() for v in (nll, entropy, dz)) and not same.any() and (entropy >= -1e-6).all()
+    assert all(v.isfinite().all() for v in (nll, entropy, dz))
+    assert not same.any()
+    assert (entropy >= -1e-6).all()
     torch.testing.assert_close(nll, expected, rtol=1e-6, atol=1e-5)
 
 
@@ -162,40 +206,61 @@ def test_scores_of_uniform_logits_are_the_logarithm_of_the_vocabulary():
 
 @pytest.mark.filterwarnings("ignore:Input #")
 def test_gradcheck_of_the_loss(rng):
-    """Finite differences of float32 sums: coarse, but they know nothing of any formula for the gradient."""
+    """Finite differences of float32 sums: coarse,
+    but they know nothing of any formula for the gradient."""
     z, targets = random(3, 11), torch.randint(0, 11, (3,), device=DEVICE)
-    assert torch.autograd.gradcheck(lambda z: scores(z, targets, 5.0), z, eps=1e-2, atol=2e-3, rtol=2e-3)
+    assert torch.autograd.gradcheck(
+        lambda z: scores(z, targets, 5.0), z, eps=1e-2, atol=2e-3, rtol=2e-3
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Input #")
 def test_gradcheck_of_the_mlp(rng, small_tiles):
     x, fc, proj = random(4, 5), random(6, 5), random(5, 6)
-    assert torch.autograd.gradcheck(lambda *args: t.fused_mlp(*args, 0.5)[0], (x, fc, proj), eps=1e-2, atol=0.1,
-                                    rtol=0.02)
+    assert torch.autograd.gradcheck(
+        lambda *args: t.fused_mlp(*args, 0.5)[0], (x, fc, proj), eps=1e-2, atol=0.1, rtol=0.02
+    )
 
 
 def test_every_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
-    """Triton's compiler refuses what its interpreter takes; and each tile must fit a multiprocessor's shared memory."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-W", "ignore", "compile_kernels.py"], cwd=ROOT / "tests", env=environment,
-                          capture_output=True, text=True)
+    """Triton's compiler refuses what its interpreter takes; and each tile must fit a
+    multiprocessor's shared memory."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(tmp_path)
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "compile_kernels.py"],
+        cwd=ROOT / "tests",
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     kernels = {name for name in vars(t) if name.endswith("_kernel")}
     assert {name for _, name, _ in rows} == kernels and len(rows) == 8
-    assert all(int(shared) <= {"90": 232_448, "89": 101_376}[architecture] for architecture, _, shared in rows)
+    assert all(
+        int(shared) <= {"90": 232_448, "89": 101_376}[architecture]
+        for architecture, _, shared in rows
+    )
 
 
-# --- as ops ---------------------------------------------------------------------------------------------------------
+# --- as ops ---------------------------------------------------------------------------------------
+
 
 @pytest.mark.filterwarnings("ignore")
 def test_opcheck_of_every_op(rng, small_tiles):
     """Schemas, fake results and autograd registrations, as torch.library checks them."""
     x, fc, proj, z = random(7, 5), random(6, 5), random(5, 6), random(7, 6).detach()
-    logits, targets, grads = random(7, 11), torch.randint(0, 11, (7,), device=DEVICE), torch.randn(2, 7, device=DEVICE)
-    cases = [(t.fused_mlp, (x, fc, proj, 0.5)), (t.fused_mlp_backward, (random(7, 5).detach(), proj.detach(), z, 0.5)),
-             (t.fused_token_scores, (logits, targets, grads.new_empty(0), 30.0)),
-             (t.fused_token_scores, (logits.detach(), targets, grads, 30.0))]
+    logits = random(7, 11)
+    targets = torch.randint(0, 11, (7,), device=DEVICE)
+    grads = torch.randn(2, 7, device=DEVICE)
+    cases = [
+        (t.fused_mlp, (x, fc, proj, 0.5)),
+        (t.fused_mlp_backward, (random(7, 5).detach(), proj.detach(), z, 0.5)),
+        (t.fused_token_scores, (logits, targets, grads.new_empty(0), 30.0)),
+        (t.fused_token_scores, (logits.detach(), targets, grads, 30.0)),
+    ]
     ops = {v for v in vars(t).values() if isinstance(v, torch._library.custom_ops.CustomOpDef)}
     assert {op for op, _ in cases} == ops, "an op without a case here"
     for op, args in cases:
@@ -204,6 +269,7 @@ def test_opcheck_of_every_op(rng, small_tiles):
 
 class Counted:
     """A kernel that counts its launches: kernel[grid](...)."""
+
     def __init__(self, kernel, launches, name):
         self.kernel, self.launches, self.name = kernel, launches, name
 
@@ -218,7 +284,9 @@ def kernels_on(monkeypatch, small_tiles):
     launches = {"mlp": 0, "scores": 0}
     monkeypatch.setattr(t, "has_kernels", lambda x: True)
     for name in launches:
-        monkeypatch.setattr(t, f"{name}_kernel", Counted(getattr(t, f"{name}_kernel"), launches, name))
+        monkeypatch.setattr(
+            t, f"{name}_kernel", Counted(getattr(t, f"{name}_kernel"), launches, name)
+        )
     return launches
 
 
@@ -235,7 +303,7 @@ def test_the_model_with_kernels_equals_the_model_without(rng, kernels_on):
     model, ids, targets = small_model()
     loss = model(ids, targets)
     found = torch.autograd.grad(loss, list(model.parameters()))
-    assert kernels_on == {"mlp": 4, "scores": 2}                                 # forward and backward, two layers
+    assert kernels_on == {"mlp": 4, "scores": 2}  # forward and backward, two layers
     model.hp = t.replace(model.hp, fused_loss=False)
     for block in model.blocks:
         block.mlp.fused = False
@@ -243,7 +311,9 @@ def test_the_model_with_kernels_equals_the_model_without(rng, kernels_on):
     assert kernels_on == {"mlp": 4, "scores": 2}
     eps = 0.02 if CUDA else 1e-4
     assert_near(loss, plain, eps)
-    for (name, _), a, b in zip(model.named_parameters(), found, torch.autograd.grad(plain, list(model.parameters()))):
+    for (name, _), a, b in zip(
+        model.named_parameters(), found, torch.autograd.grad(plain, list(model.parameters()))
+    ):
         assert_near(a, b, 4 * eps, name)
 
 
@@ -259,7 +329,9 @@ def test_scoring_with_kernels_equals_scoring_without(rng, kernels_on, monkeypatc
     tokens, rt = rng.integers(0, 512, 61).astype(np.uint16), t.Runtime("", {})
     found = collect(t.score_stream(model, model, tokens, 8, rt))
     monkeypatch.setattr(t, "has_kernels", lambda x: False)
-    np.testing.assert_allclose(found, collect(t.score_stream(model, model, tokens, 8, rt)), rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(
+        found, collect(t.score_stream(model, model, tokens, 8, rt)), rtol=2e-4, atol=2e-5
+    )
     assert kernels_on["scores"] and kernels_on["mlp"]
 
 
@@ -271,14 +343,17 @@ def test_compiled_graphs_keep_the_ops_and_do_not_break(rng, kernels_on):
 
     def backend(graph, inputs):
         from torch._dynamo.backends.debugging import aot_eager
+
         seen.extend(str(node.target) for node in graph.graph.nodes)
         return aot_eager(graph, inputs)
+
     torch._dynamo.reset()
     compiled = torch.compile(t.training_loss, backend=backend, fullgraph=True, dynamic=False)
     loss = compiled(model, ids, targets, None)
     found = torch.autograd.grad(loss, list(model.parameters()))
     plain = t.training_loss(model, ids, targets, None)
-    assert sum("golf.fused_mlp" in name for name in seen) == 2 and sum("golf.fused_token" in name for name in seen) == 1
+    assert sum("golf.fused_mlp" in name for name in seen) == 2
+    assert sum("golf.fused_token" in name for name in seen) == 1
     assert_near(loss, plain, 1e-5 if not CUDA else 0.02)
     for a, b in zip(found, torch.autograd.grad(plain, list(model.parameters()))):
         assert_near(a, b, 1e-4 if not CUDA else 0.05)
@@ -286,12 +361,20 @@ def test_compiled_graphs_keep_the_ops_and_do_not_break(rng, kernels_on):
 
 def test_without_triton_the_plain_forms_run():
     """Kernels are asked for, CUDA is said to be there, Triton is not."""
-    code = ("import sys; sys.modules['triton'] = None\n"
-            "import torch, train_gpt as t\n"
-            "class OnCuda: is_cuda = True\n"
-            "assert t.triton is None and not t.has_kernels(OnCuda())\n"
-            "sizes = dict(num_layers=4, model_dim=64, num_heads=4, num_kv_heads=4, ve_layers=(3,), train_seq_len=32)\n"
-            "model = t.GPT(t.Hyperparameters(**sizes))\n"
-            "ids = torch.zeros(1, 32, dtype=torch.int64)\n"
-            "model(ids, ids).backward()")
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, train_gpt as t\n"
+        "class OnCuda: is_cuda = True\n"
+        "assert t.triton is None and not t.has_kernels(OnCuda())\n"
+        "sizes = dict(num_layers=4, model_dim=64, num_heads=4, num_kv_heads=4, ve_layers=(3,), "
+        "train_seq_len=32)\n"
+        "model = t.GPT(t.Hyperparameters(**sizes))\n"
+        "ids = torch.zeros(1, 32, dtype=torch.int64)\n"
+        "model(ids, ids).backward()"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        check=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )

@@ -1,4 +1,6 @@
-"""The model against a plain second reading of DESIGN section 4: loops, no tricks; and causality of the whole."""
+"""The model against a plain second reading of DESIGN section 4: loops, no tricks;
+and causality of the whole."""
+
 import math
 
 import pytest
@@ -13,7 +15,10 @@ def randomize(model):
     """Give every parameter a value that matters, so that zero-initialised paths are tested too."""
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn_like(p) * (0.3 / max(1, p.shape[-1] if p.ndim else 1) ** 0.5 if p.ndim == 2 else 0.2))
+            p.add_(
+                torch.randn_like(p)
+                * (0.3 / max(1, p.shape[-1] if p.ndim else 1) ** 0.5 if p.ndim == 2 else 0.2)
+            )
     return model.double()
 
 
@@ -49,7 +54,9 @@ def plain_attention(m, x_TD, hp, ve_TGK, v_first_TGK, layer):
         g = h // (H // G)
         for i in range(T):
             qi = plain_rope(q[i, h], i, T, hp) * m.q_gain[h]
-            weights = torch.stack([qi @ plain_rope(k[j, g], j, T, hp) for j in range(i + 1)]) / math.sqrt(K)
+            weights = torch.stack(
+                [qi @ plain_rope(k[j, g], j, T, hp) for j in range(i + 1)]
+            ) / math.sqrt(K)
             y = torch.softmax(weights, 0) @ v[: i + 1, g]
             if layer >= hp.num_layers - hp.xsa_last_n:
                 own = v[i, g] / v[i, g].norm()
@@ -64,15 +71,21 @@ def plain_forward(model, ids):
     x = model.embed.weight[ids]
     if hp.bigram_vocab_size:
         size = hp.bigram_vocab_size
-        rows = [size - 1] + [((36313 * ids[i]) ^ (27191 * ids[i - 1])) % (size - 1) for i in range(1, T)]
+        rows = [size - 1] + [
+            ((36313 * ids[i]) ^ (27191 * ids[i - 1])) % (size - 1) for i in range(1, T)
+        ]
         x = x + (model.bigram.table.weight[rows] @ model.bigram.proj.weight.T) * model.bigram.scale
     x = rms(x)
     if hp.smear_enabled:
         gate = torch.sigmoid(model.smear_gate)
-        x = torch.stack([(1 - gate) * x[i] + gate * (x[i - 1] if i else 0 * x[i]) for i in range(T)])
+        x = torch.stack(
+            [(1 - gate) * x[i] + gate * (x[i - 1] if i else 0 * x[i]) for i in range(T)]
+        )
     ve = None
     if hp.ve_enabled and hp.ve_layers:
-        ve = (model.value_embed.table.weight[ids] @ model.value_embed.proj.weight.T) * model.value_embed.scale
+        ve = (
+            model.value_embed.table.weight[ids] @ model.value_embed.proj.weight.T
+        ) * model.value_embed.scale
         ve = ve.view(T, hp.num_kv_heads, hp.head_dim)
     x0, v_first, stack = x, None, []
     for layer, m in enumerate(model.blocks):
@@ -99,11 +112,29 @@ def in_float64(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
-SWITCHES = [{}, dict(VE_ENABLED=0), dict(VRL_ENABLED=0), dict(XSA_LAST_N=0), dict(XSA_LAST_N=4), dict(LN_SCALE=0),
-            dict(BIGRAM_VOCAB_SIZE=0), dict(SMEAR_ENABLED=0), dict(UNET_SKIPS=0), dict(ROPE_DIMS=0), dict(ROPE_DIMS=16),
-            dict(LEAKY_SLOPE=0.9), dict(TIE_EMBEDDINGS=0), dict(LOGIT_SOFTCAP=0), dict(NUM_KV_HEADS=4),
-            dict(NUM_KV_HEADS=1), dict(NUM_LAYERS=3, VE_LAYERS="0,2"), dict(NUM_LAYERS=5, VE_LAYERS=""),
-            dict(NUM_LAYERS=1, VE_LAYERS="0", XSA_LAST_N=1), dict(MLP_MULT=3.5), dict(ROPE_BASE=500)]
+SWITCHES = [
+    {},
+    dict(VE_ENABLED=0),
+    dict(VRL_ENABLED=0),
+    dict(XSA_LAST_N=0),
+    dict(XSA_LAST_N=4),
+    dict(LN_SCALE=0),
+    dict(BIGRAM_VOCAB_SIZE=0),
+    dict(SMEAR_ENABLED=0),
+    dict(UNET_SKIPS=0),
+    dict(ROPE_DIMS=0),
+    dict(ROPE_DIMS=16),
+    dict(LEAKY_SLOPE=0.9),
+    dict(TIE_EMBEDDINGS=0),
+    dict(LOGIT_SOFTCAP=0),
+    dict(NUM_KV_HEADS=4),
+    dict(NUM_KV_HEADS=1),
+    dict(NUM_LAYERS=3, VE_LAYERS="0,2"),
+    dict(NUM_LAYERS=5, VE_LAYERS=""),
+    dict(NUM_LAYERS=1, VE_LAYERS="0", XSA_LAST_N=1),
+    dict(MLP_MULT=3.5),
+    dict(ROPE_BASE=500),
+]
 
 
 @pytest.mark.parametrize("switch", SWITCHES, ids=lambda s: ",".join(s) or "defaults")
@@ -112,7 +143,9 @@ def test_every_feature_equals_its_plain_reading(rng, in_float64, switch):
     ids = torch.from_numpy(rng.integers(0, 300, (2, 7)))
     got = logits(model, model(ids))
     for row, row_logits in zip(ids, got):
-        torch.testing.assert_close(row_logits, plain_forward(model, row.tolist()), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            row_logits, plain_forward(model, row.tolist()), rtol=1e-9, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("switch", SWITCHES[1:], ids=lambda s: ",".join(s))
@@ -121,8 +154,14 @@ def test_every_switch_changes_the_model(switch):
     base = randomize(t.GPT(tiny()))
     torch.manual_seed(1)
     other = randomize(t.GPT(tiny(**switch)))
-    other.load_state_dict({k: v for k, v in base.state_dict().items()
-                           if k in (s := other.state_dict()) and s[k].shape == v.shape}, strict=False)
+    other.load_state_dict(
+        {
+            k: v
+            for k, v in base.state_dict().items()
+            if k in (s := other.state_dict()) and s[k].shape == v.shape
+        },
+        strict=False,
+    )
     ids = torch.arange(12).view(1, 12) * 7
     assert not torch.allclose(logits(base, base(ids)), logits(other, other(ids)), rtol=0, atol=1e-6)
 
@@ -132,7 +171,9 @@ def test_rope_base_grows_beyond_1024_positions(rng, in_float64):
     x = torch.randn(1, 1500, 1, 16, dtype=torch.float64)
     rotated = t.rotate(x, t.rotary_tables(1500, hp, x.device))
     for i in (0, 1, 700, 1499):
-        torch.testing.assert_close(rotated[0, i, 0], plain_rope(x[0, i, 0], i, 1500, hp), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            rotated[0, i, 0], plain_rope(x[0, i, 0], i, 1500, hp), rtol=1e-9, atol=1e-9
+        )
 
 
 def test_a_changed_token_changes_no_earlier_logit(rng):
@@ -151,7 +192,9 @@ def test_a_changed_token_changes_no_earlier_logit(rng):
 def test_loss_is_the_mean_cross_entropy_of_the_logits(rng):
     model = randomize(t.GPT(tiny())).float()
     x, y = (torch.from_numpy(rng.integers(0, 300, (3, 9))) for _ in range(2))
-    torch.testing.assert_close(model(x, y), F.cross_entropy(logits(model, model(x)).flatten(0, 1), y.flatten()))
+    torch.testing.assert_close(
+        model(x, y), F.cross_entropy(logits(model, model(x)).flatten(0, 1), y.flatten())
+    )
 
 
 def test_defaults_are_the_design():
@@ -162,12 +205,18 @@ def test_defaults_are_the_design():
     assert abs(p["embed.weight"].std().item() - 0.005) < 1e-4
     assert abs(p["value_embed.table.weight"].std().item() - 0.01) < 1e-3
     for name, tensor in p.items():
-        if name.endswith(("proj.weight",)) and "blocks" in name or name in ("bigram.table.weight", "smear_gate"):
+        if (
+            name.endswith(("proj.weight",))
+            and "blocks" in name
+            or name in ("bigram.table.weight", "smear_gate")
+        ):
             assert tensor.count_nonzero() == 0, name
         elif name.endswith(".weight") and "embed.weight" not in name and ".table." not in name:
-            scale = 22 ** -0.5 if name.startswith(("bigram", "value_embed")) else 1.0
+            scale = 22**-0.5 if name.startswith(("bigram", "value_embed")) else 1.0
             singular = torch.linalg.svdvals(tensor)
-            torch.testing.assert_close(singular, torch.full_like(singular, scale), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                singular, torch.full_like(singular, scale), rtol=1e-4, atol=1e-5
+            )
     assert {round(b.attn.vrl_gate.item(), 3) for b in model.blocks[1:]} == {-1.5}
     assert model.blocks[0].attn.vrl_gate is None
     assert [b.attn.xsa for b in model.blocks] == [False] * 7 + [True] * 4

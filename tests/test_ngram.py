@@ -1,4 +1,6 @@
-"""Counts against a dictionary that scores one token and then adds it; mixtures against a token-by-token predictor."""
+"""Counts against a dictionary that scores one token and then adds it; mixtures against a
+token-by-token predictor."""
+
 import math
 from collections import Counter, defaultdict
 
@@ -16,11 +18,18 @@ KINDS = ["random", "zipf", "one_token", "repetitive", "noisy_copies", "documents
 
 def stream_of(kind, rng, length):
     zipf, motif = np.minimum(rng.zipf(1.3, length), 299), rng.integers(0, 30, 60)
-    copies = np.where(rng.random(length) < 0.9, np.resize(motif, length), rng.integers(0, 30, length))
-    return dict(random=rng.integers(0, 5, length), zipf=zipf, one_token=np.full(length, 7),
-                repetitive=np.resize(rng.integers(0, 300, 17), length), noisy_copies=copies,
-                documents=np.where(rng.random(length) < 0.05, t.BOS, copies),
-                wide=rng.integers(65500, 65536, length))[kind].astype(np.uint16)
+    copies = np.where(
+        rng.random(length) < 0.9, np.resize(motif, length), rng.integers(0, 30, length)
+    )
+    return dict(
+        random=rng.integers(0, 5, length),
+        zipf=zipf,
+        one_token=np.full(length, 7),
+        repetitive=np.resize(rng.integers(0, 300, 17), length),
+        noisy_copies=copies,
+        documents=np.where(rng.random(length) < 0.05, t.BOS, copies),
+        wide=rng.integers(65500, 65536, length),
+    )[kind].astype(np.uint16)
 
 
 def dictionary_counts(tokens, highest):
@@ -30,7 +39,7 @@ def dictionary_counts(tokens, highest):
         row = {}
         for n, contexts in counts.items():
             if i >= n - 1:
-                seen = contexts[tuple(tokens[i - n + 1: i])]
+                seen = contexts[tuple(tokens[i - n + 1 : i])]
                 row[n] = sum(seen.values()), seen[tokens[i]], sum(c > 0 for c in seen.values())
                 seen[tokens[i]] += 1
         rows.append(row)
@@ -47,14 +56,15 @@ def production_counts(tokens, highest):
 @pytest.mark.parametrize("chunk", [1, 50, 1 << 18])
 @pytest.mark.parametrize("kind", KINDS)
 def test_counts_equal_a_dictionary_cache(rng, kind, chunk, monkeypatch):
-    monkeypatch.setattr(t, "CHUNK", chunk)                      # whatever is refined at a time
+    monkeypatch.setattr(t, "CHUNK", chunk)  # whatever is refined at a time
     tokens = stream_of(kind, rng, 700)
     expected = dictionary_counts(tokens.tolist(), 12)
     for n, context, pair, code in production_counts(tokens, 12):
         want = np.array([row.get(n, (0, 0, 0)) for row in expected])
         assert np.array_equal(context, want[:, 0]) and np.array_equal(pair, want[:, 1]), (kind, n)
         assert np.array_equal(code > 0, want[:, 0] > 0)
-        share = ((code[code > 0] >> 1) - 1) // t.GAPS // 4 % 4   # what the code says of distinct continuations
+        # what the code says of distinct continuations
+        share = ((code[code > 0] >> 1) - 1) // t.GAPS // 4 % 4
         known = want[code > 0]
         assert np.array_equal(share, np.minimum(4 * (known[:, 0] - known[:, 2]) // known[:, 0], 3))
 
@@ -78,7 +88,9 @@ def test_counts_on_real_text(corpus):
 @pytest.mark.parametrize("lowest, highest, least", [(2, 7, 2), (3, 5, 1), (2, 2, 1), (4, 16, 3)])
 def test_backoff_takes_the_longest_context_that_was_seen_often_enough(rng, lowest, highest, least):
     tokens = stream_of("noisy_copies", rng, 900)
-    hp = tiny(NGRAM_MIN_ORDER=lowest, NGRAM_ORDER=highest, NGRAM_MIN_COUNT=least, NGRAM_ALPHA="entropy")
+    hp = tiny(
+        NGRAM_MIN_ORDER=lowest, NGRAM_ORDER=highest, NGRAM_MIN_COUNT=least, NGRAM_ALPHA="entropy"
+    )
     got = np.stack(t.ngram_backoff(tokens, hp), 1)
     for i, row in enumerate(dictionary_counts(tokens.tolist(), highest)):
         fits = [n for n in range(lowest, highest + 1) if n in row and row[n][0] >= least]
@@ -91,7 +103,7 @@ def test_backoff_takes_the_longest_context_that_was_seen_often_enough(rng, lowes
 def test_sorting_groups_keys_and_counts_earlier_ones(keys, scale):
     keys = [k % 5 * scale**2 if scale > 1 else k % 7 for k in keys]
     order, first, prior = t.sort_runs(np.array(keys, np.uint64))
-    assert order.tolist() == sorted(range(len(keys)), key=keys.__getitem__)       # stable
+    assert order.tolist() == sorted(range(len(keys)), key=keys.__getitem__)  # stable
     assert prior.tolist() == [keys[:i].count(key) for i, key in enumerate(keys)]
     assert first.tolist() == [prior[i] == 0 for i in order]
 
@@ -112,15 +124,19 @@ def mixed(tokens, nll, entropy, hp, pieces=1):
     return mixture.nll
 
 
-SCHEMES = [dict(NGRAM_ALPHA="online"), dict(NGRAM_ALPHA="online", NGRAM_MIN_ORDER=3, NGRAM_ORDER=9),
-           dict(NGRAM_ALPHA="entropy"), dict(NGRAM_ALPHA="order", NGRAM_MIN_COUNT=1)]
+SCHEMES = [
+    dict(NGRAM_ALPHA="online"),
+    dict(NGRAM_ALPHA="online", NGRAM_MIN_ORDER=3, NGRAM_ORDER=9),
+    dict(NGRAM_ALPHA="entropy"),
+    dict(NGRAM_ALPHA="order", NGRAM_MIN_COUNT=1),
+]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: "-".join(map(str, s.values())))
 @pytest.mark.parametrize("kind", ["zipf", "noisy_copies", "documents"])
 def test_the_mixture_is_what_a_decoder_would_predict_and_sums_to_one(rng, kind, scheme):
-    """Token by token against the dictionary predictor: the same probability of each target, from a distribution
-    that was complete before the target was seen."""
+    """Token by token against the dictionary predictor: the same probability of each target, from a
+    distribution that was complete before the target was seen."""
     V, hp = 300, tiny(**scheme)
     tokens = stream_of(kind, rng, 1500)
     p, nll, entropy = model_of(tokens, rng, V)
@@ -151,14 +167,15 @@ def test_production_code_sums_to_one_when_the_target_is_each_token_in_turn(rng, 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: "-".join(map(str, s.values())))
 def test_the_past_does_not_change_with_the_future(rng, scheme):
-    """The scores of a prefix are the prefix of the scores, bit for bit, whatever pieces they arrive in."""
+    """The scores of a prefix are the prefix of the scores, bit for bit,
+    whatever pieces they arrive in."""
     tokens, hp = stream_of("documents", rng, 3000), tiny(**scheme)
     _, nll, entropy = model_of(tokens, rng, 300)
     whole = mixed(tokens, nll, entropy, hp)
     for pieces in (2, 7, 100):
         assert np.array_equal(mixed(tokens, nll, entropy, hp, pieces), whole)
     for end in (1, 2, 64, 65, 1000, 2998):
-        assert np.array_equal(mixed(tokens[:end + 1], nll[:end], entropy[:end], hp), whole[:end])
+        assert np.array_equal(mixed(tokens[: end + 1], nll[:end], entropy[:end], hp), whole[:end])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: "-".join(map(str, s.values())))
@@ -169,8 +186,13 @@ def test_the_longest_known_context_of_each_target_is_kept(rng, scheme):
     mixture.extend(nll[:700], entropy[:700])
     mixture.extend(nll, entropy)
     least = 1 if hp.ngram_alpha == "online" else hp.ngram_min_count
-    longest = [max((n for n, (seen, *_) in row.items() if seen >= least and n >= hp.ngram_min_order), default=0)
-               for row in dictionary_counts(tokens.tolist(), hp.ngram_order)]
+    longest = [
+        max(
+            (n for n, (seen, *_) in row.items() if seen >= least and n >= hp.ngram_min_order),
+            default=0,
+        )
+        for row in dictionary_counts(tokens.tolist(), hp.ngram_order)
+    ]
     assert np.array_equal(mixture.longest, longest)
 
 
@@ -184,8 +206,9 @@ def test_scores_that_are_not_finite_stop_the_mixture(rng):
 
 @pytest.mark.parametrize("kind", ["uniform", "zipf"])
 def test_useless_counts_cost_less_than_a_bit_in_all(rng, kind):
-    """Where tokens are drawn independently from what the model says, nothing can be gained: the whole stream may
-    cost at most one bit more than the model alone, and noise never less than its entropy."""
+    """Where tokens are drawn independently from what the model says, nothing can be gained: the
+    whole stream may cost at most one bit more than the model alone, and noise never less than its
+    entropy."""
     V, N = 1024, 100_000
     p = np.full(V, 1 / V) if kind == "uniform" else 1 / np.arange(1, V + 1)
     p /= p.sum()
@@ -205,7 +228,7 @@ def test_uniform_noise_is_never_cheaper_than_its_entropy(rng):
     predictor, nats = Predictor(int(tokens[0]), 799, hp), []
     for token in tokens[1:].tolist():
         distribution = predictor.predict(np.full(V, 1 / V), math.log(V))
-        nats.append(-np.log(distribution).mean())               # expected cost of a uniform token
+        nats.append(-np.log(distribution).mean())  # expected cost of a uniform token
         predictor.learn(token)
     assert min(nats) / math.log(2) >= math.log2(V) - 1e-6
 
@@ -217,7 +240,8 @@ def test_repetition_is_learned(rng):
 
 
 def test_the_fixed_weight_is_the_written_one():
-    """PR #889: from ALPHA_MIN to ALPHA_MAX, half-way at 4 nats. PR #825: half-way at each order's own centre."""
+    """PR #889: from ALPHA_MIN to ALPHA_MAX, half-way at 4 nats.
+    PR #825: half-way at each order's own centre."""
     hp = tiny(NGRAM_ALPHA="entropy", ALPHA_MIN=0.1, ALPHA_MAX=0.5)
     got = t.backoff_weight(np.array([4.0, -300.0, 300.0, 4.0]), np.array([2, 2, 7, 0]), hp)
     assert got == pytest.approx([0.3, 0.1, 0.5, 0.0])
@@ -226,15 +250,22 @@ def test_the_fixed_weight_is_the_written_one():
     assert t.backoff_weight(centers, np.arange(2, 9), hp) == pytest.approx(np.full(7, 0.3))
 
 
-@pytest.mark.parametrize("tamper", [lambda m: m.nll.__setitem__(slice(None), m.nll - 0.01),
-                                    lambda m: m.decided[max(m.decided)].__setitem__(0, (2, .5, .5, .5, 1, 1)),
-                                    lambda m: m.counts[0].__setitem__(slice(0, 40), 9)])
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        lambda m: m.nll.__setitem__(slice(None), m.nll - 0.01),
+        lambda m: m.decided[max(m.decided)].__setitem__(0, (2, 0.5, 0.5, 0.5, 1, 1)),
+        lambda m: m.counts[0].__setitem__(slice(0, 40), 9),
+    ],
+)
 def test_the_audit_finds_a_mixture_that_is_no_code(rng, tamper):
     tokens = stream_of("noisy_copies", rng, 2000)
     _, nll, entropy = model_of(tokens, rng, 300)
     mixture = t.Mixture(tokens, tiny())
     mixture.extend(nll, entropy)
-    assert mixture.audit().startswith("targets:1999/1999 mass_min:1.000000000000 mass_max:1.000000000000")
+    assert mixture.audit().startswith(
+        "targets:1999/1999 mass_min:1.000000000000 mass_max:1.000000000000"
+    )
     tamper(mixture)
     with pytest.raises(RuntimeError):
         mixture.audit()
@@ -249,7 +280,8 @@ def plain_hash(tokens, i, n, v, B):
 
 
 def test_hashed_counts_are_the_predecessors_per_token(rng):
-    """DESIGN section 5, with two dictionaries per order; and the mass is the sum over the vocabulary."""
+    """DESIGN section 5, with two dictionaries per order;
+    and the mass is the sum over the vocabulary."""
     tokens, B = stream_of("noisy_copies", rng, 1500), 64
     hp = tiny(NGRAM_COUNTS="hashed", NGRAM_ALPHA="entropy", NGRAM_BUCKETS=B, VOCAB_SIZE=300)
     order, context, pair = t.ngram_backoff(tokens, hp)
@@ -262,7 +294,10 @@ def test_hashed_counts_are_the_predecessors_per_token(rng):
                 seen = tables[n][0][c]
                 if seen >= 2:
                     want = n, seen, min(tables[n][1][p], seen)
-                    row = [min(tables[n][1][plain_hash(tokens, i, n, v, B)[1]], seen) for v in range(300)]
+                    row = [
+                        min(tables[n][1][plain_hash(tokens, i, n, v, B)[1]], seen)
+                        for v in range(300)
+                    ]
                     mass = sum(row) / seen
                     break
         assert (order[i - 1], context[i - 1], pair[i - 1]) == want
@@ -280,6 +315,7 @@ def test_hashed_mass_on_the_real_sample_is_no_one():
     sample = ROOT.parent / "shared/data/fineweb_sample/fineweb_val_000000.bin"
     if not sample.is_file():
         pytest.skip("no FineWeb sample beside the checkout")
-    tokens, hp = np.array(t.load_shard(sample)), t.Hyperparameters(ngram_alpha="entropy", ngram_counts="hashed")
+    tokens = np.array(t.load_shard(sample))
+    hp = t.Hyperparameters(ngram_alpha="entropy", ngram_counts="hashed")
     order = t.ngram_backoff(tokens, hp)[0]
     assert 35 < t.hashed_mass(tokens, order, np.flatnonzero(order)[-64:], hp) < 55

@@ -1,4 +1,5 @@
 """Muon, AdamW, schedules, averages."""
+
 import math
 
 import pytest
@@ -13,7 +14,7 @@ def test_orthogonalize_keeps_the_singular_vectors_and_levels_the_values(rng, sha
     G = torch.randn(*shape)
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
     X = t.orthogonalize(G, 5)
-    inner = U.mT @ X @ Vh.mT                                     # diagonal when the singular vectors are the same
+    inner = U.mT @ X @ Vh.mT  # diagonal when the singular vectors are the same
     diagonal = torch.diagonal(inner, dim1=-2, dim2=-1)
     off = inner - torch.diag_embed(diagonal)
     assert off.abs().max() < 1e-3
@@ -22,13 +23,17 @@ def test_orthogonalize_keeps_the_singular_vectors_and_levels_the_values(rng, sha
 
 def test_orthogonalize_of_a_stack_is_that_of_each(rng):
     G = torch.randn(5, 24, 16)
-    torch.testing.assert_close(t.orthogonalize(G, 5), torch.stack([t.orthogonalize(g, 5) for g in G]))
+    torch.testing.assert_close(
+        t.orthogonalize(G, 5), torch.stack([t.orthogonalize(g, 5) for g in G])
+    )
 
 
 def test_muon_step_is_the_written_rule(rng):
     hp = tiny(MATRIX_LR=0.1, MUON_WD=0.2)
     params = [torch.nn.Parameter(torch.randn(s)) for s in ((8, 4), (4, 8), (8, 4))]
-    plain, buffers, rt = [p.detach().clone() for p in params], [torch.zeros_like(p) for p in params], t.Runtime("", {})
+    plain = [p.detach().clone() for p in params]
+    buffers = [torch.zeros_like(p) for p in params]
+    rt = t.Runtime("", {})
     muon, scalar = t.Muon(params, hp, rt), torch.nn.Parameter(torch.ones(()))
     adamw = torch.optim.AdamW([scalar], fused=True)
     for step in range(3):
@@ -39,7 +44,9 @@ def test_muon_step_is_the_written_rule(rng):
             p.grad = torch.randn_like(p)
         for p, w, m in zip(params, plain, buffers):
             m.mul_(momentum).add_(p.grad)
-            update = t.orthogonalize(p.grad + momentum * m, 5) * math.sqrt(max(1, p.size(0) / p.size(1)))
+            update = t.orthogonalize(p.grad + momentum * m, 5) * math.sqrt(
+                max(1, p.size(0) / p.size(1))
+            )
             w.mul_(1 - 0.1 * 0.2).sub_(0.1 * update)
         scalar.grad = torch.ones(())
         t.update(muon, adamw, rt, clip=0)
@@ -53,33 +60,50 @@ def test_each_parameter_has_the_right_optimizer(tied):
     muon, adam = t.build_optimizers(model, model.hp, t.Runtime("", {}))
     names = {id(p): n for n, p in model.named_parameters()}
     in_muon = {names[id(p)] for g in muon.param_groups for p in g["params"]}
-    assert in_muon == {n for n in names.values() if n.startswith("blocks.") and n.endswith(".weight")} | {
-        "bigram.proj.weight", "value_embed.proj.weight"}
+    assert in_muon == {
+        n for n in names.values() if n.startswith("blocks.") and n.endswith(".weight")
+    } | {"bigram.proj.weight", "value_embed.proj.weight"}
     rates = {names[id(p)]: g["lr"] for g in adam.param_groups for p in g["params"]}
     embed = model.hp.tied_embed_lr if tied else model.hp.embed_lr
     for name, rate in rates.items():
         table = name.endswith((".table.weight", "embed.weight"))
-        assert rate == (embed if table else model.hp.head_lr if name == "head.weight" else model.hp.scalar_lr), name
-    assert {g["weight_decay"] for g in adam.param_groups} == {0.04} and adam.defaults["betas"] == (0.9, 0.95)
+        assert rate == (
+            embed if table else model.hp.head_lr if name == "head.weight" else model.hp.scalar_lr
+        ), name
+    assert {g["weight_decay"] for g in adam.param_groups} == {0.04}
+    assert adam.defaults["betas"] == (
+        0.9,
+        0.95,
+    )
 
 
 def test_each_parameter_has_exactly_one_optimizer_also_where_rates_agree():
     model = t.GPT(tiny(TIE_EMBEDDINGS=0, EMBED_LR=0.1, HEAD_LR=0.1, SCALAR_LR=0.1, MATRIX_LR=0.1))
-    owned = [id(p) for o in t.build_optimizers(model, model.hp, t.Runtime("", {})) for g in o.param_groups
-             for p in g["params"]]
+    owned = [
+        id(p)
+        for o in t.build_optimizers(model, model.hp, t.Runtime("", {}))
+        for g in o.param_groups
+        for p in g["params"]
+    ]
     assert sorted(owned) == sorted(map(id, model.parameters()))
 
 
 def test_adamw_has_its_whole_state_before_the_first_step(rng):
     """So that a checkpoint can fill it; and it makes the steps that it would have made without."""
-    (_, adamw), model = t.build_optimizers(model := t.GPT(tiny()), model.hp, t.Runtime("", {})), model
+    model = t.GPT(tiny())
+    _, adamw = t.build_optimizers(model, model.hp, t.Runtime("", {}))
     params = [p for g in adamw.param_groups for p in g["params"]]
     plain = [torch.nn.Parameter(p.detach().clone()) for p in params]
     rates = [g["lr"] for g in adamw.param_groups for _ in g["params"]]
-    other = torch.optim.AdamW([dict(params=[p], lr=lr) for p, lr in zip(plain, rates)], betas=(0.9, 0.95), eps=1e-8,
-                              weight_decay=0.04, fused=True)
-    assert list(adamw.state) == params and all(set(s) == {"step", "exp_avg", "exp_avg_sq"}
-                                               for s in adamw.state.values())
+    other = torch.optim.AdamW(
+        [dict(params=[p], lr=lr) for p, lr in zip(plain, rates)],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.04,
+        fused=True,
+    )
+    assert list(adamw.state) == params
+    assert all(set(s) == {"step", "exp_avg", "exp_avg_sq"} for s in adamw.state.values())
     for _ in range(2):
         for p, q in zip(params, plain):
             p.grad = q.grad = torch.randn_like(p)
@@ -92,15 +116,20 @@ def test_lr_scale_by_steps_and_by_time():
     hp = tiny(ITERATIONS=100, WARMDOWN_ITERS=20)
     assert [t.lr_scale(s, 0, hp) for s in (0, 80, 90, 100)] == [1, 1, 0.5, 0]
     hp = tiny(ITERATIONS=10**6, WARMDOWN_ITERS=20, MAX_WALLCLOCK_SECONDS=50)
-    assert t.lr_scale(0, 0.0, hp) == 1 and t.lr_scale(10, 10.0, hp) == 1       # 40 s = 40 steps left
-    assert t.lr_scale(40, 40.0, hp) == pytest.approx(0.5)                      # 10 s = 10 steps left, of 20
-    assert t.lr_scale(20, 40.0, hp) == pytest.approx(0.25)                     # steps of 2 s: 5 left
+    assert t.lr_scale(0, 0.0, hp) == 1 and t.lr_scale(10, 10.0, hp) == 1  # 40 s = 40 steps left
+    assert t.lr_scale(40, 40.0, hp) == pytest.approx(0.5)  # 10 s = 10 steps left, of 20
+    assert t.lr_scale(20, 40.0, hp) == pytest.approx(0.25)  # steps of 2 s: 5 left
     assert t.lr_scale(60, 51.0, hp) == 0
 
 
 def test_muon_momentum_warms_up():
     hp = tiny()
-    assert [round(t.muon_momentum(s, hp), 4) for s in (0, 750, 1500, 9000)] == [0.92, 0.955, 0.99, 0.99]
+    assert [round(t.muon_momentum(s, hp), 4) for s in (0, 750, 1500, 9000)] == [
+        0.92,
+        0.955,
+        0.99,
+        0.99,
+    ]
 
 
 def test_averages_are_the_means_they_claim(rng):

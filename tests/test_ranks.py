@@ -1,4 +1,6 @@
-"""One score whatever the number of ranks and however often the run was interrupted; what is resumed or scored again."""
+"""One score whatever the number of ranks and however often the run was interrupted;
+what is resumed or scored again."""
+
 import json
 import re
 import shutil
@@ -11,11 +13,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BEFORE_STEP, ROOT, SCRIPT, finish, patched, run_script, start_script, tiny, values, write_shard
+from conftest import (
+    BEFORE_STEP,
+    ROOT,
+    SCRIPT,
+    finish,
+    patched,
+    run_script,
+    start_script,
+    tiny,
+    values,
+    write_shard,
+)
 
 import train_gpt as t
 
-SCORES = ("final_float_exact", "final_int6_roundtrip_exact", "final_int6_sliding_window_exact", "final_ngram_exact")
+SCORES = (
+    "final_float_exact",
+    "final_int6_roundtrip_exact",
+    "final_int6_sliding_window_exact",
+    "final_ngram_exact",
+)
 
 
 def log_of(cwd: Path, name: str = "test") -> str:
@@ -24,14 +42,21 @@ def log_of(cwd: Path, name: str = "test") -> str:
 
 
 def losses(log: str) -> dict[int, str]:
-    return {int(step): loss for step, loss in re.findall(r"^step:(\d+)/\d+ train_loss:(\S+)", log, re.M)}
+    return {
+        int(step): loss for step, loss in re.findall(r"^step:(\d+)/\d+ train_loss:(\S+)", log, re.M)
+    }
 
 
 def score_lines(log: str) -> list[str]:
-    return [re.sub(r" (eval|added)_time:\S+", "", line) for line in log.splitlines() if line.startswith(SCORES)]
+    return [
+        re.sub(r" (eval|added)_time:\S+", "", line)
+        for line in log.splitlines()
+        if line.startswith(SCORES)
+    ]
 
 
 # ---- equal whatever the number of ranks
+
 
 def test_batches_of_any_number_of_ranks_are_those_of_one(corpus):
     hp = tiny(**corpus, MICRO_BATCH_TOKENS=64)
@@ -55,22 +80,32 @@ def test_a_run_on_1_2_and_4_ranks_is_the_same_run(runs):
             assert one == pytest.approx(more, abs=1e-5), (name, ranks)
         one, more = losses(logs[1]), losses(logs[ranks])
         assert list(one) == list(more) == list(range(1, 13))
-        np.testing.assert_allclose(np.float64(list(one.values())), np.float64(list(more.values())), atol=1.01e-4)
+        np.testing.assert_allclose(
+            np.float64(list(one.values())), np.float64(list(more.values())), atol=1.01e-4
+        )
         for line in ("late_qat:", "averaging:", "train_tokens:"):
-            assert re.findall(f"^{line}.*", logs[1], re.M) == re.findall(f"^{line}.*", logs[ranks], re.M)
+            assert re.findall(f"^{line}.*", logs[1], re.M) == re.findall(
+                f"^{line}.*", logs[ranks], re.M
+            )
 
 
 @pytest.fixture(scope="module")
 def scored(runs, corpus, tmp_path_factory):
-    """The artifact of the run on one rank, scored again on 1 and on 3, which training would refuse: (log, arrays)."""
+    """The artifact of the run on one rank, scored again on 1 and on 3, which training would refuse:
+    (log, arrays)."""
     artifact, done = runs[1][0] / "final_model.int6.ptz", {}
     for ranks in (1, 3):
         cwd = tmp_path_factory.mktemp(f"again{ranks}")
         (cwd / "logs").mkdir()
-        (cwd / "logs/test.ckpt").touch()                        # of a run whose log was taken away: not ours to remove
+        (cwd / "logs/test.ckpt").touch()  # of a run whose log was taken away: not ours to remove
         result = run_script(cwd, ranks, **corpus, EVAL_ONLY=artifact, SAVE_SCORES=1)
         assert result.returncode == 0, result.stderr[-3000:]
-        assert sorted(p.name for p in cwd.rglob("*")) == ["logs", "test.ckpt", "test.txt", "test_scores.npz"]
+        assert sorted(p.name for p in cwd.rglob("*")) == [
+            "logs",
+            "test.ckpt",
+            "test.txt",
+            "test_scores.npz",
+        ]
         with np.load(cwd / "logs/test_scores.npz", allow_pickle=False) as arrays:
             done[ranks] = log_of(cwd), dict(arrays)
     return done
@@ -78,7 +113,7 @@ def scored(runs, corpus, tmp_path_factory):
 
 def test_eval_only_repeats_the_digits_of_the_run(runs, scored):
     log, _ = scored[1]
-    assert score_lines(log) == score_lines(log_of(runs[1][0]))[1:]      # all but the float weights
+    assert score_lines(log) == score_lines(log_of(runs[1][0]))[1:]  # all but the float weights
     for line in ("Serialized", "Code size", "Total submission size", "ngram_audit"):
         assert values(log, line) == values(log_of(runs[1][0]), line)
     assert "train_loss" not in log and "train_time" not in log
@@ -90,18 +125,24 @@ def test_scores_and_counts_do_not_depend_on_the_ranks(scored, corpus):
         for name in ("nll", "entropy"):
             np.testing.assert_allclose(arrays[name], scored[1][1][name], rtol=0, atol=1e-5)
         np.testing.assert_allclose(arrays["mixed"], scored[1][1]["mixed"], rtol=0, atol=1e-4)
-        mixture = t.Mixture(tokens, tiny(**corpus))             # counted here, on no rank: the same, bit for bit
+        # counted here, on no rank: the same, bit for bit
+        mixture = t.Mixture(tokens, tiny(**corpus))
         mixture.extend(arrays["nll"], arrays["entropy"])
         assert np.array_equal(mixture.nll.astype(np.float32), arrays["mixed"]), ranks
         for name in SCORES[1:]:
             assert float(values(log, name)["val_bpb"]) == pytest.approx(
-                float(values(scored[1][0], name)["val_bpb"]), abs=1e-6)
+                float(values(scored[1][0], name)["val_bpb"]), abs=1e-6
+            )
         assert json.loads(str(arrays["settings"]))["EVAL_STRIDE"] == "8"
 
 
 def test_updates_of_1_2_3_and_4_ranks_are_the_written_rule():
-    done = subprocess.run([sys.executable, ROOT / "tests/update_driver.py"], capture_output=True, text=True,
-                          timeout=200)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/update_driver.py"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0 and done.stdout.count("world_size:") == 4, done.stderr
 
 
@@ -118,6 +159,7 @@ def test_one_rank_talks_to_nobody(monkeypatch, corpus):
 
 # ---- ranks that disagree
 
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -125,37 +167,48 @@ def free_port() -> int:
 
 
 def pair(folder: Path, both: dict, second: dict, script: Path = SCRIPT) -> list[subprocess.Popen]:
-    """Two ranks started by hand, each in a folder of its own; the second with other settings or another script."""
+    """Two ranks started by hand, each in a folder of its own;
+    the second with other settings or another script."""
     group, ranks = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()), []
     for rank, (file, changes) in enumerate(((SCRIPT, {}), (script, second))):
         cwd = folder / str(rank)
         cwd.mkdir(parents=True, exist_ok=True)
-        ranks.append(start_script(cwd, 0, file, RANK=rank, LOCAL_RANK=rank, **{**group, **both, **changes}))
+        ranks.append(
+            start_script(cwd, 0, file, RANK=rank, LOCAL_RANK=rank, **{**group, **both, **changes})
+        )
     return ranks
 
 
 def test_ranks_that_disagree_are_named(corpus, tmp_path):
-    """Other settings, another version of the script, other shards under the same name, no shards at all."""
+    """Other settings, another version of the script, other shards under the same name,
+    no shards at all."""
     other_code = tmp_path / "train_gpt.py"
     other_code.write_text(SCRIPT.read_text() + "# another version\n")
     for rank, first in (("0", 5), ("1", 6)):
         write_shard(tmp_path / f"data/{rank}/data/fineweb_train_000000.bin", [first] * 2000)
         write_shard(tmp_path / f"data/{rank}/data/fineweb_val_000000.bin", [5] * 2000)
-    started = {"settings": pair(tmp_path / "settings", corpus, dict(SEED=2)),
-               "train_gpt.py": pair(tmp_path / "code", corpus, {}, other_code),
-               "data files": pair(tmp_path / "data", dict(corpus, DATA_PATH="data"), {}),
-               "absent": pair(tmp_path / "absent", corpus, dict(DATA_PATH="nowhere"))}
+    started = {
+        "settings": pair(tmp_path / "settings", corpus, dict(SEED=2)),
+        "train_gpt.py": pair(tmp_path / "code", corpus, {}, other_code),
+        "data files": pair(tmp_path / "data", dict(corpus, DATA_PATH="data"), {}),
+        "absent": pair(tmp_path / "absent", corpus, dict(DATA_PATH="nowhere")),
+    }
     for name, ranks in started.items():
         first, second = (finish(process, 100) for process in ranks)
         assert first.returncode and second.returncode
         if name == "absent":
             assert first.stderr == "train_gpt.py: error: another rank ended, see what it said\n"
-            assert second.stderr.startswith("train_gpt.py: error: rank 1: DATA_PATH=nowhere: no fineweb_train")
+            assert second.stderr.startswith(
+                "train_gpt.py: error: rank 1: DATA_PATH=nowhere: no fineweb_train"
+            )
         else:
-            said = f"rank 1: {name} differ from rank 0's: start the same files with the same settings everywhere"
+            said = (
+                f"rank 1: {name} differ from rank 0's: "
+                "start the same files with the same settings everywhere"
+            )
             assert first.stderr == f"train_gpt.py: error: {said}\n"
-            assert said in (tmp_path / {"train_gpt.py": "code", "data files": "data"}.get(name, name)
-                            / "0/logs/test.txt").read_text()
+            started_in = {"train_gpt.py": "code", "data files": "data"}.get(name, name)
+            assert said in (tmp_path / started_in / "0/logs/test.txt").read_text()
         assert second.stderr.count("\n") == 1 and "Traceback" not in second.stderr
         assert not list(tmp_path.rglob("*.ptz"))
 
@@ -163,14 +216,18 @@ def test_ranks_that_disagree_are_named(corpus, tmp_path):
 def test_a_number_of_ranks_that_does_not_divide_is_refused_with_the_nearest(corpus, tmp_path):
     done = run_script(tmp_path, 3, **corpus)
     assert done.returncode != 0 and done.stderr.count("train_gpt.py: error: ") == 1
-    assert ("error: 3 ranks cannot share TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN = 16 sequences equally: start 4 or 2 ranks"
-            in done.stderr)
+    assert (
+        "error: 3 ranks cannot share TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN = 16 sequences equally: "
+        "start 4 or 2 ranks" in done.stderr
+    )
 
 
 # ---- going on
 
+
 def new_trainer(corpus, log_path: Path | None = None, **changes) -> t.Trainer:
-    """As main() makes it, in this process and quiet; with a `log_path` it writes checkpoints beside it."""
+    """As main() makes it, in this process and quiet;
+    with a `log_path` it writes checkpoints beside it."""
     hp, rt = tiny(**corpus, **changes), t.Runtime("", {})
     torch.manual_seed(hp.seed)
     trainer = t.Trainer(t.GPT(hp), t.TokenLoader(hp, 0, 1), rt)
@@ -181,17 +238,29 @@ def new_trainer(corpus, log_path: Path | None = None, **changes) -> t.Trainer:
 
 def state(trainer: t.Trainer) -> dict:
     counts = {name: int(average.count) for name, average in trainer.averages.items()}
-    tensors = {name: x.clone() for name, x in trainer.tensors().items() if name != "progress"}  # it has the clock
+    # it has the clock
+    tensors = {name: x.clone() for name, x in trainer.tensors().items() if name != "progress"}
     return tensors | dict(steps=trainer.steps, counts=counts)
 
 
 def assert_same(a: dict, b: dict) -> None:
     assert list(a) == list(b)
     for name in a:
-        assert torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name], name
+        assert (
+            torch.equal(a[name], b[name])
+            if isinstance(a[name], torch.Tensor)
+            else a[name] == b[name]
+        ), name
 
 
-STEADY = dict(AVERAGING="ema_swa", SWA_EVERY=2, SWA_THRESHOLD=0.9, ITERATIONS=9, WARMDOWN_ITERS=6, WARMUP_STEPS=2)
+STEADY = dict(
+    AVERAGING="ema_swa",
+    SWA_EVERY=2,
+    SWA_THRESHOLD=0.9,
+    ITERATIONS=9,
+    WARMDOWN_ITERS=6,
+    WARMUP_STEPS=2,
+)
 
 
 def test_warm_up_leaves_no_trace(corpus):
@@ -204,8 +273,11 @@ def test_warm_up_leaves_no_trace(corpus):
     assert_same(before, state(trainer))
 
 
-def test_from_every_checkpoint_the_run_goes_on_as_if_never_interrupted(corpus, tmp_path, monkeypatch):
-    """CHECKPOINT_EVERY: a copy of each is kept, each is resumed in a fresh trainer, all end in the same bits."""
+def test_from_every_checkpoint_the_run_goes_on_as_if_never_interrupted(
+    corpus, tmp_path, monkeypatch
+):
+    """CHECKPOINT_EVERY: a copy of each is kept, each is resumed in a fresh trainer,
+    all end in the same bits."""
     kept, path, save = [], tmp_path / "run.ckpt", t.Trainer.save
 
     def keep(trainer):
@@ -222,12 +294,13 @@ def test_from_every_checkpoint_the_run_goes_on_as_if_never_interrupted(corpus, t
         trainer = new_trainer(corpus, tmp_path / "again.txt", **STEADY, SEED=99)
         trainer.restore(str(path))
         step = trainer.steps
-        assert trainer.seconds > 0 and any("SEED=99 here, 1337 in the checkpoint" in x for x in trainer.rt.lines)
+        assert trainer.seconds > 0
+        assert any("SEED=99 here, 1337 in the checkpoint" in x for x in trainer.rt.lines)
         t.train(trainer)
         assert_same(expected, state(trainer))
         assert losses("\n".join(trainer.rt.lines)) == {k: v for k, v in said.items() if k > step}
         assert trainer.seconds > 0
-    assert {p.suffix for p in tmp_path.iterdir()} == {".ckpt"}          # nothing half-written is left
+    assert {p.suffix for p in tmp_path.iterdir()} == {".ckpt"}  # nothing half-written is left
 
 
 def test_the_clock_goes_on_where_it_was(corpus, tmp_path):
@@ -237,24 +310,32 @@ def test_the_clock_goes_on_where_it_was(corpus, tmp_path):
     again = new_trainer(corpus, tmp_path / "run.txt", **STEADY, MAX_WALLCLOCK_SECONDS=1200)
     again.restore(str(tmp_path / "run.ckpt"))
     t.train(again)
-    assert again.steps == 4 and 1000 <= again.seconds < 1100            # one more step of 250 s might pass the cap
+    # one more step of 250 s might pass the cap
+    assert again.steps == 4 and 1000 <= again.seconds < 1100
 
 
 def a_pickle(path: Path) -> None:
     np.savez(path.open("wb"), **{"model.embed.weight": np.array([object()], object)})
 
 
-@pytest.mark.parametrize("spoil, said", [
-    (lambda path: path.unlink(), "No such file or directory$"),
-    (lambda path: path.write_bytes(b""), "no whole checkpoint$"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-40_000]), "no whole checkpoint$"),
-    (lambda path: path.write_bytes(b"\x80\x04\x95 a pickle"), "no whole checkpoint$"),
-    (lambda path: path.write_bytes(b"PGOLF\x02" + bytes(5000)), "no whole checkpoint$"),
-    (lambda path: np.save(path.open("wb"), np.zeros(3)), "no whole checkpoint$"),
-    (a_pickle, "no whole checkpoint$"),
-    (lambda path: np.savez(path.open("wb"), a=np.zeros(3)), r"progress is absent, these settings need \(2,\)"),
-    (lambda path: zipfile.ZipFile(path, "w").writestr("a.txt", "text"), "progress is absent"),
-], ids=["missing", "empty", "cut", "pickle", "artifact", "npy", "pickle inside", "foreign", "zip"])
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda path: path.unlink(), "No such file or directory$"),
+        (lambda path: path.write_bytes(b""), "no whole checkpoint$"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-40_000]), "no whole checkpoint$"),
+        (lambda path: path.write_bytes(b"\x80\x04\x95 a pickle"), "no whole checkpoint$"),
+        (lambda path: path.write_bytes(b"PGOLF\x02" + bytes(5000)), "no whole checkpoint$"),
+        (lambda path: np.save(path.open("wb"), np.zeros(3)), "no whole checkpoint$"),
+        (a_pickle, "no whole checkpoint$"),
+        (
+            lambda path: np.savez(path.open("wb"), a=np.zeros(3)),
+            r"progress is absent, these settings need \(2,\)",
+        ),
+        (lambda path: zipfile.ZipFile(path, "w").writestr("a.txt", "text"), "progress is absent"),
+    ],
+    ids=["missing", "empty", "cut", "pickle", "artifact", "npy", "pickle inside", "foreign", "zip"],
+)
 def test_what_is_no_checkpoint_is_refused_in_one_line(corpus, tmp_path, spoil, said):
     trainer, path = new_trainer(corpus, tmp_path / "run.txt"), tmp_path / "run.ckpt"
     trainer.save()
@@ -266,7 +347,9 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(corpus, tmp_path, spoil, s
 
 def test_a_checkpoint_of_another_model_is_refused(corpus, tmp_path):
     new_trainer(corpus, tmp_path / "run.txt", MODEL_DIM=32).save()
-    with pytest.raises(t.UserError, match=r"smear_gate is \(32,\), these settings need \(64,\): set what"):
+    with pytest.raises(
+        t.UserError, match=r"smear_gate is \(32,\), these settings need \(64,\): set what"
+    ):
         new_trainer(corpus).restore(str(tmp_path / "run.ckpt"))
     new_trainer(corpus, tmp_path / "run.txt", AVERAGING="none").save()
     trainer = new_trainer(corpus)
@@ -276,35 +359,51 @@ def test_a_checkpoint_of_another_model_is_refused(corpus, tmp_path):
 
 
 def test_a_damaged_checkpoint_never_gets_in(corpus, tmp_path, rng):
-    """Bits turned, bytes cut out or put in, anywhere: one line, or what is read is what was written."""
-    small = dict(NUM_LAYERS=2, VE_LAYERS="1", MODEL_DIM=16, VE_DIM=2, BIGRAM_DIM=2, VOCAB_SIZE=512, ROPE_DIMS=2)
+    """Bits turned, bytes cut out or put in, anywhere: one line,
+    or what is read is what was written."""
+    small = dict(
+        NUM_LAYERS=2,
+        VE_LAYERS="1",
+        MODEL_DIM=16,
+        VE_DIM=2,
+        BIGRAM_DIM=2,
+        VOCAB_SIZE=512,
+        ROPE_DIMS=2,
+    )
     trainer, path = new_trainer(corpus, tmp_path / "run.txt", **small), tmp_path / "run.ckpt"
     trainer.save()
     blob, whole = path.read_bytes(), t.read_checkpoint(str(path))
     directory, refused = blob.rindex(b"PK\x01\x02") - 60 * len(whole), 0
     for i in range(300):
-        damaged, at = bytearray(blob), int(rng.integers(*((0, len(blob)), (directory, len(blob)), (0, 400))[i % 3]))
+        damaged = bytearray(blob)
+        at = int(rng.integers(*((0, len(blob)), (directory, len(blob)), (0, 400))[i % 3]))
         if i % 2:
             damaged[at] ^= 1 << int(rng.integers(0, 8))
         else:
-            damaged[at: at + int(rng.integers(0, 9))] = rng.bytes(int(rng.integers(0, 9)))
+            damaged[at : at + int(rng.integers(0, 9))] = rng.bytes(int(rng.integers(0, 9)))
         path.write_bytes(damaged)
         try:
-            assert all(np.array_equal(array, whole[name]) for name, array in t.read_checkpoint(str(path)).items()
-                       if name in whole), i
+            assert all(
+                np.array_equal(array, whole[name])
+                for name, array in t.read_checkpoint(str(path)).items()
+                if name in whole
+            ), i
         except t.UserError as error:
             assert "\n" not in str(error)
             refused += 1
     assert refused > 150
 
 
-INTERRUPT = BEFORE_STEP + """
+INTERRUPT = (
+    BEFORE_STEP
+    + """
 def before(trainer):
     if trainer.steps >= 7 and not trainer.hp.resume:
         if trainer.steps == 7 and RANK == 0:
             os.kill(os.getppid(), signal.SIGTERM)                      # torchrun
         time.sleep(0.2)                                                # until the signal comes
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -316,12 +415,20 @@ def interrupted(corpus, tmp_path_factory):
     return cwd, done, settings
 
 
-def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_digits(interrupted, tmp_path):
+def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_digits(
+    interrupted, tmp_path
+):
     cwd, stopped, settings = interrupted
     first = log_of(cwd)
     assert stopped.returncode != 0 and not list(cwd.rglob("*.tmp")) and not list(cwd.glob("*.ptz"))
-    step = int(re.search(r"^error: Stopped: step:(\d+)/40: stopped by SIGTERM; RESUME=logs/test.ckpt goes on from "
-                         r"step \1$", first, re.M)[1])
+    step = int(
+        re.search(
+            r"^error: Stopped: step:(\d+)/40: stopped by SIGTERM; RESUME=logs/test.ckpt goes on "
+            r"from step \1$",
+            first,
+            re.M,
+        )[1]
+    )
     assert 7 < step < 40 and list(losses(first)) == list(range(1, step + 1))
     whole = run_script(tmp_path, 2, **settings)
     assert whole.returncode == 0, whole.stderr[-3000:]
@@ -335,23 +442,32 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_digi
         if ranks == 2:
             assert both == losses(expected) and score_lines(log) == score_lines(expected)
         else:
-            np.testing.assert_allclose(np.float64(list(both.values())), np.float64(list(losses(expected).values())),
-                                       atol=2e-4)
+            np.testing.assert_allclose(
+                np.float64(list(both.values())),
+                np.float64(list(losses(expected).values())),
+                atol=2e-4,
+            )
             for line in SCORES[:3]:
                 assert float(values(log, line)["val_bpb"]) == pytest.approx(
-                    float(values(expected, line)["val_bpb"]), abs=1e-4)
+                    float(values(expected, line)["val_bpb"]), abs=1e-4
+                )
     assert (cwd / "logs/test.ckpt").exists() and not (cwd / "logs/test_2.ckpt").exists()
 
 
 # ---- evaluate again
 
+
 def test_what_cannot_be_scored_again_is_refused_in_one_line(corpus, tmp_path, runs):
     artifact, hp = runs[1][0] / "final_model.int6.ptz", tiny(**corpus)
     blob = artifact.read_bytes()
     other = "is of another model than the settings"
-    for spoilt, said in ((None, "No such file"), (blob[:-1], "cut or damaged"), (b"PK", "no artifact of this script"),
-                         (t.pack(t.GPT(tiny(MODEL_DIM=32)).state_dict(), hp)[0], other),
-                         (t.pack(t.GPT(tiny(NUM_LAYERS=5)).state_dict(), hp)[0], other)):
+    for spoilt, said in (
+        (None, "No such file"),
+        (blob[:-1], "cut or damaged"),
+        (b"PK", "no artifact of this script"),
+        (t.pack(t.GPT(tiny(MODEL_DIM=32)).state_dict(), hp)[0], other),
+        (t.pack(t.GPT(tiny(NUM_LAYERS=5)).state_dict(), hp)[0], other),
+    ):
         path = tmp_path / "a.ptz"
         path.unlink(missing_ok=True)
         if spoilt is not None:
@@ -362,11 +478,16 @@ def test_what_cannot_be_scored_again_is_refused_in_one_line(corpus, tmp_path, ru
 
 
 def test_what_scoring_compiles_is_compiled_in_its_own_time(corpus, monkeypatch):
-    """Validations of training run the plain trunk, so that no clock misses the compilation of the scoring graph."""
+    """Validations of training run the plain trunk,
+    so that no clock misses the compilation of the scoring graph."""
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compiled.append(f) or (lambda *args: f(*args)))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, dynamic: compiled.append(f) or (lambda *args: f(*args))
+    )
     trainer = new_trainer(corpus, COMPILE=1)
-    assert compiled == [t.training_loss] and trainer.loss is not t.training_loss and trainer.trunk is trainer.model
+    assert compiled == [t.training_loss]
+    assert trainer.loss is not t.training_loss
+    assert trainer.trunk is trainer.model
     trainer.trunk = trainer.compile(trainer.model)
     assert compiled[1] is trainer.model and new_trainer(corpus, COMPILE=0).loss is t.training_loss
 
@@ -380,7 +501,8 @@ def test_a_file_that_is_not_there_is_named_by_the_script(corpus, tmp_path, setti
 
 
 def fake_scoring(monkeypatch, seconds_per_window: float, targets: int = 100_000):
-    """score_stream without a model: segments of 1,000 targets that take their time on a clock of their own."""
+    """score_stream without a model: segments of 1,000 targets that take their time
+    on a clock of their own."""
     clock, began = [0.0], []
 
     def stream(trunk, model, tokens, stride, rt, part=None):
@@ -394,30 +516,56 @@ def fake_scoring(monkeypatch, seconds_per_window: float, targets: int = 100_000)
     return began
 
 
-@pytest.mark.parametrize("budget, expected", [
-    (0, [64]), (1700, [64]), (1610, [64, 96]), (1200, [64, 96]), (1000, [64, 96, 128]), (500, [64, 96, 128, 256]),
-    (1, [64, 96, 128, 256])])
-def test_the_stride_is_the_smallest_that_fits_95_percent_of_the_budget(corpus, monkeypatch, budget, expected):
-    """A window takes a second: 1,562 s at stride 64, 1,042 at 96, 781 at 128, 391 at 256, and what was tried."""
+@pytest.mark.parametrize(
+    "budget, expected",
+    [
+        (0, [64]),
+        (1700, [64]),
+        (1610, [64, 96]),
+        (1200, [64, 96]),
+        (1000, [64, 96, 128]),
+        (500, [64, 96, 128, 256]),
+        (1, [64, 96, 128, 256]),
+    ],
+)
+def test_the_stride_is_the_smallest_that_fits_95_percent_of_the_budget(
+    corpus, monkeypatch, budget, expected
+):
+    """A window takes a second: 1,562 s at stride 64, 1,042 at 96, 781 at 128, 391 at 256,
+    and what was tried."""
     trainer = new_trainer(corpus, EVAL_SEQ_LEN=2048, EVAL_STRIDE=64, EVAL_BUDGET_SECONDS=budget)
     tried = fake_scoring(monkeypatch, 1.0)
     trainer.tokens = np.zeros(100_001, np.uint16)
     stride, segments = t.scores_in_time(trainer, 0.0)
     assert tried == expected and stride == expected[-1]
-    assert sum(part.shape[1] for part in segments) == 100_000           # each target once, of the last stride only
+    # each target once, of the last stride only
+    assert sum(part.shape[1] for part in segments) == 100_000
     if budget:
-        assert len(trainer.rt.lines) == len(expected) and all("eval_budget projected:" in x for x in trainer.rt.lines)
+        assert len(trainer.rt.lines) == len(expected)
+        assert all("eval_budget projected:" in x for x in trainer.rt.lines)
 
 
 def test_a_budget_that_is_too_small_makes_the_stride_grow_and_says_so(corpus, runs, tmp_path):
-    done = run_script(tmp_path, 2, **corpus, EVAL_ONLY=runs[1][0] / "final_model.int6.ptz", NGRAM_ENABLED=0,
-                      EVAL_SEQ_LEN=256, EVAL_STRIDE=16, EVAL_BUDGET_SECONDS=0.01, VAL_BATCH_SIZE=1024)
+    done = run_script(
+        tmp_path,
+        2,
+        **corpus,
+        EVAL_ONLY=runs[1][0] / "final_model.int6.ptz",
+        NGRAM_ENABLED=0,
+        EVAL_SEQ_LEN=256,
+        EVAL_STRIDE=16,
+        EVAL_BUDGET_SECONDS=0.01,
+        VAL_BATCH_SIZE=1024,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     log = log_of(tmp_path)
     tried = re.findall(r"^eval_budget projected:\S+s budget:0.01s stride:(\d+)$", log, re.M)
     assert tried == ["16", "96", "128", "256"]
     assert values(log, "final_int6_sliding_window_exact")["stride"] == "256"
     total = values(log, "total_eval_time")
-    assert total["stride"] == "256" and total["budget"] == "0.01s" and float(total["total_eval_time"][:-1]) > 0
+    assert total["stride"] == "256"
+    assert total["budget"] == "0.01s"
+    assert float(total["total_eval_time"][:-1]) > 0
     roundtrip, sliding = (values(log, name)["val_bpb"] for name in SCORES[1:3])
-    assert float(roundtrip) == pytest.approx(float(sliding), abs=1e-6)  # stride 256 is what the round trip takes
+    # stride 256 is what the round trip takes
+    assert float(roundtrip) == pytest.approx(float(sliding), abs=1e-6)

@@ -1,4 +1,6 @@
-"""make_record.py: logs in; table, JSON, verdicts and the folder for records/ out. Three tiny runs serve all tests."""
+"""make_record.py: logs in; table, JSON, verdicts and the folder for records/ out.
+Three tiny runs serve all tests."""
+
 import dataclasses
 import json
 import os
@@ -18,8 +20,20 @@ import make_record as m
 import train_gpt as t
 
 SEEDS = 11, 2, 303
-SAID = ["--author", "A. Person", "--github-id", "aperson", "--name", "Tiny: a test", "--blurb", "Three tiny seeds.",
-        "--date", "2026-11-21", "--track", "non_record_16mb"]
+SAID = [
+    "--author",
+    "A. Person",
+    "--github-id",
+    "aperson",
+    "--name",
+    "Tiny: a test",
+    "--blurb",
+    "Three tiny seeds.",
+    "--date",
+    "2026-11-21",
+    "--track",
+    "non_record_16mb",
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +42,19 @@ def good(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")
 
     def run(seed: int):
-        return run_script(folder, 0, **corpus, SEED=seed, RUN_ID=f"seed{seed}", ITERATIONS=11, WARMDOWN_ITERS=4)
+        return run_script(
+            folder, 0, **corpus, SEED=seed, RUN_ID=f"seed{seed}", ITERATIONS=11, WARMDOWN_ITERS=4
+        )
+
     with ThreadPoolExecutor(2) as pool:
         for done in pool.map(run, SEEDS):
             assert done.returncode == 0, done.stderr[-3000:]
     for name in ("train_gpt.py", "requirements.txt"):
         shutil.copy(ROOT / name, folder)
     (folder / "logs/figure.png").write_bytes(b"\x89PNG")
-    (folder / "README.md").write_text("# Tiny\n\n<!-- results:begin -->\nold\n<!-- results:end -->\n\n"
-                                      "![loss](logs/figure.png)\n")
+    (folder / "README.md").write_text(
+        "# Tiny\n\n<!-- results:begin -->\nold\n<!-- results:end -->\n\n![loss](logs/figure.png)\n"
+    )
     (folder / "logs/seed5.txt").write_text("another experiment, which nobody reports\n")
     assert m.main(["report", *logs_of(folder), "--folder", str(folder), *SAID]) == 0
     return folder
@@ -70,19 +88,27 @@ def failing(folder) -> dict[str, str]:
 
 # --- parsing ---
 
+
 def test_the_parser_knows_every_line_of_a_log(good):
     log = m.parse_log(good / "logs/seed2.txt")
     assert log.name == "seed2" and log.source == (ROOT / "train_gpt.py").read_text()
     assert log.settings["SEED"] == "2" and log.settings["VE_LAYERS"] == "2,3"
     whole = log.path.read_text().split("\n")
     assert all(whole[no - 1] == text for no, text in log.lines)
-    assert [step.step for step in log.train_steps] == list(range(1, 12)) and log.train_steps[0].seconds > 0
+    assert [step.step for step in log.train_steps] == list(range(1, 12))
+    assert log.train_steps[0].seconds > 0
     assert log.validations[-1].step == 11 and log.validations[-1].bpb > 0
-    assert log.find("hardware:")["hardware"].startswith("1 x ") and log.find("hardware:").number("threads") == 1
+    assert log.find("hardware:")["hardware"].startswith("1 x ")
+    assert log.find("hardware:").number("threads") == 1
     assert log.find("final_ngram_exact").number("val_bpb") == m.read_run(log).val_bpb
-    with pytest.raises(m.RecordError, match=rf"seed2.txt:{log.lines[-1][0]}: the log ends without a line 'nothing:'"):
+    with pytest.raises(
+        m.RecordError,
+        match=rf"seed2.txt:{log.lines[-1][0]}: the log ends without a line 'nothing:'",
+    ):
         log.find("nothing:")
-    with pytest.raises(m.RecordError, match=rf"seed2.txt:{log.find('ngram_audit').no}: .*expected absent:"):
+    with pytest.raises(
+        m.RecordError, match=rf"seed2.txt:{log.find('ngram_audit').no}: .*expected absent:"
+    ):
         log.find("ngram_audit").number("absent")
 
 
@@ -106,9 +132,11 @@ total_eval_time:12.3s budget:600s stride:96
     assert log.source == "" and log.settings == {} and m.seed_of(log) == 1337
     assert [(step.step, step.lr_scale) for step in log.train_steps] == [(501, 0.8123), (1000, None)]
     assert log.validations == [m.Validation(6, 1000, 85.01, 2.0469, 1.2123)]
-    assert log.find("resume:")["resume"] == "logs/a b.ckpt" and log.find("warning:")["warning"].endswith("NUM_LAYERS?")
+    assert log.find("resume:")["resume"] == "logs/a b.ckpt"
+    assert log.find("warning:")["warning"].endswith("NUM_LAYERS?")
     assert [line.number("gain") for line in log.all("ngram_order")] == [0.1, -0.2]
-    assert log.find("calibration")["entropy"] == "0-1" and log.find("artifact_bytes").number("embeddings") == 7
+    assert log.find("calibration")["entropy"] == "0-1"
+    assert log.find("artifact_bytes").number("embeddings") == 7
     assert m.eval_seconds(log) == (12.3, f"{path}:13")
 
 
@@ -118,19 +146,29 @@ def test_times_are_read_in_the_unit_they_are_written_in(tmp_path):
     def log(*lines: str) -> m.Log:
         path.write_text("\n".join(lines) + "\n")
         return m.parse_log(path)
-    assert [log(f"t:{text}").find("t:").seconds("t") for text in ("700s", "700000ms", "0.5s", "85.88ms")] == [
-        700, 700, 0.5, 0.08588]
+
+    assert [
+        log(f"t:{text}").find("t:").seconds("t") for text in ("700s", "700000ms", "0.5s", "85.88ms")
+    ] == [700, 700, 0.5, 0.08588]
     for text in ("700", "700 bytes", "700min", "soon", "nans"):
         with pytest.raises(m.RecordError, match=r"run.txt:1: found 't:"):
             log(f"t:{text}").find("t:").seconds("t")
-    training = log("step:9/9 train_loss:2.3 train_time:699s lr_scale:1", "step:9/9 val_loss:2 val_bpb:1.2 "
-                   "train_time:700s", "stopping_early: wallclock_cap train_time:690000ms step:9/9")
+    training = log(
+        "step:9/9 train_loss:2.3 train_time:699s lr_scale:1",
+        "step:9/9 val_loss:2 val_bpb:1.2 train_time:700s",
+        "stopping_early: wallclock_cap train_time:690000ms step:9/9",
+    )
     assert m.train_seconds(training)[0] == training.validations[0].seconds == 700
     assert training.train_steps[0].seconds == 699
     assert m.eval_seconds(log("total_eval_time:700000ms"))[0] == 700
     assert m.eval_seconds(log("final_int6_ngram val_bpb:0.9 eval_time:895s"))[0] == 895
-    assert m.eval_seconds(log("final_int6_x val_bpb:1.1 eval_time:100s", "final_int6_x_exact eval_time:100s",
-                              "legal_ttt val_bpb:1.1 eval_time:700000ms")) == (800, f"{path}:2,3: sum of eval_time")
+    assert m.eval_seconds(
+        log(
+            "final_int6_x val_bpb:1.1 eval_time:100s",
+            "final_int6_x_exact eval_time:100s",
+            "legal_ttt val_bpb:1.1 eval_time:700000ms",
+        )
+    ) == (800, f"{path}:2,3: sum of eval_time")
     for line in ("total_eval_time:700", "total_eval_time:12min", "legal_ttt eval_time:700"):
         with pytest.raises(m.RecordError, match="expected a (time in ms or s|number) after"):
             m.eval_seconds(log(line))
@@ -138,32 +176,66 @@ def test_times_are_read_in_the_unit_they_are_written_in(tmp_path):
 
 # --- report ---
 
+
 def test_a_report_says_what_the_logs_say(good):
     found = json.loads((good / "submission.json").read_text())
     runs = {seed: (good / f"logs/seed{seed}.txt").read_text() for seed in SEEDS}
-    bpbs = {seed: float(re.search(r"^final_ngram_exact .*val_bpb:(\S+)", log, re.M)[1]) for seed, log in runs.items()}
+    bpbs = {
+        seed: float(re.search(r"^final_ngram_exact .*val_bpb:(\S+)", log, re.M)[1])
+        for seed, log in runs.items()
+    }
     assert list(found) == [
-        "author", "github_id", "name", "blurb", "date", "track", "val_bpb", "val_bpb_std", "val_loss", "seeds",
-        "seed_results", "bytes_total", "bytes_code", "hardware", "pytorch_version", "data", "compliance"]
+        "author",
+        "github_id",
+        "name",
+        "blurb",
+        "date",
+        "track",
+        "val_bpb",
+        "val_bpb_std",
+        "val_loss",
+        "seeds",
+        "seed_results",
+        "bytes_total",
+        "bytes_code",
+        "hardware",
+        "pytorch_version",
+        "data",
+        "compliance",
+    ]
     assert found["seeds"] == sorted(SEEDS) and found["track"] == "non_record_16mb"
     assert {int(seed): result["val_bpb"] for seed, result in found["seed_results"].items()} == bpbs
     assert set(found["seed_results"]["2"]) == {
-        "val_loss", "val_bpb", "artifact_bytes", "steps", "step_avg_ms", "eval_time_s"}
+        "val_loss",
+        "val_bpb",
+        "artifact_bytes",
+        "steps",
+        "step_avg_ms",
+        "eval_time_s",
+    }
     assert found["val_bpb"] == pytest.approx(np.mean(list(bpbs.values())), abs=1e-8)
     assert found["val_bpb_std"] == pytest.approx(np.std(list(bpbs.values()), ddof=1), abs=1e-8)
-    sizes = [int(re.search(r"^Total submission size \S+ (\d+) bytes", log, re.M)[1]) for log in runs.values()]
-    assert found["bytes_total"] == max(sizes) and found["bytes_code"] == (ROOT / "train_gpt.py").stat().st_size
+    sizes = [
+        int(re.search(r"^Total submission size \S+ (\d+) bytes", log, re.M)[1])
+        for log in runs.values()
+    ]
+    assert found["bytes_total"] == max(sizes)
+    assert found["bytes_code"] == (ROOT / "train_gpt.py").stat().st_size
     assert found["data"]["val_targets"] == 6000 and all(found["compliance"].values())
     rows = [line for line in (good / "README.md").read_text().split("\n") if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[2:]] == [
-        *(f"| [{seed}](logs/seed{seed}.txt)" for seed in sorted(SEEDS)), "| mean", "| std"]
+        *(f"| [{seed}](logs/seed{seed}.txt)" for seed in sorted(SEEDS)),
+        "| mean",
+        "| std",
+    ]
     assert f"**{np.mean(list(bpbs.values())):.5f}**" in rows[-2]
 
 
 def test_a_report_is_the_same_bytes_each_time(good, folder, capsys):
     for name in ("README.md", "submission.json"):
         assert (folder / name).read_bytes() == (good / name).read_bytes()
-    assert m.main(["report", *reversed(logs_of(folder)), "--folder", str(folder)]) == 0  # names and date as in the JSON
+    # names and date as in the JSON
+    assert m.main(["report", *reversed(logs_of(folder)), "--folder", str(folder)]) == 0
     for name in ("README.md", "submission.json"):
         assert (folder / name).read_bytes() == (good / name).read_bytes()
     assert m.main(["report", "--folder", str(folder)]) == 0  # the logs that README's table links to
@@ -195,7 +267,11 @@ def too_big(folder):
 
 
 def units(folder):
-    edit(folder / "logs/seed2.txt", r"^(final_ngram_exact) val_loss:\S+ val_bpb:(\S+)", r"\1 val_loss:\2 val_bpb:\2")
+    edit(
+        folder / "logs/seed2.txt",
+        r"^(final_ngram_exact) val_loss:\S+ val_bpb:(\S+)",
+        r"\1 val_loss:\2 val_bpb:\2",
+    )
 
 
 def twice(folder):
@@ -215,54 +291,143 @@ def changed(pattern, new, name="logs/seed2.txt"):
 
 
 REFUSED = [
-    ("truncated", changed(r"^total_eval_time:[\s\S]*", ""),
-     r"seed2.txt:\d+: the log ends without a line 'total_eval_time:'"),
-    ("cut inside the source", lambda f: (f / "logs/seed2.txt").write_text("import torch\n"), r"seed2.txt:1: "),
-    ("a log of another run", renamed, r"seed11.txt:\d+: found RUN_ID=seed2, expected the file to be named seed2.txt"),
-    ("seeds with different code", other_code, r"seed2.txt:\d+: the source differs from that in \S+seed11.txt:\d+"),
-    ("different settings", changed("^MATRIX_LR=.*", "MATRIX_LR=0.5"),
-     r"seed2.txt:\d+: found MATRIX_LR=0.5, but 0.025 in \S+seed11.txt:\d+"),
-    ("different data", changed(r"^(data:val .*sha256:)\w", r"\1x"), r"seed2.txt:\d+: found 'data:val .*other data"),
+    (
+        "truncated",
+        changed(r"^total_eval_time:[\s\S]*", ""),
+        r"seed2.txt:\d+: the log ends without a line 'total_eval_time:'",
+    ),
+    (
+        "cut inside the source",
+        lambda f: (f / "logs/seed2.txt").write_text("import torch\n"),
+        r"seed2.txt:1: ",
+    ),
+    (
+        "a log of another run",
+        renamed,
+        r"seed11.txt:\d+: found RUN_ID=seed2, expected the file to be named seed2.txt",
+    ),
+    (
+        "seeds with different code",
+        other_code,
+        r"seed2.txt:\d+: the source differs from that in \S+seed11.txt:\d+",
+    ),
+    (
+        "different settings",
+        changed("^MATRIX_LR=.*", "MATRIX_LR=0.5"),
+        r"seed2.txt:\d+: found MATRIX_LR=0.5, but 0.025 in \S+seed11.txt:\d+",
+    ),
+    (
+        "different data",
+        changed(r"^(data:val .*sha256:)\w", r"\1x"),
+        r"seed2.txt:\d+: found 'data:val .*other data",
+    ),
     ("the same seed twice", twice, r"seed2.txt:\d+: seed 2 is also that of \S+seed11.txt"),
-    ("a missing metric", changed("^final_ngram_exact.*\n", ""), r"seed2.txt:\d+: the log ends without .*ngram_exact"),
-    ("a missing number", changed("^(final_ngram_exact.*) gain:\\S+", r"\1"), r"seed2.txt:\d+: .*expected gain:"),
-    ("NaN", changed(r"^(final_ngram_exact val_loss:)\S+", r"\1nan"), r"seed2.txt:\d+: .*val_loss is not finite"),
-    ("no number", changed(r"^(total_eval_time:)\S+", r"\1soon"), r"seed2.txt:\d+: .*expected a number after total"),
+    (
+        "a missing metric",
+        changed("^final_ngram_exact.*\n", ""),
+        r"seed2.txt:\d+: the log ends without .*ngram_exact",
+    ),
+    (
+        "a missing number",
+        changed("^(final_ngram_exact.*) gain:\\S+", r"\1"),
+        r"seed2.txt:\d+: .*expected gain:",
+    ),
+    (
+        "NaN",
+        changed(r"^(final_ngram_exact val_loss:)\S+", r"\1nan"),
+        r"seed2.txt:\d+: .*val_loss is not finite",
+    ),
+    (
+        "no number",
+        changed(r"^(total_eval_time:)\S+", r"\1soon"),
+        r"seed2.txt:\d+: .*expected a number after total",
+    ),
     ("over the cap", too_big, r"seed2.txt:\d+: .* expected at most 16000000 bytes"),
-    ("sizes that do not add up", changed(r"^(Total submission size \S+) \d+", r"\1 8622077"),
-     r"seed2.txt:\d+: .*expected \d+ bytes, the sum of lines \d+ and \d+"),
+    (
+        "sizes that do not add up",
+        changed(r"^(Total submission size \S+) \d+", r"\1 8622077"),
+        r"seed2.txt:\d+: .*expected \d+ bytes, the sum of lines \d+ and \d+",
+    ),
     ("a loss that is a bpb", units, r"seed2.txt:\d+: .*val_loss equals val_bpb"),
-    ("a loss in other units", changed(r"^(final_ngram_exact val_loss:)\S+", r"\g<1>3.123"),
-     r"seed2.txt:\d+: .*bytes per token"),
-    ("gain of another run", changed(r"^(final_ngram_exact.* gain:)\S+", r"\g<1>0.5"),
-     r"seed2.txt:\d+: .*lines of two runs"),
-    ("hashed counts", changed("^final_ngram_exact.*", "final_ngram_hashed pseudo_bpb:0.5 mass:44"),
-     r"seed2.txt:\d+: .*hashed counts are no probability"),
-    ("another seed's checkpoint", changed("^(step:1/)", r"warning: SEED=2 here, 11 in the checkpoint\n\1"),
-     r"seed2.txt:\d+: .*one seed from the first step on"),
-    ("a run that died", changed("^total_eval_time", "error: UserError: x\ntotal_eval_time"), r"seed2.txt:\d+: .*error"),
+    (
+        "a loss in other units",
+        changed(r"^(final_ngram_exact val_loss:)\S+", r"\g<1>3.123"),
+        r"seed2.txt:\d+: .*bytes per token",
+    ),
+    (
+        "gain of another run",
+        changed(r"^(final_ngram_exact.* gain:)\S+", r"\g<1>0.5"),
+        r"seed2.txt:\d+: .*lines of two runs",
+    ),
+    (
+        "hashed counts",
+        changed("^final_ngram_exact.*", "final_ngram_hashed pseudo_bpb:0.5 mass:44"),
+        r"seed2.txt:\d+: .*hashed counts are no probability",
+    ),
+    (
+        "another seed's checkpoint",
+        changed("^(step:1/)", r"warning: SEED=2 here, 11 in the checkpoint\n\1"),
+        r"seed2.txt:\d+: .*one seed from the first step on",
+    ),
+    (
+        "a run that died",
+        changed("^total_eval_time", "error: UserError: x\ntotal_eval_time"),
+        r"seed2.txt:\d+: .*error",
+    ),
     ("two runs in one log", two_runs, r"seed2.txt:\d+: .*a second run in one log"),
     ("steps left out", changed(r"^step:1/.*\n", ""), r"seed2.txt:\d+: training begins at step 2"),
-    ("no last validation", changed(r"^step:11/.*val_bpb.*\n", ""), r"seed2.txt:\d+: .*val_bpb:... after training"),
-    ("another train_time", changed(r"^(step:11/.*val_bpb.*train_time:)\d+", r"\g<1>9"),
-     r"seed2.txt:\d+: .*expected train_time / step = step_avg"),
-    ("no data line", changed(r"^data:tokenizer.*\n", ""), r"seed2.txt:\d+: the log ends without a line 'data:tok"),
-    ("no text", lambda f: (f / "logs/seed2.txt").write_bytes(b"\xff\xfe"), r"seed2.txt: byte 0 is not UTF-8"),
+    (
+        "no last validation",
+        changed(r"^step:11/.*val_bpb.*\n", ""),
+        r"seed2.txt:\d+: .*val_bpb:... after training",
+    ),
+    (
+        "another train_time",
+        changed(r"^(step:11/.*val_bpb.*train_time:)\d+", r"\g<1>9"),
+        r"seed2.txt:\d+: .*expected train_time / step = step_avg",
+    ),
+    (
+        "no data line",
+        changed(r"^data:tokenizer.*\n", ""),
+        r"seed2.txt:\d+: the log ends without a line 'data:tok",
+    ),
+    (
+        "no text",
+        lambda f: (f / "logs/seed2.txt").write_bytes(b"\xff\xfe"),
+        r"seed2.txt: byte 0 is not UTF-8",
+    ),
     ("no log", lambda f: (f / "logs/seed2.txt").unlink(), r"seed2.txt: No such file"),
-    ("no markers", changed("<!-- results:begin -->", "", "README.md"),
-     r"README.md: found 0 x <!-- results:begin --> and 1 x"),
-    ("no JSON", lambda f: (f / "submission.json").write_text("{\n  oops\n}"), r"submission.json:2: .*expected JSON"),
-    ("nobody", lambda f: (f / "submission.json").unlink(), r"submission.json: has no 'author'.*give `report --author`"),
+    (
+        "no markers",
+        changed("<!-- results:begin -->", "", "README.md"),
+        r"README.md: found 0 x <!-- results:begin --> and 1 x",
+    ),
+    (
+        "no JSON",
+        lambda f: (f / "submission.json").write_text("{\n  oops\n}"),
+        r"submission.json:2: .*expected JSON",
+    ),
+    (
+        "nobody",
+        lambda f: (f / "submission.json").unlink(),
+        r"submission.json: has no 'author'.*give `report --author`",
+    ),
 ]
 
 
-@pytest.mark.parametrize("spoil, said", [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+@pytest.mark.parametrize(
+    "spoil, said", [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED]
+)
 def test_what_cannot_be_true_is_refused(folder, capsys, spoil, said):
     spoil(folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert m.main(["report", *logs_of(folder), "--folder", str(folder)]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("make_record.py: error: ") and error.count("\n") == 1 and re.search(said, error), error
+    assert (
+        error.startswith("make_record.py: error: ")
+        and error.count("\n") == 1
+        and re.search(said, error)
+    ), error
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -276,18 +441,24 @@ def test_a_log_elsewhere_and_a_bad_date_are_refused(folder, good, capsys):
 
 # --- check ---
 
+
 def test_check_passes_on_a_good_folder(good, monkeypatch, capsys):
     before, started = sorted(good.rglob("*")), time.perf_counter()
     monkeypatch.chdir(good)
     status, found = m.main(["check", "--json"]), json.loads(capsys.readouterr().out)
     assert status == 0 and found["passed"], found
     assert time.perf_counter() - started < 60
-    assert {row["name"] for row in found["checks"]} == set(m.CHECKS) and all(row["evidence"] for row in found["checks"])
+    assert {row["name"] for row in found["checks"]} == set(m.CHECKS)
+    assert all(row["evidence"] for row in found["checks"])
     assert sorted(good.rglob("*")) == before  # leaves nothing behind
 
 
 def flash_first(folder):
-    edit(folder / "train_gpt.py", "^import numpy as np", "import flash_attn_interface\nimport numpy as np")
+    edit(
+        folder / "train_gpt.py",
+        "^import numpy as np",
+        "import flash_attn_interface\nimport numpy as np",
+    )
 
 
 def one_seed_less(folder):
@@ -298,6 +469,7 @@ def in_every_log(pattern, new):
     def spoil(folder):
         for seed in SEEDS:
             edit(folder / f"logs/seed{seed}.txt", pattern, new)
+
     return spoil
 
 
@@ -316,7 +488,9 @@ def with_systems(folder):
         edit(path, "^RUN_ID=.*", f"RUN_ID={path.stem}")
         edit(path, "^(final_ngram_exact)", r"final_ngram_hashed pseudo_bpb:0.5 mass:44.0\n\1")
     edit(folder / "README.md", r"\Z", "\n<!-- systems:begin -->\n<!-- systems:end -->\n")
-    assert m.main(["systems", *map(str, folder.glob("logs/systems/*")), "--folder", str(folder)]) == 0
+    assert (
+        m.main(["systems", *map(str, folder.glob("logs/systems/*")), "--folder", str(folder)]) == 0
+    )
 
 
 def other_system(folder):
@@ -325,46 +499,127 @@ def other_system(folder):
 
 
 DEFECTS = [  # what is spoilt, which check must see it, what it must say
-    (changed(r"^(Total submission size \S+) \d+", r"\1 17172122"), "artifact", "seed2.txt:.*17172122 bytes, expected"),
-    (changed(r"^(step:11/.*val_bpb.*train_time:)\d+", r"\g<1>600015"), "train_time", "seed2.txt:.*600.015 s of train"),
-    (changed(r"^total_eval_time:\S+", "total_eval_time:895.0s"), "eval_time", "seed2.txt:.*895.0 s of evaluation"),
-    (changed(r"^(final_int6_sl.*eval_time:)\d+", r"\g<1>99000"), "eval_time", "expected at least 99.0s"),
-    (lambda f: edit_json(f, track="10min_16mb"), "hardware", "submission.json:7: track 10min_16mb is for 8 x H100"),
+    (
+        changed(r"^(Total submission size \S+) \d+", r"\1 17172122"),
+        "artifact",
+        "seed2.txt:.*17172122 bytes, expected",
+    ),
+    (
+        changed(r"^(step:11/.*val_bpb.*train_time:)\d+", r"\g<1>600015"),
+        "train_time",
+        "seed2.txt:.*600.015 s of train",
+    ),
+    (
+        changed(r"^total_eval_time:\S+", "total_eval_time:895.0s"),
+        "eval_time",
+        "seed2.txt:.*895.0 s of evaluation",
+    ),
+    (
+        changed(r"^(final_int6_sl.*eval_time:)\d+", r"\g<1>99000"),
+        "eval_time",
+        "expected at least 99.0s",
+    ),
+    (
+        lambda f: edit_json(f, track="10min_16mb"),
+        "hardware",
+        "submission.json:7: track 10min_16mb is for 8 x H100",
+    ),
     (on_two_machines, "hardware", "is for 8 x H100, the logs say 8 x NVIDIA A100; 8 x NVIDIA H100"),
-    (in_every_log("^TTT_EPOCHS=0", "TTT_EPOCHS=3"), "compliance", "do not show scored_before_update"),
-    (other_system, "readme", r"README.md:\d+: found '\| `runs/backoff.sh`.*0.4999.*`make_record.py systems`"),
+    (
+        in_every_log("^TTT_EPOCHS=0", "TTT_EPOCHS=3"),
+        "compliance",
+        "do not show scored_before_update",
+    ),
+    (
+        other_system,
+        "readme",
+        r"README.md:\d+: found '\| `runs/backoff.sh`.*0.4999.*`make_record.py systems`",
+    ),
     (changed(r"^!\[loss.*", "", "README.md"), "figures", "README.md: shows no figures"),
     (one_seed_less, "seeds", "2 seeds .*expected at least 3"),
     (lambda f: (f / "requirements.txt").unlink(), "files", "requirements.txt is missing"),
     (lambda f: (f / "logs/figure.png").unlink(), "figures", "logs/figure.png"),
-    (lambda f: edit(f / "submission.json", r'("val_bpb": \d\.\d+)\d', r"\g<1>0" + "1"), "json",
-     r"submission.json:8: val_bpb is .*the logs say"),
-    (lambda f: edit(f / "submission.json", r'("303": \{\s+"val_loss": )\S+', r"\g<1>1.5,"), "json",
-     r"submission.json:\d+: seed_results.303.val_loss is 1.5, the logs say"),
-    (lambda f: edit_json(f, bytes_total=8622077), "json_bytes", "bytes_total is 8622077, but logs/seed"),
-    (lambda f: edit_json(f, val_loss=json.loads((f / "submission.json").read_text())["val_bpb"]), "json_units",
-     "submission.json:.*equals val_bpb"),
-    (lambda f: edit(f / "submission.json", '"no_pickle": true', '"no_pickle": 1'), "json", "compliance.no_pickle is 1"),
-    (changed(r"^(\| \[303\].*)\d \|$", r"\1  |", "README.md"), "readme", r"README.md:8: found '\| \[303\]"),
-    (changed(r"^ngram_audit targets:6000/6000", "ngram_audit targets:5999/6000"), "scored_once", "targets:5999/6000"),
-    (changed(r"^train_tokens:(\d+) val_targets:6000", r"train_tokens:\1 val_targets:5999"), "scored_once", "5999/5999"),
+    (
+        lambda f: edit(f / "submission.json", r'("val_bpb": \d\.\d+)\d', r"\g<1>0" + "1"),
+        "json",
+        r"submission.json:8: val_bpb is .*the logs say",
+    ),
+    (
+        lambda f: edit(f / "submission.json", r'("303": \{\s+"val_loss": )\S+', r"\g<1>1.5,"),
+        "json",
+        r"submission.json:\d+: seed_results.303.val_loss is 1.5, the logs say",
+    ),
+    (
+        lambda f: edit_json(f, bytes_total=8622077),
+        "json_bytes",
+        "bytes_total is 8622077, but logs/seed",
+    ),
+    (
+        lambda f: edit_json(f, val_loss=json.loads((f / "submission.json").read_text())["val_bpb"]),
+        "json_units",
+        "submission.json:.*equals val_bpb",
+    ),
+    (
+        lambda f: edit(f / "submission.json", '"no_pickle": true', '"no_pickle": 1'),
+        "json",
+        "compliance.no_pickle is 1",
+    ),
+    (
+        changed(r"^(\| \[303\].*)\d \|$", r"\1  |", "README.md"),
+        "readme",
+        r"README.md:8: found '\| \[303\]",
+    ),
+    (
+        changed(r"^ngram_audit targets:6000/6000", "ngram_audit targets:5999/6000"),
+        "scored_once",
+        "targets:5999/6000",
+    ),
+    (
+        changed(r"^train_tokens:(\d+) val_targets:6000", r"train_tokens:\1 val_targets:5999"),
+        "scored_once",
+        "5999/5999",
+    ),
     (changed("^ngram_audit.*\n", ""), "self_audit", "without a line 'ngram_audit'"),
     (changed("mass_max:1.0", "mass_max:1.1", "logs/seed2.txt"), "self_audit", "seed2.txt:.*masses"),
-    (changed("^ngram_audit", "ttt:on epochs:3\nngram_audit"), "compliance", "do not show scored_before_update"),
-    (changed(r"^(final_ngram_exact.*) counts:exact", r"\1 counts:other"), "compliance", "exact_counts"),
-    (changed(r"parameters:\d+$", "parameters:4242"), "parameters", "parameters:4242, but its settings make"),
-    (lambda f: edit(f / "train_gpt.py", r"\Z", "# later\n"), "source", "seed2.txt:.*differs from train_gpt.py"),
+    (
+        changed("^ngram_audit", "ttt:on epochs:3\nngram_audit"),
+        "compliance",
+        "do not show scored_before_update",
+    ),
+    (
+        changed(r"^(final_ngram_exact.*) counts:exact", r"\1 counts:other"),
+        "compliance",
+        "exact_counts",
+    ),
+    (
+        changed(r"parameters:\d+$", "parameters:4242"),
+        "parameters",
+        "parameters:4242, but its settings make",
+    ),
+    (
+        lambda f: edit(f / "train_gpt.py", r"\Z", "# later\n"),
+        "source",
+        "seed2.txt:.*differs from train_gpt.py",
+    ),
     (flash_first, "imports", "No module named 'flash_attn_interface'"),
-    (lambda f: edit(f / "train_gpt.py", "^import concurrent", "import pickle, concurrent"), "safe_reading", "imports"),
+    (
+        lambda f: edit(f / "train_gpt.py", "^import concurrent", "import pickle, concurrent"),
+        "safe_reading",
+        "imports",
+    ),
     (lambda f: (f / "train_gpt.py").write_text("def f(:\n"), "compiles", "train_gpt.py:1: "),
 ]
 
 
-@pytest.mark.parametrize("spoil, name, said", DEFECTS, ids=[f"{i}-{row[1]}" for i, row in enumerate(DEFECTS)])
+@pytest.mark.parametrize(
+    "spoil, name, said", DEFECTS, ids=[f"{i}-{row[1]}" for i, row in enumerate(DEFECTS)]
+)
 def test_each_seeded_defect_is_caught(folder, spoil, name, said, monkeypatch):
     spoil(folder)
     if name not in ("imports", "parameters"):  # what no running script is needed for
-        monkeypatch.setattr(m, "run_probe", lambda *args: dict.fromkeys(("imports", *m.PROBES), [True, "0"]))
+        monkeypatch.setattr(
+            m, "run_probe", lambda *args: dict.fromkeys(("imports", *m.PROBES), [True, "0"])
+        )
     found = failing(folder)
     assert name in found and re.search(said, found[name]), found
 
@@ -372,21 +627,35 @@ def test_each_seeded_defect_is_caught(folder, spoil, name, said, monkeypatch):
 def test_a_table_of_systems_is_checked_where_its_logs_lie(folder, capsys):
     with_systems(folder)
     assert "the systems table is that of 2 logs" in m.check_readme(m.Folder(folder))
-    log, other = (folder / f"logs/systems/{name}.txt" for name in ("backoff_seed11", "prefill_seed2"))
+    log, other = (
+        folder / f"logs/systems/{name}.txt" for name in ("backoff_seed11", "prefill_seed2")
+    )
     before, was = (folder / "README.md").read_bytes(), other.read_text()
     for spoil, said in (
-            (("^MAX_WALLCLOCK_SECONDS=.*", "MAX_WALLCLOCK_SECONDS=30"),
-             r"prefill_seed2.txt:\d+: found MAX_WALLCLOCK_SECONDS=30, but \S+ in \S+backoff_seed11.txt:\d+"),
-            ((r"^(data:val .*sha256:)\w", r"\1x"), r"prefill_seed2.txt:\d+: .*other data than \S+backoff_seed11.txt:")):
+        (
+            ("^MAX_WALLCLOCK_SECONDS=.*", "MAX_WALLCLOCK_SECONDS=30"),
+            (
+                r"prefill_seed2.txt:\d+: found MAX_WALLCLOCK_SECONDS=30, "
+                r"but \S+ in \S+backoff_seed11.txt:\d+"
+            ),
+        ),
+        (
+            (r"^(data:val .*sha256:)\w", r"\1x"),
+            r"prefill_seed2.txt:\d+: .*other data than \S+backoff_seed11.txt:",
+        ),
+    ):
         edit(other, *spoil)
         assert m.main(["systems", str(log), str(other), "--folder", str(folder)]) == 1
-        assert re.search(said, capsys.readouterr().err) and (folder / "README.md").read_bytes() == before
+        assert re.search(said, capsys.readouterr().err)
+        assert (folder / "README.md").read_bytes() == before
         other.write_text(was)
 
 
 def test_a_json_of_four_digits_is_in_the_right_units(tmp_path):
     """As others write them; ours is compared to the last digit by another check."""
-    (tmp_path / "train.log").write_text("final_int6_ngram_exact val_loss:0.91845100 val_bpb:0.54404900\n")
+    (tmp_path / "train.log").write_text(
+        "final_int6_ngram_exact val_loss:0.91845100 val_bpb:0.54404900\n"
+    )
     for loss, holds in ((0.9185, True), (0.9, False)):
         (tmp_path / "submission.json").write_text(json.dumps(dict(val_loss=loss, val_bpb=0.5440)))
         try:
@@ -397,6 +666,7 @@ def test_a_json_of_four_digits_is_in_the_right_units(tmp_path):
 
 class Ahead(t.Mixture):
     """Knows how often each token occurs in the whole stream."""
+
     def extend(self, nll, entropy):
         share = np.bincount(self.tokens, minlength=self.hp.vocab_size) / len(self.tokens)
         self.nll[:] = -np.log(0.5 * np.exp(-nll.astype(float)[:1]) + 0.5 * share[self.tokens[1:]])
@@ -404,6 +674,7 @@ class Ahead(t.Mixture):
 
 class Generous(t.Mixture):
     """Gives the target 1 % more than there is."""
+
     def extend(self, nll, entropy):
         super().extend(nll, entropy)
         self.nll -= 0.01
@@ -411,6 +682,7 @@ class Generous(t.Mixture):
 
 class Piecewise(t.Mixture):
     """Its weights depend on how the scores arrive."""
+
     def extend(self, nll, entropy):
         self.calls = getattr(self, "calls", 0) + 1
         super().extend(nll, entropy)
@@ -439,21 +711,31 @@ def learn_first(trainer, stride):
             trainer.loss(model, ids, targets, None, share).backward()
             optimizer.step()
             optimizer.zero_grad()
-        yield collect(t.score_stream(model, model, trainer.tokens, stride, trainer.rt, (begin, end)))
+        yield collect(
+            t.score_stream(model, model, trainer.tokens, stride, trainer.rt, (begin, end))
+        )
     torch._foreach_copy_(trainer.parameters, before)
 
 
 SCORE_STREAM = t.score_stream
 
 
-@pytest.mark.parametrize("name, part, broken, said", [
-    ("causal", "score_and_learn", learn_first, "it looks ahead"),
-    ("causal", "Mixture", Ahead, "it looks ahead"),
-    ("sums_to_one", "Mixture", Generous, "the mixture's probabilities of target .* sum to 1.01"),
-    ("one_pass", "Mixture", Piecewise, "changes by .* with the pieces"),
-    ("one_pass", "score_stream", tail_twice, r"scores for \d+ targets, .*each target once"),
-    ("one_pass", "score_stream", out_of_order, r"scores for \d+ targets, .*each target once"),
-])
+@pytest.mark.parametrize(
+    "name, part, broken, said",
+    [
+        ("causal", "score_and_learn", learn_first, "it looks ahead"),
+        ("causal", "Mixture", Ahead, "it looks ahead"),
+        (
+            "sums_to_one",
+            "Mixture",
+            Generous,
+            "the mixture's probabilities of target .* sum to 1.01",
+        ),
+        ("one_pass", "Mixture", Piecewise, "changes by .* with the pieces"),
+        ("one_pass", "score_stream", tail_twice, r"scores for \d+ targets, .*each target once"),
+        ("one_pass", "score_stream", out_of_order, r"scores for \d+ targets, .*each target once"),
+    ],
+)
 def test_the_probes_catch_what_is_no_code(monkeypatch, name, part, broken, said):
     settings = dict(TTT_EPOCHS="3", TTT_LR="0.01") if part == "score_and_learn" else {}
     assert m.PROBES[name](t, settings)
@@ -463,7 +745,9 @@ def test_the_probes_catch_what_is_no_code(monkeypatch, name, part, broken, said)
 
 
 def test_the_probes_learn_as_the_run_did_and_count_exactly():
-    probed = m.Probed(t, dict(NGRAM_COUNTS="hashed", TTT_EPOCHS="3", TTT_LR="0.01", TTT_CHUNK_TOKENS="32768"))
+    probed = m.Probed(
+        t, dict(NGRAM_COUNTS="hashed", TTT_EPOCHS="3", TTT_LR="0.01", TTT_CHUNK_TOKENS="32768")
+    )
     assert (probed.hp.ngram_counts, probed.hp.ttt_epochs, probed.hp.ttt_lr) == ("exact", 1, 0.01)
     tokens, still = probed.stream(200), m.Probed(t, {})
     still.model = probed.model
@@ -474,11 +758,16 @@ def test_the_probes_learn_as_the_run_did_and_count_exactly():
 
 
 def test_a_folder_like_the_predecessors_fails_with_the_reasons(tmp_path, capsys):
-    """Over the cap and over the time, a JSON that says otherwise, a script that needs a GPU's libraries."""
+    """Over the cap and over the time, a JSON that says otherwise,
+    a script that needs a GPU's libraries."""
     (tmp_path / "train_gpt.py").write_text("from flash_attn_interface import flash_attn_func\n")
     (tmp_path / "README.md").write_text("# 11L + n-gram backoff\n\nval_bpb: 0.9642 (3 seeds)\n")
-    (tmp_path / "submission.json").write_text(json.dumps(dict(
-        author="x", name="n-gram", val_loss=0.9642, val_bpb=0.9642, bytes_total=8622077), indent=2))
+    (tmp_path / "submission.json").write_text(
+        json.dumps(
+            dict(author="x", name="n-gram", val_loss=0.9642, val_bpb=0.9642, bytes_total=8622077),
+            indent=2,
+        )
+    )
     for seed in (1337, 42):
         (tmp_path / f"train_seed{seed}.log").write_text(f"""model_params:26993766
 seed:{seed}
@@ -496,24 +785,41 @@ final_int6_ngram val_loss:1.6280 val_bpb:0.9642 eval_time:895000ms
 """)
     assert m.main(["check", str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    for line in (r"FAIL files requirements.txt is missing", r"PASS compiles",
-                 r"FAIL imports .*No module named 'flash_attn_interface'",
-                 r"FAIL artifact train_seed1337.log:10: 17172122 bytes, expected at most 16000000",
-                 r"FAIL train_time train_seed1337.log:\d: 600.015 s of training",
-                 r"FAIL eval_time train_seed1337.log:11,13: .*997.2 s of evaluation, expected at most 600",
-                 r"FAIL seeds 2 seeds \(42, 1337\)",
-                 r"FAIL json_bytes submission.json:6: bytes_total is 8622077, but train_seed\d+.log:10 says 17172122",
-                 r"FAIL json_units submission.json:4: val_loss 0.9642 equals val_bpb",
-                 r"FAIL source .*train_seed42.log:1: the log does not begin with the source",
-                 r"FAIL self_audit .*without a line 'ngram_audit'", r"\d+ of 24 checks passed: not ready: "):
+    for line in (
+        r"FAIL files requirements.txt is missing",
+        r"PASS compiles",
+        r"FAIL imports .*No module named 'flash_attn_interface'",
+        r"FAIL artifact train_seed1337.log:10: 17172122 bytes, expected at most 16000000",
+        r"FAIL train_time train_seed1337.log:\d: 600.015 s of training",
+        r"FAIL eval_time train_seed1337.log:11,13: .*997.2 s of evaluation, expected at most 600",
+        r"FAIL seeds 2 seeds \(42, 1337\)",
+        (
+            r"FAIL json_bytes submission.json:6: bytes_total is 8622077, "
+            r"but train_seed\d+.log:10 says 17172122"
+        ),
+        r"FAIL json_units submission.json:4: val_loss 0.9642 equals val_bpb",
+        r"FAIL source .*train_seed42.log:1: the log does not begin with the source",
+        r"FAIL self_audit .*without a line 'ngram_audit'",
+        r"\d+ of 24 checks passed: not ready: ",
+    ):
         assert re.search(f"^{line}", out, re.M), (line, out)
 
 
 def test_the_command_line_speaks_to_people(tmp_path, capsys):
-    done = subprocess.run([sys.executable, ROOT / "make_record.py", "check", "nowhere"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", (
-        "make_record.py: error: nowhere: no such folder, expected one with train_gpt.py and submission.json\n"))
+    done = subprocess.run(
+        [sys.executable, ROOT / "make_record.py", "check", "nowhere"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (
+        1,
+        "",
+        (
+            "make_record.py: error: nowhere: no such folder, "
+            "expected one with train_gpt.py and submission.json\n"
+        ),
+    )
     for command in ([], ["report"], ["check"], ["plot"], ["view"], ["copy"]):
         with pytest.raises(SystemExit) as left:
             m.main([*command, "--help"])
@@ -522,21 +828,36 @@ def test_the_command_line_speaks_to_people(tmp_path, capsys):
 
 # --- copy ---
 
+
 def test_copy_makes_a_folder_that_runs(good, corpus, tmp_path, capsys):
     assert m.main(["copy", str(tmp_path), "--folder", str(good), "--name", "My Run!"]) == 0
     made = tmp_path / "records/track_non_record_16mb/2026-11-21_My_Run"
     assert str(made) in capsys.readouterr().out
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(
-        f"records/track_non_record_16mb/2026-11-21_My_Run/{name}" for name in (
-            "README.md", "requirements.txt", "submission.json", "train_gpt.py", "logs/figure.png",
-            *(f"logs/seed{seed}.txt" for seed in SEEDS)))
-    assert all((made / path.relative_to(good)).read_bytes() == path.read_bytes() for path in good.rglob("*.txt")
-               if path.name != "seed5.txt")
+    assert sorted(
+        str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()
+    ) == sorted(
+        f"records/track_non_record_16mb/2026-11-21_My_Run/{name}"
+        for name in (
+            "README.md",
+            "requirements.txt",
+            "submission.json",
+            "train_gpt.py",
+            "logs/figure.png",
+            *(f"logs/seed{seed}.txt" for seed in SEEDS),
+        )
+    )
+    assert all(
+        (made / path.relative_to(good)).read_bytes() == path.read_bytes()
+        for path in good.rglob("*.txt")
+        if path.name != "seed5.txt"
+    )
     done = run_script(made, 0, script=made / "train_gpt.py", **corpus, ITERATIONS=2, RUN_ID="again")
     assert done.returncode == 0 and "final_ngram_exact" in done.stdout, done.stderr[-3000:]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for force in ([], ["--force"]):
-        assert m.main(["copy", str(tmp_path), "--folder", str(good), "--name", "My Run!", *force]) == 1
+        assert (
+            m.main(["copy", str(tmp_path), "--folder", str(good), "--name", "My Run!", *force]) == 1
+        )
         assert "exists already and is left as it is" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -547,31 +868,44 @@ def test_copy_refuses_what_check_refuses(folder, tmp_path, capsys):
     command = ["copy", str(tmp_path / "dest"), "--folder", str(folder), "--date", "2026-12-01"]
     assert m.main(command) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "not made, 3 checks failed: hardware: submission.json:7: track" in error
+    assert error.count("\n") == 1
+    assert "not made, 3 checks failed: hardware: submission.json:7: track" in error
     assert not list((tmp_path / "dest").iterdir())
     assert m.main([*command, "--force"]) == 0
-    assert "21 of 24 checks passed: not ready: hardware, json, json_bytes" in capsys.readouterr().out
-    assert (tmp_path / "dest/records/track_10min_16mb/2026-12-01_Tiny_a_test/submission.json").exists()
+    assert (
+        "21 of 24 checks passed: not ready: hardware, json, json_bytes" in capsys.readouterr().out
+    )
+    assert (
+        tmp_path / "dest/records/track_10min_16mb/2026-12-01_Tiny_a_test/submission.json"
+    ).exists()
     assert m.main(["copy", str(tmp_path / "nowhere"), "--folder", str(folder)]) == 1
     capsys.readouterr()
     assert m.main(["copy", "/proc", "--folder", str(folder)]) == 1
-    assert re.fullmatch(r"make_record.py: error: /proc: [^\n]+ was not made\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"make_record.py: error: /proc: [^\n]+ was not made\n", capsys.readouterr().err
+    )
 
 
 def test_a_copy_says_the_date_of_its_folder(good, tmp_path, capsys):
     assert m.main(["copy", str(tmp_path), "--folder", str(good), "--date", "2026-02-30"]) == 1
     assert "found the date '2026-02-30'" in capsys.readouterr().err
     assert m.main(["copy", str(tmp_path), "--folder", str(good), "--date", "2026-12-01"]) == 0
-    made = json.loads((tmp_path / "records/track_non_record_16mb/2026-12-01_Tiny_a_test/submission.json").read_text())
+    path = tmp_path / "records/track_non_record_16mb/2026-12-01_Tiny_a_test/submission.json"
+    made = json.loads(path.read_text())
     assert made == {**json.loads((good / "submission.json").read_text()), "date": "2026-12-01"}
 
 
 # --- what starts it ---
 
+
 def fake_python(path, gpus: int):
-    """An interpreter that knows a number of GPUs, leaves the log of RUN_ID, and says how it was called."""
+    """An interpreter that knows a number of GPUs, leaves the log of RUN_ID,
+    and says how it was called."""
     path.parent.mkdir(parents=True)
-    path.write_text(f'#!/bin/sh\ncase "$1" in\n-c) echo {gpus};;\n*) echo "$0 $*"; touch "logs/$RUN_ID.txt";;\nesac\n')
+    path.write_text(
+        f'#!/bin/sh\ncase "$1" in\n-c) echo {gpus};;\n'
+        '*) echo "$0 $*"; touch "logs/$RUN_ID.txt";;\nesac\n'
+    )
     path.chmod(0o755)
 
 
@@ -583,11 +917,18 @@ def test_launch_scripts_use_the_python_of_make(tmp_path, gpus, ranks):
     env = {k: v for k, v in os.environ.items() if k != "PYTHON"}
     for script in ("runs/demo.sh", "bench/systems.sh"):
         (tmp_path / "logs").mkdir(exist_ok=True)
-        done = subprocess.run(["bash", tmp_path / script], env=dict(env, RUN_ID="x"), capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", tmp_path / script], env=dict(env, RUN_ID="x"), capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         assert all(".venv/bin/python " in line for line in done.stdout.splitlines())
-        assert f"/.venv/bin/python -m torch.distributed.run --standalone --nproc_per_node={ranks} " in done.stdout
-    assert done.stdout.splitlines()[-1].startswith(".venv/bin/python make_record.py systems logs/systems/backoff_seed")
+        assert (
+            f"/.venv/bin/python -m torch.distributed.run --standalone --nproc_per_node={ranks} "
+            in done.stdout
+        )
+    assert done.stdout.splitlines()[-1].startswith(
+        ".venv/bin/python make_record.py systems logs/systems/backoff_seed"
+    )
 
 
 def test_make_record_does_without_logs_of_systems(tmp_path):
@@ -595,17 +936,23 @@ def test_make_record_does_without_logs_of_systems(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     steps = []
     for _ in range(2):
-        done = subprocess.run(["make", "-n", "record"], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            ["make", "-n", "record"], cwd=tmp_path, capture_output=True, text=True
+        )
         steps.append(re.findall(r"^\S+ make_record.py (.*)", done.stdout, re.M))
         (tmp_path / "logs/systems").mkdir(parents=True, exist_ok=True)
         (tmp_path / "logs/systems/backoff_seed1.txt").touch()
-    assert steps == [["report", "settings", "plot", "check"],
-                     ["report", "systems logs/systems/*.txt", "settings", "plot", "check"]]
+    assert steps == [
+        ["report", "settings", "plot", "check"],
+        ["report", "systems logs/systems/*.txt", "settings", "plot", "check"],
+    ]
 
 
 def test_the_readme_lists_every_setting_as_the_script_has_it():
     before, between, _ = m.split_readme(ROOT / "README.md", "settings")
-    assert between == f"\n{m.settings_table(ROOT / 'train_gpt.py')}\n", "run `make_record.py settings`"
+    assert between == f"\n{m.settings_table(ROOT / 'train_gpt.py')}\n", (
+        "run `make_record.py settings`"
+    )
     assert between.count("\n| `") == len(dataclasses.fields(t.Hyperparameters))
 
 

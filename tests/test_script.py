@@ -1,4 +1,6 @@
-"""The script as users start it: under torchrun, in an empty folder, with settings from the environment."""
+"""The script as users start it: under torchrun, in an empty folder,
+with settings from the environment."""
+
 import json
 import re
 
@@ -16,20 +18,32 @@ def test_a_run_says_everything_and_leaves_an_artifact(runs, ranks):
     log = (cwd / "logs/test.txt").read_text()
     assert log.startswith((ROOT / "train_gpt.py").read_text())
     assert f"hardware:{ranks} x " in log and "attention:sdpa" in log and "torch:" in log
-    assert "NUM_LAYERS=4" in log and "VE_LAYERS=2,3" in log and len(re.findall(r"sha256:[0-9a-f]{64}", log)) == 3
+    assert "NUM_LAYERS=4" in log
+    assert "VE_LAYERS=2,3" in log
+    assert len(re.findall(r"sha256:[0-9a-f]{64}", log)) == 3
     assert "warning: NUM_LAYER is set but is no setting; did you mean NUM_LAYERS?" in result.stdout
-    line = r"^step:\d+/12 train_loss:\d+\.\d+ train_time:\d+ms step_avg:\S+ms tok/s:\d+ lr_scale:\S+$"
+    line = (
+        r"^step:\d+/12 train_loss:\d+\.\d+ train_time:\d+ms step_avg:\S+ms tok/s:\d+ lr_scale:\S+$"
+    )
     assert len(re.findall(line, log, re.M)) == 12
     assert re.search(r"^late_qat:on step:11 lr_scale:0\.1667 bits:6 straight$", log, re.M)
-    for name in ("final_float_exact", "final_int6_roundtrip_exact", "final_int6_sliding_window_exact",
-                 "final_ngram_exact"):
+    for name in (
+        "final_float_exact",
+        "final_int6_roundtrip_exact",
+        "final_int6_sliding_window_exact",
+        "final_ngram_exact",
+    ):
         found = values(log, name)
-        ratio = float(found["val_loss"]) / np.log(2) / float(found["val_bpb"])       # bytes per target
+        ratio = float(found["val_loss"]) / np.log(2) / float(found["val_bpb"])  # bytes per target
         assert 1.0 < ratio < 3.0
     assert values(log, "final_ngram_exact")["counts"] == "exact"
-    assert float(values(log, "final_ngram_exact")["val_bpb"]) < float(values(log, "final_int6_sliding")["val_bpb"])
+    assert float(values(log, "final_ngram_exact")["val_bpb"]) < float(
+        values(log, "final_int6_sliding")["val_bpb"]
+    )
     audit = values(log, "ngram_audit")
-    assert audit["targets"] == "6000/6000" and audit["prefix"] == "6000" and int(audit["recounted"]) > 0
+    assert audit["targets"] == "6000/6000"
+    assert audit["prefix"] == "6000"
+    assert int(audit["recounted"]) > 0
     assert audit["mass_min"] == audit["mass_max"] == "1.000000000000"
     blob = (cwd / "final_model.int6.ptz").read_bytes()
     assert f"Serialized model int6+rans: {len(blob)} bytes" in log
@@ -52,8 +66,13 @@ def test_what_was_scored_is_what_is_in_the_file(runs, corpus):
     mixture = t.Mixture(tokens, hp)
     mixture.extend(nll, entropy)
     log = (cwd / "logs/test.txt").read_text()
-    for name, scores in (("final_int6_sliding_window_exact", nll), ("final_ngram_exact", mixture.nll)):
-        assert float(values(log, name)["val_bpb"]) == pytest.approx(t.bits_per_byte(scores, stream_bytes), abs=1e-6)
+    for name, scores in (
+        ("final_int6_sliding_window_exact", nll),
+        ("final_ngram_exact", mixture.nll),
+    ):
+        assert float(values(log, name)["val_bpb"]) == pytest.approx(
+            t.bits_per_byte(scores, stream_bytes), abs=1e-6
+        )
 
 
 def test_a_run_is_deterministic_and_never_overwrites_a_log(runs, corpus):
@@ -67,23 +86,46 @@ def test_a_run_is_deterministic_and_never_overwrites_a_log(runs, corpus):
 
 
 def test_time_stops_the_run_and_warms_it_down(corpus, tmp_path):
-    done = run_script(tmp_path, 1, **corpus, ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=3, WARMDOWN_ITERS=30,
-                      TRAIN_LOG_EVERY=0, VAL_LOSS_EVERY=20, AVERAGING="swa", SWA_EVERY=1, NGRAM_ENABLED=0, COMPILE=0)
+    done = run_script(
+        tmp_path,
+        1,
+        **corpus,
+        ITERATIONS=100_000,
+        MAX_WALLCLOCK_SECONDS=3,
+        WARMDOWN_ITERS=30,
+        TRAIN_LOG_EVERY=0,
+        VAL_LOSS_EVERY=20,
+        AVERAGING="swa",
+        SWA_EVERY=1,
+        NGRAM_ENABLED=0,
+        COMPILE=0,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     stop = values(done.stdout, "stopping_early")
     assert 1500 < int(stop["train_time"][:-2]) <= 3000
     assert re.search(r"^late_qat:on step:\d+", done.stdout, re.M)
     assert int(values(done.stdout, "averaging:swa")["swa_updates"]) > 0
-    assert re.search(r"^step:20/100000 val_loss:\S+ val_bpb:\S+ train_time:\d+ms step_avg:\S+ms$", done.stdout, re.M)
+    assert re.search(
+        r"^step:20/100000 val_loss:\S+ val_bpb:\S+ train_time:\d+ms step_avg:\S+ms$",
+        done.stdout,
+        re.M,
+    )
     assert "final_ngram_exact" not in done.stdout and "counts of the past off" in done.stdout
 
 
-@pytest.mark.parametrize("broken, said", [
-    (dict(DATA_PATH="nowhere"), r"DATA_PATH=nowhere: no fineweb_train_\*.bin there; `make demo` needs no data"),
-    (dict(NUM_LAYERS="eleven"), "NUM_LAYERS='eleven': expected an integer"),
-    (dict(VOCAB_SIZE=600), "has 512 pieces, but VOCAB_SIZE=600"),
-    (dict(EVAL_SEQ_LEN=7000), "the validation stream has 6001 tokens, a window needs 7001"),
-], ids=lambda b: next(iter(b)) if isinstance(b, dict) else "")
+@pytest.mark.parametrize(
+    "broken, said",
+    [
+        (
+            dict(DATA_PATH="nowhere"),
+            r"DATA_PATH=nowhere: no fineweb_train_\*.bin there; `make demo` needs no data",
+        ),
+        (dict(NUM_LAYERS="eleven"), "NUM_LAYERS='eleven': expected an integer"),
+        (dict(VOCAB_SIZE=600), "has 512 pieces, but VOCAB_SIZE=600"),
+        (dict(EVAL_SEQ_LEN=7000), "the validation stream has 6001 tokens, a window needs 7001"),
+    ],
+    ids=lambda b: next(iter(b)) if isinstance(b, dict) else "",
+)
 def test_bad_input_gets_one_line_and_leaves_no_artifact(corpus, tmp_path, broken, said):
     done = run_script(tmp_path, 0, **{**corpus, **broken})
     assert done.returncode != 0 and re.search(said, done.stderr), done.stderr
@@ -107,12 +149,20 @@ def test_a_bad_token_during_training_names_its_shard(corpus, tmp_path):
 
 def test_hashed_counts_get_no_bpb(corpus, tmp_path):
     """The predecessors' estimator is reproduced, measured and never called a score."""
-    done = run_script(tmp_path, 0, **corpus, NGRAM_COUNTS="hashed", NGRAM_ALPHA="order", NGRAM_BUCKETS=4096,
-                      ITERATIONS=2, SAVE_SCORES=1)
+    done = run_script(
+        tmp_path,
+        0,
+        **corpus,
+        NGRAM_COUNTS="hashed",
+        NGRAM_ALPHA="order",
+        NGRAM_BUCKETS=4096,
+        ITERATIONS=2,
+        SAVE_SCORES=1,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     line = values(done.stdout, "final_ngram_hashed")
     assert float(line["mass"]) > 2 and "val_bpb" not in line and "not a probability" in done.stdout
-    valid = values(done.stdout, "final_ngram_exact")                   # of exact counts, with the same weights
+    valid = values(done.stdout, "final_ngram_exact")  # of exact counts, with the same weights
     assert valid["counts"] == "exact" and valid["alpha"] == line["alpha"] == "order"
     assert float(valid["val_bpb"]) > float(line["pseudo_bpb"])
     assert values(done.stdout, "ngram_audit")["mass_max"] == "1.000000000000"
@@ -120,14 +170,20 @@ def test_hashed_counts_get_no_bpb(corpus, tmp_path):
         arrays = dict(saved)
         assert "NGRAM_BUCKETS" in json.loads(str(arrays.pop("settings")))
         assert {k: (v.shape, v.dtype.name) for k, v in arrays.items()} == dict.fromkeys(
-            ("nll", "entropy", "mixed"), ((6000,), "float32"))
+            ("nll", "entropy", "mixed"), ((6000,), "float32")
+        )
         loss = float(values(done.stdout, "final_int6_sliding")["val_loss"])
         assert saved["nll"].mean() == pytest.approx(loss, abs=1e-5)
 
 
 def test_an_error_repeats_which_names_are_no_settings(corpus, tmp_path):
-    done = run_script(tmp_path, 0, TOKENIZER_PATH=corpus["TOKENIZER_PATH"], DATA_PTAH=corpus["DATA_PATH"])
+    done = run_script(
+        tmp_path, 0, TOKENIZER_PATH=corpus["TOKENIZER_PATH"], DATA_PTAH=corpus["DATA_PATH"]
+    )
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert re.fullmatch("train_gpt.py: error: DATA_PATH=.*: no fineweb_train_.*; DATA_PTAH is set but is no setting; "
-                        "did you mean DATA_PATH.*\n", done.stderr)
+    assert re.fullmatch(
+        "train_gpt.py: error: DATA_PATH=.*: no fineweb_train_.*; DATA_PTAH is set but is no "
+        "setting; did you mean DATA_PATH.*\n",
+        done.stderr,
+    )
     assert (tmp_path / "logs/test.txt").read_text().rstrip().endswith("did you mean DATA_PATH?")

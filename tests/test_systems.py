@@ -1,4 +1,6 @@
-"""The three predecessors' launch scripts, end to end at tiny sizes: what each claims must show in what it did."""
+"""The three predecessors' launch scripts, end to end at tiny sizes:
+what each claims must show in what it did."""
+
 import math
 import os
 import subprocess
@@ -15,8 +17,14 @@ import train_gpt as t
 # what a script itself sets is left to it
 OWN = ("NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "XSA_LAST_N", "LATE_QAT_THRESHOLD", "EMA_DECAY")
 SMALL = {k: v for k, v in TINY.items() if k not in OWN} | dict(
-    NUM_HEADS=8, WARMDOWN_ITERS=10, SWA_EVERY=1, SWA_THRESHOLD=0.8,
-    NGRAM_BUCKETS=65_536, TTT_CHUNK_TOKENS=2048, CHECKPOINT_EVERY=1000)
+    NUM_HEADS=8,
+    WARMDOWN_ITERS=10,
+    SWA_EVERY=1,
+    SWA_THRESHOLD=0.8,
+    NGRAM_BUCKETS=65_536,
+    TTT_CHUNK_TOKENS=2048,
+    CHECKPOINT_EVERY=1000,
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,24 +36,45 @@ def logs(corpus, tmp_path_factory):
         (folder / "runs").mkdir()
         for name in (system, "common"):
             (folder / f"runs/{name}.sh").write_text((ROOT / f"runs/{name}.sh").read_text())
-        kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV")}
-        env = {**kept, "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable, "SCRIPT": str(ROOT / "train_gpt.py"),
-               **{k: str(v) for k, v in {**SMALL, **corpus}.items()}}
-        done = subprocess.run(["bash", "runs/" + system + ".sh"], cwd=folder, env=env, capture_output=True, text=True,
-                              timeout=200)
+        kept = {
+            k: v
+            for k, v in os.environ.items()
+            if k in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV")
+        }
+        env = {
+            **kept,
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHON": sys.executable,
+            "SCRIPT": str(ROOT / "train_gpt.py"),
+            **{k: str(v) for k, v in {**SMALL, **corpus}.items()},
+        }
+        done = subprocess.run(
+            ["bash", "runs/" + system + ".sh"],
+            cwd=folder,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         with np.load(folder / "logs/test.ckpt", allow_pickle=False) as checkpoint:
             arrays = dict(checkpoint)
         artifact = next(folder.glob("final_model.int*.ptz"))
-        runs[system] = (folder / "logs/test.txt").read_text(), t.unpack(artifact.read_bytes()), arrays
+        runs[system] = (
+            (folder / "logs/test.txt").read_text(),
+            t.unpack(artifact.read_bytes()),
+            arrays,
+        )
     return runs
 
 
 def packed_weights_are(state, arrays, expected) -> bool:
     """Are the artifact's matrices nearer to `expected`, by parameter, than to the last weights?"""
     names = [n for n in state if n.startswith("blocks") and n.endswith("weight")]
-    error = {kind: sum(float((state[n] - torch.from_numpy(w[n])).square().sum()) for n in names)
-             for kind, w in (("expected", expected), ("last", {n: arrays[f"model.{n}"] for n in names}))}
+    error = {
+        kind: sum(float((state[n] - torch.from_numpy(w[n])).square().sum()) for n in names)
+        for kind, w in (("expected", expected), ("last", {n: arrays[f"model.{n}"] for n in names}))
+    }
     return error["expected"] < 0.5 * error["last"]
 
 
@@ -74,19 +103,29 @@ def test_backoff_packs_the_middle_of_ema_and_tight_swa(logs):
 
 def test_order_adaptive_is_mha_with_xsa_everywhere_wide_and_int5(logs, corpus):
     log, state, _ = logs["order_adaptive"]
-    for setting in ("NUM_HEADS=8", "NUM_KV_HEADS=8", "XSA_LAST_N=4", "MLP_MULT=3.5", "QUANT_BITS=5", "TTT_EPOCHS=3"):
+    for setting in (
+        "NUM_HEADS=8",
+        "NUM_KV_HEADS=8",
+        "XSA_LAST_N=4",
+        "MLP_MULT=3.5",
+        "QUANT_BITS=5",
+        "TTT_EPOCHS=3",
+    ):
         assert f"\n{setting}\n" in log
-    assert state["blocks.0.attn.k.weight"].shape == (64, 64)                      # as many key heads as query heads
-    assert state["blocks.0.mlp.fc.weight"].shape == (224, 64)                     # 3.5 x 64
+    assert state["blocks.0.attn.k.weight"].shape == (64, 64)  # as many key heads as query heads
+    assert state["blocks.0.mlp.fc.weight"].shape == (224, 64)  # 3.5 x 64
     model = t.GPT(tiny(**{**SMALL, **corpus}, NUM_KV_HEADS=8, XSA_LAST_N=4, MLP_MULT=3.5))
-    assert int(values(log, "averaging:")["parameters"]) == sum(p.numel() for p in model.parameters())
+    assert int(values(log, "averaging:")["parameters"]) == sum(
+        p.numel() for p in model.parameters()
+    )
     assert all(block.attn.xsa for block in model.blocks)
     assert float(values(log, "fit_artifact")["coarsen"]) == 1
     for name, w in state.items():
         if name.startswith("blocks") and name.endswith("weight"):
             distinct = [len(row.unique()) for row in w]
-            assert max(distinct) <= 31                                            # codes -15 ... 15
-    assert max(len(row.unique()) for row in state["blocks.0.mlp.fc.weight"]) > 15  # and not of fewer bits
+            assert max(distinct) <= 31  # codes -15 ... 15
+    # and not of fewer bits
+    assert max(len(row.unique()) for row in state["blocks.0.mlp.fc.weight"]) > 15
     assert "bits:5 soft" in log
 
 
@@ -99,13 +138,19 @@ def test_prefill_packs_swa_of_a_model_with_slope_09(logs):
     log, state, arrays = logs["prefill"]
     assert int(values(log, "averaging:swa")["swa_updates"]) >= 1 and "\nLEAKY_SLOPE=0.9\n" in log
     assert packed_weights_are(state, arrays, mean_of(arrays, "swa"))
-    losses = [values(logs[system][0], "step:12/12 train_loss")["train_loss"] for system in ("backoff", "prefill")]
-    assert losses[0] != losses[1]                                                 # the slope changes what is learned
+    losses = [
+        values(logs[system][0], "step:12/12 train_loss")["train_loss"]
+        for system in ("backoff", "prefill")
+    ]
+    assert losses[0] != losses[1]  # the slope changes what is learned
 
 
 def test_each_script_names_its_source_and_takes_the_environment():
-    for system, source, setting in (("backoff", "#889", "NGRAM_ALPHA"), ("order_adaptive", "#825", "TTT_EPOCHS"),
-                                    ("prefill", "#806", "WARMDOWN_ITERS")):
+    for system, source, setting in (
+        ("backoff", "#889", "NGRAM_ALPHA"),
+        ("order_adaptive", "#825", "TTT_EPOCHS"),
+        ("prefill", "#806", "WARMDOWN_ITERS"),
+    ):
         text = (ROOT / f"runs/{system}.sh").read_text()
         assert source in text and f"{setting}=${{{setting}:-" in text and "Different here" in text
 
@@ -118,9 +163,13 @@ def test_soft_rounding_goes_from_identity_to_round(rng, hardness):
     low = torch.floor(x)
     expected = low + 0.5 + torch.tanh(hardness * (x - low - 0.5)) / (2 * math.tanh(hardness / 2))
     torch.testing.assert_close(y, expected)
-    assert (torch.gradient(y.detach()[x.argsort()])[0] >= 0).all()                # monotone
+    assert (torch.gradient(y.detach()[x.argsort()])[0] >= 0).all()  # monotone
     y.sum().backward()
-    slope = hardness * (1 - torch.tanh(hardness * (x.detach() - low - 0.5)) ** 2) / (2 * math.tanh(hardness / 2))
+    slope = (
+        hardness
+        * (1 - torch.tanh(hardness * (x.detach() - low - 0.5)) ** 2)
+        / (2 * math.tanh(hardness / 2))
+    )
     torch.testing.assert_close(x.grad, slope)  # not a straight-through 1
     error = (y - x.detach().round()).abs().mean()
     assert error < {1.0: 0.27, 4.0: 0.18, 16.0: 0.06}[hardness]
@@ -131,10 +180,17 @@ def test_soft_qat_trains_on_what_it_computes(corpus):
     hp = tiny(QAT_ROUNDING="soft", QUANT_BITS=5)
     torch.manual_seed(5)
     model, ids = t.GPT(hp), torch.randint(0, 512, (2, 33))
-    losses = {h: t.training_loss(model, ids[:, :-1], ids[:, 1:], None if h is None else torch.tensor(h)).item()
-              for h in (None, 1.0, 200.0)}
-    hard = {n: t.quantize_rows(p.detach(), levels) for n, p in model.named_parameters()
-            if (levels := t.natural_levels(n, p, hp))}
+    losses = {
+        h: t.training_loss(
+            model, ids[:, :-1], ids[:, 1:], None if h is None else torch.tensor(h)
+        ).item()
+        for h in (None, 1.0, 200.0)
+    }
+    hard = {
+        n: t.quantize_rows(p.detach(), levels)
+        for n, p in model.named_parameters()
+        if (levels := t.natural_levels(n, p, hp))
+    }
     for n, p in model.named_parameters():
         if n in hard:
             p.data = hard[n][0] * hard[n][1]
@@ -143,12 +199,16 @@ def test_soft_qat_trains_on_what_it_computes(corpus):
 
 
 def test_the_readme_table_of_systems_is_that_of_the_logs(logs, tmp_path):
-    (tmp_path / "README.md").write_text("# x\n<!-- systems:begin -->\nold\n<!-- systems:end -->\nrest\n")
+    (tmp_path / "README.md").write_text(
+        "# x\n<!-- systems:begin -->\nold\n<!-- systems:end -->\nrest\n"
+    )
     paths = []
     for system in logs:
         paths.append(tmp_path / f"logs/systems/{system}_seed1337.txt")
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
-        paths[-1].write_text(logs[system][0].replace("\nRUN_ID=test\n", f"\nRUN_ID={system}_seed1337\n"))
+        paths[-1].write_text(
+            logs[system][0].replace("\nRUN_ID=test\n", f"\nRUN_ID={system}_seed1337\n")
+        )
     make_record.systems(paths, tmp_path)
     readme = (tmp_path / "README.md").read_text()
     assert "old" not in readme and readme.endswith("rest\n")
@@ -157,7 +217,9 @@ def test_the_readme_table_of_systems_is_that_of_the_logs(logs, tmp_path):
         for line in ("final_int", "final_ngram_exact", "final_ngram_hashed"):
             found = values(log, line)
             assert f"{float(found.get('val_bpb') or found['pseudo_bpb']):.4f}" in row
-        assert f"{int(log.split('Total submission size')[-1].split(': ')[1].split(' ')[0]):,}" in row
+        assert (
+            f"{int(log.split('Total submission size')[-1].split(': ')[1].split(' ')[0]):,}" in row
+        )
     (tmp_path / "logs/odd.txt").write_text("")
     with pytest.raises(make_record.RecordError, match="odd.txt: its name says no system"):
         make_record.systems([tmp_path / "logs/odd.txt"], tmp_path)

@@ -1,4 +1,5 @@
 """Test-time training: score first, then learn; the same for all ranks; decodable."""
+
 import math
 
 import constriction
@@ -37,9 +38,12 @@ def test_learning_changes_later_scores_and_never_earlier_ones(stream):
     tokens, stream_bytes = stream
     plain = trainer_with(tokens, stream_bytes)
     untrained = collect(t.score_stream(plain.model, plain.model, tokens, 4, plain.rt))
-    learned = scores_of(tokens, stream_bytes, stride=4)   # 100 = 32 + 17 * 4: chunks end where windows do
+    # 100 = 32 + 17 * 4: chunks end where windows do
+    learned = scores_of(tokens, stream_bytes, stride=4)
     np.testing.assert_array_equal(learned[:, :100], untrained[:, :100])
-    assert all((learned[0, k: k + 100] != untrained[0, k: k + 100]).mean() > 0.9 for k in (100, 200, 300))
+    assert all(
+        (learned[0, k : k + 100] != untrained[0, k : k + 100]).mean() > 0.9 for k in (100, 200, 300)
+    )
 
 
 @pytest.mark.parametrize("position", [1, 57, 99, 100, 101, 230, 349])
@@ -47,23 +51,27 @@ def test_a_changed_target_changes_nothing_before_it(stream, position, rng):
     """Scores of chunk k know nothing of later chunks, nor of later targets of their own chunk."""
     tokens, stream_bytes = stream
     changed, lengths = tokens.copy(), stream_bytes.copy()
-    changed[position + 1:] = rng.integers(0, 500, 350 - position)      # target j is token j + 1
+    changed[position + 1 :] = rng.integers(0, 500, 350 - position)  # target j is token j + 1
     lengths[position:] = rng.integers(0, 9, 350 - position)
     before, after = scores_of(tokens, stream_bytes), scores_of(changed, lengths)
     np.testing.assert_array_equal(before[:, :position], after[:, :position])
-    assert before[1, position] == after[1, position]                   # the entropy is of the prefix alone
+    assert before[1, position] == after[1, position]  # the entropy is of the prefix alone
 
 
 def test_one_update_is_the_written_rule(stream):
-    """One chunk, one epoch, one sequence: a step of AdamW on the byte-weighted loss, clipped; half of it scores."""
+    """One chunk, one epoch, one sequence: a step of AdamW on the byte-weighted loss, clipped;
+    half of it scores."""
     tokens, stream_bytes = stream
     tokens, stream_bytes = tokens[:65], stream_bytes[:64]
     settings = dict(TTT_EPOCHS=1, TTT_CHUNK_TOKENS=32, TTT_DECAY=0.5)
     got = scores_of(tokens, stream_bytes, 32, **settings)
     trainer = trainer_with(tokens, stream_bytes, **settings)
     model, hp = trainer.model, trainer.hp
-    tuned = [p for n, p in model.named_parameters()
-             if n.startswith("blocks.3.") or n == "embed.weight" or not n.endswith(".weight")]
+    tuned = [
+        p
+        for n, p in model.named_parameters()
+        if n.startswith("blocks.3.") or n == "embed.weight" or not n.endswith(".weight")
+    ]
     before = [p.detach().clone() for p in tuned]
     ids = torch.from_numpy(tokens[:33].astype(np.int64))
     logp = torch.log_softmax(logits(model, model(ids[None, :32])), -1)[0]
@@ -71,7 +79,7 @@ def test_one_update_is_the_written_rule(stream):
     loss = -(logp[torch.arange(32), ids[1:]] * weights).sum() / weights.sum()
     grads = torch.autograd.grad(loss, tuned)
     scale = min(1.0, 1 / (float(sum(g.square().sum() for g in grads)) ** 0.5 + 1e-6))
-    for p, old, grad in zip(tuned, before, grads):                     # AdamW's first step; its average with the old
+    for p, old, grad in zip(tuned, before, grads):  # AdamW's first step; its average with the old
         g = grad * scale
         p.data = old - 0.5 * hp.ttt_lr * g / (g.abs() + hp.adam_eps)
     expected = collect(t.score_stream(model, model, tokens, 32, trainer.rt, (32, 64)))
@@ -86,16 +94,20 @@ def test_only_the_named_parameters_learn_and_all_come_back(stream):
     for _ in range(2):
         next(segments)
     moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
-    expected = {n for n in before if n.startswith("blocks.3.") or n == "embed.weight" or not n.endswith(".weight")}
+    expected = {
+        n
+        for n in before
+        if n.startswith("blocks.3.") or n == "embed.weight" or not n.endswith(".weight")
+    }
     assert moved == expected
-    segments.close()                                                   # as when the stride grows: all as it was
+    segments.close()  # as when the stride grows: all as it was
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
 
 
 @pytest.mark.parametrize("begin, end", [(0, 100), (100, 200), (90, 103), (0, 20), (32, 350)])
 def test_each_target_of_a_chunk_is_learned_from_once_an_epoch(stream, begin, end, monkeypatch):
     tokens, _ = stream
-    stream_bytes = np.arange(1, 351).astype(np.uint16)                 # so that a weight names its target
+    stream_bytes = np.arange(1, 351).astype(np.uint16)  # so that a weight names its target
     monkeypatch.setattr(t, "TTT_BATCH", 4)
     seen = np.zeros(350)
     for ranks in (1, 3):
@@ -107,8 +119,14 @@ def test_each_target_of_a_chunk_is_learned_from_once_an_epoch(stream, begin, end
                 assert ids.shape == targets.shape == weights.shape and len(ids)
                 for row_ids, row_targets, row in zip(ids, targets, weights):
                     used = torch.nonzero(row).flatten().tolist()
-                    start = next(s for s in range(351) if np.array_equal(tokens[s: s + len(row)], row_ids.numpy()))
-                    assert np.array_equal(tokens[start + 1: start + 1 + len(row)], row_targets.numpy())
+                    start = next(
+                        s
+                        for s in range(351)
+                        if np.array_equal(tokens[s : s + len(row)], row_ids.numpy())
+                    )
+                    assert np.array_equal(
+                        tokens[start + 1 : start + 1 + len(row)], row_targets.numpy()
+                    )
                     seen[[start + i for i in used]] += 1
         assert seen[begin:end].tolist() == [1] * (end - begin) and seen.sum() == end - begin
 
@@ -117,9 +135,16 @@ def test_a_chunk_of_no_bytes_teaches_nothing(stream):
     tokens, _ = stream
     scores = scores_of(tokens, np.zeros(350, np.uint16))
     plain = trainer_with(tokens, None)
-    assert np.array_equal(scores, np.concatenate([
-        collect(t.score_stream(plain.model, plain.model, tokens, 8, plain.rt, part))
-        for part in ((0, 100), (100, 200), (200, 300), (300, 350))], 1))
+    assert np.array_equal(
+        scores,
+        np.concatenate(
+            [
+                collect(t.score_stream(plain.model, plain.model, tokens, 8, plain.rt, part))
+                for part in ((0, 100), (100, 200), (200, 300), (300, 350))
+            ],
+            1,
+        ),
+    )
 
 
 def test_the_learning_rate_rises_threefold_then_falls_to_zero():
@@ -129,39 +154,51 @@ def test_the_learning_rate_rises_threefold_then_falls_to_zero():
 
 
 def test_one_and_two_ranks_learn_the_same(corpus, tmp_path):
-    settings = dict(**corpus, ITERATIONS=6, TTT_EPOCHS=2, TTT_CHUNK_TOKENS=1024, TTT_LR=0.003, NGRAM_ENABLED=0)
+    settings = dict(
+        **corpus, ITERATIONS=6, TTT_EPOCHS=2, TTT_CHUNK_TOKENS=1024, TTT_LR=0.003, NGRAM_ENABLED=0
+    )
     results = {}
     for ranks in (1, 2):
         (tmp_path / f"{ranks}").mkdir()
         done = run_script(tmp_path / f"{ranks}", ranks, **settings)
         assert done.returncode == 0, done.stderr[-2000:]
-        results[ranks] = {name: values(done.stdout, f"final_int6_{name}") for name in ("roundtrip", "sliding_window")}
+        results[ranks] = {
+            name: values(done.stdout, f"final_int6_{name}")
+            for name in ("roundtrip", "sliding_window")
+        }
         assert float(values(done.stdout, "ttt:score_first")["moved"]) > 0
     for name in ("roundtrip", "sliding_window"):
         one, two = (float(results[ranks][name]["val_bpb"]) for ranks in (1, 2))
         assert one == pytest.approx(two, abs=1e-5)
-    assert float(results[1]["sliding_window"]["val_bpb"]) < float(results[1]["roundtrip"]["val_bpb"])
+    assert float(results[1]["sliding_window"]["val_bpb"]) < float(
+        results[1]["roundtrip"]["val_bpb"]
+    )
 
 
 def distribution(trainer, buffer, j: int, begin: int, end: int) -> np.ndarray:
-    """p(v) of target j in the window of its chunk that scores it; what is not decoded yet is zeros."""
+    """p(v) of target j in the window of its chunk that scores it;
+    what is not decoded yet is zeros."""
     hp, length = trainer.hp, min(trainer.hp.eval_seq_len, end)
     starts, first, _ = t.windows(begin, end, length, hp.eval_stride)
     start = int(starts[np.searchsorted(first, j, "right") - 1])
     with torch.no_grad():
-        hidden = trainer.model(torch.from_numpy(buffer[start: start + length].astype(np.int64))[None])[0, j - start]
+        hidden = trainer.model(
+            torch.from_numpy(buffer[start : start + length].astype(np.int64))[None]
+        )[0, j - start]
         return torch.softmax(logits(trainer.model, hidden).double(), -1).numpy()
 
 
 def code(trainer, total: int, first_token: int, next_token):
-    """Encoder and decoder: `next_token(p)` codes or decodes one. The stream is known only up to it: chunk after chunk
-    score_and_learn, which learns when asked for the next chunk, sees the tokens that were decoded before."""
+    """Encoder and decoder: `next_token(p)` codes or decodes one. The stream is known only up to it:
+    chunk after chunk score_and_learn, which learns when asked for the next chunk, sees the tokens
+    that were decoded before."""
     buffer, chunk = np.zeros(total + 1, np.uint16), trainer.hp.ttt_chunk_tokens
     buffer[0] = first_token
     trainer.tokens = buffer
-    predictor, segments = Predictor(first_token, total, trainer.hp), t.score_and_learn(trainer, trainer.hp.eval_stride)
+    predictor = Predictor(first_token, total, trainer.hp)
+    segments = t.score_and_learn(trainer, trainer.hp.eval_stride)
     for begin in range(0, total, chunk):
-        next(segments)                                 # learns from the chunk before; these scores mean nothing
+        next(segments)  # learns from the chunk before; these scores mean nothing
         end = min(begin + chunk, total)
         for j in range(begin, end):
             p = distribution(trainer, buffer, j, begin, end)
@@ -195,8 +232,12 @@ def test_a_decoder_that_learns_as_it_reads_restores_the_stream(corpus):
     code(trainer_with(None, stream_bytes, **settings), 1200, int(tokens[0]), encode_next)
     words = encoder.get_compressed()
     decoder = constriction.stream.queue.RangeDecoder(words)
-    restored = code(trainer_with(None, stream_bytes, **settings), 1200, int(tokens[0]),
-                    lambda p: int(decoder.decode(categorical(p))))
+    restored = code(
+        trainer_with(None, stream_bytes, **settings),
+        1200,
+        int(tokens[0]),
+        lambda p: int(decoder.decode(categorical(p))),
+    )
     print(f"ttt: claimed:{claimed:.1f} bits coded:{32 * len(words)} bits of {1200} targets")
     assert np.array_equal(restored, tokens)
     assert abs(32 * len(words) - claimed) <= 64
