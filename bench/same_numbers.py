@@ -1,0 +1,417 @@
+#!/usr/bin/env python3
+"""Do two revisions of train_gpt.py give the same numbers, bit for bit, on a CPU? For refactorings.
+
+    python bench/same_numbers.py BASE [--new FILE_OR_REV] [--cases demo,resume] [--ranks 1,2]
+                                 [--keep DIR] [--show 3] [--jobs CORES]
+
+BASE is a git revision; the other side is the working tree's train_gpt.py, or a file or a revision
+(--new). Both are started by the working tree's launch scripts, in folders of their own: short runs
+at demo size, in which the number of steps is fixed and no clock decides anything. See CASES.
+
+Compared are all lines of the log after the source (but for EXCEPTIONS), the last checkpoint
+(weights, momenta, averages: exact), the artifact's bytes, and the scores of every target (exact).
+One line per case and number of ranks. Exit status 1 if anything differs or a run fails.
+
+With --keep DIR BASE's results stay in DIR (some 10 MB per run) and are used again by the next
+comparison: as long as script, launch scripts, settings, data, versions and processor are the same.
+"""
+
+import argparse
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "data")]  # not the tests' helpers: they import the tree's train_gpt.py
+
+import prepare_demo  # noqa: E402
+
+TRAIN_SHARDS, TARGETS, SECONDS = 2, 12_000, 400  # of the data; at most, for a run
+
+COMMON = dict(
+    # demo size
+    NUM_LAYERS=5, MODEL_DIM=128, NUM_HEADS=4, NUM_KV_HEADS=2, VE_LAYERS="3,4", VE_DIM=32,
+    XSA_LAST_N=2, BIGRAM_VOCAB_SIZE=1024, BIGRAM_DIM=32, TRAIN_BATCH_TOKENS=2048, TRAIN_SEQ_LEN=256,
+    EVAL_SEQ_LEN=256, EVAL_STRIDE=64, VAL_BATCH_SIZE=4096, TIED_EMBED_LR=0.03,
+    # no clock; validation, late QAT and snapshots all come within 24 steps
+    ITERATIONS=24, MAX_WALLCLOCK_SECONDS=0, EVAL_BUDGET_SECONDS=0, WARMUP_STEPS=2,
+    WARMDOWN_ITERS=16, LATE_QAT_THRESHOLD=0.5, EMA_DECAY=0.8, SWA_EVERY=2, SWA_THRESHOLD=0.7,
+    MUON_MOMENTUM=0.95, MUON_MOMENTUM_WARMUP_STEPS=12, VAL_LOSS_EVERY=12, TRAIN_LOG_EVERY=1,
+    # what is compared; the checkpoint stays because of CHECKPOINT_EVERY, and is the last step's
+    RUN_ID="same", DATA_PATH="data", TOKENIZER_PATH="data/tokenizer.model", SAVE_SCORES=1,
+    CHECKPOINT_EVERY=1e6,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch script, and settings beside COMMON's."""
+
+    launch: str
+    settings: dict = field(default_factory=dict)
+    after: str = ""  # begins with what BASE's run of that case left:
+    start: str = ""  # "EVAL_ONLY": its artifact, "RESUME": its checkpoint
+    budget: int = 0  # bytes of the artifact alone, whatever the code's size
+
+
+UNTIED = dict(
+    TIE_EMBEDDINGS=0, VRL_ENABLED=0, SMEAR_ENABLED=0, UNET_SKIPS=0, VE_ENABLED=0,
+    BIGRAM_VOCAB_SIZE=0, XSA_LAST_N=0, LN_SCALE=0, LOGIT_SOFTCAP=0, GRAD_CLIP_NORM=0,
+    AVERAGING="ema", EMBED_LR=0.03, FILL_BUDGET=0, QUANT_BITS=5,
+    EVAL_BUDGET_SECONDS=0.001,  # always exceeded: all strides up to 256, one by one
+)  # fmt: skip
+
+CASES = {
+    "demo": Case("demo", dict(MICRO_BATCH_TOKENS=512)),
+    "backoff": Case("backoff"),
+    "order_adaptive": Case(
+        "order_adaptive",
+        dict(NUM_KV_HEADS=4, XSA_LAST_N=5, TTT_CHUNK_TOKENS=4096, NGRAM_MIN_COUNT=1),
+    ),
+    "prefill": Case("prefill", dict(WARMDOWN_ITERS=20, LATE_QAT_THRESHOLD=0, NGRAM_BUCKETS=4096)),
+    "eval_only": Case(
+        "demo", dict(EVAL_STRIDE=96, NGRAM_MIN_ORDER=3, NGRAM_ORDER=12), "demo", "EVAL_ONLY"
+    ),
+    "resume": Case("backoff", dict(ITERATIONS=36, NGRAM_ENABLED=0), "backoff", "RESUME"),
+    "tight": Case("demo", dict(AVERAGING="ema_swa", QAT_ROUNDING="soft"), budget=300_000),
+    "untied": Case("demo", UNTIED),
+}
+
+EXCEPTIONS = (  # taken out of both logs before they are compared: pattern, reason
+    (r"\b(train|eval|added|total_eval)_time:\S+", "a time"),
+    (r"\bstep_avg:\S+", "a time"),
+    (r"\btok/s:\S+", "a speed"),
+    (r"\bprojected:\S+", "a time that a speed foretells"),
+    (r"^.* elapsed:\S+ left:\S+$", "progress, said every 10 s"),
+    (r"^  training .* evaluation .*$", "times, on the last screen"),
+    (r"^Code size: .*$", "the code's size"),
+    (r"(?<=^artifact_bytes )code:\d+", "the code's size; the sizes after it are compared"),
+    (r"^Total submission size .*$", "with the code's size"),
+    (r"^  artifact .* code included.*$", "with the code's size, on the last screen"),
+)
+
+DRIVER = """
+import os
+import train_gpt as t
+t.SIZE_CAP = {budget} + len(open("train_gpt.py", "rb").read())
+try:
+    t.main(dict(os.environ))
+except BaseException as error:
+    t.end(error)
+t.end(None)
+"""
+
+
+class Failed(Exception):
+    """A run that did not end well; the message says why."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two scripts; its results are folders in `store`."""
+
+    name: str
+    script: bytes
+    store: Path
+
+
+# --- Scripts and data -----------------------------------------------------------------------------
+
+
+def read_script(source: str) -> bytes:
+    """train_gpt.py of a git revision, or the file `source`."""
+    if Path(source).is_file():
+        return Path(source).read_bytes()
+    command = ["git", "-C", str(ROOT), "show", f"{source}:train_gpt.py"]
+    done = subprocess.run(command, capture_output=True)
+    if done.returncode:
+        reason = done.stderr.decode().strip().splitlines()[0]
+        sys.exit(f"same_numbers.py: {source}: no file, and no train_gpt.py of a revision: {reason}")
+    return done.stdout
+
+
+def write_data(folder: Path) -> str:
+    """The demo corpus with a short validation stream, two training shards; returns its SHA-256."""
+    prepare_demo.main(ROOT / "data")
+    demo = ROOT / "data/datasets/demo_sp1024"
+    header = np.fromfile(demo / "fineweb_val_000000.bin", "<i4", 256)
+    train, val = (
+        np.fromfile(demo / f"fineweb_{part}_000000.bin", "<u2", offset=1024)
+        for part in ("train", "val")
+    )
+    border = len(train) // TRAIN_SHARDS + 3000  # a lane of the loader crosses it
+    shards = dict(train_000000=train[:border], train_000001=train[border:])
+    for name, tokens in {**shards, "val_000000": val[: TARGETS + 1]}.items():
+        header[2] = len(tokens)
+        (folder / f"fineweb_{name}.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    shutil.copy(ROOT / "data/tokenizers/demo_1024_bpe.model", folder / "tokenizer.model")
+    return digest(*(path.read_bytes() for path in sorted(folder.iterdir())))
+
+
+def digest(*facts) -> str:
+    """SHA-256 of `facts`, bytes or what repr tells."""
+    parts = (fact if isinstance(fact, bytes) else repr(fact).encode() for fact in facts)
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+@functools.cache
+def surroundings() -> str:
+    """What may change numbers beside script, settings and data: versions, processor."""
+    cpu = re.findall(r"^(?:model name|flags)\s*:.*", Path("/proc/cpuinfo").read_text(), re.M)[:2]
+    packages = map(version, ("torch", "numpy", "sentencepiece"))
+    return digest(sys.version, *packages, platform.platform(), os.cpu_count(), *cpu)
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+def key(side: Side, name: str, ranks: int, data_digest: str) -> str:
+    """Name of the folder of a result: the same only for what must give the same numbers."""
+    case, launchers = CASES[name], [ROOT / "runs/common.sh", ROOT / f"runs/{CASES[name].launch}.sh"]
+    facts = [side.script, case, COMMON, DRIVER, ranks, data_digest, surroundings()]
+    facts += [path.read_bytes() for path in launchers]
+    facts += [CASES[case.after]] if case.after else []
+    return f"{name}_{ranks}_{digest(*facts)[:20]}"
+
+
+def run(case: Case, ranks: int, folder: Path) -> None:
+    """The launch script in `folder`, which has its copy, train_gpt.py and the data."""
+    start = f"start.{'ptz' if case.start == 'EVAL_ONLY' else 'ckpt'}"
+    settings = COMMON | case.settings | ({case.start: start} if case.start else {})
+    script = "train_gpt.py"
+    if case.budget:
+        script = "driver.py"
+        (folder / script).write_text(DRIVER.format(budget=case.budget))
+    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LANG")}
+    launch = dict(SCRIPT=script, PYTHON=sys.executable, NPROC=ranks)
+    fixed = dict(OMP_NUM_THREADS=1, CUDA_VISIBLE_DEVICES="")
+    env = {k: str(v) for k, v in {**kept, **launch, **fixed, **settings}.items()}
+    with open(folder / "stderr.txt", "w+") as stderr:
+        process = subprocess.Popen(
+            ["bash", f"runs/{case.launch}.sh"],
+            cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=stderr,
+        )  # fmt: skip
+        try:
+            code = process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun, which then ends its ranks
+            process.wait()
+            raise Failed(f"no end after {SECONDS} s") from None
+        if code:
+            said = (folder / "stderr.txt").read_text()
+            own = re.split(r"^[EW]\d{4} ", said, maxsplit=1, flags=re.M)[0]  # then torchrun's
+            last = "\n    ".join((own.strip() or said.strip()).splitlines()[-6:])
+            raise Failed(f"exit status {code}, stderr ends with\n    {last}")
+
+
+def result(side: Side, name: str, ranks: int, data: Path, data_digest: str, before: Path) -> Path:
+    """The folder with all that this run left, made now unless it is in the store."""
+    case, done = CASES[name], side.store / key(side, name, ranks, data_digest)
+    if done.exists():
+        return done
+    folder = Path(tempfile.mkdtemp(dir=side.store, prefix=f"{name}_{ranks}_part_"))
+    try:
+        (folder / "train_gpt.py").write_bytes(side.script)
+        shutil.copytree(ROOT / "runs", folder / "runs")
+        (folder / "data").symlink_to(data)  # the same path in all logs
+        if case.start == "EVAL_ONLY":
+            shutil.copy(artifact(before), folder / "start.ptz")
+        elif case.start:
+            shutil.copy(before / "logs/same.ckpt", folder / "start.ckpt")
+        run(case, ranks, folder)
+        for path in (folder / "data", *folder.glob("start.*")):
+            path.unlink()
+        folder.rename(done)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return done
+
+
+class Schedule:
+    """Runs both sides' cases, some at a time; what another run needs is run before, and once."""
+
+    def __init__(self, jobs: int, data: Path):
+        self.pool, self.data, self.data_digest = ThreadPoolExecutor(jobs), data, write_data(data)
+        self.futures: dict[tuple, Future] = {}
+
+    def submit(self, side: Side, base: Side, name: str, ranks: int) -> Future:
+        """The folder that will hold the result. Jobs begin in order: none waits for a later one."""
+        job = side.name, name, ranks
+        if job not in self.futures:
+            after = CASES[name].after
+            before = self.submit(base, base, after, ranks) if after else None
+            self.futures[job] = self.pool.submit(self.work, side, name, ranks, before)
+        return self.futures[job]
+
+    def work(self, side: Side, name: str, ranks: int, before: Future | None) -> Path:
+        try:
+            folder = before.result() if before else None
+            return result(side, name, ranks, self.data, self.data_digest, folder)
+        except Failed as error:
+            raise Failed(f"{side.name}: {str(error).removeprefix(f'{side.name}: ')}") from None
+
+
+# --- Comparison -----------------------------------------------------------------------------------
+
+
+def artifact(folder: Path) -> Path | None:
+    return next(folder.glob("final_model.*.ptz"), None)
+
+
+def log_values(log: str) -> dict[str, str]:
+    """All values after the source: "first word of the line, key" -> value, numbered if repeated;
+    the words that are no key:value pairs are the value of "first word, text"."""
+    body, values, seen = log.split("=" * 100 + "\n")[-1], {}, Counter()
+    for pattern, _ in EXCEPTIONS:
+        body = re.sub(pattern, "", body, flags=re.M)
+
+    def add(name: str, value: str) -> None:
+        seen[name] += 1
+        values[f"{name} ({seen[name]})" if seen[name] > 1 else name] = value
+
+    for line in filter(None, map(str.strip, body.splitlines())):
+        if setting := re.fullmatch(r"([A-Z][A-Z0-9_]+)=(.*)", line):
+            add(f"setting {setting[1]}", setting[2])
+            continue
+        first, *words = line.split()
+        pairs = [word for word in words if re.fullmatch("[^:]+:.+", word)]
+        text = " ".join(word for word in words if word not in pairs)
+        if text or not pairs:
+            add(f"{first} text", text)
+        for name, _, value in (pair.partition(":") for pair in pairs):
+            add(f"{first} {name}", value)
+    return values
+
+
+def arrays(folder: Path) -> dict[str, np.ndarray]:
+    """All arrays of scores and checkpoint."""
+    found = {}
+    for kind, path in dict(scores="logs/same_scores.npz", checkpoint="logs/same.ckpt").items():
+        if (folder / path).exists():
+            with np.load(folder / path) as archive:
+                found |= {f"{kind} {name}": array for name, array in archive.items()}
+    if "checkpoint progress" in found:
+        found["checkpoint progress"] = found["checkpoint progress"][:1]  # then the training time
+    return found
+
+
+def describe(a: np.ndarray, b: np.ndarray) -> str:
+    """How two arrays differ, "" if they do not."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return f"{a.dtype} {a.shape} -> {b.dtype} {b.shape}"
+    if a.tobytes() == b.tobytes():
+        return ""
+    if a.dtype.kind not in "fiu":
+        return "differs"
+    most = np.abs(a.astype(np.float64) - b).max()
+    return f"{np.count_nonzero(a != b)} of {a.size} numbers differ, by up to {most:.3g}"
+
+
+def compare(base: Path, new: Path) -> tuple[str, list[str]]:
+    """(what was compared, the differences)."""
+    a, b = (log_values((folder / "logs/same.txt").read_text()) for folder in (base, new))
+    found = [
+        f"{name}: {a.get(name, 'absent')} -> {b.get(name, 'absent')}"
+        for name in {**a, **b}
+        if a.get(name) != b.get(name)
+    ]
+    x, y = arrays(base), arrays(new)
+    for name in {**x, **y}:
+        if name not in x or name not in y:
+            found.append(f"{name}: only in {'BASE' if name in x else 'NEW'}")
+        elif said := describe(x[name], y[name]):
+            found.append(f"{name}: {said}")
+    numbers = sum(array.size for array in x.values())
+    return f"{len(a)} values in the log, {numbers:,} in {len(x)} arrays", found
+
+
+def compare_artifacts(base: Path, new: Path) -> tuple[str, bool]:
+    """(a word on the artifacts, are they equal)."""
+    old, young = artifact(base), artifact(new)
+    if not old and not young:
+        return "no artifact is written", True
+    equal = bool(old and young) and old.name == young.name
+    equal = equal and old.read_bytes() == young.read_bytes()
+    return f"artifact's SHA-256 {'equal' if equal else 'DIFFERS'}", equal
+
+
+def report(name: str, ranks: int, base: Future, new: Future, show: int) -> bool:
+    """Prints the line of a case; is all of it equal?"""
+    label = f"{name:14} {ranks} rank{'s' if ranks > 1 else ' '}"
+    try:
+        folders = base.result(), new.result()
+    except Failed as error:
+        print(f"{label}  FAILED, {error}", flush=True)
+        return False
+    (facts, found), (word, same) = compare(*folders), compare_artifacts(*folders)
+    verdict = f"{len(found)} DIFFER" if found else "equal"
+    print(f"{label}  {facts}: {verdict}; {word}", flush=True)
+    for difference in found[:show]:
+        print(f"    {difference}")
+    if len(found) > show:
+        print(f"    and {len(found) - show} more", flush=True)
+    return not found and same
+
+
+# --- main -----------------------------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
+    def cases(text: str) -> list[str]:
+        if unknown := set(names := text.split(",")) - set(CASES):
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not of {', '.join(CASES)}")
+        return names
+
+    def numbers(text: str) -> list[int]:
+        return [int(number) for number in text.split(",")]
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("base", metavar="BASE", help="git revision (or file)")
+    parser.add_argument("--new", default=str(ROOT / "train_gpt.py"), help="file or git revision")
+    parser.add_argument("--cases", type=cases, default=list(CASES), help=",".join(CASES))
+    parser.add_argument("--ranks", type=numbers, default=[1, 2], help="1,2")
+    parser.add_argument("--keep", type=Path, help="folder in which BASE's results stay")
+    parser.add_argument("--show", type=int, default=3, help="differences shown per case")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args, began = parse_arguments(), time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="same_numbers_") as top:
+        kept, fresh, data = args.keep or Path(top, "base"), Path(top, "new"), Path(top, "data")
+        for folder in (kept, fresh, data):
+            folder.mkdir(parents=True, exist_ok=True)
+        base = Side("BASE", read_script(args.base), kept.resolve())
+        new = Side("NEW", read_script(args.new), fresh)
+        schedule = Schedule(args.jobs, data)
+        try:
+            rows = [
+                (name, ranks, *(schedule.submit(side, base, name, ranks) for side in (base, new)))
+                for ranks in args.ranks
+                for name in args.cases
+            ]
+            different = [row for row in rows if not report(*row, args.show)]
+        finally:
+            schedule.pool.shutdown(cancel_futures=True)
+    print(f"{len(rows)} comparisons, {len(different)} not equal; {time.monotonic() - began:.0f} s")
+    sys.exit(bool(different))
+
+
+if __name__ == "__main__":
+    main()
