@@ -1488,20 +1488,17 @@ class Hider:
 
 
 class OneRank:
-    """Stands in for the script's Runtime: one process, no files, nothing said."""
+    """Stands in for the script's Ranks: one process, on the CPU."""
 
-    rank, world_size, stopped = 0, 1, False
+    rank, world_size = 0, 1
 
     def __init__(self):
         import torch
 
         self.device = torch.device("cpu")
 
-    def log(self, *args, **options) -> None:
-        pass
-
     def __getattr__(self, name: str):
-        # sum, gather, barrier, ...: one rank's is all
+        # sum_over_ranks, broadcast, barrier, ...: one rank's is all
         return lambda *args: args[0] if args else None
 
 
@@ -1578,12 +1575,21 @@ class Probed:
         """(nll, entropy) in nats of the targets, by the script's score_stream or, with TTT,
         its score_and_learn."""
         if self.hp.ttt_epochs:
-            trainer = self.module.Trainer(self.model, None, OneRank())
-            trainer.tokens, trainer.stream_bytes = tokens, np.ones(len(tokens) - 1, np.uint16)
+            validation = self.module.Validation(
+                tokens, lambda stream: np.ones(len(stream) - 1, np.uint16)
+            )
+            trainer = self.module.Trainer(
+                self.model,
+                None,
+                validation,
+                OneRank(),
+                self.module.RunLog(),  # without a name: no file, nothing said
+                self.module.StopSignal(),
+            )
             segments = self.module.score_and_learn(trainer, self.hp.eval_stride)
         else:
             segments = self.module.score_stream(
-                self.model, self.model, tokens, self.hp.eval_stride, OneRank()
+                self.model.hidden, self.model, tokens, self.hp.eval_stride, OneRank()
             )
         nll, entropy = (np.concatenate(parts) for parts in list(zip(*segments))[:2])
         if len(nll) != len(tokens) - 1:
@@ -1659,10 +1665,12 @@ class Bigram:
     chosen by the token before."""
 
     def __init__(self, hp, table):
-        self.hp, self.table = hp, table
+        import torch
 
-    def __call__(self, ids, last=0):
-        return self.table[ids[:, -last:]]
+        self.hp, self.embed = hp, torch.nn.Embedding.from_pretrained(table)
+
+    def hidden(self, ids, last=0):
+        return self.embed(ids[:, -last:])
 
     def scores(self, rows, targets):
         import torch
@@ -1682,7 +1690,7 @@ def probe_once(module, settings: dict[str, str]) -> str:
         size, length = int(probed.rng.integers(2, 400)), int(probed.rng.integers(1, 100))
         stride, tokens = int(probed.rng.integers(1, length + 1)), probed.stream(size)
         model = Bigram(replace(probed.hp, eval_seq_len=length, eval_stride=stride), table)
-        segments = module.score_stream(model, model, tokens, stride, OneRank())
+        segments = module.score_stream(model.hidden, model, tokens, stride, OneRank())
         nll = np.concatenate([segment[0] for segment in segments])
         known = -table.log_softmax(-1).numpy()[tokens[:-1].astype(int), tokens[1:].astype(int)]
         if len(nll) != len(known) or not np.abs(nll - known).max() < 1e-4:

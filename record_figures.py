@@ -148,20 +148,22 @@ def load_scores(path: Path) -> Scores:
         )
     try:
         hp = train_gpt.Hyperparameters.from_env(run_settings(path, arrays))
-        stream, counter = train_gpt.load_validation(hp), train_gpt.ByteCounter(hp)
+        validation = train_gpt.load_validation(hp)
     except (train_gpt.UserError, OSError) as error:
         raise RecordError(f"{path}: {error}") from None
     sizes = {name: len(arrays[name]) for name in ("nll", "entropy", "mixed")}
-    if set(sizes.values()) != {len(stream) - 1}:
+    if set(sizes.values()) != {validation.targets}:
         raise RecordError(
             f"{path}: holds {sizes}, but the validation stream in {hp.data_path} has "
-            f"{len(stream) - 1} targets: expected the data of that run"
+            f"{validation.targets} targets: expected the data of that run"
         )
     if not all(np.isfinite(arrays[name]).all() for name in sizes):
         raise RecordError(f"{path}: some scores are not finite: the run diverged")
     # the mixture that is saved: hashed counts are only reported beside it
     hp = replace(hp, ngram_counts="exact")
-    return Scores(path, hp, stream, counter(stream), *(arrays[name] for name in sizes))
+    return Scores(
+        path, hp, validation.tokens, validation.target_bytes, *(arrays[name] for name in sizes)
+    )
 
 
 def run_settings(path: Path, arrays: dict) -> dict[str, str]:
@@ -254,8 +256,8 @@ def render(scores: Scores, first: int, last: int) -> str:
     sp = sentencepiece.SentencePieceProcessor(model_file=scores.hp.tokenizer_path)
     hp, size = scores.hp, slice(first, last)
     least = 1 if hp.ngram_alpha == "online" else hp.ngram_min_count
-    known = train_gpt.ngram_backoff(scores.tokens[: last + 1], replace(hp, ngram_min_count=least))
-    order, context, pair = (array[size] for array in known)
+    known = train_gpt.BackoffCounts(scores.tokens[: last + 1], replace(hp, ngram_min_count=least))
+    order, context, pair = (array[size] for array in (known.order, known.context, known.pair))
     # enough for the first context and to finish its characters
     lead = max(0, first - max(hp.ngram_order, 4))
     ids = scores.tokens[lead + 1 : last + 1]

@@ -1,63 +1,122 @@
-"""Parameter Golf: train a small GPT, pack it into 16 MB, score a stream with a mixture that is a code.
+"""Parameter Golf: train a small GPT, pack it into 16 MB, score a stream by a code length.
 
     make demo                                                 laptop CPU, nothing to download
     torchrun --standalone --nproc_per_node=8 train_gpt.py     8xH100, FineWeb under DATA_PATH
-    SEED=42 EVAL_STRIDE=256 torchrun ...                      settings are environment variables (section 1)
+    SEED=42 EVAL_STRIDE=256 torchrun ...                      settings are environment variables
 
-One token's life, from the top of this file to its bottom:
-    shard -> TokenLoader -> GPT -> loss -> Muon / AdamW -> WeightAverage   it teaches the model      (3-7, 11)
-    weights -> int6 codes -> container -> file -> weights again            what is read back is scored     (8)
-    validation stream -> windows -> nll[t], entropy[t] per target          each target once                (9)
-    the same stream -> exact counts of the past -> mixture -> nll'[t]      a probability at every t       (10)
-    sum(nll') / ln 2 / sum(bytes)                                          the score                      (12)
+One token's life, from the top of this file to its bottom (in brackets: the sections):
 
-Shape suffixes: B batch, T position, D model width, H query heads, G key/value heads, K head width,
-V vocabulary, N any flat number of positions, R x C a matrix. Losses are nats per token until `bits_per_byte`.
+    shard -> TokenLoader -> GPT -> loss -> Muon, AdamW -> WeightAverage  it teaches the model [3-8]
+    weights -> codes -> container -> file -> weights   what is read back is what is scored [9]
+    validation stream -> windows -> nll[t], entropy[t]   every target once [10, 11]
+    the same stream -> exact counts of the past -> mixture -> nll'[t]   still a distribution [12]
+    sum(nll') / ln 2 / sum(bytes)   the score [13]
+
+Where do I add ...
+    a setting             a field of Hyperparameters [1], read where it acts
+    a feature of a layer  its module [4]: a parameter in __init__, its effect in forward
+    an optimizer          a class with the methods of SummedGradients, a row of parameter_kinds [6]
+    a quantiser           a class with the method of RowQuantizer, for fit_artifact [9]
+    a rule of mixing      a class with the methods of EntropyBackoff, a row of RULES [12]
+
+Shape suffixes: B batch, T position, D model width, W MLP width, H query heads, G key/value heads,
+K head width, V vocabulary, N any flat number of positions, R x C a matrix, S a stack or the last
+positions. Losses are nats per token until `bits_per_byte`. Arguments hp, ranks, log, stop, model,
+trainer, validation and mixture are of the class of that name (hp: Hyperparameters); tokens, nll,
+entropy and target_bytes are arrays along the stream. Collective: every rank must make the call.
 """
+
 from __future__ import annotations
-import concurrent.futures, contextlib, functools, hashlib, importlib, json, lzma, math, os, platform
-import re, signal, sys, time, traceback, zlib
-from dataclasses import dataclass, field, fields, replace
+
+import concurrent.futures
+import difflib
+import hashlib
+import importlib
+import json
+import lzma
+import math
+import os
+import platform
+import re
+import signal
+import sys
+import time
+import traceback
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from functools import cache, cached_property, partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
-import numpy as np, torch, torch.nn.functional as F
-from torch import Tensor, distributed as dist, nn
-triton = None  # then each op runs in its plain form
-with contextlib.suppress(ImportError):
-    import triton, triton.language as tl
-SIZE_CAP = 16_000_000          # bytes, decimal: code + compressed weights (the challenge's rule)
+from time import perf_counter
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy import ndarray
+from torch import Tensor, nn
+from torch import distributed as dist
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # then every fused operation runs in its plain form
+    triton = None
+
+SIZE_CAP = 16_000_000  # bytes, decimal: code + compressed weights (the challenge's rule)
+
+
 class UserError(Exception):
-    """What a user can mend. The message is one line: what was found, what was expected, what to do."""
+    """What a user can mend. One line: what was found, what was expected, what to do."""
+
+
 class Stopped(UserError):
     """A signal ended the run."""
-def require(holds: bool, message: str, kind=UserError) -> None:
+
+
+def require(holds: bool, message: str, error: type[Exception] = UserError):
     if not holds:
-        raise kind(message)
-# --- 1. Hyperparameters -------------------------------------------------------------------------------------
-# The only place that reads the environment. What cannot work is refused, in one line, before data is touched.
-def setting(default, doc: str, low=None, high=math.inf, choices=""):
-    return field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices.split()))
+        raise error(message)
+
+
+# --- 1. Settings --------------------------------
+# Every switch of the script is one field here, and one environment variable of the same name in
+# capitals. What cannot work is refused, in one line, before any data is touched.
+
+
+def setting(default, doc: str, low: float | None = None, high: float = math.inf, choices: str = ""):
+    """A field of Hyperparameters: its default, one line of doc, and its bounds or its choices."""
+    metadata = {"doc": doc, "low": low, "high": high, "choices": choices.split()}
+    return field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
-    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
+    # Files and the run
+    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "fineweb_{train,val}_*.bin")
     train_data_path: str = setting("", "another folder for the training shards; empty: DATA_PATH")
-    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece, to count bytes")
+    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece")
     run_id: str = setting("", "name of logs/<RUN_ID>.txt; empty: date, time and seed")
     seed: int = setting(1337, "seed of the initial weights", 0)
     eval_only: str = setting("", "score this final_model.int6.ptz and train nothing")
     resume: str = setting("", "go on from this logs/<RUN_ID>.ckpt")
-    checkpoint_every: float = setting(0.0, "seconds between checkpoints; 0: at validations and SIGTERM", 0)
+    checkpoint_every: float = setting(0.0, "seconds; 0: at validations and SIGTERM only", 0)
     compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
+
+    # Training
     iterations: int = setting(20_000, "most training steps", 1)
     max_wallclock_seconds: float = setting(600.0, "most training time; 0: no limit", 0)
-    warmdown_iters: int = setting(3500, "length of the final linear decay, in steps' worth of time", 0)
-    warmup_steps: int = setting(20, "untimed steps that compile both graphs (at least 2), then undone", 0)
+    warmdown_iters: int = setting(3500, "final linear decay, in steps' worth of time", 0)
+    warmup_steps: int = setting(20, "untimed, to compile both graphs (>= 2); then undone", 0)
     train_batch_tokens: int = setting(786_432, "tokens per step, over all ranks", 1)
-    micro_batch_tokens: int = setting(98_304, "most tokens of one forward and backward pass on one rank", 1)
+    micro_batch_tokens: int = setting(98_304, "most tokens of one pass on one rank", 1)
     train_seq_len: int = setting(2048, "tokens per training sequence", 1)
     train_log_every: int = setting(500, "steps between train_loss lines; 0: only the first ten", 0)
     fused_mlp: bool = setting(True, "Triton kernels for the MLP, on CUDA")
     fused_loss: bool = setting(True, "Triton kernels for loss and entropy, on CUDA")
+
+    # Model
     vocab_size: int = setting(1024, "V; must equal the tokenizer's", 2, 65_536)
     num_layers: int = setting(11, "L, blocks", 1)
     model_dim: int = setting(512, "D, width of the residual stream", 1)
@@ -70,16 +129,18 @@ class Hyperparameters:
     rope_base: float = setting(10_000.0, "RoPE base", 1)
     rope_dims: int = setting(16, "rotated dimensions of each head; 0: no positions", 0)
     qk_gain_init: float = setting(1.5, "initial per-head gain of the queries", -100, 100)
-    xsa_last_n: int = setting(4, "last layers whose heads drop the part along their own value (XSA)", 0)
+    xsa_last_n: int = setting(4, "last layers without their own value (XSA); >= L: all", 0)
     ln_scale: bool = setting(True, "scale a block's normed inputs by 1/sqrt(layer + 1)")
     unet_skips: bool = setting(True, "U-Net skips from the first half of the blocks to the second")
     smear_enabled: bool = setting(True, "SmearGate: mix each position's input with the one before")
     ve_enabled: bool = setting(True, "shared value embedding, added to the values of VE_LAYERS")
     ve_dim: int = setting(128, "width of the value embedding", 1)
-    ve_layers: tuple[int, ...] = setting((9, 10), "layers (from 0) that receive it, comma-separated")
-    vrl_enabled: bool = setting(True, "value residual: mix each layer's values with layer 0's (VRL)")
+    ve_layers: tuple[int, ...] = setting((9, 10), "layers (from 0) that receive it")
+    vrl_enabled: bool = setting(True, "value residual (VRL): mix values with layer 0's")
     bigram_vocab_size: int = setting(2048, "rows of the hashed bigram embedding; 0: none", 0)
     bigram_dim: int = setting(128, "width of the hashed bigram embedding", 1)
+
+    # Optimizers
     tied_embed_lr: float = setting(0.035, "AdamW lr of all embeddings when TIE_EMBEDDINGS=1", 0)
     embed_lr: float = setting(0.6, "AdamW lr of all embeddings when TIE_EMBEDDINGS=0", 0)
     head_lr: float = setting(0.008, "AdamW lr of the output head when TIE_EMBEDDINGS=0", 0)
@@ -95,172 +156,328 @@ class Hyperparameters:
     beta2: float = setting(0.95, "AdamW beta2", 0, 1)
     adam_eps: float = setting(1e-8, "AdamW epsilon", 0)
     grad_clip_norm: float = setting(0.3, "largest gradient norm; 0: no clipping", 0)
+
+    # Averages and the artifact
     averaging: str = setting("ema", "weights that are packed", choices="none ema swa ema_swa")
     ema_decay: float = setting(0.997, "decay per step of the exponential average", 0, 1)
     swa_every: int = setting(50, "steps between snapshots of the uniform average", 1)
     swa_threshold: float = setting(0.2, "snapshots start once the lr scale is below this", 0, 1)
-    late_qat_threshold: float = setting(0.15, "lr scale below which fake quantisation starts; 0: never", 0)
-    qat_rounding: str = setting("straight", "of late QAT; soft as in 2006.09952", choices="straight soft")
-    quant_bits: int = setting(6, "bits of the matrices' codes before fitting, and late QAT's", 3, 8)
-    fill_budget: bool = setting(True, "spend the bytes that are left on finer codes, up to 8 bits")
+    late_qat_threshold: float = setting(0.15, "lr scale where fake quantisation starts", 0)
+    qat_rounding: str = setting("straight", "soft: as in 2006.09952", choices="straight soft")
+    quant_bits: int = setting(6, "bits of a matrix's codes before fitting, and in QAT", 3, 8)
+    fill_budget: bool = setting(True, "spend bytes that are left on codes of up to 8 bits")
+
+    # Scoring
     eval_seq_len: int = setting(2048, "tokens per scoring window", 1)
     eval_stride: int = setting(64, "new targets per window of the final score", 1)
-    eval_budget_seconds: float = setting(600.0, "to keep 95 % of it, the stride widens; 0: no budget", 0)
-    val_loss_every: int = setting(4000, "steps between validations during training; 0: only the last", 0)
+    eval_budget_seconds: float = setting(600.0, "the stride widens to keep 95 % of it; 0: none", 0)
+    val_loss_every: int = setting(4000, "steps between validations; 0: only the last", 0)
     val_batch_size: int = setting(524_288, "tokens per scoring batch, over all ranks", 1)
-    save_scores: bool = setting(False, "write nll, entropy, mixed nll per target to logs/<RUN_ID>_scores.npz")
+    save_scores: bool = setting(False, "all scores to logs/<RUN_ID>_scores.npz")
+
+    # Test-time training
     ttt_epochs: int = setting(0, "passes over each chunk once it is scored; 0: off", 0)
     ttt_chunk_tokens: int = setting(32_768, "targets that are scored, then trained on", 1)
-    ttt_lr: float = setting(5e-4, "AdamW lr; over the stream by cosine to 0, times 1 to 3 at first", 0)
-    ttt_blocks: int = setting(2, "last blocks that learn, beside all vectors, scalars and the output head", 0)
+    ttt_lr: float = setting(5e-4, "AdamW lr: at first times 1 to 3, then by cosine to 0", 0)
+    ttt_blocks: int = setting(2, "last blocks that learn, beside vectors and output head", 0)
     ttt_decay: float = setting(0.998, "decay per step of the average that scores", 0, 1)
-    ngram_enabled: bool = setting(True, "mix the model with counts of what came before in the stream")
+
+    # Mixture with n-gram counts
+    ngram_enabled: bool = setting(True, "mix the model with counts of the past")
     ngram_min_order: int = setting(2, "shortest gram (context + target)", 2, 16)
     ngram_order: int = setting(7, "longest gram", 2, 16)
-    ngram_alpha: str = setting("online", "learned; by PR #889; by PR #825", choices="online entropy order")
-    ngram_min_count: int = setting(2, "times a context must occur before its order may win; not online", 1)
+    ngram_alpha: str = setting("online", "who weighs the counts", choices="online entropy order")
+    ngram_min_count: int = setting(2, "of a context, before it may win; not online", 1)
     alpha_min: float = setting(0.05, "weight where the model is sure; not online", 0, 1)
     alpha_max: float = setting(0.60, "weight where the model is lost; not online", 0, 1)
-    ngram_counts: str = setting("exact", "hashed: the predecessors' too, no code", choices="exact hashed")
-    ngram_buckets: int = setting(4_194_304, "buckets of each hashed table, a power of two", 2, 2 ** 30)
-    head_dim = property(lambda self: self.model_dim // self.num_heads)
+    ngram_counts: str = setting("exact", "hashed: also as PR #889", choices="exact hashed")
+    ngram_buckets: int = setting(4_194_304, "of a hashed table, a power of two", 2, 2**30)
+
+    @property
+    def head_dim(self):
+        """K, the width of one head."""
+        return self.model_dim // self.num_heads
+
     @classmethod
-    def from_env(cls, env: dict[str, str]) -> Hyperparameters:
-        """Typed, checked settings from `env`; UserError names the variable, its value, what it may hold."""
-        return cls(**{f.name: parse_setting(f, env) for f in fields(cls) if f.name.upper() in env})
-    def __post_init__(self) -> None:
-        """Refuse settings that cannot work together, with the first rule that they break."""
-        T, L, power = self.train_seq_len, self.num_layers, 1 << self.ngram_buckets.bit_length()
-        whole, ve = self.train_batch_tokens // T * T, self.ve_layers if self.ve_enabled else ()
-        for holds, names, rule in (
-            (self.model_dim % self.num_heads == 0, "MODEL_DIM NUM_HEADS", "the heads must divide the width"),
-            (self.num_heads % self.num_kv_heads == 0, "NUM_HEADS NUM_KV_HEADS", "the latter must divide"),
-            (self.rope_dims in range(0, self.head_dim + 1, 2), "ROPE_DIMS",
-             f"expected an even number up to the head width MODEL_DIM/NUM_HEADS = {self.head_dim}"),
-            (self.mlp_mult * self.model_dim >= 1, "MLP_MULT", "the MLP would have no units"),
-            (self.xsa_last_n <= L, "XSA_LAST_N NUM_LAYERS", "there are not so many layers"),
-            (set(ve) <= set(range(L)), "VE_LAYERS", f"layers run from 0 to {L - 1}; or set VE_ENABLED=0"),
-            (self.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "expected 0 (off) or at least 2"),
-            (self.train_batch_tokens == whole, "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN",
-             f"expected a multiple; nearest are {whole} and {whole + T}"),
-            (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE EVAL_SEQ_LEN", "targets would go unscored"),
-            (self.ngram_min_order <= self.ngram_order, "NGRAM_MIN_ORDER NGRAM_ORDER", "no order is left"),
-            (self.ngram_counts == "exact" or self.ngram_alpha != "online" and self.ngram_order <= 7,
-             "NGRAM_COUNTS NGRAM_ALPHA NGRAM_ORDER", "hashed counts need alpha entropy or order, order <= 7"),
-            (2 * self.ngram_buckets == power, "NGRAM_BUCKETS", f"expected a power of two, such as {power}"),
-            (self.alpha_min <= self.alpha_max < 1, "ALPHA_MIN ALPHA_MAX", "expected the first <= second < 1"),
-        ):
-            require(holds, ", ".join(f"{n}={self.as_env()[n]}" for n in names.split()) + f": {rule}")
-    def as_env(self) -> dict[str, str]:
+    def from_env(cls, env: dict[str, str]):
+        """Typed, checked settings; UserError names the variable, its value and what it may hold."""
+        given = [f for f in fields(cls) if f.name.upper() in env]
+        return cls(**{f.name: parse_setting(f, env[f.name.upper()]) for f in given})
+
+    def as_env(self):
         """All settings as they would be written in the environment."""
-        return {name.upper(): ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-                for name, value in vars(self).items()}
-PARSERS = {  # by the type of a setting's default: how to read it, what to expect
-    str: (str, "text"), int: (int, "an integer"), float: (float, "a number"),
-    bool: (lambda text: {"0": 0, "false": 0, "1": 1, "true": 1}[text.strip().lower()] == 1, "0 or 1"),
-    tuple: (lambda text: tuple(int(i) for i in text.split(",") if i.strip()), "comma-separated integers")}
-def parse_setting(f, env: dict[str, str]):
-    """The value of field `f` in `env`: of the type of its default, finite, within its bounds."""
-    (parse, expected), (_, low, high, choices) = PARSERS[type(f.default)], f.metadata.values()
+        values = vars(self) | {"ve_layers": ",".join(map(str, self.ve_layers))}
+        return {name.upper(): str(value) for name, value in values.items()}
+
+    def __post_init__(self):
+        """UserError: settings that cannot work together."""
+        for names, rule in self.conflicts():
+            texts = self.as_env()
+            found = ", ".join(f"{name}={texts[name]}" for name in names.split())
+            raise UserError(f"{found}: {rule}")
+
+    def conflicts(self):
+        """Yields (the names of settings, the rule that they break)."""
+        if self.model_dim % self.num_heads:
+            yield "MODEL_DIM NUM_HEADS", "the heads must divide the width"
+        if self.num_heads % self.num_kv_heads:
+            yield "NUM_HEADS NUM_KV_HEADS", "the latter must divide"
+        if self.rope_dims % 2 or self.rope_dims > self.head_dim:
+            most = f"the head width MODEL_DIM/NUM_HEADS = {self.head_dim}"
+            yield "ROPE_DIMS", f"expected an even number up to {most}"
+        if self.mlp_mult * self.model_dim < 1:
+            yield "MLP_MULT", "the MLP would have no units"
+        if self.ve_enabled and not set(self.ve_layers) <= set(range(self.num_layers)):
+            yield "VE_LAYERS", f"layers run from 0 to {self.num_layers - 1}; or set VE_ENABLED=0"
+        if self.bigram_vocab_size == 1:
+            yield "BIGRAM_VOCAB_SIZE", "expected 0 (off) or at least 2"
+        over = self.train_batch_tokens % self.train_seq_len
+        if over:
+            below = self.train_batch_tokens - over
+            rule = f"expected a multiple; nearest are {below} and {below + self.train_seq_len}"
+            yield "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN", rule
+        if self.eval_stride > self.eval_seq_len:
+            yield "EVAL_STRIDE EVAL_SEQ_LEN", "targets would go unscored"
+        if self.ngram_min_order > self.ngram_order:
+            yield "NGRAM_MIN_ORDER NGRAM_ORDER", "no order is left"
+        if self.ngram_counts == "hashed" and (self.ngram_alpha == "online" or self.ngram_order > 7):
+            rule = "hashed counts need alpha entropy or order, order <= 7"
+            yield "NGRAM_COUNTS NGRAM_ALPHA NGRAM_ORDER", rule
+        if self.ngram_buckets.bit_count() > 1:
+            power = 1 << self.ngram_buckets.bit_length()
+            yield "NGRAM_BUCKETS", f"expected a power of two, such as {power}"
+        if not self.alpha_min <= self.alpha_max < 1:
+            yield "ALPHA_MIN ALPHA_MAX", "expected the first <= second < 1"
+
+
+def parse_bool(text: str):
+    return {"0": False, "false": False, "1": True, "true": True}[text.strip().lower()]
+
+
+def parse_integers(text: str):
+    return tuple(int(part) for part in text.split(",") if part.strip())
+
+
+PARSERS = {  # by the type of a setting's default: how to read it, and what to expect
+    str: (str, "text"),
+    int: (int, "an integer"),
+    float: (float, "a number"),
+    bool: (parse_bool, "0 or 1"),
+    tuple: (parse_integers, "comma-separated integers"),
+}
+
+
+def parse_setting(f, text: str):
+    """What `text` gives field `f`: of its default's type, one of its choices or within its bounds.
+    UserError: it does not."""
+    parse, expected = PARSERS[type(f.default)]
+    low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
     if choices:
         expected = f"one of {', '.join(choices)}"
     elif low is not None:
         expected += f", at least {low}" if high == math.inf else f" from {low} to {high}"
-    with contextlib.suppress(ValueError, KeyError):
-        value = parse(text := env[f.name.upper()])
-        if value in choices if choices else low is None or low <= value <= high and value < math.inf:
+
+    with suppress(ValueError, KeyError):
+        value = parse(text)
+        is_inside = low is None or (low <= value <= high and value < math.inf)
+        if value in choices if choices else is_inside:
             return value
     raise UserError(f"{f.name.upper()}={text!r}: expected {expected} (default {f.default!r})")
-def is_near(a: str, b: str, n: int) -> bool:
-    """Can `n` insertions, deletions and changes of a letter turn `a` into `b`?"""
-    if n < 0 or not a or not b:
-        return len(a) + len(b) <= n
-    return is_near(a[1:], b[1:], n - (a[0] != b[0])) or is_near(a[1:], b, n - 1) or is_near(a, b[1:], n - 1)
-def mistyped(env: dict[str, str]) -> list[str]:
-    """Warnings for environment names that are within edit distance 2 of settings but are none."""
-    known = sorted(f.name.upper() for f in fields(Hyperparameters))
-    meant = {name: " or ".join(k for k in known if is_near(name, k, 2)) for name in sorted({*env} - {*known})}
-    return [f"{name} is set but is no setting; did you mean {k}?" for name, k in meant.items() if k]
-# --- 2. Runtime ---------------------------------------------------------------------------------------------
-# All that knows of other ranks: on one rank each method is the identity, so laptop and cluster run the same
-# lines. What is on the CPU travels by gloo: agreeing on the clock never waits for a GPU.
-REDUCE_SCATTER, ALL_GATHER = (getattr(dist, new, None) or getattr(dist, old) for new, old in (  # torch 2.13
-    ("reduce_scatter_single", "reduce_scatter_tensor"), ("all_gather_single", "all_gather_into_tensor")))
-class Runtime:
-    """This process among torchrun's (in `env`), its device, its log: rank 0 opens a new logs/<run_id>.txt."""
-    def __init__(self, run_id: str, env: dict[str, str]):
-        self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        local_rank, cuda = int(env.get("LOCAL_RANK", 0)), torch.cuda.is_available()
-        self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-        if cuda:
+
+
+def mistyped(env: dict[str, str]):
+    """A warning for each name in `env` that is no setting but nearly one."""
+    known = {f.name.upper() for f in fields(Hyperparameters)}
+    near = {n: difflib.get_close_matches(n, known, cutoff=0.82) for n in sorted(set(env) - known)}
+    text = "{} is set but is no setting; did you mean {}?"
+    return [text.format(name, " or ".join(meant)) for name, meant in near.items() if meant]
+
+
+# --- 2. Runtime ---------------------------------
+# Four duties that have nothing to do with learning: the other ranks, the log, signals, progress. On
+# one rank every collective is the identity, so that a laptop and a cluster run the same lines.
+
+
+@dataclass
+class Transfer:
+    """A collective under way. The result may be read only once `wait` has returned it."""
+
+    result: Tensor
+    work: dist.Work | None = None  # None: one rank, there is nothing to wait for
+
+    def wait(self):
+        if self.work is not None:
+            self.work.wait()
+        return self.result
+
+
+class Ranks:
+    """This process among torchrun's, its device, and all that ranks tell each other. Every method
+    is collective. CPU tensors travel by gloo: agreeing on the clock never waits for a GPU."""
+
+    def __init__(self, env: dict[str, str]):
+        self.rank = int(env.get("RANK", 0))
+        self.world_size = int(env.get("WORLD_SIZE", 1))
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            local_rank = int(env.get("LOCAL_RANK", 0))
             gpus = torch.cuda.device_count()
-            require(local_rank < gpus, f"LOCAL_RANK={local_rank}, {gpus} GPUs: set --nproc_per_node={gpus}")
+            too_many = f"LOCAL_RANK={local_rank}, {gpus} GPUs: set --nproc_per_node={gpus}"
+            require(local_rank < gpus, too_many)
+            self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.world_size > 1:
+            cuda = self.device.type == "cuda"
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-        self.stopped, self.patient = "", False  # the signal that came; it waits for the end of the step
-        for number in (signal.SIGTERM, signal.SIGINT) if run_id else ():  # without it: no handlers, no log
-            signal.signal(number, self.stop)
-        self.log_path, self.unwritten, i = None, b"", 1
-        while run_id and self.rank == 0 and not self.log_path:
-            os.makedirs("logs", exist_ok=True)
-            path, i = Path("logs", f"{run_id}_{i}.txt" if i > 1 else f"{run_id}.txt"), i + 1
-            with contextlib.suppress(FileExistsError):
-                self.log_file, self.log_path = path.open("xb", buffering=0), path
-    def stop(self, number: int, frame) -> None:
-        """On SIGTERM and SIGINT: training ends its step and leaves a checkpoint, all else ends here."""
-        first, self.stopped = not self.stopped, signal.Signals(number).name
-        if first and not self.patient:
-            raise Stopped(f"stopped by {self.stopped}")
-    def log(self, line: str, console: bool = True) -> None:
-        """Rank 0 prints and writes `line` at once; what a full disk refuses is tried again with the next."""
-        self.unwritten += f"{line}\n".encode() if self.log_path else b""
-        with contextlib.suppress(OSError):  # of the console: it may be a file on that disk, or a closed pipe
-            try:
-                while self.unwritten:
-                    self.unwritten = self.unwritten[self.log_file.write(self.unwritten):]
-            except OSError as error:
-                print(f"warning: {self.log_path}: {error.strerror}; the run goes on", file=sys.stderr)
-            if console and self.log_path:
-                print(line, flush=True)
-    def sum(self, x: Tensor) -> Tensor:
-        """In-place sum of `x` over the ranks."""
+
+    def sum_over_ranks(self, x: Tensor):
+        """`x` itself, which becomes the sum of all ranks' `x`, in place."""
         if self.world_size > 1:
             dist.all_reduce(x)
         return x
-    def agree(self, *numbers: float) -> list[float]:
-        """Sums over the ranks, by way of the CPU."""
-        return self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
-    def from_rank_0(self, x: Tensor) -> Tensor:
+
+    def sum_numbers(self, *numbers: float):
+        """Each number summed over the ranks, by way of the CPU."""
+        return self.sum_over_ranks(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+    def broadcast(self, x: Tensor):
         """`x` becomes rank 0's, in place."""
-        return self.sum(x if self.rank == 0 else x.zero_())
-    def start(self, collective, x: Tensor, rows: int):
-        """A function that waits for the `rows` rows that `collective` makes of `x`. To be called once."""
+        if self.world_size > 1:
+            dist.broadcast(x, 0)
+
+    def reduce_scatter(self, x: Tensor):
+        """Begin to sum `x` over the ranks; each rank receives an equal share of its rows."""
         if self.world_size == 1:
-            return lambda: x
-        out = x.new_empty(rows, *x.shape[1:])
-        work = collective(out, x, async_op=True)
-        return lambda: (work.wait(), out)[1]
-    def compare(self, facts: dict[str, object]) -> None:
-        """UserError that names the ranks whose `facts` are not rank 0's."""
+            return Transfer(x)
+        share = x.new_empty(len(x) // self.world_size, *x.shape[1:])
+        collective = getattr(dist, "reduce_scatter_single", None)  # since torch 2.13
+        collective = collective or dist.reduce_scatter_tensor
+        return Transfer(share, collective(share, x, async_op=True))
+
+    def all_gather(self, share: Tensor):
+        """Begin to collect the rows of all ranks' `share`s."""
+        if self.world_size == 1:
+            return Transfer(share)
+        whole = share.new_empty(len(share) * self.world_size, *share.shape[1:])
+        collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return Transfer(whole, collective(whole, share, async_op=True))
+
+    def require_equal(self, facts: dict[str, object]):
+        """UserError: `facts`, by name, are not rank 0's (compared by their repr)."""
         for name, fact in facts.items():
-            column = self.agree(*np.eye(self.world_size)[self.rank] * zlib.crc32(repr(fact).encode()))
-            if odd := [str(rank) for rank, checksum in enumerate(column) if checksum != column[0]]:
-                raise UserError(f"rank {', '.join(odd)}: {name} differ from rank 0's: start the same files "
-                                "with the same settings everywhere")
-    def barrier(self) -> None:
+            checksums = [0.0] * self.world_size
+            checksums[self.rank] = zlib.crc32(repr(fact).encode())
+            checksums = self.sum_numbers(*checksums)
+            odd = [str(rank) for rank, sum_ in enumerate(checksums) if sum_ != checksums[0]]
+            require(
+                not odd,
+                f"rank {', '.join(odd)}: {name} differ from rank 0's: start the same files with "
+                "the same settings everywhere",
+            )
+
+    def barrier(self):
+        """Wait until every rank is here and its GPU has done all that it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.agree(0)
-    def close(self) -> None:
-        """UserError: lines of the log that no later one could bring to the disk."""
+        self.sum_numbers(0)
+
+    def close(self):
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
-        require(not self.unwritten, f"{self.log_path}: no disk space for its last {len(self.unwritten)} "
-                "bytes; free some and keep what was printed")
-def replace_file(path: Path, write) -> None:
-    """`write(file)` aside, then rename: `path` is whole, the old one until the new one is."""
+
+
+class RunLog:
+    """logs/<run_id>.txt (a name that is taken gets a number) and the console; silent on ranks but
+    0. A line is on the disk when the call returns; what a full disk refuses is tried again."""
+
+    def __init__(self, run_id: str = "", rank: int = 0):
+        self.path: Path | None = None  # None: this log says nothing
+        self.unwritten = b""
+        if not run_id or rank:
+            return
+        os.makedirs("logs", exist_ok=True)
+        number = 1
+        while self.path is None:
+            path = Path("logs", f"{run_id}_{number}.txt" if number > 1 else f"{run_id}.txt")
+            number += 1
+            with suppress(FileExistsError):
+                self.file = path.open("xb", buffering=0)
+                self.path = path
+
+    def __call__(self, line: str, console: bool = True):
+        """Write `line` to the file and, unless console=False, print it."""
+        if self.path is None:
+            return
+        self.unwritten += f"{line}\n".encode()
+        with suppress(OSError):  # of the console: a file on that disk, or a closed pipe
+            try:
+                while self.unwritten:
+                    written = self.file.write(self.unwritten)
+                    self.unwritten = self.unwritten[written:]
+            except OSError as error:
+                print(f"warning: {self.path}: {error.strerror}; the run goes on", file=sys.stderr)
+            if console:
+                print(line, flush=True)
+
+    def close(self):
+        """UserError: lines that no later one could bring to the disk."""
+        require(
+            not self.unwritten,
+            f"{self.path}: no disk space for its last {len(self.unwritten)} bytes; free some and "
+            "keep what was printed",
+        )
+
+
+class StopSignal:
+    """SIGTERM and SIGINT: the first raises Stopped but, while `patient`, is only noted, so that
+    training can end its step and leave a checkpoint."""
+
+    def __init__(self):
+        self.name = ""  # of the signal that came
+        self.patient = False
+
+    def install(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame):
+        is_first = not self.name
+        self.name = signal.Signals(number).name
+        if is_first and not self.patient:
+            raise Stopped(f"stopped by {self.name}")
+
+
+class Progress:
+    """Called with how much of `total` is done: a live bar, or in a log a line every 10 s."""
+
+    def __init__(self, log, label: str, total: int):
+        self.log = log
+        self.label = label
+        self.total = max(total, 1)
+        self.started = self.last_line = perf_counter()
+
+    def __call__(self, done: int):
+        if self.log.path is None:
+            return
+        now = perf_counter()
+        share = done / self.total
+        elapsed = now - self.started
+        left = elapsed / share - elapsed if share else math.nan
+        line = f"{self.label} {share:.0%} elapsed:{elapsed:.0f}s left:{left:.0f}s"
+
+        is_live = sys.stdout.isatty()
+        if is_live:
+            bar = "#" * round(24 * share)
+            print(f"\r[{bar:24}] {line}\033[K", end="" if share < 1 else "\n", flush=True)
+        if now - self.last_line >= 10:
+            self.log(line, console=not is_live)
+            self.last_line = now
+
+
+def replace_file(path: Path, write: Callable):
+    """`write(file)` aside, then rename: the old file stays until the new one is whole. UserError:
+    no space, or no right to write."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(aside, "wb") as file:
@@ -272,179 +489,671 @@ def replace_file(path: Path, write) -> None:
         raise UserError(f"{path}: {error.strerror or error}; free space, then RESUME") from None
     finally:
         aside.unlink(missing_ok=True)
-class Progress:
-    """How far long work is and how long it will take: a live bar on a terminal, and a line every 10 s."""
-    def __init__(self, rt: Runtime, label: str, total: int):
-        self.rt, self.label, self.total = rt, label, max(total, 1)
-        self.start = self.said = time.perf_counter()
-    def __call__(self, done: int) -> None:
-        now, share, live = time.perf_counter(), done / self.total, sys.stdout.isatty()
-        elapsed = now - self.start
-        line = f"{self.label} {share:.0%} elapsed:{elapsed:.0f}s left:{elapsed / (share or math.nan) - elapsed:.0f}s"
-        if live and self.rt.rank == 0:
-            print(f"\r[{'#' * round(24 * share):24}] {line}\033[K", end="" if share < 1 else "\n", flush=True)
-        if now - self.said >= 10:
-            self.rt.log(line, console=not live)
-            self.said = now
-# --- 3. Data ------------------------------------------------------------------------------------------------
-# A shard is 256 little-endian int32 (20240520, 1, count, 0 ...), then `count` uint16 tokens, memory-mapped.
-# The loader has no state: batch k is a function of k, the same tokens whatever the number of ranks.
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
-GET_DATA = ("`make demo` needs no data; for FineWeb get the challenge repository and run its "
-            "data/cached_challenge_fineweb.py, then set DATA_PATH and TOKENIZER_PATH")
-def load_shard(path: Path) -> np.memmap:
-    """The uint16 tokens of one shard, memory-mapped; UserError: it is none, of another version, or cut."""
-    header, size = np.fromfile(path, "<i4", SHARD_HEADER), path.stat().st_size
-    magic, version, count, *_ = *header.tolist(), 0, 0, 0
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or count < 1 or size != 4 * SHARD_HEADER + 2 * count:
-        raise UserError(f"{path}: magic {magic}, version {version}, {count} tokens in {size} bytes; expected "
-                        f"magic {SHARD_MAGIC}, version {SHARD_VERSION}, n in 1024 + 2 n bytes; {GET_DATA}")
+
+
+# --- 3. Data ------------------------------------
+# A shard is 256 little-endian int32 (20240520, 1, count, 0 ...), then `count` uint16 tokens. The
+# loader has no state: batch k is a function of k, the same tokens whatever the number of ranks.
+
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER = 256  # int32
+BOS = 1  # the token that opens a document
+GET_DATA = (
+    "`make demo` needs no data; for FineWeb get the challenge repository and run its "
+    "data/cached_challenge_fineweb.py, then set DATA_PATH and TOKENIZER_PATH"
+)
+
+
+def load_shard(path: Path):
+    """The uint16 tokens of a shard, memory-mapped; UserError: none, of another version, or cut."""
+    size = path.stat().st_size
+    header = np.fromfile(path, "<i4", SHARD_HEADER).tolist()
+    magic, version, count, *_ = [*header, 0, 0, 0]
+    is_shard = (magic, version) == (SHARD_MAGIC, SHARD_VERSION) and count >= 1
+    require(
+        is_shard and size == 4 * SHARD_HEADER + 2 * count,
+        f"{path}: magic {magic}, version {version}, {count} tokens in {size} bytes; expected "
+        f"magic {SHARD_MAGIC}, version {SHARD_VERSION}, n in 1024 + 2 n bytes; {GET_DATA}",
+    )
     return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER, (count,))
-def find_shards(part: str, hp: Hyperparameters) -> list[Path]:
-    """All shards of `part` (train or val), in order; UserError: none in its folder."""
+
+
+def find_shards(part: str, hp):
+    """All shards of `part` ("train" or "val"), in order; UserError: none in its folder."""
     name = "train_data_path" if part == "train" and hp.train_data_path else "data_path"
-    paths = sorted(Path(folder := getattr(hp, name)).glob(f"fineweb_{part}_*.bin"))
+    folder = getattr(hp, name)
+    paths = sorted(Path(folder).glob(f"fineweb_{part}_*.bin"))
     require(bool(paths), f"{name.upper()}={folder}: no fineweb_{part}_*.bin there; {GET_DATA}")
     return paths
-def check_tokens(tokens: np.ndarray, vocab_size: int, source: str | Path) -> np.ndarray:
+
+
+def check_tokens(tokens, vocab_size: int, source: str | Path):
     """`tokens` themselves; UserError: one is outside of the vocabulary."""
-    require((largest := tokens.max(initial=0)) < vocab_size, f"{source}: holds token {largest}, but "
-            f"VOCAB_SIZE={vocab_size}: data and VOCAB_SIZE must come from the same tokenizer")
+    largest = tokens.max(initial=0)
+    require(
+        largest < vocab_size,
+        f"{source}: holds token {largest}, but VOCAB_SIZE={vocab_size}: data and VOCAB_SIZE must "
+        "come from the same tokenizer",
+    )
     return tokens
-def load_validation(hp: Hyperparameters) -> np.ndarray:
-    """The whole validation stream x_0 ... x_N as uint16: the memory map itself when it is one shard."""
-    shards = [check_tokens(load_shard(path), hp.vocab_size, path) for path in find_shards("val", hp)]
-    stream = shards[0] if len(shards) == 1 else np.concatenate(shards)
-    require(len(stream) > hp.eval_seq_len, f"DATA_PATH={hp.data_path}: the validation stream has {len(stream)} tokens, "
-            f"a window needs {hp.eval_seq_len + 1}: set EVAL_SEQ_LEN to at most {len(stream) - 1}")
-    return stream
+
+
 class TokenLoader:
-    """All training shards as one circular stream, read in lanes: sequence i of S starts at i/S of it and goes
-    on by T tokens a step: a batch holds S places, S lanes read all once. Rank r has its r-th share."""
-    def __init__(self, hp: Hyperparameters, rank: int, world_size: int):
-        self.hp, self.rank, self.paths = hp, rank, find_shards("train", hp)
+    """All training shards as one circular stream, read in lanes: sequence i of S starts at i/S of
+    it and goes on by T tokens a step, so that a batch holds S places. Rank r has the r-th share of
+    the sequences, in `accumulation` micro-batches of `rows` each."""
+
+    def __init__(self, hp, rank: int, world_size: int):
+        self.hp = hp
+        self.rank = rank
+        self.paths = find_shards("train", hp)
         self.shards = [load_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
-        self.tokens, self.sequences = int(self.ends[-1]), hp.train_batch_tokens // hp.train_seq_len
+        self.tokens = int(self.ends[-1])
+        self.sequences = hp.train_batch_tokens // hp.train_seq_len
+
         fits = [n for n in range(1, self.sequences + 1) if self.sequences % n == 0]
         near = sorted(fits, key=lambda n: max(n / world_size, world_size / n))[:2]
-        require(world_size in fits, f"{world_size} ranks cannot share TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN = "
-                f"{self.sequences} sequences equally: start {' or '.join(map(str, near))} ranks")
-        self.share, most = self.sequences // world_size, max(1, hp.micro_batch_tokens // hp.train_seq_len)
-        self.accumulation = self.share // next(n for n in range(most, 0, -1) if self.share % n == 0)
-    def span(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens of the circular stream from `start`, as int64."""
-        i = int(np.searchsorted(self.ends, at := start % self.tokens, "right"))
-        part = self.shards[i][at - int(self.ends[i]):][:count]  # counted from the shard's end
-        head = check_tokens(part, self.hp.vocab_size, self.paths[i]).astype(np.int64)
-        return head if len(head) == count else np.append(head, self.span(start + len(head), count - len(head)))
-    def micro_batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
-        """This rank's inputs and targets of a micro-batch of step `step`, both (B, T) int64 on the CPU."""
-        T, rows = self.hp.train_seq_len, self.share // self.accumulation
-        first = self.rank * self.share + micro * rows
-        starts = (lane * self.tokens // self.sequences + step * T for lane in range(first, first + rows))
-        ids = torch.from_numpy(np.stack([self.span(start, T + 1) for start in starts]))
+        require(
+            world_size in fits,
+            f"{world_size} ranks cannot share TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN = {self.sequences} "
+            f"sequences equally: start {' or '.join(map(str, near))} ranks",
+        )
+        self.share = self.sequences // world_size
+        most = max(1, hp.micro_batch_tokens // hp.train_seq_len)
+        self.rows = max(n for n in range(1, min(most, self.share) + 1) if self.share % n == 0)
+        self.accumulation = self.share // self.rows
+
+    def span(self, start: int, count: int):
+        """`count` tokens of the circular stream from `start` on, as int64."""
+        pieces = []
+        while count:
+            place = start % self.tokens
+            i = int(np.searchsorted(self.ends, place, "right"))
+            from_end = place - int(self.ends[i])  # negative: counted back from the shard's end
+            piece = self.shards[i][from_end:][:count]
+            check_tokens(piece, self.hp.vocab_size, self.paths[i])
+            pieces.append(piece.astype(np.int64))
+            start += len(piece)
+            count -= len(piece)
+        return np.concatenate(pieces)
+
+    def micro_batch(self, step: int, micro: int):
+        """This rank's inputs and targets of a micro-batch of `step`: (B, T) int64, on the CPU."""
+        T = self.hp.train_seq_len
+        first = self.rank * self.share + micro * self.rows
+        lane_starts = [i * self.tokens // self.sequences for i in range(first, first + self.rows)]
+        ids = np.stack([self.span(start + step * T, T + 1) for start in lane_starts])
+        ids = torch.from_numpy(ids)
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-def fingerprint(hp: Hyperparameters) -> list[tuple]:
-    """(name, bytes, CRC-32 of the first 64 KB) of every data file, so that ranks can compare theirs."""
-    paths = [Path(hp.tokenizer_path), *find_shards("val", hp), *([] if hp.eval_only else find_shards("train", hp))]
-    return [(path.name, path.stat().st_size, zlib.crc32(path.open("rb").read(1 << 16))) for path in paths]
+
+
 class ByteCounter:
-    """UTF-8 bytes of each target, from the tokenizer's pieces (the challenge's definition of a byte)."""
-    def __init__(self, hp: Hyperparameters):
+    """The challenge's bytes of a target: a piece counts its UTF-8 length without the word mark
+    U+2581, a byte piece 1, a control piece 0; the mark, a space, counts 1, but only after text."""
+
+    def __init__(self, hp):
         from sentencepiece import SentencePieceProcessor
-        name, sp, ids = f"TOKENIZER_PATH={hp.tokenizer_path}", SentencePieceProcessor(), range(hp.vocab_size)
+
+        found = f"TOKENIZER_PATH={hp.tokenizer_path}"
+        sp = SentencePieceProcessor()
         try:
             sp.Load(hp.tokenizer_path)
         except (RuntimeError, OSError, ValueError):
-            raise UserError(f"{name}: no such file or not a SentencePiece model; {GET_DATA}") from None
-        require(sp.vocab_size() == hp.vocab_size, f"{name}: has {sp.vocab_size()} pieces, but VOCAB_SIZE="
-                f"{hp.vocab_size}: set VOCAB_SIZE={sp.vocab_size()} or name the data's own tokenizer")
-        self.is_text = np.array([not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)) for i in ids])
-        pieces = [sp.id_to_piece(i) * bool(self.is_text[i]) for i in ids]
-        self.opens_word = np.array([piece.startswith("\u2581") for piece in pieces])
-        self.length = np.uint16([1 if sp.is_byte(i) else len(pieces[i].replace("\u2581", "").encode()) for i in ids])
-    def __call__(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes (uint16) of each target of the stream `tokens`; a word's space counts only after text."""
-        return self.length[tokens[1:]] + (self.opens_word[tokens[1:]] & self.is_text[tokens[:-1]])
-# --- 4. Kernels ---------------------------------------------------------------------------------------------
-# What is elementwise the compiler fuses, but not into a product, and to it a loss is several passes. Each op
-# has its plain form beside it, which runs on a CPU and where Triton is missing or the op's switch off.
-jit = triton.jit if triton else lambda kernel: kernel
-def has_kernels(x: Tensor) -> bool:
-    return triton is not None and x.is_cuda
-def kernel_op(fake):
-    """A function that launches kernels becomes an op of torch.library; to torch.compile it is what `fake` is."""
-    def register(launch):
-        (op := torch.library.custom_op(f"golf::{launch.__name__}", launch, mutates_args=())).register_fake(fake)
-        return op
-    return register
-def mlp(x_ND: Tensor, fc_WD: Tensor, proj_DW: Tensor, slope: float) -> Tensor:
-    """leaky_relu(x fc', slope)^2 proj'"""
+            message = f"{found}: no such file or not a SentencePiece model; {GET_DATA}"
+            raise UserError(message) from None
+        size = sp.vocab_size()
+        require(
+            size == hp.vocab_size,
+            f"{found}: has {size} pieces, but VOCAB_SIZE={hp.vocab_size}: set VOCAB_SIZE={size} or "
+            "name the data's own tokenizer",
+        )
+        self.is_text = np.ones(size, bool)
+        self.opens_word = np.zeros(size, bool)
+        self.length = np.zeros(size, np.uint16)
+        for i in range(size):
+            if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+                self.is_text[i] = False
+            elif sp.is_byte(i):
+                self.length[i] = 1
+            else:
+                piece = sp.id_to_piece(i)
+                self.opens_word[i] = piece.startswith("\u2581")
+                self.length[i] = len(piece.replace("\u2581", "").encode())
+
+    def __call__(self, tokens):
+        """Bytes (uint16) of each target of the stream `tokens`: one fewer than there are tokens."""
+        targets, before = tokens[1:], tokens[:-1]
+        return self.length[targets] + (self.opens_word[targets] & self.is_text[before])
+
+
+@dataclass
+class Validation:
+    """The stream x_0 ... x_N that is scored; target j is token j + 1."""
+
+    tokens: ndarray  # uint16
+    count_bytes: Callable[[ndarray], ndarray]  # a ByteCounter
+
+    @property
+    def targets(self):
+        return len(self.tokens) - 1
+
+    @cached_property
+    def target_bytes(self):
+        """UTF-8 bytes of each target, counted when first asked for: most ranks never ask."""
+        return self.count_bytes(self.tokens)
+
+
+def load_validation(hp):
+    """The whole validation stream. UserError: none, shorter than a window, or of other tokens."""
+    paths = find_shards("val", hp)
+    shards = [check_tokens(load_shard(path), hp.vocab_size, path) for path in paths]
+    tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)
+    require(
+        len(tokens) > hp.eval_seq_len,
+        f"DATA_PATH={hp.data_path}: the validation stream has {len(tokens)} tokens, a window needs "
+        f"{hp.eval_seq_len + 1}: set EVAL_SEQ_LEN to at most {len(tokens) - 1}",
+    )
+    return Validation(tokens, ByteCounter(hp))
+
+
+def fingerprint(hp):
+    """(name, bytes, CRC-32 of the first 64 KB) of every data file, for ranks to compare."""
+    paths = [Path(hp.tokenizer_path), *find_shards("val", hp)]
+    if not hp.eval_only:
+        paths += find_shards("train", hp)
+    facts = []
+    for path in paths:
+        with path.open("rb") as file:
+            facts.append((path.name, path.stat().st_size, zlib.crc32(file.read(1 << 16))))
+    return facts
+
+
+def bits_per_byte(nll, target_bytes):
+    """The targets' code length in bits, from `nll` in nats, over their bytes; sums in float64."""
+    bits = nll.sum(dtype=np.float64) / math.log(2)
+    return float(bits / target_bytes.sum(dtype=np.int64))
+
+
+# --- 4. Model -----------------------------------
+# Plain torch. Master weights are float32; every operation follows the dtype of the residual stream,
+# bfloat16 on CUDA, without autocast. GQA 2305.13245, RoPE 2104.09864, QK-norm 2302.05442, value
+# residual (VRL) 2410.17897, XSA and SmearGate PR #889, U-Net skips and x0 mixes modded-nanogpt.
+
+
+def working_dtype(x: Tensor):
+    """The dtype of activations on the device of `x`."""
+    return torch.bfloat16 if x.is_cuda else torch.float32
+
+
+def norm(x: Tensor):
+    """RMSNorm over the last dimension, without weights."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """Float32 weights, computed in the dtype of the input. A factor of the outputs multiplies the
+    weights: so neither it nor its gradient takes a pass over all tokens."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def matrix(self, dtype: torch.dtype, factor: Tensor | None = None):
+        """The weights (outputs, inputs), times a factor that broadcasts to them, as `dtype`."""
+        weight = self.weight if factor is None else self.weight * factor
+        return weight.to(dtype)
+
+    def forward(self, x: Tensor, factor: Tensor | None = None):
+        return F.linear(x, self.matrix(x.dtype, factor))
+
+
+def rotary_tables(T: int, hp, device=None):
+    """cos and sin, (2, T, 1, ROPE_DIMS/2); beyond 1024 positions the base grows (NTK-aware)."""
+    r = hp.rope_dims
+    base = hp.rope_base
+    if T > 1024 and r > 2:
+        base *= (T / 1024) ** (r / (r - 2))
+    frequency = base ** -(torch.arange(0, r, 2, dtype=torch.float32, device=device) / max(r, 1))
+    position = torch.arange(T, dtype=torch.float32, device=device)
+    angle = torch.outer(position, frequency)[:, None, :]
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(x_BTHK, rope: Tensor):
+    """RoPE on the first ROPE_DIMS of K, in half-split pairs; the others carry no position."""
+    cos, sin = rope
+    half = cos.size(-1)
+    a, b, rest = x_BTHK.tensor_split((half, 2 * half), -1)
+    rotated = torch.cat((a * cos + b * sin, b * cos - a * sin), -1).to(x_BTHK.dtype)
+    return torch.cat((rotated, rest), -1)
+
+
+def remove_own_value(y_BTHK, v_BTGK):
+    """XSA: what a head reads must come from elsewhere: drop its component along its own value."""
+    B, T, H, K = y_BTHK.shape
+    y = y_BTHK.view(B, T, v_BTGK.size(2), -1, K)
+    v = F.normalize(v_BTGK, dim=-1).unsqueeze(3)
+    along = (y * v).sum(-1, keepdim=True)
+    return (y - along * v).view(B, T, H, K)
+
+
+@cache
+def find_flash_attention():
+    """(name, function) of the fastest attention that is installed; ("sdpa", None): torch's."""
+    for version, module, capability in ((3, "flash_attn_interface", 9), (2, "flash_attn", 8)):
+        with suppress(ImportError):
+            if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= capability:
+                return f"flash_attention_{version}", importlib.import_module(module).flash_attn_func
+    return "sdpa", None
+
+
+def causal_attention(q_BSHK, k_BTGK, v_BTGK, flash=None):
+    """softmax(q k' / sqrt K) v up to one's own position, (B, S, H, K), for queries of the last S <=
+    T positions; H/G heads share keys and values."""
+    if flash is not None and q_BSHK.is_cuda:
+        y = flash(q_BSHK, k_BTGK, v_BTGK, causal=True)
+        return y[0] if isinstance(y, tuple) else y
+
+    q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BTGK, v_BTGK))
+    S, T = q.size(2), k.size(2)
+    if S == T:
+        shares_keys = q.size(1) != k.size(1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shares_keys)
+    else:
+        # the fast kernels that take masks know no GQA
+        group = q.size(1) // k.size(1)
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        seen_ST = torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S)
+        y = F.scaled_dot_product_attention(q, k, v, seen_ST)
+    return y.transpose(1, 2)
+
+
+@dataclass
+class Shared:
+    """What one forward pass hands to all of its blocks."""
+
+    x0_BTD: Tensor  # the input of the first block
+    rope: Tensor  # cos and sin
+    ve_BTGK: Tensor | None = None  # value embeddings of the tokens, for VE_LAYERS
+    v_first_BTGK: Tensor | None = None  # layer 0's values before any change: set by layer 0
+
+
+class Attention(nn.Module):
+    def __init__(self, hp, layer: int):
+        super().__init__()
+        D, H, G, K = hp.model_dim, hp.num_heads, hp.num_kv_heads, hp.head_dim
+        self.head_dim = K
+        self.q = Linear(D, H * K)
+        self.k = Linear(D, G * K)
+        self.v = Linear(D, G * K)
+        self.proj = Linear(H * K, D)
+        self.q_gain = nn.Parameter(torch.full((H,), hp.qk_gain_init))
+
+        takes_ve = hp.ve_enabled and layer in hp.ve_layers
+        self.ve_scale = nn.Parameter(torch.ones(())) if takes_ve else None
+        mixes_values = hp.vrl_enabled and layer > 0
+        self.vrl_gate = nn.Parameter(torch.tensor(-1.5)) if mixes_values else None
+        self.xsa = layer >= hp.num_layers - hp.xsa_last_n
+        _, self.flash = find_flash_attention()
+
+    def forward(self, x_BTD, scale_D, shared: Shared, last: int):
+        """The layer's contribution, (B, `last` positions, D), its channels times `scale`."""
+        x_BSD = x_BTD[:, -last:]
+        q = norm(self.q(x_BSD).unflatten(-1, (-1, self.head_dim)))
+        q = q * self.q_gain.to(q.dtype)[:, None]  # before the rotation, which takes it along
+        q = rotate(q, shared.rope[:, -last:])
+        k = rotate(norm(self.k(x_BTD).unflatten(-1, (-1, self.head_dim))), shared.rope)
+        v = self.values(x_BTD, shared)
+
+        y = causal_attention(q, k, v, self.flash)
+        if self.xsa:
+            y = remove_own_value(y, v[:, -last:])
+        return self.proj(y.flatten(2), scale_D[:, None])
+
+    def values(self, x_BTD, shared: Shared):
+        """(B, T, G, K): from x, plus the value embedding, mixed with layer 0's (VRL)."""
+        v = self.v(x_BTD).unflatten(-1, (-1, self.head_dim))
+        if shared.v_first_BTGK is None:
+            shared.v_first_BTGK = v
+        if self.ve_scale is not None:
+            v = v + self.ve_scale.to(v.dtype) * shared.ve_BTGK
+        if self.vrl_gate is not None:
+            v = torch.lerp(v, shared.v_first_BTGK, torch.sigmoid(self.vrl_gate).to(v.dtype))
+        return v
+
+
+def mlp(x_ND, fc_WD, proj_DW, slope: float):
+    """leaky_relu(x fc', slope)^2 proj', the plain form of `fused_mlp` [5]."""
     return F.linear(F.leaky_relu(F.linear(x_ND, fc_WD), slope).square(), proj_DW)
+
+
+class MLP(nn.Module):
+    def __init__(self, hp):
+        super().__init__()
+        D, W = hp.model_dim, int(hp.mlp_mult * hp.model_dim)
+        self.slope = hp.leaky_slope
+        self.fused = hp.fused_mlp
+        self.fc = Linear(D, W)
+        self.proj = Linear(W, D)
+
+    def forward(self, x_BTD, scale_D):
+        """The layer's contribution, (B, T, D), its channels times `scale`."""
+        fc_WD = self.fc.matrix(x_BTD.dtype)
+        proj_DW = self.proj.matrix(x_BTD.dtype, scale_D[:, None])
+        if self.fused and has_kernels(x_BTD):
+            return fused_mlp(x_BTD.flatten(0, 1), fc_WD, proj_DW, self.slope)[0].view_as(x_BTD)
+        return mlp(x_BTD, fc_WD, proj_DW, self.slope)
+
+
+class Block(nn.Module):
+    def __init__(self, hp, layer: int):
+        super().__init__()
+        D = hp.model_dim
+        self.attn = Attention(hp, layer)
+        self.mlp = MLP(hp)
+        self.mix_x = nn.Parameter(torch.ones(D))
+        self.mix_x0 = nn.Parameter(torch.zeros(D))
+        self.attn_scale = nn.Parameter(torch.ones(D))
+        self.mlp_scale = nn.Parameter(torch.ones(D))
+        self.norm_scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
+
+    def forward(self, x_BTD, shared: Shared, last: int):
+        """(B, `last` positions, D): all are keys and values, only these are queries."""
+        dtype = x_BTD.dtype
+        x = self.mix_x.to(dtype) * x_BTD + self.mix_x0.to(dtype) * shared.x0_BTD
+        y = self.attn(norm(x) * self.norm_scale, self.attn_scale, shared, last)
+        x = x[:, -last:] + y
+        return x + self.mlp(norm(x) * self.norm_scale, self.mlp_scale)
+
+
+class NarrowEmbedding(nn.Module):
+    """A table of `width` columns, projected to `outputs` and scaled."""
+
+    def __init__(self, rows: int, width: int, outputs: int, scale: float):
+        super().__init__()
+        self.table = nn.Embedding(rows, width)
+        self.proj = Linear(width, outputs)
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, rows_BT, dtype: torch.dtype):
+        return self.proj(self.table(rows_BT).to(dtype), self.scale)
+
+
+def bigram_rows(ids_BT, rows: int):
+    """The row, a hash, of each token with the one before it; the first has the last row."""
+    pair = (36313 * ids_BT[:, 1:]) ^ (27191 * ids_BT[:, :-1])
+    return F.pad(pair % (rows - 1), (1, 0), value=rows - 1)
+
+
+def token_nll(z_NV, targets_N, cap: float):
+    """nll of the targets in nats, (N,) float32, given logits z that are yet to be capped."""
+    return F.nll_loss(log_probabilities(z_NV, cap), targets_N, reduction="none")
+
+
+def token_scores(z_NV, targets_N, cap: float):
+    """nll of the targets and entropy in nats, (2, N); the plain form of `fused_token_scores`."""
+    logp_NV = log_probabilities(z_NV, cap)
+    nll_N = F.nll_loss(logp_NV, targets_N, reduction="none")
+    entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
+    return torch.stack((nll_N, entropy_N))
+
+
+def log_probabilities(z_NV, cap: float):
+    """Log-softmax in float32 of cap * tanh(z / cap), or of z if cap is 0."""
+    z_NV = z_NV.float()
+    return F.log_softmax(cap * torch.tanh(z_NV / cap) if cap else z_NV, -1)
+
+
+INITIAL_VALUES = (  # the first row whose ending fits the name; see `initialize` for the rest
+    ("bigram.table.weight", nn.init.zeros_),
+    ("value_embed.table.weight", partial(nn.init.normal_, std=0.01)),
+    ("embed.weight", partial(nn.init.normal_, std=0.005)),
+    ("head.weight", nn.init.zeros_),
+    ("attn.proj.weight", nn.init.zeros_),
+    ("mlp.proj.weight", nn.init.zeros_),
+)
+
+
+class GPT(nn.Module):
+    """`hidden` is the trunk that training and scoring share; `forward` is the loss."""
+
+    def __init__(self, hp):
+        super().__init__()
+        self.hp = hp
+        D, V, L = hp.model_dim, hp.vocab_size, hp.num_layers
+        values = hp.num_kv_heads * hp.head_dim
+        rows = hp.bigram_vocab_size
+        has_ve = hp.ve_enabled and hp.ve_layers
+        has_skips = hp.unet_skips and L > 1
+
+        self.embed = nn.Embedding(V, D)
+        self.bigram = NarrowEmbedding(rows, hp.bigram_dim, D, 0.05) if rows else None
+        self.smear_gate = nn.Parameter(torch.zeros(D)) if hp.smear_enabled else None
+        self.value_embed = NarrowEmbedding(V, hp.ve_dim, values, 0.1) if has_ve else None
+        self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(L))
+        self.skip_weights = nn.Parameter(torch.ones(L // 2, D)) if has_skips else None
+        self.head = None if hp.tie_embeddings else Linear(D, V)
+        for T in {hp.train_seq_len, hp.eval_seq_len}:  # else compiled code makes them at each use
+            self.register_buffer(f"rope_{T}", rotary_tables(T, hp), persistent=False)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self):
+        """By INITIAL_VALUES, else orthogonal where both sides are at least 64 (the projections of
+        tables times 1/sqrt(2 L)), else as the module has drawn it."""
+        table_gain = (2 * self.hp.num_layers) ** -0.5
+        for name, p in self.named_parameters():
+            fits = [init for ending, init in INITIAL_VALUES if name.endswith(ending)]
+            if fits:
+                fits[0](p)
+            elif name.endswith(".weight") and min(p.shape) >= 64:
+                nn.init.orthogonal_(p, 1 if name.startswith("blocks.") else table_gain)
+
+    def forward(self, ids_BT, targets_BT, weights_BT=None):
+        """The targets' mean loss in nats or, with weights, the weighted sum."""
+        hidden_ND = self.hidden(ids_BT).flatten(0, 1)
+        nll_N = self.nll(hidden_ND, targets_BT.ravel())
+        if weights_BT is None:
+            return nll_N.mean()
+        return (nll_N * weights_BT.ravel()).sum()
+
+    def hidden(self, ids_BT, last: int | None = None):
+        """Hidden states (B, T, D), or (B, `last`, D) of the last positions: then the last block has
+        queries and MLP for these alone."""
+        T, L = ids_BT.size(1), self.hp.num_layers
+        x = self.embedded(ids_BT)
+        rope = getattr(self, f"rope_{T}", None)
+        shared = Shared(x, rotary_tables(T, self.hp, x.device) if rope is None else rope)
+        if self.value_embed is not None:
+            ve = self.value_embed(ids_BT, x.dtype)
+            shared.ve_BTGK = ve.unflatten(-1, (-1, self.hp.head_dim))
+
+        skips = []
+        for layer, block in enumerate(self.blocks):
+            if layer >= L // 2 and skips:
+                x = x + self.skip_weights[layer - L // 2].to(x.dtype) * skips.pop()
+            is_last = layer == L - 1
+            x = block(x, shared, last if is_last and last else T)
+            if layer < L // 2 and self.skip_weights is not None:
+                skips.append(x)
+        return x
+
+    def embedded(self, ids_BT):
+        """What enters the first block: tokens, bigrams, and a share of the position before."""
+        x = self.embed(ids_BT)
+        if self.bigram is not None:
+            x = x + self.bigram(bigram_rows(ids_BT, self.hp.bigram_vocab_size), x.dtype)
+        x = norm(x).to(working_dtype(x))
+        if self.smear_gate is not None:
+            before = F.pad(x, (0, 0, 1, 0))[:, :-1]
+            x = torch.lerp(x, before, torch.sigmoid(self.smear_gate).to(x.dtype))
+        return x
+
+    def logits(self, hidden_D):
+        """(..., D) -> (..., V), before the softcap."""
+        weight_VD = self.embed.weight if self.head is None else self.head.weight
+        return F.linear(norm(hidden_D), weight_VD.to(hidden_D.dtype))
+
+    def nll(self, hidden_ND, targets_N):
+        """nll of the targets in nats, (N,) float32."""
+        z_NV = self.logits(hidden_ND)
+        if self.hp.fused_loss and has_kernels(z_NV):
+            return fused_token_scores(z_NV, targets_N, self.hp.logit_softcap)[0]
+        return token_nll(z_NV, targets_N, self.hp.logit_softcap)
+
+    def scores(self, hidden_ND, targets_N):
+        """nll of the targets and entropy of the predictions in nats, (2, N) float32."""
+        z_NV = self.logits(hidden_ND)
+        if self.hp.fused_loss and has_kernels(z_NV):
+            return fused_token_scores(z_NV, targets_N, self.hp.logit_softcap)
+        return token_scores(z_NV, targets_N, self.hp.logit_softcap)
+
+
+# --- 5. Kernels ---------------------------------
+# What is elementwise the compiler fuses, but not into a product, and to it a loss is several passes
+# over the logits. The plain forms [4] run on a CPU, without Triton, or with the operation's switch
+# off. torch.library keeps each whole under torch.compile. After modded-nanogpt.
+
+jit = triton.jit if triton else lambda kernel: kernel
+MLP_TILE = dict(BM=128, BN=256, BK=64, num_warps=8, num_stages=3)  # Hopper: 147 KB of shared memory
+
+
+def has_kernels(x: Tensor):
+    return triton is not None and x.is_cuda
+
+
 @jit
-def mlp_kernel(a_ptr, b_ptr, z_ptr, out_ptr, M, N, K, stride_k, stride_n, slope,
-               BACKWARD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """A tile of P = a b, (M, K) (K, N), and what the MLP makes of it while it is in registers. Forward: z = P
-    and out = leaky_relu(z)^2. Backward: P is the gradient of that, z is given, out = the gradient of z."""
-    tile, tiles = tl.program_id(0), tl.cdiv(N, BN)  # neighbours share rows of a, and b stays in the cache
+def mlp_kernel(
+    a_ptr,
+    b_ptr,
+    z_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    stride_k,
+    stride_n,
+    slope,
+    BACKWARD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """A tile of P = a b, (M, K) (K, N), and what the MLP makes of it in registers. Forward: z = P,
+    out = leaky_relu(z)^2. Backward: P is the gradient of that, out = that of z. Only b may have
+    strides."""
+    # neighbouring programs share rows of a, and all of b stays in the cache
+    tile = tl.program_id(0)
+    tiles = tl.cdiv(N, BN)
     m = (tile // tiles * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
     n = (tile % tiles * BN + tl.arange(0, BN))[None, :]
-    product, at, inside = tl.zeros((BM, BN), tl.float32), m * N + n, (m < M) & (n < N)
+    inside = (m < M) & (n < N)
+    place = m * N + n
+
+    product = tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
         a = tl.load(a_ptr + m * K + k[None, :], (m < M) & (k[None, :] < K), 0.0)
-        b = tl.load(b_ptr + k[:, None] * stride_k + n * stride_n, (k[:, None] < K) & (n < N), 0.0)
+        b_place = k[:, None] * stride_k + n * stride_n
+        b = tl.load(b_ptr + b_place, (k[:, None] < K) & (n < N), 0.0)
         product = tl.dot(a, b, product)
-    z = tl.load(z_ptr + at, inside, 0.0) if BACKWARD else product.to(z_ptr.dtype.element_ty)
-    if not BACKWARD:
-        tl.store(z_ptr + at, z, inside)
-    z = z.to(tl.float32)  # rounded forward too, as backward will read it
-    tl.store(out_ptr + at, z * tl.where(z > 0, 1.0, slope * slope) * (2 * product if BACKWARD else z), inside)
-MLP_TILE = dict(BM=128, BN=256, BK=64, num_warps=8, num_stages=3)  # for Hopper: 147 KB of shared memory
-def launch_mlp(a_MK: Tensor, b_KN: Tensor, z_MN: Tensor, slope: float, backward: bool) -> Tensor:
-    sizes, out_MN = (*z_MN.shape, len(b_KN)), torch.empty_like(z_MN)
-    tile = dict(MLP_TILE, BN=64) if z_MN.is_cuda and torch.cuda.get_device_capability()[0] not in (9, 10) else MLP_TILE
-    grid = triton.cdiv(sizes[0], tile["BM"]) * triton.cdiv(sizes[1], tile["BN"]),
-    mlp_kernel[grid](a_MK.contiguous(), b_KN, z_MN, out_MN, *sizes, *b_KN.stride(), slope, backward, **tile)
+
+    if BACKWARD:
+        z = tl.load(z_ptr + place, inside, 0.0).to(tl.float32)
+        other = 2 * product
+    else:
+        z = product.to(z_ptr.dtype.element_ty)
+        tl.store(z_ptr + place, z, inside)
+        z = z.to(tl.float32)  # as rounded as backward will read it
+        other = z
+    tl.store(out_ptr + place, z * tl.where(z > 0, 1.0, slope * slope) * other, inside)
+
+
+def launch_mlp(a_MK, b_KN, z_MN, slope: float, backward: bool):
+    """Run `mlp_kernel`: returns `out`, and forward fills z, which backward reads."""
+    M, N = z_MN.shape
+    out_MN = torch.empty_like(z_MN)
+    tile = dict(MLP_TILE)
+    if z_MN.is_cuda and torch.cuda.get_device_capability()[0] not in (9, 10):
+        tile["BN"] = 64  # less shared memory
+    grid = (triton.cdiv(M, tile["BM"]) * triton.cdiv(N, tile["BN"]),)
+    sizes = (M, N, len(b_KN), *b_KN.stride())
+    mlp_kernel[grid](a_MK.contiguous(), b_KN, z_MN, out_MN, *sizes, slope, backward, **tile)
     return out_MN
-@kernel_op(lambda x, fc, proj, slope: (x.new_empty(x.shape), *(x.new_empty(len(x), len(fc)) for _ in "zh")))
-def fused_mlp(x_ND: Tensor, fc_WD: Tensor, proj_DW: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(`mlp` of x, and for backward z = x fc' and h = leaky_relu(z)^2); the idea is modded-nanogpt's."""
-    h = launch_mlp(x_ND, fc_WD.mT, z := x_ND.new_empty(len(x_ND), len(fc_WD)), slope, False)
-    return h @ proj_DW.mT, z, h
-@kernel_op(lambda g, proj, z, slope: z.new_empty(z.shape))
+
+
+@torch.library.custom_op("golf::fused_mlp", mutates_args=())
+def fused_mlp(
+    x_ND: Tensor, fc_WD: Tensor, proj_DW: Tensor, slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(`mlp` of x, z = x fc', h = leaky_relu(z)^2): the last two are for backward."""
+    z_NW = x_ND.new_empty(len(x_ND), len(fc_WD))
+    h_NW = launch_mlp(x_ND, fc_WD.mT, z_NW, slope, backward=False)
+    return h_NW @ proj_DW.mT, z_NW, h_NW
+
+
+@torch.library.custom_op("golf::fused_mlp_backward", mutates_args=())
 def fused_mlp_backward(g_ND: Tensor, proj_DW: Tensor, z_NW: Tensor, slope: float) -> Tensor:
-    """z's gradient, from that of the result."""
-    return launch_mlp(g_ND, proj_DW, z_NW.contiguous(), slope, True)
-def keep(ctx, inputs, output) -> None:
-    *tensors, ctx.number = inputs
-    ctx.save_for_backward(*tensors, *(output[1:] if isinstance(output, tuple) else ()))
-def mlp_gradients(ctx, g_ND: Tensor, *_):
-    x, fc, proj, z, h = ctx.saved_tensors
-    dz = fused_mlp_backward(g_ND, proj, z, ctx.number)
-    return dz @ fc, dz.mT @ x, g_ND.mT @ h, None
-fused_mlp.register_autograd(mlp_gradients, setup_context=keep)
-def softcap(z: Tensor, cap: float) -> Tensor:
-    return cap * torch.tanh(z.float() / cap) if cap else z.float()
-def token_scores(z_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
-    """nll of the targets and entropy, nats, (2, N) float32, of softcapped logits z; in training nll only."""
-    logp_NV = F.log_softmax(softcap(z_NV, cap), -1)
-    nll_N, learns = F.nll_loss(logp_NV, targets_N, reduction="none"), torch.is_grad_enabled()
-    return nll_N[None] if learns else torch.stack((nll_N, -(logp_NV.exp() * logp_NV).sum(-1)))
+    """The gradient of z, given that of the result."""
+    return launch_mlp(g_ND, proj_DW, z_NW.contiguous(), slope, backward=True)
+
+
+@fused_mlp.register_fake
+def _(x_ND, fc_WD, proj_DW, slope):
+    z_NW = x_ND.new_empty(len(x_ND), len(fc_WD))
+    return x_ND.new_empty(x_ND.shape), z_NW, torch.empty_like(z_NW)
+
+
+@fused_mlp_backward.register_fake
+def _(g_ND, proj_DW, z_NW, slope):
+    return z_NW.new_empty(z_NW.shape)
+
+
+def save_for_mlp_gradients(ctx, inputs, output):
+    x_ND, fc_WD, proj_DW, ctx.slope = inputs
+    _, z_NW, h_NW = output
+    ctx.save_for_backward(x_ND, fc_WD, proj_DW, z_NW, h_NW)
+
+
+def mlp_gradients(ctx, g_ND, *_):
+    x_ND, fc_WD, proj_DW, z_NW, h_NW = ctx.saved_tensors
+    dz_NW = fused_mlp_backward(g_ND, proj_DW, z_NW, ctx.slope)
+    return dz_NW @ fc_WD, dz_NW.mT @ x_ND, g_ND.mT @ h_NW, None
+
+
+fused_mlp.register_autograd(mlp_gradients, setup_context=save_for_mlp_gradients)
+
+
 @jit
-def scores_kernel(z_ptr, target_ptr, upstream_ptr, out_ptr, N, V, cap, CAPPED: tl.constexpr,
-                  BACKWARD: tl.constexpr, BV: tl.constexpr):
-    """A row of logits in registers: its nll and entropy or, backward, given their gradients, its gradient."""
-    row, v = tl.program_id(0).to(tl.int64), tl.arange(0, BV)
-    z, target = tl.load(z_ptr + row * V + v, v < V, 0.0).to(tl.float32), tl.load(target_ptr + row)
+def scores_kernel(
+    z_ptr,
+    target_ptr,
+    upstream_ptr,
+    out_ptr,
+    N,
+    V,
+    cap,
+    CAPPED: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """A row of logits in registers. Forward: out (2, N) = its nll and entropy. Backward: out (N, V)
+    = its gradient, given theirs, `upstream` (2, N)."""
+    row = tl.program_id(0).to(tl.int64)
+    v = tl.arange(0, BV)
+    z = tl.load(z_ptr + row * V + v, v < V, 0.0).to(tl.float32)
+    target = tl.load(target_ptr + row)
+
     tanh = 2 * tl.sigmoid(2 * z / cap) - 1 if CAPPED else z
     logits = tl.where(v < V, cap * tanh if CAPPED else z, -float("inf"))
     logits -= tl.max(logits, 0)
     e = tl.exp(logits)
     total = tl.sum(e, 0)
-    p, logp = e / total, tl.where(v < V, logits - tl.log(total), 0.0)
+    p = e / total
+    logp = tl.where(v < V, logits - tl.log(total), 0.0)
     entropy = -tl.sum(p * logp, 0)
+
     if BACKWARD:
         dz = tl.load(upstream_ptr + row) * (p - tl.where(v == target, 1.0, 0.0))
         dz -= tl.load(upstream_ptr + N + row) * p * (logp + entropy)
@@ -452,1049 +1161,1934 @@ def scores_kernel(z_ptr, target_ptr, upstream_ptr, out_ptr, N, V, cap, CAPPED: t
     else:
         tl.store(out_ptr + row, -tl.sum(tl.where(v == target, logp, 0.0), 0))
         tl.store(out_ptr + N + row, entropy)
-@kernel_op(lambda z, targets, upstream, cap: z.new_empty(z.shape) if upstream.numel() else z.new_empty(
-    2, len(z), dtype=torch.float32))
-def fused_token_scores(z_NV: Tensor, targets_N: Tensor, upstream_2N: Tensor, cap: float) -> Tensor:
-    """`token_scores`, reading the logits once, in their own precision, and writing nothing of V numbers; or, if
-    `upstream` is not empty but the gradient of that, the gradient of z."""
-    (N, V), backward, block = z_NV.shape, upstream_2N.numel() > 0, triton.next_power_of_2(z_NV.size(1))
-    out = z_NV.new_empty(N, V) if backward else z_NV.new_empty(2, N, dtype=torch.float32)
-    scores_kernel[(N,)](z_NV.contiguous(), targets_N, upstream_2N.contiguous(), out, N, V, cap or 1.0, cap > 0,
-                        backward, block, num_warps=min(max(block // 256, 1), 16))
-    return out
-def scores_gradients(ctx, upstream_2N: Tensor):
-    z, targets, _ = ctx.saved_tensors
-    return fused_token_scores(z, targets, upstream_2N, ctx.number), None, None, None
-fused_token_scores.register_autograd(scores_gradients, setup_context=keep)
-def find_flash_attention():
-    """(name, function) of the fastest attention that is installed and runs here, or (name, None): torch's."""
-    for version, module, needed in ((3, "flash_attn_interface", 9), (2, "flash_attn", 8)):
-        with contextlib.suppress(ImportError):
-            if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= needed:
-                return f"flash_attention_{version}", importlib.import_module(module).flash_attn_func
-    return "sdpa", None
-def causal_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, flash=None) -> Tensor:
-    """softmax(q k' / sqrt K) v up to one's own position, B T H K, H/G heads share k, v; queries: all or the last."""
-    if flash and q_BTHK.is_cuda:
-        y = flash(q_BTHK, k_BTGK, v_BTGK, causal=True)
-        return y[0] if isinstance(y, tuple) else y
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
-    S, T = q.size(2), k.size(2)
-    k, v = (x if S == T else x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))  # fast masks know no GQA
-    seen_ST = None if S == T else torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S)
-    return F.scaled_dot_product_attention(q, k, v, seen_ST, is_causal=S == T,
-                                          enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
-# --- 5. Model -----------------------------------------------------------------------------------------------
-# Master weights are float32; every op follows the dtype of the residual stream: no autocast. GQA 2305.13245, RoPE
-# 2104.09864, QK-norm 2302.05442, VRL 2410.17897, XSA, SmearGate: PR #889, skips and x0 mixes: modded-nanogpt.
-def working_dtype(x: Tensor) -> torch.dtype:
-    return torch.bfloat16 if x.is_cuda else torch.float32
-def norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),))
-class Linear(nn.Linear):
-    """Float32 weights, computed in the dtype of the input. A factor of the outputs multiplies the weights: it
-    is the same, but neither it nor its gradient takes a pass over all tokens."""
-    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
-        return F.linear(x, self.matrix(x.dtype, factor))
-    def matrix(self, dtype: torch.dtype, factor: Tensor | None = None) -> Tensor:
-        return (self.weight if factor is None else self.weight * factor).to(dtype)
-def rotary_tables(T: int, hp: Hyperparameters, device=None) -> Tensor:
-    """cos and sin, (2, T, 1, ROPE_DIMS/2) float32; beyond 1024 positions the base grows (NTK-aware)."""
-    r = hp.rope_dims
-    base = hp.rope_base * (T / 1024) ** (r / (r - 2)) if T > 1024 and r > 2 else hp.rope_base
-    frequency = base ** -(torch.arange(0, r, 2, dtype=torch.float32, device=device) / max(r, 1))
-    angle = torch.outer(torch.arange(T, dtype=torch.float32, device=device), frequency)[:, None, :]
-    return torch.stack((angle.cos(), angle.sin()))
-def rotate(x_BTHK: Tensor, rope: Tensor) -> Tensor:
-    """RoPE on the first 2 * rope width of K, in half-split pairs; the other dimensions carry no position."""
-    cos, sin = rope
-    a, b, rest = x_BTHK.tensor_split((cos.size(-1), 2 * cos.size(-1)), -1)
-    rotated = torch.cat((a * cos + b * sin, b * cos - a * sin), -1).to(x_BTHK.dtype)
-    return torch.cat((rotated, rest), -1)
-def remove_own_value(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
-    """XSA: what a head reads must come from elsewhere: drop its component along its own position's value."""
-    B, T, H, K = y_BTHK.shape
-    y, v = y_BTHK.view(B, T, v_BTGK.size(2), -1, K), F.normalize(v_BTGK, dim=-1).unsqueeze(3)
-    return (y - (y * v).sum(-1, keepdim=True) * v).view(B, T, H, K)
-class Attention(nn.Module):
-    def __init__(self, hp: Hyperparameters, layer: int, flash):
-        super().__init__()
-        self.heads, self.flash = (hp.num_heads, hp.num_kv_heads, hp.head_dim), flash
-        D, (H, G, K) = hp.model_dim, self.heads
-        self.q, self.k, self.v = (Linear(D, heads * K, bias=False) for heads in (H, G, G))
-        self.proj, self.q_gain = Linear(H * K, D, bias=False), nn.Parameter(torch.full((H,), hp.qk_gain_init))
-        self.xsa = layer >= hp.num_layers - hp.xsa_last_n
-        self.ve_scale = nn.Parameter(torch.ones(())) if hp.ve_enabled and layer in hp.ve_layers else None
-        self.vrl_gate = nn.Parameter(torch.tensor(-1.5)) if hp.vrl_enabled and layer else None
-    def forward(self, x_BTD: Tensor, scale_D: Tensor, rope, ve_BTGK, v_first_BTGK, last: int):
-        """(B, `last` positions, D) out, and this layer's values before any change (v_first of the others)."""
-        (B, T, _), (H, G, K) = x_BTD.shape, self.heads
-        q = norm(self.q(x_BTD[:, -last:]).view(B, last, H, K)) * self.q_gain.to(x_BTD.dtype)[:, None]
-        q = rotate(q, rope[:, -last:])  # after the gain, which so costs no pass of its own
-        k = rotate(norm(self.k(x_BTD).view(B, T, G, K)), rope)
-        v_own = v = self.v(x_BTD).view(B, T, G, K)
-        if self.ve_scale is not None:
-            v = v + self.ve_scale.to(v.dtype) * ve_BTGK
-        if self.vrl_gate is not None:
-            v = torch.lerp(v, v_first_BTGK, torch.sigmoid(self.vrl_gate).to(v.dtype))
-        y = causal_attention(q, k, v, self.flash)
-        y = remove_own_value(y, v[:, -last:]) if self.xsa else y
-        return self.proj(y.reshape(B, last, H * K), scale_D[:, None]), v_own
-class MLP(nn.Module):
-    def __init__(self, hp: Hyperparameters):
-        super().__init__()
-        D, width = hp.model_dim, int(hp.mlp_mult * hp.model_dim)
-        self.slope, self.fused = hp.leaky_slope, hp.fused_mlp
-        self.fc, self.proj = Linear(D, width, bias=False), Linear(width, D, bias=False)
-    def forward(self, x_BTD: Tensor, scale_D: Tensor) -> Tensor:
-        fc, proj = self.fc.matrix(x_BTD.dtype), self.proj.matrix(x_BTD.dtype, scale_D[:, None])
-        if self.fused and has_kernels(x_BTD):
-            return fused_mlp(x_BTD.flatten(0, 1), fc, proj, self.slope)[0].view_as(x_BTD)
-        return mlp(x_BTD, fc, proj, self.slope)
-class Block(nn.Module):
-    def __init__(self, hp: Hyperparameters, layer: int, flash):
-        super().__init__()
-        self.attn, self.mlp = Attention(hp, layer, flash), MLP(hp)
-        self.mix_x, self.mix_x0, self.attn_scale, self.mlp_scale = (
-            nn.Parameter(torch.full((hp.model_dim,), value)) for value in (1.0, 0.0, 1.0, 1.0))
-        self.norm_scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
-    def forward(self, x_BTD: Tensor, x0_BTD: Tensor, rope, ve_BTGK, v_first_BTGK, last: int):
-        x = self.mix_x.to(x_BTD.dtype) * x_BTD + self.mix_x0.to(x_BTD.dtype) * x0_BTD
-        y, v = self.attn(norm(x) * self.norm_scale, self.attn_scale, rope, ve_BTGK, v_first_BTGK, last)
-        x = x[:, -last:] + y
-        return x + self.mlp(norm(x) * self.norm_scale, self.mlp_scale), v
-def bigram_rows(ids_BT: Tensor, rows: int) -> Tensor:
-    """A row for each token with the one before it: a hash, collisions are harmless; the first: the last."""
-    pair = (36313 * ids_BT[:, 1:]) ^ (27191 * ids_BT[:, :-1])
-    return F.pad(pair % (rows - 1), (1, 0), value=rows - 1)
-class NarrowEmbedding(nn.Module):
-    """A table of `width` columns, projected to `out` and scaled."""
-    def __init__(self, rows: int, width: int, out: int, scale: float):
-        super().__init__()
-        self.table, self.proj = nn.Embedding(rows, width), Linear(width, out, bias=False)
-        self.scale = nn.Parameter(torch.tensor(scale))
-    def forward(self, rows_BT: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.proj(self.table(rows_BT).to(dtype), self.scale)
-class GPT(nn.Module):
-    def __init__(self, hp: Hyperparameters):
-        super().__init__()
-        self.hp, D, V, L, rows = hp, hp.model_dim, hp.vocab_size, hp.num_layers, hp.bigram_vocab_size
-        values = hp.num_kv_heads * hp.head_dim if hp.ve_enabled and hp.ve_layers else 0
-        skips = L // 2 if hp.unet_skips else 0
-        self.attention_name, flash = find_flash_attention()
-        self.embed = nn.Embedding(V, D)
-        self.bigram = NarrowEmbedding(rows, hp.bigram_dim, D, 0.05) if rows else None
-        self.smear_gate = nn.Parameter(torch.zeros(D)) if hp.smear_enabled else None
-        self.value_embed = NarrowEmbedding(V, hp.ve_dim, values, 0.1) if values else None
-        self.blocks = nn.ModuleList(Block(hp, layer, flash) for layer in range(L))
-        self.skip_weights = nn.Parameter(torch.ones(skips, D)) if skips else None
-        self.head = None if hp.tie_embeddings else Linear(D, V, bias=False)
-        for T in {hp.train_seq_len, hp.eval_seq_len}:  # else compiled code computes them at each use
-            self.register_buffer(f"rope_{T}", rotary_tables(T, hp), persistent=False)
-        self.initialize()
-    @torch.no_grad()
-    def initialize(self) -> None:
-        """Initial values not set where the parameter is made. Small matrices keep nn.Linear's default."""
-        std = {"embed.weight": 0.005, "value_embed.table.weight": 0.01}
-        for name, p in self.named_parameters():
-            if name.endswith(("attn.proj.weight", "mlp.proj.weight", "bigram.table.weight", "head.weight")):
-                p.zero_()
-            elif name in std:
-                p.normal_(std=std[name])
-            elif name.endswith(".weight") and min(p.shape) >= 64:
-                nn.init.orthogonal_(p, 1 if name.startswith("blocks") else (2 * self.hp.num_layers) ** -0.5)
-    def forward(self, ids_BT: Tensor, targets_BT=None, weights_BT=None, last: int = 0) -> Tensor:
-        """Hidden states (B, T, D), or of the `last` positions only, which then are the last block's only
-        queries; with targets their mean loss in nats, with weights the weighted sum."""
-        x = self.embed(ids_BT)
-        if self.bigram is not None:
-            x = x + self.bigram(bigram_rows(ids_BT, self.hp.bigram_vocab_size), x.dtype)
-        x = norm(x).to(working_dtype(x))
-        if self.smear_gate is not None:
-            x = torch.lerp(x, F.pad(x, (0, 0, 1, 0))[:, :-1], torch.sigmoid(self.smear_gate).to(x.dtype))
-        x0, v_first, skips, L, T = x, None, [], self.hp.num_layers, ids_BT.size(1)
-        rope = self.get_buffer(f"rope_{T}") if hasattr(self, f"rope_{T}") else rotary_tables(T, self.hp, x.device)
-        if (ve := self.value_embed) is not None:
-            ve = ve(ids_BT, x.dtype).unflatten(-1, (-1, self.hp.head_dim))
-        for layer, block in enumerate(self.blocks):
-            if self.skip_weights is not None and layer >= L // 2 and skips:
-                x = x + self.skip_weights[layer - L // 2].to(x.dtype) * skips.pop()
-            x, v = block(x, x0, rope, ve, v_first, last if last and layer == L - 1 else T)
-            v_first = v if layer == 0 else v_first
-            if layer < L // 2:
-                skips.append(x)
-        if targets_BT is None:
-            return x
-        nll_N = self.scores(x.flatten(0, 1), targets_BT.ravel())[0]
-        return nll_N.mean() if weights_BT is None else (nll_N * weights_BT.ravel()).sum()
-    def logits(self, hidden_D: Tensor) -> Tensor:
-        """(..., D) -> (..., V), before the softcap."""
-        weight = self.embed.weight if self.head is None else self.head.weight
-        return F.linear(norm(hidden_D), weight.to(hidden_D.dtype))
-    def scores(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-        """nll of the targets and entropy, nats, (2, N) float32; with gradients on the plain form gives nll only."""
-        z_NV = self.logits(hidden_ND)
-        if self.hp.fused_loss and has_kernels(z_NV):
-            return fused_token_scores(z_NV, targets_N, z_NV.new_empty(0), self.hp.logit_softcap)
-        return token_scores(z_NV, targets_N, self.hp.logit_softcap)
-# --- 6. Optimizer -------------------------------------------------------------------------------------------
-# Muon (Jordan et al. 2024), whose update is the momentum made orthogonal, for matrices; AdamW for the rest.
-def orthogonalize(G_NRC: Tensor, steps: int) -> Tensor:
-    """Nearly the orthogonal factor U V' of each wide matrix U S V': singular values come out in [0.7, 1.2]. A
-    quintic Newton-Schulz iteration, tuned for speed at zero, not convergence to one. bfloat16 on CUDA."""
-    (a, b, c), X = (3.4445, -4.7750, 2.0315), G_NRC.to(working_dtype(G_NRC))
+
+
+def launch_scores(z_NV, targets_N, upstream_2N, out: Tensor, cap: float, backward: bool):
+    """Run `scores_kernel`, which fills `out`; forward reads no `upstream`."""
+    N, V = z_NV.shape
+    block = triton.next_power_of_2(V)
+    warps = min(max(block // 256, 1), 16)
+    tensors = (z_NV.contiguous(), targets_N, upstream_2N.contiguous(), out)
+    scores_kernel[(N,)](*tensors, N, V, cap or 1.0, cap > 0, backward, block, num_warps=warps)
+
+
+@torch.library.custom_op("golf::fused_token_scores", mutates_args=())
+def fused_token_scores(z_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
+    """`token_scores`, which reads the logits once and writes nothing as large."""
+    out_2N = z_NV.new_empty(2, len(z_NV), dtype=torch.float32)
+    launch_scores(z_NV, targets_N, out_2N, out_2N, cap, backward=False)
+    return out_2N
+
+
+@torch.library.custom_op("golf::fused_token_scores_backward", mutates_args=())
+def fused_token_scores_backward(
+    z_NV: Tensor, targets_N: Tensor, upstream_2N: Tensor, cap: float
+) -> Tensor:
+    """The gradient of z, given those of nll and entropy."""
+    out_NV = z_NV.new_empty(z_NV.shape)
+    launch_scores(z_NV, targets_N, upstream_2N, out_NV, cap, backward=True)
+    return out_NV
+
+
+@fused_token_scores.register_fake
+def _(z_NV, targets_N, cap):
+    return z_NV.new_empty(2, len(z_NV), dtype=torch.float32)
+
+
+@fused_token_scores_backward.register_fake
+def _(z_NV, targets_N, upstream_2N, cap):
+    return z_NV.new_empty(z_NV.shape)
+
+
+def save_for_score_gradients(ctx, inputs, output):
+    z_NV, targets_N, ctx.cap = inputs
+    ctx.save_for_backward(z_NV, targets_N)
+
+
+def score_gradients(ctx, upstream_2N):
+    z_NV, targets_N = ctx.saved_tensors
+    return fused_token_scores_backward(z_NV, targets_N, upstream_2N, ctx.cap), None, None
+
+
+fused_token_scores.register_autograd(score_gradients, setup_context=save_for_score_gradients)
+
+
+# --- 6. Optimizers ------------------------------
+# Muon (Jordan et al. 2024), whose update is the momentum made orthogonal, for matrices; AdamW for
+# the rest. One table says what a parameter is: who updates it, how fast, and with how many bits the
+# artifact codes it.
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of parameter gets."""
+
+    optimizer: type
+    lr: float
+    weight_decay: float
+    bits: int  # of its codes in the artifact; 0: not coded, float16
+
+
+def parameter_kind(name: str):
+    """The kind of the parameter `name`: a key of `parameter_kinds`."""
+    if name == "head.weight":
+        return "head"
+    if name.endswith(("table.weight", "embed.weight")):
+        return "table"
+    return "matrix" if name.endswith(".weight") else "vector"
+
+
+def parameter_kinds(hp):
+    """The table: what each kind of parameter gets."""
+    table_lr = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr
+    return {
+        "matrix": Kind(Muon, hp.matrix_lr, hp.muon_wd, hp.quant_bits),
+        "table": Kind(AdamW, table_lr, hp.adam_wd, 8),
+        "head": Kind(AdamW, hp.head_lr, hp.adam_wd, 8),
+        "vector": Kind(AdamW, hp.scalar_lr, hp.adam_wd, 0),
+    }
+
+
+def orthogonalize(G_SRC, steps: int):
+    """Nearly the orthogonal factor U V' of each wide matrix U S V', in bfloat16 on CUDA: a quintic
+    Newton-Schulz iteration that is tuned for speed at zero; singular values end in [0.7, 1.2]."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G_SRC.to(working_dtype(G_SRC))
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
     return X
-class Muon(torch.optim.Optimizer):
-    """One group per shape: a stack, tall matrices transposed, for one batched iteration. Of each stack (zeros
-    fill it up) a rank owns an equal share: gets these gradients' sums, keeps their momentum, sends updates."""
-    def __init__(self, matrices: list[nn.Parameter], hp: Hyperparameters, rt: Runtime):
-        self.rt, stacks = rt, {}
-        for p in matrices:
-            stacks.setdefault(tuple(sorted(p.shape)), []).append(p)
-        groups = [dict(params=same, buffer=matrices[0].new_zeros(len(same), *shape))
-                  for shape, same in sorted(stacks.items())]
-        super().__init__(groups, dict(lr=hp.matrix_lr, initial_lr=hp.matrix_lr, weight_decay=hp.muon_wd,
-                                      momentum=hp.muon_momentum_warmup_start, steps=hp.muon_backend_steps))
-    def own(self, stack: Tensor) -> Tensor:
-        """This rank's share of a whole stack, as a view; the last ranks' may be short, or empty."""
-        share = -(-len(stack) // self.rt.world_size)
-        return stack[self.rt.rank * share:][:share]
+
+
+class SummedGradients:
+    """How an elementwise optimizer of torch takes part in `update`: each rank gets the gradients'
+    whole sum, as one flat vector, and does the whole step. An optimizer that shares its work out,
+    as Muon does, has these methods of its own. All but `schedule` are collective."""
+
+    def schedule(self, step: int, scale: float):
+        """Set what changes from step to step."""
+        for group in self.param_groups:
+            group["lr"] = group["initial_lr"] * scale
+
     def send_gradients(self):
-        """Per stack a function that waits for this rank's share, (share, R, C), of the sum over the ranks."""
-        ranks = self.rt.world_size
+        """Sum, or begin to sum, the gradients over the ranks."""
+        self.grads = [p.grad for group in self.param_groups for p in group["params"]]
+        self.flat = self.ranks.sum_over_ranks(nn.utils.parameters_to_vector(self.grads))
+
+    def receive_gradients(self):
+        """This rank's part of the sums, once it is there, to be scaled in place."""
+        return [self.flat]
+
+    def gradient_square(self):
+        """The squared norm of the sums, the same on every rank."""
+        return self.flat.square().sum()
+
+    def begin_step(self):
+        """Do, or begin, the step."""
+        nn.utils.vector_to_parameters(self.flat, self.grads)  # gradients become views of it
+        self.step()
+
+    def finish_step(self):
+        """Do what `begin_step` could not wait for."""
+
+    def complete_state(self):
+        """Make the state whole on this rank."""
+
+
+class AdamW(SummedGradients, torch.optim.AdamW):
+    def __init__(self, groups: list[dict], hp, ranks):
+        self.ranks = ranks
+        super().__init__(groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True)
+        for p in chain(*(group["params"] for group in groups)):
+            # as torch would at the first step: a checkpoint needs it before
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.state[p] = {"step": p.new_zeros(()), **moments}
+
+    def state_tensors(self):
+        """What a step changes beside the parameters."""
+        states = list(self.state.values())
+        names = ("step", "exp_avg", "exp_avg_sq")
+        return {f"adamw.{k}.{i}": s[k] for k in names for i, s in enumerate(states)}
+
+
+class Muon(torch.optim.Optimizer):
+    """Matrices of one shape, tall ones transposed, are a stack for one batched iteration. A rank
+    owns an equal share of each stack (zeros fill it up): it receives these gradients' sums, keeps
+    their momentum, and sends their updates to all."""
+
+    def __init__(self, groups: list[dict], hp, ranks):
+        self.ranks = ranks
+        self.hp = hp
+        stacks = []
+        for group in groups:
+            by_shape = {}
+            for p in group["params"]:
+                by_shape.setdefault(tuple(sorted(p.shape)), []).append(p)
+            for shape, same in sorted(by_shape.items()):
+                buffer = same[0].new_zeros(len(same), *shape)
+                stacks.append({**group, "params": same, "buffer": buffer})
+        super().__init__(stacks, {"momentum": hp.muon_momentum_warmup_start})
+
+    def local_share(self, stack: Tensor):
+        """This rank's part of a stack, a view; it may be short, or empty."""
+        share = -(-len(stack) // self.ranks.world_size)
+        return stack[self.ranks.rank * share :][:share]
+
+    def schedule(self, step: int, scale: float):
+        for group in self.param_groups:
+            group["lr"] = group["initial_lr"] * scale
+            group["momentum"] = muon_momentum(step, self.hp)
+
+    def send_gradients(self):
+        self.arriving = []
         for group in self.param_groups:
             wide = [p.grad.mT if p.size(0) > p.size(1) else p.grad for p in group["params"]]
-            wide += [torch.zeros_like(wide[0])] * (-len(wide) % ranks)
-            yield self.rt.start(REDUCE_SCATTER, torch.stack(wide), len(wide) // ranks)
-    def send_updates(self, shares: list[Tensor]):
-        """Per stack a function that waits for all its orthogonal updates, (N, R, C)."""
-        for group, grads_NRC in zip(self.param_groups, shares):
-            buffer_NRC = self.own(group["buffer"])
-            ours = grads_NRC[:len(buffer_NRC)]
-            ours.add_(buffer_NRC.mul_(group["momentum"]).add_(ours), alpha=group["momentum"])  # Nesterov
-            update_NRC = orthogonalize(grads_NRC, group["steps"])
-            yield self.rt.start(ALL_GATHER, update_NRC, len(update_NRC) * self.rt.world_size)
-    def step(self, sent: list) -> None:
-        for group, updates in zip(self.param_groups, sent):
+            missing = -len(wide) % self.ranks.world_size
+            wide += [torch.zeros_like(wide[0])] * missing
+            self.arriving.append(self.ranks.reduce_scatter(torch.stack(wide)))
+
+    def receive_gradients(self):
+        self.shares = [transfer.wait() for transfer in self.arriving]
+        return self.shares
+
+    def gradient_square(self):
+        return self.ranks.sum_over_ranks(sum(share.square().sum() for share in self.shares))
+
+    def begin_step(self):
+        """Make this rank's updates and begin to send them."""
+        self.arriving = []
+        for group, grads_SRC in zip(self.param_groups, self.shares):
+            momentum_SRC = self.local_share(group["buffer"])
+            own_SRC = grads_SRC[: len(momentum_SRC)]  # a view, without the zeros that fill up
+            momentum_SRC.mul_(group["momentum"]).add_(own_SRC)
+            own_SRC.add_(momentum_SRC, alpha=group["momentum"])  # Nesterov
+            update_SRC = orthogonalize(grads_SRC, self.hp.muon_backend_steps)
+            self.arriving.append(self.ranks.all_gather(update_SRC))
+
+    def finish_step(self):
+        """Decay, then apply updates as they arrive, times sqrt(max(1, rows / columns))."""
+        for group, transfer in zip(self.param_groups, self.arriving):
             torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
-            for p, update in zip(group["params"], updates()):
+            for p, update in zip(group["params"], transfer.wait()):
                 R, C = p.shape
-                p.sub_(update.mT if R > C else update, alpha=group["lr"] * max(1, R / C) ** 0.5)
-def build_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime) -> tuple[Muon, torch.optim.AdamW]:
-    """Together they hold every parameter exactly once: Muon the matrices but tables and head."""
-    table_lr, groups = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr, {}
+                rate = group["lr"] * max(1, R / C) ** 0.5
+                p.sub_(update.mT if R > C else update, alpha=rate)
+
+    def complete_state(self):
+        for group in self.param_groups:
+            share = self.local_share(group["buffer"]).clone()
+            group["buffer"].zero_()  # the others' shares: so the sum is the whole
+            self.local_share(group["buffer"]).copy_(share)
+            self.ranks.sum_over_ranks(group["buffer"])
+
+    def state_tensors(self):
+        """The momentum; but for this rank's share it is stale until `complete_state`."""
+        return {f"muon.{i}": group["buffer"] for i, group in enumerate(self.param_groups)}
+
+
+def build_optimizers(model, hp, ranks):
+    """One optimizer per class in the table of kinds; they hold every parameter exactly once."""
+    kinds = parameter_kinds(hp)
+    groups = {}  # by kind, in the order in which the model has them
     for name, p in model.named_parameters():
-        lr = (table_lr if name.endswith(("table.weight", "embed.weight")) else
-              hp.head_lr if name == "head.weight" else "muon" if name.endswith(".weight") else hp.scalar_lr)
-        groups.setdefault(lr, []).append(p)
-    muon = Muon(groups.pop("muon"), hp, rt)
-    adam = torch.optim.AdamW([dict(params=same, lr=lr, initial_lr=lr) for lr, same in groups.items()],
-                             betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, weight_decay=hp.adam_wd, fused=True)
-    owned = [*map(id, chain(*(group["params"] for group in muon.param_groups + adam.param_groups)))]
-    assert sorted(owned) == sorted(map(id, model.parameters())), "a parameter without exactly one optimizer"
-    for p in chain(*groups.values()):  # as at its first step: a checkpoint fills it before
-        adam.state[p] = dict(step=p.new_zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    return muon, adam
+        kind = parameter_kind(name)
+        lr, decay = kinds[kind].lr, kinds[kind].weight_decay
+        new = {"params": [], "lr": lr, "initial_lr": lr, "weight_decay": decay}
+        groups.setdefault(kind, new)["params"].append(p)
+
+    optimizers = []
+    # in the table's order: so Muon's updates travel while AdamW steps
+    for cls in dict.fromkeys(kind.optimizer for kind in kinds.values()):
+        own = [group for kind, group in groups.items() if kinds[kind].optimizer is cls]
+        optimizers.append(cls(own, hp, ranks))
+
+    held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    every = [id(p) for p in model.parameters()]
+    assert sorted(held) == sorted(every), "a parameter without exactly one optimizer"
+    return optimizers
+
+
 @torch.no_grad()
-def update(muon: Muon, adamw: torch.optim.AdamW, rt: Runtime, clip: float) -> None:
-    """A step on the ranks' summed gradients, of norm at most `clip`; Muon's updates travel while AdamW works."""
-    grads, sent = [p.grad for group in adamw.param_groups for p in group["params"]], [*muon.send_gradients()]
-    flat = rt.sum(nn.utils.parameters_to_vector(grads))
-    shares = [arrived() for arrived in sent]
+def update(optimizers: list, clip: float):
+    """One step on the gradients' sum over the ranks, scaled to norm `clip` if it is above (0:
+    never). What one optimizer sends travels while the next one works. Collective."""
+    for optimizer in optimizers:
+        optimizer.send_gradients()
+    gradients = [g for optimizer in optimizers for g in optimizer.receive_gradients()]
     if clip:
-        squares = rt.sum(sum(share.square().sum() for share in shares)) + flat.square().sum()
-        torch._foreach_mul_([flat, *shares], (clip / (squares.sqrt() + 1e-6)).clamp_max(1))
-    sent = [*muon.send_updates(shares)]
-    nn.utils.vector_to_parameters(flat, grads)
-    adamw.step()
-    muon.step(sent)
-def ttt_scale(done: float) -> float:
-    """Factor of TTT_LR at a share `done` of the stream: by cosine to 0, times 1 to 3 over the first 30 %."""
-    return (1 + 2 * min(1.0, done / 0.3)) * (1 + math.cos(math.pi * done)) / 2
-def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
-    """1, then linearly to 0 over the last WARMDOWN_ITERS steps before ITERATIONS or the cap, at this speed."""
+        length = sum(optimizer.gradient_square() for optimizer in optimizers).sqrt()
+        torch._foreach_mul_(gradients, (clip / (length + 1e-6)).clamp_max(1))
+    for optimizer in optimizers:
+        optimizer.begin_step()
+    for optimizer in optimizers:
+        optimizer.finish_step()
+
+
+def lr_scale(step: int, seconds: float, hp):
+    """Factor of all learning rates: 1, then linearly to 0 over the last WARMDOWN_ITERS steps before
+    ITERATIONS, or before the cap at the speed so far."""
+    if not hp.warmdown_iters:
+        return 1.0
     left = hp.iterations - step
     if hp.max_wallclock_seconds and step:
-        left = min(left, (hp.max_wallclock_seconds - seconds) / (seconds / step))
-    return min(1.0, max(left, 0.0) / hp.warmdown_iters) if hp.warmdown_iters else 1.0
-def muon_momentum(step: int, hp: Hyperparameters) -> float:
-    share = min(1.0, step / hp.muon_momentum_warmup_steps) if hp.muon_momentum_warmup_steps else 1.0
-    return hp.muon_momentum_warmup_start + share * (hp.muon_momentum - hp.muon_momentum_warmup_start)
-# --- 7. Averaging -------------------------------------------------------------------------------------------
-# Averaged weights are better than the last ones. EMA and SWA are one class: running means, but one forgets.
+        seconds_left = hp.max_wallclock_seconds - seconds
+        left = min(left, seconds_left / (seconds / step))
+    return min(1.0, max(left, 0.0) / hp.warmdown_iters)
+
+
+def muon_momentum(step: int, hp):
+    """Rises linearly over MUON_MOMENTUM_WARMUP_STEPS."""
+    share = 1.0
+    if hp.muon_momentum_warmup_steps:
+        share = min(1.0, step / hp.muon_momentum_warmup_steps)
+    start = hp.muon_momentum_warmup_start
+    return start + share * (hp.muon_momentum - start)
+
+
+# --- 7. Averaging -------------------------------
+# Averaged weights are better than the last ones. EMA and SWA are one class, a running mean that may
+# forget, with two schedules.
+
+
 class WeightAverage:
-    """Mean of snapshots: exponential, free of its start (as Adam's moments), or uniform if decay=1."""
+    """Mean of snapshots: exponential, free of its start as Adam's moments; uniform if decay=1."""
+
     def __init__(self, decay: float, parameters: list[Tensor]):
-        self.decay, self.count = decay, torch.zeros((), dtype=torch.int64)
+        self.decay = decay
+        self.count = torch.zeros((), dtype=torch.int64)
         self.mean = [torch.zeros_like(p) for p in parameters]
+
     @torch.no_grad()
-    def update(self, parameters: list[Tensor]) -> None:
+    def update(self, parameters: list[Tensor]):
         n = int(self.count.add_(1))
-        weight = (1 - self.decay) / (1 - self.decay ** n) if self.decay < 1 else 1 / n
+        weight = (1 - self.decay) / (1 - self.decay**n) if self.decay < 1 else 1 / n
         torch._foreach_lerp_(self.mean, parameters, weight)
-def averaged_parameters(averages: dict[str, WeightAverage]) -> list[Tensor]:
-    """A mean, or the middle of both; none: the last weights are it (AVERAGING=none, or SWA never began)."""
-    return [torch.stack(same).mean(0) for same in zip(*(a.mean for a in averages.values() if a.count))]
-# --- 8. Artifact --------------------------------------------------------------------------------------------
-# A matrix becomes codes in +-levels and a step per row (GPTQ-lite). rANS (Duda 1311.2540), its tables chosen by
-# the spread of row and column, gets below the codes' zeroth-order entropy. A file holds numbers: see `pack`.
-need = functools.partial(require, kind=ValueError)
-MAGIC, TABLES, SCALE = b"PGOLF\x03", 64, 14  # a table's frequencies sum to 2^SCALE
-MOST_WEIGHTS, MOST_SIDE = 1 << 28, 1 << 24   # a file that claims more is refused before it is allocated
-LZMA = dict(format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=1 << 20, pb=0)])
-def quantize_rows(w_RC: Tensor, levels) -> tuple[Tensor, Tensor]:
-    """Codes (R, C) in +-levels (<= 127, for all or per row) and bfloat16 steps (R, 1), both as float32: exact
-    products. Per row the clip of least squared error becomes `levels`: a second pass changes nothing."""
-    w, last = w_RC.float(), w_RC.size(-1) - 1
-    ranks = [last - round(q * last) for q in (1.0, 0.998, 0.994)]  # the clips tried; 0: the largest magnitude
-    clips = w.abs().topk(max(ranks) + 1).values[:, ranks].T[..., None]
-    steps = (clips / levels).clamp_min(1e-30).bfloat16().float()
-    errors = [((w / s).round().clamp(-levels, levels) * s - w).square().sum(-1, keepdim=True) for s in steps]
-    step = steps.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
-    return (w / step).round().clamp(-levels, levels), step
-def natural_levels(name: str, tensor: Tensor, hp: Hyperparameters) -> int:
-    """Largest code by kind: 127 for tables, 2^(QUANT_BITS-1) - 1 for other matrices; 0: not coded."""
-    bits = 8 if name.endswith(("table.weight", "embed.weight", "head.weight")) else hp.quant_bits
-    return 2 ** (bits - 1) - 1 if tensor.ndim == 2 and name.endswith(".weight") and tensor.numel() else 0
-def soft_round(x: Tensor, hardness: Tensor) -> Tensor:
-    """Differentiable rounding: nearly the identity for small `hardness`, `round` as it grows (2006.09952)."""
+
+
+def build_averages(parameters: list[Tensor], hp):
+    """The averages that AVERAGING names, still empty."""
+    decays = {"ema": hp.ema_decay, "swa": 1.0}
+    wanted = hp.averaging.split("_")
+    return {name: WeightAverage(d, parameters) for name, d in decays.items() if name in wanted}
+
+
+def takes_snapshot(name: str, step: int, scale: float, hp):
+    """Is the average `name` due after `step` steps? EMA always, SWA now and then near the end."""
+    return name == "ema" or (scale < hp.swa_threshold and step % hp.swa_every == 0)
+
+
+def averaged_parameters(averages: dict[str, WeightAverage]):
+    """The one mean, or the middle of both; an empty list if no average has begun."""
+    means = [average.mean for average in averages.values() if average.count]
+    return [torch.stack(same).mean(0) for same in zip(*means)]
+
+
+# --- 8. Training --------------------------------
+# All that training changes is one dictionary of tensors: warm-up puts it back, a checkpoint holds
+# it. Batches follow from the number of steps, and after the first weights nothing is random.
+
+
+def soft_round(x: Tensor, hardness: Tensor):
+    """Differentiable: the identity for small `hardness`, `round` as it grows (2006.09952)."""
     low = x.detach().floor()
     return low + 0.5 + torch.tanh(hardness * (x - low - 0.5)) / (2 * torch.tanh(hardness / 2))
-def fake_quantized(model: GPT, hp: Hyperparameters, hardness: Tensor) -> dict[str, Tensor]:
-    """The artifact's matrices, with straight-through gradients; QAT_ROUNDING=soft: on their way there."""
+
+
+def fake_quantized(model, hardness: Tensor):
+    """The matrices as the artifact will hold them [9], with straight-through gradients; by
+    QAT_ROUNDING=soft on their way there."""
     weights = {}
     for name, p in model.named_parameters():
-        if levels := natural_levels(name, p, hp):
-            codes, step = quantize_rows(p.detach(), levels)
-            weights[name] = (p + (codes * step - p.detach()) if hp.qat_rounding == "straight"
-                             else soft_round((p / step).clamp(-levels, levels), hardness) * step)
+        levels = natural_levels(name, p, model.hp)
+        if not levels:
+            continue
+        codes, step = quantize_rows(p.detach(), levels)
+        if model.hp.qat_rounding == "straight":
+            weights[name] = p + (codes * step - p.detach())
+        else:
+            weights[name] = soft_round((p / step).clamp(-levels, levels), hardness) * step
     return weights
-def spread_classes(codes_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int16: 16 + 4 * log2 of the codes' spread, by row; by column, relative to the rows."""
+
+
+def training_loss(model, ids_BT, targets_BT, hardness=None, weights_BT=None):
+    """The loss of GPT.forward; with `hardness`, a graph of its own, of `fake_quantized` weights."""
+    quantized = {} if hardness is None else fake_quantized(model, hardness)
+    return torch.func.functional_call(model, quantized, (ids_BT, targets_BT, weights_BT))
+
+
+class Trainer:
+    """The model with all that changes while it learns: optimizers, averages, progress."""
+
+    def __init__(self, model, loader: TokenLoader | None, validation, ranks, log, stop):
+        self.model = model
+        self.hp = model.hp
+        self.loader = loader  # None: EVAL_ONLY
+        self.validation = validation
+        self.ranks = ranks
+        self.log = log
+        self.stop = stop
+
+        self.parameters = [p.data for p in model.parameters()]
+        self.progress = torch.zeros(2, dtype=torch.float64)  # steps done, seconds of training
+        self.optimizers = build_optimizers(model, self.hp, ranks)
+        self.averages = build_averages(self.parameters, self.hp)
+        self.loss = self.compile(training_loss)
+        self.trunk = model.hidden  # a compiled one after training
+        self.hint = "there is no checkpoint"  # for error messages: how to go on
+
+    @property
+    def steps(self):
+        return int(self.progress[0])
+
+    @property
+    def seconds(self):
+        return float(self.progress[1])
+
+    @property
+    def label(self):
+        """Where training stands, as in the log."""
+        return f"step:{self.steps}/{self.hp.iterations}"
+
+    @property
+    def clock(self):
+        """The time so far, as in the log."""
+        ms = 1e3 * self.seconds
+        return f"train_time:{ms:.0f}ms step_avg:{ms / max(self.steps, 1):.2f}ms"
+
+    def compile(self, function: Callable):
+        """`function`, through torch.compile if COMPILE says so."""
+        on_cuda = self.ranks.device.type == "cuda"
+        if self.hp.compile == "1" or (self.hp.compile == "auto" and on_cuda):
+            return torch.compile(function, dynamic=False)
+        return function
+
+    def step(self, scale: float, hardness: Tensor | None):
+        """One update on batch `self.steps`, rates times `scale`; returns this rank's part of the
+        mean loss. Collective."""
+        device = self.ranks.device
+        total = torch.zeros((), device=device)
+        passes = self.loader.accumulation
+        for micro in range(passes):
+            ids, targets = self.loader.micro_batch(self.steps, micro)
+            if device.type == "cuda":
+                ids = ids.pin_memory().to(device, non_blocking=True)
+                targets = targets.pin_memory().to(device, non_blocking=True)
+            loss = self.loss(self.model, ids, targets, hardness)
+            loss = loss / (passes * self.ranks.world_size)
+            loss.backward()
+            total += loss.detach()
+
+        for optimizer in self.optimizers:
+            optimizer.schedule(self.steps, scale)
+        update(self.optimizers, self.hp.grad_clip_norm)
+        self.model.zero_grad(set_to_none=True)
+        self.progress[0] += 1
+        for name, average in self.averages.items():
+            if takes_snapshot(name, self.steps, scale, self.hp):
+                average.update(self.parameters)
+        return total
+
+    def warm_up(self):
+        """WARMUP_STEPS steps, undone, compile the plain and the quantised graph. Collective."""
+        tensors = list(self.tensors().values())
+        before = [t.clone() for t in tensors]
+        progress = Progress(self.log, "warm-up", self.hp.warmup_steps)
+        for i in range(self.hp.warmup_steps):
+            is_quantized = self.hp.late_qat_threshold and i % 2
+            self.step(1.0, torch.ones((), device=self.ranks.device) if is_quantized else None)
+            progress(i + 1)
+        torch._foreach_copy_(tensors, before)
+        self.ranks.barrier()
+
+    def validate(self):
+        """(nats per target, bits per byte) of the validation stream in windows that do not overlap
+        [10], on rank 0; zeros on the others. Collective."""
+        tokens = self.validation.tokens
+        stride = self.hp.eval_seq_len
+        progress = Progress(self.log, "validation", self.validation.targets)
+        nll = np.empty(0, np.float32)
+        for scores_2N in score_stream(self.model.hidden, self.model, tokens, stride, self.ranks):
+            nll = np.append(nll, scores_2N[0])
+            progress(len(nll))
+        if self.ranks.rank:
+            return 0.0, 0.0
+        return nll.mean(dtype=float), bits_per_byte(nll, self.validation.target_bytes)
+
+    def tensors(self):
+        """All that training changes, by name, to read or to write."""
+        named = {"progress": self.progress}
+        named |= {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        for optimizer in self.optimizers:
+            named |= optimizer.state_tensors()
+        for name, average in self.averages.items():
+            named |= {f"{name}.{i}": t for i, t in enumerate([average.count, *average.mean])}
+        return named
+
+    def save(self):
+        """Rank 0 writes logs/<RUN_ID>.ckpt, which any number of ranks can resume. If it cannot, or
+        a number is not finite, the last one is kept and the log says so. Collective."""
+        for optimizer in self.optimizers:
+            optimizer.complete_state()
+        try:
+            if self.log.path is not None:
+                self.write_checkpoint(self.log.path.with_suffix(".ckpt"))
+        except UserError as error:
+            self.log(f"warning: {error}")
+        self.ranks.barrier()
+
+    def write_checkpoint(self, path: Path):
+        """UserError: it cannot be written, or would hold a number that is not finite."""
+        arrays = {name: t.numpy(force=True) for name, t in self.tensors().items()}
+        for name, array in arrays.items():
+            problem = f"{name} is not finite, so step {self.steps} gets no checkpoint"
+            require(np.isfinite(array).all(), problem)
+        settings = json.dumps(self.hp.as_env())
+        replace_file(path, lambda file: np.savez(file, settings=settings, **arrays))
+        self.hint = f"RESUME={path} goes on from step {self.steps}"
+
+    def restore(self, path: str):
+        """Every rank gets rank 0's checkpoint `path` or, if "", rank 0's initial weights.
+        Collective. UserError: no checkpoint, or one that these settings do not fit."""
+        if path and self.ranks.rank == 0:
+            self.copy_checkpoint(path, read_checkpoint(path))
+        for tensor in self.tensors().values():
+            self.ranks.broadcast(tensor)
+        if path:
+            self.hint = f"RESUME={path} goes on from step {self.steps}"
+            self.log(f"resume:{path} step:{self.steps} train_time:{1e3 * self.seconds:.0f}ms")
+
+    def copy_checkpoint(self, path: str, arrays: dict[str, ndarray]):
+        """Put `arrays` in the place of `tensors`, and warn of settings that have changed."""
+        before = json.loads(str(arrays.get("settings", "{}")))
+        for name, value in self.hp.as_env().items():
+            may_differ = name in ("RUN_ID", "RESUME", "CHECKPOINT_EVERY")
+            if not may_differ and before.get(name, value) != value:
+                self.log(f"warning: {name}={value} here, {before[name]} in the checkpoint")
+        for name, tensor in self.tensors().items():
+            found = arrays[name].shape if name in arrays else "absent"
+            needed = tuple(tensor.shape)
+            require(
+                found == needed,
+                f"RESUME={path}: {name} is {found}, these settings need {needed}: set what the run "
+                "was begun with",
+            )
+            tensor.copy_(torch.from_numpy(arrays[name]))
+
+
+def read_checkpoint(path: str):
+    """All arrays of a NumPy archive; UserError: no such file, or cut or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    except Exception as error:  # of many types: damage shows in NumPy, zipfile, zlib, struct ...
+        reason = getattr(error, "strerror", None) or "no whole checkpoint"
+        raise UserError(f"RESUME={path}: {reason}") from None
+
+
+def train(trainer):
+    """Train to ITERATIONS or to MAX_WALLCLOCK_SECONDS on rank 0's clock, which is paused in
+    validations; no step begins that would pass it if it took twice the average. Leaves a
+    checkpoint and the averaged weights. Collective. Stopped; UserError: the loss is not finite."""
+    hp, ranks, log, stop = trainer.hp, trainer.ranks, trainer.log, trainer.stop
+    trainer.warm_up()
+    stop.patient = True  # signals wait for the loop
+    saved_at = trainer.seconds
+    started = perf_counter() - trainer.seconds
+    hardness = None  # of late QAT, once it is on
+    losses = []  # of the last two steps
+    while True:
+        # Wait for the step before the last only: the GPU keeps work to do, and the clock, rank 0's,
+        # to which the others add 0, is right to within a step.
+        diverged = bool(losses) and not math.isfinite(losses[0])
+        own_clock = perf_counter() - started if ranks.rank == 0 else 0.0
+        seconds, stopped, diverged = ranks.sum_numbers(own_clock, bool(stop.name), diverged)
+        trainer.progress[1] = seconds
+        step = trainer.steps
+        scale = lr_scale(step, seconds, hp)
+        require(
+            not diverged,
+            f"step:{step + 1 - len(losses)}/{hp.iterations}: the training loss is not finite; "
+            f"lower the learning rates; {trainer.hint}",
+        )
+        if losses and (step <= 10 or is_multiple(step, hp.train_log_every)):
+            loss = ranks.sum_over_ranks(losses[-1].clone()).item()
+            speed = f"tok/s:{hp.train_batch_tokens * step / seconds:.0f} lr_scale:{scale:.4f}"
+            log(f"{trainer.label} train_loss:{loss:.4f} {trainer.clock} {speed}")
+
+        capped = step > 0 and 0 < hp.max_wallclock_seconds < seconds * (1 + 2 / step)
+        is_last = capped or step >= hp.iterations
+        validates = is_last or is_multiple(step, hp.val_loss_every)
+        if stopped or validates or 0 < hp.checkpoint_every <= seconds - saved_at:
+            saved_at = seconds
+            trainer.save()  # before a validation too, as signals wait until it ends
+        if validates and not stopped:
+            paused = perf_counter()
+            loss, bpb = trainer.validate()
+            log(f"{trainer.label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {trainer.clock}")
+            if is_last:
+                stop.patient = False  # a signal from here on ends the run at once
+                (stopped,) = ranks.sum_numbers(bool(stop.name))
+            started += perf_counter() - paused
+        if stopped:
+            raise Stopped(f"{trainer.label}: stopped by {stop.name or 'a signal'}; {trainer.hint}")
+        if is_last:
+            break
+
+        if scale < hp.late_qat_threshold:
+            if hardness is None:
+                facts = f"lr_scale:{scale:.4f} bits:{hp.quant_bits} {hp.qat_rounding}"
+                log(f"late_qat:on step:{step} {facts}")
+            rising = 16 - 15 * scale / hp.late_qat_threshold  # from 1 to 16
+            hardness = torch.full((), rising, device=ranks.device)
+        losses = [*losses, trainer.step(scale, hardness)][-2:]
+
+    if capped:
+        log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms {trainer.label}")
+    use_averages(trainer)
+
+
+def is_multiple(step: int, every: int):
+    """Is something due at `step` that comes every so many steps, never if `every` is 0?"""
+    return step > 0 and every > 0 and step % every == 0
+
+
+def use_averages(trainer):
+    """The model gets the averaged weights, where there are any."""
+    weights = averaged_parameters(trainer.averages)
+    if weights:
+        torch._foreach_copy_(trainer.parameters, weights)
+    used = trainer.hp.averaging if weights else "none"
+    counts = " ".join(f"{name}_updates:{a.count}" for name, a in trainer.averages.items())
+    size = sum(p.numel() for p in trainer.parameters)
+    trainer.log(f"averaging:{used} {counts} parameters:{size}")
+
+
+# --- 9. Artifact --------------------------------
+# Weights <-> codes <-> bytes <-> file, and the step size at which the file fits. A matrix becomes
+# small integers and a step per row; rANS (Duda 1311.2540), its tables chosen by the spread of row
+# and column, codes them below their zeroth-order entropy. A file holds numbers, never code:
+#
+#     "PGOLF" 3 | SHA-256 of the rest | u32 size of the side stream | side stream | rANS words
+#
+# where the side stream is LZMA2 of all else. docs/container.md says what each byte is.
+
+MAGIC = b"PGOLF\x03"
+CHECKSUM = slice(len(MAGIC), len(MAGIC) + 32)
+TABLES = 64
+SYMBOLS = 256  # of a table: code + 128
+SCALE = 14  # the frequencies of a table sum to 2^SCALE
+LEAST_STATE = 1 << 16  # of a rANS lane, and its first
+MOST_WEIGHTS = 1 << 28  # a file that claims more is refused before anything is allocated
+MOST_SIDE = 1 << 24  # bytes of the side stream once inflated
+MOST_TEXT = 1 << 20
+LARGEST_CODE = 127
+COARSEST = 254.0  # divides all levels; all are +-1 then
+TOLERANCE = 4096  # bytes that `fit_artifact` may leave unused
+AIM = 2000  # bytes below the budget at which its search aims
+LZMA = dict(
+    format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=1 << 20, pb=0)]
+)
+
+require_valid = partial(require, error=ValueError)
+
+
+# Codes <-> weights
+
+
+def natural_levels(name: str, tensor: Tensor, hp):
+    """The largest code of a matrix by its kind, 2^(bits - 1) - 1; 0: the tensor is not coded."""
+    bits = parameter_kinds(hp)[parameter_kind(name)].bits
+    is_matrix = tensor.ndim == 2 and tensor.numel() > 0
+    return 2 ** (bits - 1) - 1 if bits and is_matrix else 0
+
+
+def quantize_rows(w_RC, levels: int | Tensor):
+    """Codes (R, C) in +-levels (<= 127, a number or one per row) and bfloat16 steps (R, 1), both as
+    float32: code * step is exact. Per row the clip of least squared error becomes `levels`
+    (GPTQ-lite); quantising the result again changes nothing."""
+    w = w_RC.float()
+    last = w.size(-1) - 1
+    ranks = [last - round(q * last) for q in (1.0, 0.998, 0.994)]  # 0: the largest magnitude
+    largest = w.abs().topk(max(ranks) + 1).values
+    clips = largest[:, ranks].T[..., None]
+    steps = (clips / levels).clamp_min(1e-30).bfloat16().float()
+
+    def codes(step: Tensor):
+        return (w / step).round().clamp(-levels, levels)
+
+    errors = [(codes(s) * s - w).square().sum(-1, keepdim=True) for s in steps]
+    best = torch.stack(errors).argmin(0, keepdim=True)
+    step = steps.gather(0, best)[0]
+    return codes(step), step
+
+
+class RowQuantizer:
+    """Rounds each row by itself, blind to the inputs of the matrix."""
+
+    def quantize(self, name: str, w_RC, levels: Tensor):
+        """(codes, steps) as of `quantize_rows`; the name is for those who know more of a matrix."""
+        return quantize_rows(w_RC, levels)
+
+
+def row_levels(rows: int, levels: float):
+    """(rows, 1) integers in 1 ... 127 of mean `levels`: rounded up in some rows, down in others, so
+    that sizes move by single rows."""
+    golden = 0.6180339887498949
+    dither = torch.arange(rows, dtype=torch.float64)[:, None] * golden % 1
+    return (levels + dither).floor().clamp(1, LARGEST_CODE).float()
+
+
+# Codes <-> bytes
+
+
+def spread_classes(codes_RC):
+    """16 + 4 log2 of the codes' spread, int16: by row and, relative to the rows, by column."""
     row = np.sqrt(np.square(codes_RC, dtype=np.float32).mean(1) + 0.03)
     column = np.sqrt(np.square(codes_RC / row[:, None]).mean(0) + 0.003)
-    return tuple(np.rint(4 * np.log2(16 * x)).astype("<i2") for x in (row, column))
-def rans_encode(pairs: np.ndarray) -> tuple[np.ndarray, bytes]:
-    """(freq, coded) of int16 `pairs`, 256 * table + symbol: how often each came, as uint16 that sum to
-    2^SCALE in a table, at least 1 for what came; and the steps of `rans_decode`, last to first."""
-    count = np.bincount(pairs, minlength=256 * TABLES).reshape(TABLES, 256)
-    spare, total = (1 << SCALE) - (count > 0).sum(1, keepdims=True), count.sum(1, keepdims=True)
-    freq = (count > 0) + count * spare // np.maximum(total, 1)
-    freq[np.arange(TABLES), freq.argmax(1)] += (1 << SCALE) - freq.sum(1)
-    freq, lanes, words = freq.astype("<u2").ravel(), min(1024, 16 + (len(pairs) >> 12)), []
-    start, x = np.cumsum(freq, dtype=np.uint32) - freq, np.full(lanes, 1 << 16, "<u4")
+    row, column = (np.rint(4 * np.log2(16 * spread)).astype("<i2") for spread in (row, column))
+    return row, column
+
+
+def tables_of(rows: ndarray, columns: ndarray):
+    """(R, C): the table of each code, from the spread classes of rows and columns."""
+    return np.clip(np.add.outer(rows, columns) - 16, 0, TABLES - 1)
+
+
+def lanes_of(count: int):
+    """How many rANS states, 4 bytes each in the file, work side by side on `count` symbols."""
+    return min(1024, 16 + (count >> 12))
+
+
+def table_frequencies(pairs: ndarray):
+    """How often each of the int16 `pairs`, SYMBOLS * table + symbol, comes: uint16, scaled to sum
+    to 2^SCALE in each table, at least 1 for a pair that comes."""
+    count = np.bincount(pairs, minlength=SYMBOLS * TABLES).reshape(TABLES, SYMBOLS)
+    comes = count > 0
+    spare = (1 << SCALE) - comes.sum(1, keepdims=True)
+    freq = comes + count * spare // np.maximum(count.sum(1, keepdims=True), 1)
+    freq[np.arange(TABLES), freq.argmax(1)] += (1 << SCALE) - freq.sum(1)  # what rounding has left
+    return freq.astype("<u2").ravel()
+
+
+def rans_encode(pairs: ndarray):
+    """(`table_frequencies`, coded) of `pairs`: undoes the steps of `rans_decode`, last to first."""
+    freq = table_frequencies(pairs)
+    start = np.cumsum(freq, dtype=np.uint32) - freq
+    lanes = lanes_of(len(pairs))
+    states = np.full(lanes, LEAST_STATE, "<u4")
+    words = []
     for i in reversed(range(0, len(pairs), lanes)):
-        y, pair = x[:len(pairs) - i], pairs[i: i + lanes]
-        full = y >> (32 - SCALE) >= freq[pair]
-        words.append(y[full].astype("<u2"))
-        quotient, rest = np.divmod(np.where(full, y >> 16, y), freq[pair])
-        y[:] = (quotient << SCALE) + rest + start[pair] % (1 << SCALE)
-    return freq, b"".join([x, *reversed(words)])
-def rans_decode(coded: bytes, table: np.ndarray, freq: np.ndarray) -> np.ndarray:
-    """The symbols (uint8) of the pairs, given the `table` of each."""
-    start, owner = np.cumsum(freq, dtype=np.uint32) - freq, np.repeat(np.arange(len(freq), dtype="<u2"), freq)
-    symbols, lanes = np.empty(len(table), np.uint8), min(1024, 16 + (len(table) >> 12))
-    x, words = np.frombuffer(coded, "<u4", lanes).copy(), np.frombuffer(coded, "<u2", offset=4 * lanes)
-    for i in range(0, len(table), lanes):
-        y = x[:len(table) - i]
-        slot = table[i: i + lanes].astype(np.uint32) << SCALE | y & ((1 << SCALE) - 1)
-        pair = owner[slot]
-        symbols[i: i + lanes], y[:] = pair & 255, freq[pair] * (y >> SCALE) + slot - start[pair]
-        low = np.flatnonzero(y < 1 << 16)
-        need(len(low) <= len(words), "codes end early")
-        y[low], words = y[low] << 16 | words[:len(low)], words[len(low):]
-    need(not len(words) and (x == 1 << 16).all(), "codes do not end where they should")
+        pair = pairs[i : i + lanes]
+        x = states[: len(pair)]
+        spills = (x >> (32 - SCALE)) >= freq[pair]
+        words.append(x[spills].astype("<u2"))
+        quotient, rest = np.divmod(np.where(spills, x >> 16, x), freq[pair])
+        x[:] = (quotient << SCALE) + rest + start[pair] % (1 << SCALE)  # start within its table
+    return freq, b"".join([states, *reversed(words)])
+
+
+def rans_decode(coded: bytes, tables: ndarray, freq: ndarray):
+    """The symbols (uint8), given the table of each; ValueError: too few or too many bytes."""
+    start = np.cumsum(freq, dtype=np.uint32) - freq
+    pair_of_slot = np.repeat(np.arange(len(freq), dtype="<u2"), freq)
+    lanes = lanes_of(len(tables))
+    states = np.frombuffer(coded, "<u4", lanes).copy()
+    words = np.frombuffer(coded, "<u2", offset=4 * lanes)
+    symbols = np.empty(len(tables), np.uint8)
+    for i in range(0, len(tables), lanes):
+        table = tables[i : i + lanes].astype(np.uint32)
+        x = states[: len(table)]
+        slot = (table << SCALE) | (x & ((1 << SCALE) - 1))
+        pair = pair_of_slot[slot]
+        symbols[i : i + lanes] = pair & (SYMBOLS - 1)
+        x[:] = freq[pair] * (x >> SCALE) + slot - start[pair]
+
+        low = np.flatnonzero(x < LEAST_STATE)
+        require_valid(len(low) <= len(words), "codes end early")
+        x[low] = x[low] << 16 | words[: len(low)]
+        words = words[len(low) :]
+    is_whole = not len(words) and (states == LEAST_STATE).all()
+    require_valid(is_whole, "codes do not end where they should")
     return symbols
-def pack(state: dict[str, Tensor], hp: Hyperparameters, coarsen: float = 1.0) -> tuple[bytes, str, float]:
-    """(container, bytes by kind of matrix, relative error). `coarsen` divides all levels, rounded up in some rows, down
-    in others: sizes move by single rows. UserError: NaN, infinity, too large. Little-endian layout:
-        "PGOLF" 3 | SHA-256 of the rest | u32 size of side stream | side stream, LZMA2 | rANS words
-    Side stream: per tensor a line `name coded(0, 1) dimensions ...`, whose order all follows; a zero; then 16-bit
-    numbers, low bytes first, then high ones: 256 frequencies for each of the 64 tables; spread classes of all rows,
-    then columns (a code's table: row + column - 16, clipped to 0 ... 63); per tensor the bfloat16 steps of its rows if
-    coded, else its float16 values. A weight is code * step. rANS words: u32 states of min(1024, 16 + symbols // 4096)
-    lanes, then u16. Symbol i, code + 128, is in lane i % lanes, whose state x has x % 2^14 in symbol s of its table: x
-    = f[s] * (x >> 14) + x % 2^14 - sum(f[:s]); if that is below 2^16, x = x << 16 | next word. All end at 2^16."""
-    text, classes, numbers, pairs, squares = "", [], [], {}, np.array((0.0, 1e-300))  # what is lost, what was
+
+
+# State dict <-> container
+
+
+@dataclass
+class Packed:
+    blob: bytes  # the container
+    sizes: dict[str, int]  # its bytes, by kind of content
+    error: float  # of the coded weights: norm of the difference over norm
+
+
+@dataclass
+class TensorEntry:
+    """A line of the container's text."""
+
+    name: str
+    is_coded: bool
+    shape: tuple[int, ...]
+
+    def line(self):
+        return " ".join(map(str, (self.name, int(self.is_coded), *self.shape))) + "\n"
+
+    @property
+    def weight_count(self):
+        return math.prod(self.shape)
+
+    @property
+    def number_count(self):
+        """Of steps or, if it is not coded, of float16 values in the side stream."""
+        return self.shape[0] if self.is_coded else self.weight_count
+
+
+def pack(state: dict[str, Tensor], hp, coarsen: float = 1.0, quantizer=None):
+    """The container of a state dict, all levels divided by `coarsen`. UserError: NaN or huge."""
+    quantizer = quantizer or RowQuantizer()
+    entries, numbers, pairs = [], [], {}
+    row_classes, column_classes = [], []
+    lost = total = 0.0  # sums of squares
     for name, tensor in state.items():
-        w, natural = tensor.detach().float().cpu().contiguous(), natural_levels(name, tensor, hp)
-        if not (w.abs() <= (1e30 if natural else 65504)).all():
-            raise UserError(f"{name}: holds NaN, infinity or huge values; training diverged, lower the rates")
-        text += " ".join(map(str, (name, int(natural > 0), *w.shape))) + "\n"
-        if natural:
-            dither = torch.arange(len(w), dtype=torch.float64)[:, None] * 0.6180339887498949 % 1
-            codes, step = quantize_rows(w, (natural / coarsen + dither).floor().clamp(1, 127).float())
-            squares += [float(x.square().sum(dtype=torch.float64)) for x in (codes * step - w, w)]
-            classes.append(spread_classes(codes.numpy()))
-            table = np.clip(np.add.outer(*classes[-1]) - 16, 0, TABLES - 1)
-            pairs[name] = (table * 256 + codes.numpy().astype(np.int16) + 128).ravel()
-        numbers.append((step.bfloat16().view(torch.int16) if natural else w.half()).numpy())
+        w = tensor.detach().float().cpu().contiguous()
+        levels = natural_levels(name, tensor, hp)
+        require(
+            bool((w.abs() <= (1e30 if levels else 65504)).all()),
+            f"{name}: holds NaN, infinity or huge values; training diverged, lower the rates",
+        )
+        entries.append(TensorEntry(name, levels > 0, tuple(w.shape)))
+        if not levels:
+            numbers.append(w.half().numpy())
+            continue
+        codes, step = quantizer.quantize(name, w, row_levels(len(w), levels / coarsen))
+        numbers.append(step.bfloat16().view(torch.int16).numpy())
+        lost += float((codes * step - w).square().sum(dtype=torch.float64))
+        total += float(w.square().sum(dtype=torch.float64))
+        rows, columns = spread_classes(codes.numpy())
+        row_classes.append(rows)
+        column_classes.append(columns)
+        symbols = codes.numpy().astype(np.int16) + 128
+        pairs[name] = (tables_of(rows, columns) * SYMBOLS + symbols).ravel()
+
     freq, words = rans_encode(np.concatenate([np.empty(0, np.int16), *pairs.values()]))
-    arrays = np.frombuffer(b"".join([freq, *chain(*zip(*classes)), *numbers]), np.uint8).reshape(-1, 2).T
-    side = lzma.compress(text.encode() + b"\0" + arrays.tobytes(), **LZMA)
+    numbers = b"".join([freq, *row_classes, *column_classes, *numbers])
+    by_byte = np.frombuffer(numbers, np.uint8).reshape(-1, 2).T.tobytes()
+    text = "".join(entry.line() for entry in entries).encode()
+    side = lzma.compress(text + b"\0" + by_byte, **LZMA)
     body = len(side).to_bytes(4, "little") + side + words
-    blob, bits = MAGIC + hashlib.sha256(body).digest() + body, SCALE - np.log2(np.maximum(freq, 1))
-    sizes = dict(side=0, embeddings=0, attention=0, mlp=0)
+    blob = MAGIC + hashlib.sha256(body).digest() + body
+    return Packed(blob, content_sizes(pairs, freq, len(blob)), math.sqrt(lost / (total + 1e-300)))
+
+
+def content_sizes(pairs: dict[str, ndarray], freq: ndarray, total: int):
+    """Bytes of a container by what they hold; `side` is all that is not codes."""
+    bits = SCALE - np.log2(np.maximum(freq, 1))  # of each pair
+    sizes = {"side": 0, "embeddings": 0, "attention": 0, "mlp": 0}
     for name, pair in pairs.items():
-        kind = "attention" if ".attn." in name else "mlp" if ".mlp." in name else "embeddings"
-        sizes[kind] += round(bits[pair].sum() / 8)
-    sizes["side"] = len(blob) - sum(sizes.values())
-    return blob, " ".join(f"{kind}:{size}" for kind, size in sizes.items()), math.sqrt(np.divide(*squares))
-def unpack(blob: bytes) -> dict[str, Tensor]:
-    """A container's state dict, float32; claims are checked before they allocate. ValueError: what fails."""
+        if ".attn." in name:
+            part = "attention"
+        elif ".mlp." in name:
+            part = "mlp"
+        else:
+            part = "embeddings"
+        sizes[part] += round(bits[pair].sum() / 8)
+    sizes["side"] = total - sum(sizes.values())
+    return sizes
+
+
+def unpack(blob: bytes):
+    """The state dict of a container, float32. Its claims are checked before they allocate anything.
+    ValueError: what is wrong with it."""
     try:
-        need(blob[:6] == MAGIC, f"starts with {blob[:6]!r}, expected {MAGIC!r}: no artifact of this script")
-        need(hashlib.sha256(blob[38:]).digest() == blob[6:38], "SHA-256 differs: cut or damaged")
-        engine, end = lzma.LZMADecompressor(**LZMA), 42 + int.from_bytes(blob[38:42], "little")
-        text, _, arrays = engine.decompress(blob[42: end], MOST_SIDE).partition(b"\0")
-        need(engine.eof and not engine.unused_data, "a side stream that is cut or too long")
-        need(len(text) < 1 << 20, "a tensor table that is too long")
-        lines = [re.fullmatch(rb"([\w.]+) ([01])((?: \d{1,9}){0,4})", line) for line in text.splitlines()]
-        need(all(lines), "a bad line in the tensor table")
-        table, state = [(m[1].decode(), m[2] == b"1", [int(n) for n in m[3].split()]) for m in lines], {}
-        need(len({name for name, *_ in table}) == len(table), "a name twice")
-        need(all(len(shape) == 2 and min(shape) for _, coded, shape in table if coded), "codes of no matrix")
-        need(sum(math.prod(shape) for *_, shape in table) <= MOST_WEIGHTS, "absurdly many weights")
-        rows, columns = ([shape[axis] for _, coded, shape in table if coded] for axis in (0, 1))
-        numbers = [shape[0] if coded else math.prod(shape) for _, coded, shape in table]
-        sizes, R = np.array([256 * TABLES, *rows, *columns, *numbers]), len(rows)
-        need(len(arrays) == 2 * sizes.sum(), "a side stream of another length")
-        by_byte = np.frombuffer(arrays, np.uint8).reshape(2, -1)
-        freq, *parts = np.split(by_byte.T.copy().view("<i2").ravel(), np.cumsum(sizes))
-        need((freq.reshape(TABLES, 256).sum(1) == 1 << SCALE).all() and min(freq) >= 0, "bad frequencies")
-        tables = [np.clip(x - 16, 0, TABLES - 1).ravel() for x in map(np.add.outer, parts[:R], parts[R:])]
-        symbols = rans_decode(blob[end:], np.concatenate([*tables, parts[-1]]), freq.view("<u2"))  # + nothing
-        for (name, coded, shape), number in zip(table, parts[2 * R:]):
-            w = torch.from_numpy(number).view(torch.bfloat16 if coded else torch.float16).float()
-            if coded:
-                codes, symbols = np.split(symbols, [math.prod(shape)])
-                w = (torch.from_numpy(codes).view(shape) - 128.0) * w[:, None]
-            need(w.isfinite().all(), f"NaN or infinity in {name}")
-            state[name] = w.view(shape)
-        return state
+        magic = blob[: len(MAGIC)]
+        found = f"starts with {magic!r}, expected {MAGIC!r}: no artifact of this script"
+        require_valid(magic == MAGIC, found)
+        body = blob[CHECKSUM.stop :]
+        is_intact = hashlib.sha256(body).digest() == blob[CHECKSUM]
+        require_valid(is_intact, "SHA-256 differs: cut or damaged")
+        side_end = 4 + int.from_bytes(body[:4], "little")
+        text, numbers = inflate(body[4:side_end])
+        return read_tensors(parse_entries(text), numbers, body[side_end:])
     except (lzma.LZMAError, ValueError) as error:
         raise ValueError(f"artifact: {error}") from None
-def fit_artifact(state: dict[str, Tensor], hp: Hyperparameters, budget: int) -> tuple[bytes, str]:
-    """(container of at most `budget` bytes, two lines of facts). One scalar, found by packing, to within 4 KB,
-    divides all levels: over 1 if bytes are few, with FILL_BUDGET under 1, up to 8 bits, if some are left."""
-    count, before = max(1, sum(map(torch.numel, state.values()))), pack(state, hp)[2]
-    natural, high, best = 2 ** (hp.quant_bits - 1) - 1, 254.0, None  # `best` is packed with `high`
-    low = coarsen = (natural + 1) / 256 if hp.fill_budget else 1.0
-    while high / low > 1 + 1e-7 and (best is None or len(best[0]) <= budget - 4096):
-        packed = pack(state, hp, coarsen)
-        over = len(packed[0]) - budget
-        low, high, best = (coarsen, high, best) if over > 0 else (low, coarsen, packed)
-        guess = coarsen * 2 ** min((over + 2000) * 8 / count, 8)  # a bit more halves the step
+
+
+def inflate(side: bytes):
+    """(text, numbers) of a side stream, which may not grow beyond MOST_SIDE."""
+    engine = lzma.LZMADecompressor(**LZMA)
+    text, _, numbers = engine.decompress(side, MOST_SIDE).partition(b"\0")
+    is_whole = engine.eof and not engine.unused_data
+    require_valid(is_whole, "a side stream that is cut or too long")
+    require_valid(len(text) < MOST_TEXT, "a tensor table that is too long")
+    return text, numbers
+
+
+def parse_entries(text: bytes):
+    """The lines of the container's text, whose claims are checked."""
+    entries = []
+    for line in text.splitlines():
+        match = re.fullmatch(rb"([\w.]+) ([01])((?: \d{1,9}){0,4})", line)
+        require_valid(match is not None, "a bad line in the tensor table")
+        shape = tuple(int(n) for n in match[3].split())
+        entries.append(TensorEntry(match[1].decode(), match[2] == b"1", shape))
+
+    names = {entry.name for entry in entries}
+    require_valid(len(names) == len(entries), "a name twice")
+    coded_shapes = [entry.shape for entry in entries if entry.is_coded]
+    are_matrices = all(len(shape) == 2 and min(shape) > 0 for shape in coded_shapes)
+    require_valid(are_matrices, "codes of no matrix")
+    claimed = sum(entry.weight_count for entry in entries)
+    require_valid(claimed <= MOST_WEIGHTS, "absurdly many weights")
+    return entries
+
+
+def read_tensors(entries: list[TensorEntry], numbers: bytes, words: bytes):
+    """The state dict, from the numbers of the side stream and the rANS words."""
+    coded = [entry for entry in entries if entry.is_coded]
+    sizes = [
+        SYMBOLS * TABLES,
+        *(entry.shape[0] for entry in coded),
+        *(entry.shape[1] for entry in coded),
+        *(entry.number_count for entry in entries),
+    ]
+    require_valid(len(numbers) == 2 * sum(sizes), "a side stream of another length")
+    by_byte = np.frombuffer(numbers, np.uint8).reshape(2, -1)
+    parts = iter(np.split(by_byte.T.copy().view("<i2").ravel(), np.cumsum(sizes)[:-1]))
+    freq = next(parts)
+    sums = freq.reshape(TABLES, SYMBOLS).sum(1)
+    require_valid((sums == 1 << SCALE).all() and freq.min() >= 0, "bad frequencies")
+    row_classes = list(islice(parts, len(coded)))
+    column_classes = list(islice(parts, len(coded)))
+
+    tables = [tables_of(*classes).ravel() for classes in zip(row_classes, column_classes)]
+    tables = np.concatenate([np.empty(0, np.int16), *tables])
+    symbols = rans_decode(words, tables, freq.view("<u2"))
+    state = {}
+    for entry, part in zip(entries, parts):
+        if entry.is_coded:
+            step = torch.from_numpy(part).view(torch.bfloat16).float()
+            codes = torch.from_numpy(symbols[: entry.weight_count]).view(entry.shape) - 128.0
+            symbols = symbols[entry.weight_count :]
+            w = codes * step[:, None]
+        else:
+            w = torch.from_numpy(part).view(torch.float16).float()
+        require_valid(bool(w.isfinite().all()), f"NaN or infinity in {entry.name}")
+        state[entry.name] = w.view(entry.shape)
+    return state
+
+
+# Size <-> step
+
+
+def fit_artifact(state: dict[str, Tensor], hp, budget: int, quantizer=None):
+    """(a container of at most `budget` bytes, facts for the log). One number divides all levels,
+    found by packing to within TOLERANCE: over 1 if bytes are few; under 1, with FILL_BUDGET and up
+    to 8 bits, if some are left. UserError: even codes of +-1 take too many."""
+    count = max(1, sum(tensor.numel() for tensor in state.values()))
+    natural = 2 ** (hp.quant_bits - 1) - 1
+    before = pack(state, hp, quantizer=quantizer).error
+    best = None  # the largest container that fits, packed with `high`
+    low, high = 1.0, COARSEST
+    if hp.fill_budget:
+        low = (natural + 1) / (2 * (LARGEST_CODE + 1))
+    coarsen = low
+    while high / low > 1 + 1e-7 and (best is None or len(best.blob) <= budget - TOLERANCE):
+        packed = pack(state, hp, coarsen, quantizer)
+        excess = len(packed.blob) - budget
+        if excess > 0:
+            low = coarsen
+        else:
+            high = coarsen
+            best = packed
+        bits_over = (excess + AIM) * 8 / count  # of each weight
+        guess = coarsen * 2 ** min(bits_over, 8)  # a bit less doubles the step
         coarsen = guess if low < guess < high else math.sqrt(low * high)
     if best is None:
-        raise UserError(f"the artifact takes over {budget} bytes even with codes of +-1: lower NUM_LAYERS, "
-                        "MODEL_DIM, MLP_MULT, VOCAB_SIZE or BIGRAM_VOCAB_SIZE")
-    blob, sizes, error = best
-    return blob, (f"coarsen:{high:.9f} error_before:{before:.6f} error_after:{error:.6f} bits_per_parameter:"
-                  f"{8 * len(blob) / count:.4f} levels:{min(127, natural / high):.2f}\n{sizes}")
-def write_artifact(model: GPT, path: Path, hp: Hyperparameters, rt: Runtime) -> None:
-    """Rank 0 packs the model into `path`, <= SIZE_CAP bytes with this code. UserError: too big, disk full."""
-    if rt.rank == 0:
-        blob, facts = fit_artifact(model.state_dict(), hp, SIZE_CAP - (code := len(Path(__file__).read_bytes())))
-        rt.log("fit_artifact " + facts.replace("\n", f"\nartifact_bytes code:{code} "))
-        replace_file(path, lambda file: file.write(blob))
-def load_artifact(model: GPT, path: Path, rt: Runtime) -> int:
-    """All get rank 0's `path`; returns the bytes of code and artifact. UserError: none, damaged, another model."""
-    code, blob, label = len(Path(__file__).read_bytes()), b"", f"int{model.hp.quant_bits}+rans"
-    if rt.rank == 0:
+        raise UserError(
+            f"the artifact takes over {budget} bytes even with codes of +-1: lower NUM_LAYERS, "
+            "MODEL_DIM, MLP_MULT, VOCAB_SIZE or BIGRAM_VOCAB_SIZE"
+        )
+    return best, (
+        f"coarsen:{high:.9f} error_before:{before:.6f} error_after:{best.error:.6f} "
+        f"bits_per_parameter:{8 * len(best.blob) / count:.4f} "
+        f"levels:{min(LARGEST_CODE, natural / high):.2f}"
+    )
+
+
+def code_size():
+    """Bytes of this script, which count as the weights do."""
+    return Path(__file__).stat().st_size
+
+
+def write_artifact(model, path: Path, ranks, log):
+    """Rank 0 packs the model into `path`, with the code at most SIZE_CAP bytes. UserError: too
+    large a model, a full disk."""
+    if ranks.rank:
+        return
+    packed, facts = fit_artifact(model.state_dict(), model.hp, SIZE_CAP - code_size())
+    log(f"fit_artifact {facts}")
+    sizes = " ".join(f"{part}:{size}" for part, size in packed.sizes.items())
+    log(f"artifact_bytes code:{code_size()} {sizes}")
+    replace_file(path, lambda file: file.write(packed.blob))
+
+
+def load_artifact(model, path: Path, ranks, log):
+    """Every rank gets the weights that rank 0 reads from `path`; returns the bytes of code and
+    file. Collective. UserError: no such file, damaged, or of another model."""
+    size = 0
+    if ranks.rank == 0:
         try:
             blob = path.read_bytes()
             model.load_state_dict(unpack(blob))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: {error}") from None
         except RuntimeError as error:
-            raise UserError(f"{path}: is of another model than the settings (its log has those that it was "
-                            f"trained with): {str(error).splitlines()[1].strip()}") from None
-        rt.log(f"Serialized model {label}: {len(blob)} bytes\nCode size: {code} bytes\n"
-               f"Total submission size {label}: {code + len(blob)} bytes")
+            mismatch = str(error).splitlines()[1].strip()
+            raise UserError(
+                f"{path}: is of another model than the settings (its log has those that it was "
+                f"trained with): {mismatch}"
+            ) from None
+        size = code_size() + len(blob)
+        label = f"int{model.hp.quant_bits}+rans"
+        log(f"Serialized model {label}: {len(blob)} bytes")
+        log(f"Code size: {code_size()} bytes")
+        log(f"Total submission size {label}: {size} bytes")
     for p in model.parameters():
-        rt.from_rank_0(p.data)
-    return code + len(blob)
-# --- 9. Neural scoring --------------------------------------------------------------------------------------
-# Overlapping windows give every target a long context; the window that ends nearest after it scores it, once.
-# Ranks share the windows, rank 0 gets nll[t] and entropy[t] in stream order.
-SEGMENT_BATCHES, TTT_BATCH = 32, 32  # most global batches between two sums; sequences per step of learning
-def windows(begin: int, end: int, length: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(start, first scored target, its end) per window of the targets [begin, end); target j is token j + 1,
-    tokens [start, start + length) are read. The stream's first scores all, each other `stride` or the rest."""
-    ends = np.minimum(np.arange(begin + stride if begin else length, end + stride, stride), end)
-    return np.maximum(ends - length, 0), np.append(begin, ends[:-1]), ends
+        ranks.broadcast(p.data)
+    return size
+
+
+# --- 10. Scoring --------------------------------
+# Overlapping windows give every target a long context; the window that ends nearest after a target
+# scores it, once. Ranks share the windows, and rank 0 gets nll[t] and entropy[t] in stream order.
+
+SEGMENT_BATCHES = 32  # most global batches between two sums over the ranks
+HEAD_LOGITS = 2**26  # most logits at a time
+
+
+def windows(begin: int, end: int, length: int, stride: int):
+    """(start, first scored target, end of these) of each window, (3, windows), so that they score
+    the targets [begin, end) once each, in order. Target j is token j + 1; a window reads the tokens
+    [start, start + length). The stream's first window scores all its targets, each other one its
+    last `stride`, the last one what is left."""
+    first_end = begin + stride if begin else length
+    ends = np.minimum(np.arange(first_end, end + stride, stride), end)
+    starts = np.maximum(ends - length, 0)
+    firsts = np.append(begin, ends[:-1])
+    return np.stack((starts, firsts, ends))
+
+
+def window_targets(spans: ndarray, length: int):
+    """(targets, scored), (B, length): what the windows predict, and what of that they score."""
+    starts, firsts, ends = spans[:, :, None]
+    targets = starts + np.arange(length)
+    return targets, (targets >= firsts) & (targets < ends)
+
+
 @torch.inference_mode()
-def score_stream(trunk, model: GPT, tokens: np.ndarray, stride: int, rt: Runtime, part=None):
-    """Yields (2, N) float32, nll and entropy in nats, of the targets [begin, end) = `part` or all, in growing
-    segments; N = 0 on ranks but 0. `trunk`: the model, perhaps compiled. Only scored positions go all through."""
-    hp, (begin, end) = model.hp, part or (0, len(tokens) - 1)
-    length = min(hp.eval_seq_len, end)
-    starts, first, ends = windows(begin, end, length, stride)
-    batch, head_rows = max(1, hp.val_batch_size // (length * rt.world_size)), max(1, 2 ** 26 // hp.vocab_size)
-    progress, done, batches = Progress(rt, f"scoring stride:{stride}", len(tokens) - 1), 0, 1
-    while done < len(starts):
-        segment = np.arange(done, min(done + batches * batch * rt.world_size, len(starts)))
-        share, offset = np.array_split(segment, rt.world_size)[rt.rank], first[done]
-        scores_2N = torch.zeros(2, ends[segment[-1]] - offset, device=rt.device)  # a rank fills its windows
-        for i in range(0, len(share), batch):
-            mine = share[i: i + batch]
-            full = np.pad(mine, (0, batch - len(mine) if len(starts) > batch else 0), "edge")  # one shape
-            at = starts[full][:, None] + np.arange(length)
-            last = min(stride, length) if (starts + length - first)[full].max() <= stride else length
-            run = trunk if last < length else model  # whole windows are few: no graph of theirs pays for itself
-            hidden_BTD = run(torch.from_numpy(tokens[at].astype(np.int64)).to(rt.device), last=last)
-            at = at[:, -last:]
-            scored = (at >= first[full][:, None]) & (at < ends[full][:, None])
-            scored[len(mine):] = False
-            rows, column, target = (torch.from_numpy(x).to(rt.device) for x in (
-                np.flatnonzero(scored), at[scored] - offset, tokens[at[scored] + 1].astype(np.int64)))
-            for r, c, v in zip(*(x.split(head_rows) for x in (rows, column, target))):
-                scores_2N[:, c] = model.scores(hidden_BTD.flatten(0, 1)[r], v)
-        done, batches = done + len(segment), min(2 * batches, SEGMENT_BATCHES)
-        yield rt.sum(scores_2N)[:, :0 if rt.rank else None].cpu().numpy().copy()  # a view keeps all alive
-        if not part:
-            progress(int(ends[done - 1]))
-def bits_per_byte(nll: np.ndarray, stream_bytes: np.ndarray) -> float:
-    """Code length of the targets in bits over their UTF-8 bytes; sums in float64, divided once."""
-    return float(nll.sum(dtype=np.float64) / math.log(2) / stream_bytes.sum(dtype=np.int64))
-# --- 10. N-gram mixture -------------------------------------------------------------------------------------
-# Counting is sorting: positions lie grouped by the n - 1 tokens before them, in stream order; sorting a group
-# by its next token splits it into groups of n: exact counts of the past, in a thread while the GPUs score.
-CHUNK = 1 << 18  # positions refined at a time, so that what a sort touches stays in the cache
-ORDER_CENTERS = np.array((4.5, 4.2, 3.8, 3.5, 3.2, 3.0))  # nats, orders 2...7 and beyond (PR #825)
-HASH_PRIMES = np.array((36313, 27191, 51647, 81929, 131071, 175447, 209591), np.uint64)
-BOS = 1  # token that opens a document
-STATES, GAPS, HEATS = 128, 13, 6  # buckets of the online weights: state of the context x distance x entropy
-def since_start(values: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """`values` minus the value at the start of their run; `first` marks where runs start."""
-    starts = np.flatnonzero(first)
-    return values - np.repeat(values[starts], np.diff(starts, append=len(first)))
-def sort_runs(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(order, first, prior): `order` brings equal keys together, each run in stream order; `first` marks, in
-    that order, where runs start; prior[t]: how many positions before t hold the same key."""
-    number, bits = np.arange(len(keys), dtype=np.uint32), np.uint64(len(keys).bit_length())
-    keys = keys.astype(np.uint64) << bits | number  # key and position in 64 bits: one in-place sort
-    keys.sort()
-    order, keys = (keys & ~(~np.uint64(0) << bits)).view(np.int64), np.right_shift(keys, bits, keys)
-    first, prior = np.append(True, keys[1:] != keys[:-1])[:len(keys)], np.empty_like(number)
-    prior[order] = since_start(number, first)
-    return order, first, prior
-def floor_log2(x: np.ndarray) -> np.ndarray:
-    return (x.astype(np.float32).view(np.int32) >> 23) - 127  # the exponent of a float; exact below 2^24
-def describe_contexts(t, token, age, first, pair) -> np.ndarray:
-    """For positions grouped by context: 0 if that is new, else 2 * (1 + bucket) + (its last continuation is
-    repeated). The bucket, of the prefix alone: how often the context occurred, the share of continuations not
-    new, whether the last repeated the one before, is in this document (of `age` tokens), how far back."""
-    same = np.append(False, token[1:] == token[:-1]) & ~first
-    repeated = np.append(False, same[:-1]) & ~first
-    gap = np.where(first, 1, np.diff(t, prepend=t[:1])).view(np.int32)
-    known, context = (pair > 0).astype(np.int32), since_start(np.arange(len(t), dtype=np.int32), first)
-    earlier, often = since_start(np.cumsum(known, dtype=np.int32) - known, first), np.maximum(context, 1)
-    state = np.minimum(floor_log2(often), 7) * 4 + np.minimum(4 * earlier // often, 3)
-    state = (state * 2 + repeated) * 2 + (gap <= age)
-    return np.where(context, 2 * (1 + state * GAPS + np.minimum(floor_log2(gap) >> 1, GAPS - 1)) + same, 0)
-def ngram_counts(tokens: np.ndarray, highest: int, describe: bool = True):
-    """Yields (pair, code), of few bytes, per position of `tokens`, for grams of n = 1 ... highest tokens.
-    pair[t]: how many earlier positions end the same n-gram: c(u, v) of a target at t; its c(u) is the
-    previous n's pair[t - 1]. code: see `describe_contexts`; 0 exactly where c(u) = 0."""
-    first = np.append((True, True), tokens[1:-1] == BOS)[:len(tokens)]  # one late: t's age must not see t
-    stream = np.minimum(since_start(np.arange(len(tokens), dtype=np.uint32), first), 65535) << 16 | tokens
-    (t, first, pair), code = sort_runs(tokens), np.zeros(len(tokens) if describe else 0, np.uint16)
-    keep = t < len(tokens) - 1  # what ends the stream is no context
-    t, first = t[keep].astype(np.uint32) + 1, first[keep]
-    yield pair.astype(np.min_scalar_type(pair.max()), copy=False), code
-    for _ in range(2, highest + 1):
-        pair, code, kept, stop = np.zeros(len(tokens), np.uint32), np.zeros(len(code), np.uint16), 0, 0
-        while stop < len(first):  # whole groups, of at least CHUNK positions in all
-            start, rest = stop, first[stop + CHUNK:]
-            stop = start + CHUNK + int(rest.argmax()) if rest.any() else len(first)
-            target, begin = t[start:stop], first[start:stop]
-            word, age = (seen := stream[target]) & 0xFFFF, seen >> 16
-            order, split, count = sort_runs(np.cumsum(begin, dtype=np.uint64) << np.uint64(16) | word)
-            pair[target] = count
-            if describe:
-                code[target] = describe_contexts(target, word, age, begin, count)
-            target = target[order] + 1
-            keep = ~(split & np.append(split[1:], True)) & (target < len(tokens))
-            free, kept = kept, kept + np.count_nonzero(keep)
-            t[free:kept], first[free:kept] = target[keep], split[keep]
-        t, first = t[:kept].copy(), first[:kept].copy()
-        yield pair.astype(np.min_scalar_type(pair.max()), copy=False), code
-def ngram_backoff(tokens: np.ndarray, hp: Hyperparameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(order, context count, pair count) per target: the longest gram whose context was followed by something
-    at least NGRAM_MIN_COUNT times before. Order 0: none was. The choice never looks at the target."""
-    order, context, pair = (np.zeros(len(tokens) - 1, kind) for kind in (np.uint8, np.uint32, np.uint32))
-    exact = pairwise(pair for pair, _ in ngram_counts(tokens, hp.ngram_order, describe=False))
-    for n in range(2, hp.ngram_order + 1):  # from target n - 2 on there is a context
-        if hp.ngram_counts == "hashed":  # a token that never followed may own a bucket that others filled
-            c_u, c_uv = (sort_runs(keys)[2] for keys in hash_buckets(tokens, n, hp))
-            c_uv = np.minimum(c_u, c_uv)
-        else:
-            c_u, c_uv = (pair[n - 2 + late: len(tokens) - 1 + late] for late, pair in enumerate(next(exact)))
-        wins = c_u >= (hp.ngram_min_count if n >= hp.ngram_min_order else len(tokens))
-        order[n - 2:][wins], context[n - 2:][wins], pair[n - 2:][wins] = n, c_u[wins], c_uv[wins]
-    return order, context, pair
-def hash_buckets(tokens: np.ndarray, n: int, hp: Hyperparameters, following: np.ndarray | None = None):
-    """(context bucket, pair bucket with token `following`, by default its own) of targets from n - 2 on."""
-    h, mask = np.zeros(max(len(tokens) - n + 1, 0), np.uint64), np.uint64(hp.ngram_buckets - 1)
-    for k in range(n - 1):
-        h ^= tokens[k: k + len(h)].astype(np.uint64) * HASH_PRIMES[k]
-    last = (tokens[n - 1:] if following is None else following).astype(np.uint64) * HASH_PRIMES[n - 1]
-    return h & mask, (h ^ last) & mask
-def hashed_mass(tokens: np.ndarray, order: np.ndarray, targets: np.ndarray, hp: Hyperparameters) -> float:
-    """What the hashed quotients of one position sum to over the vocabulary; the mean of matched `targets`."""
-    masses, vocabulary = [], np.arange(hp.vocab_size)
-    for n in np.unique(order[targets]).tolist():
-        bucket, filled = (buckets.view(np.int64) for buckets in hash_buckets(tokens, n, hp))
-        for i in targets[order[targets] == n] + 2 - n:  # its place among these buckets
-            _, asked = hash_buckets(tokens[i: i + n], n, hp, vocabulary)
-            pair = np.bincount(filled[:i], minlength=hp.ngram_buckets)[asked.view(np.int64)]
-            context = np.count_nonzero(bucket[:i] == bucket[i])
-            masses.append(np.minimum(pair, context).sum() / context)
-    return float(np.mean(masses)) if masses else math.nan
-def backoff_weight(entropy: np.ndarray, order: np.ndarray, hp: Hyperparameters) -> np.ndarray:
-    """Weight of the counts: half-way at an entropy of 4 nats (PR #889) or one centre per order (PR #825)."""
-    center = 4.0 if hp.ngram_alpha == "entropy" else ORDER_CENTERS[np.clip(order.astype(int) - 2, 0, 5)]
-    squashed = 1 / (1 + np.exp(-2 * (entropy.astype(np.float64) - center)))
-    return np.where(order > 0, hp.alpha_min + (hp.alpha_max - hp.alpha_min) * squashed, 0.0)
-def block_edges(total: int) -> list[int]:
-    """0 ... total: blocks that grow with the stream, from 64 targets to what fits in the cache."""
-    edges = [0]
-    while edges[-1] < total:
-        edges.append(min(edges[-1] + min(max(64, edges[-1] // 16), 1 << 16), total))
-    return edges
-def bucket_weights(mass: np.ndarray) -> np.ndarray:
-    """(3, buckets): posterior mean weights of the experts, to which EM gave mass[expert, state, gap, heat]
-    targets. Each level, all -> state -> gap -> heat, is the next one's Dirichlet prior, worth 20 targets."""
-    prior = np.array((0.98, 0.01, 0.01))  # where nothing was seen the model has 98 %
-    if mass.ndim > 1:
-        prior = bucket_weights(mass.sum(-1)).reshape(*mass.shape[:-1], 1)
-    return ((mass + 20 * prior) / (mass.sum(0) + 20)).reshape(3, -1)
-class Mixture:
-    """The model's scores mixed with counts, block after block as they come. NGRAM_ALPHA=online: p_1 = model,
-        p_n(v) = w0 * p_{n-1}(v) + w1 * c(u, v) / c(u) + w2 * [v is what followed u last time],
-    with weights of the context's bucket, learned by EM from strictly earlier blocks; then Bayes between p_N
-    and the model: over the stream at most one bit worse than either. Else one order per target, mixed by
-    entropy. All sum to 1 over the vocabulary, fixed by the prefix alone, in whatever pieces scores arrive."""
-    def __init__(self, tokens: np.ndarray, hp: Hyperparameters):
-        self.tokens, self.hp, self.targets = tokens, hp, len(tokens) - 1
-        self.nll, self.edges, self.block = np.empty(self.targets), block_edges(self.targets), 0
-        self.longest = np.zeros(self.targets, np.uint8)  # order that knew the context; 0: none did
-        self.samples = np.int64([f(1, max(self.targets, 1), 16) for f in (np.geomspace, np.linspace)]) - 1
-        self.decided = {}  # sampled target -> [[order, w0, w1, w2, c(u), c(u, v)], ..., [model, trust]]
-        self.mass, self.lead = np.zeros((hp.ngram_order + 1, 3, STATES, GAPS, HEATS)), 0.0  # online
-        self.counts = ([*chain(*ngram_counts(tokens, hp.ngram_order))]  # order n: pairs 2n - 2, codes 2n - 1
-                       if hp.ngram_alpha == "online" else ngram_backoff(tokens, hp))
-    def extend(self, nll: np.ndarray, entropy: np.ndarray) -> None:
-        """Mix every block that ends within the scores so far: nats of the stream's first len(nll) targets."""
-        for a, b in pairwise(self.edges[self.block: np.searchsorted(self.edges, len(nll), "right")]):
-            finite = np.isfinite(nll[a:b] + entropy[a:b]).all()
-            require(finite, f"scores of targets {a} to {b} are not finite: the model has diverged", RuntimeError)
-            model = np.exp(-np.minimum(nll[a:b].astype(np.float64), 690))
-            mix = self.mix_online if self.hp.ngram_alpha == "online" else self.mix_backoff
-            p, trust, self.longest[a:b] = mix(a, b, model, entropy[a:b])
-            self.nll[a:b] = -np.log(trust * p + (1 - trust) * model)
-            self.sample(np.arange(a, b), model, trust)
-            self.block += 1
-    def sample(self, targets: np.ndarray, *facts: np.ndarray) -> None:
-        """Remember what decides those of `targets` that the audit will look at."""
-        for i in np.flatnonzero(np.isin(targets, self.samples)):
-            self.decided.setdefault(int(targets[i]), []).append([fact[i].item() for fact in facts])
-    def mix_backoff(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray):
-        """(mixed p of the targets [a, b), trust in it: all, the order that won)."""
-        order, context, pair = (array[a:b] for array in self.counts)
-        alpha, rows = backoff_weight(entropy, order, self.hp), np.flatnonzero(order)
-        self.sample(rows + a, *(x[rows] for x in (order, 1 - alpha, alpha, 0 * alpha, context, pair)))
-        return (1 - alpha) * model + alpha * pair / np.maximum(context, 1), np.ones(b - a), order
-    def mix_online(self, a: int, b: int, model: np.ndarray, entropy: np.ndarray):
-        """(p_N of the targets [a, b), trust in it by the likelihood so far, longest order that matched)."""
-        p, heat, longest = model.copy(), entropy.clip(0, HEATS - 1).astype(int), np.zeros(b - a, np.uint8)
-        for n in range(self.hp.ngram_min_order, self.hp.ngram_order + 1):
-            pair, code = (array[a + 1: b + 1] for array in self.counts[2 * n - 2: 2 * n])
-            rows = np.flatnonzero(code)
-            c_u, c_uv, code = self.counts[2 * n - 4][a:b][rows].astype(float), pair[rows], code[rows]
-            longest[rows] = n
-            bucket = ((code >> 1) - 1) * np.int64(HEATS) + heat[rows]
-            weights = [w[bucket] for w in bucket_weights(self.mass[n])]
-            self.sample(rows + a, longest[rows], *weights, c_u, c_uv)
-            parts = [w * q for w, q in zip(weights, (p[rows], c_uv / c_u, code & 1))]
-            p[rows] = total = sum(parts)
-            for flat, part in zip(self.mass[n].reshape(3, -1), parts):
-                flat += np.bincount(bucket, part / total, len(flat))
-        odds = np.cumsum(np.append(self.lead, np.log(p / model)))
-        self.lead = odds[-1]
-        return p, 1 / (1 + np.exp(-np.clip(odds[:-1], -500, 500))), longest
-    def audit(self) -> str:
-        """Recounts samples, sums their mixture over the vocabulary, counts a prefix; facts for the log."""
-        tokens, masses, faults, V = self.tokens, [], [], self.hp.vocab_size
-        for target, (*levels, (p_target, trust)) in self.decided.items():
-            t, model = target + 1, np.full(V, (1 - p_target) / (V - 1))
-            p, model[tokens[t]] = model, p_target  # the rest of the model's distribution is not at hand
-            for n, w0, w1, w2, *counts in levels:
-                past = np.flatnonzero(tokens[n - 2: t - 1] == tokens[t - 1]) + n - 1
-                for k in range(2, n):
-                    past = past[tokens[past - k] == tokens[t - k]]
-                c = np.bincount(tokens[past], minlength=V)
-                if counts != [len(past), c[tokens[t]]]:
-                    faults.append(f"{target}, order {n}: {counts}, recounted {len(past)}, {c[tokens[t]]}")
-                p = w0 * p + w1 * c / len(past)
-                p[tokens[past[-1]]] += w2
-            p = trust * p + (1 - trust) * model
-            masses.append(p.sum())
-            if abs(p.sum() - 1) > 1e-9 or abs(self.nll[target] + math.log(p[tokens[t]])) > 1e-6:
-                faults.append(f"{target}: mass {p.sum()}, p {p[tokens[t]]}, scored {self.nll[target]} nats")
-        prefix = Mixture(tokens[: 1 << 14], self.hp)
-        if not all(np.array_equal(some, full[:len(some)]) for some, full in zip(prefix.counts, self.counts)):
-            faults.append(f"the counts of the first {prefix.targets} differ alone")
-        require(not faults, f"the mixture is no code; targets {'; '.join(faults)}", RuntimeError)
-        return (f"targets:{self.edges[self.block]}/{self.targets} mass_min:{min(masses):.12f} "
-                f"mass_max:{max(masses):.12f} recounted:{sum(len(f) > 1 for f in self.decided.values())} "
-                f"enumerated:{len(masses)} prefix:{prefix.targets}")
-# --- 11. Training -------------------------------------------------------------------------------------------
-# All that changes is one dictionary of tensors: warm-up undoes it, a checkpoint holds it. Batches follow from
-# the number of steps, and nothing draws random numbers after the first weights.
-def training_loss(model: GPT, ids_BT: Tensor, targets_BT: Tensor, hardness: Tensor | None, weights_BT=None):
-    """Loss as in GPT.forward; with `hardness` (a graph of its own), of the artifact's weights."""
-    quantized = {} if hardness is None else fake_quantized(model, model.hp, hardness)
-    return torch.func.functional_call(model, quantized, (ids_BT, targets_BT, weights_BT))
-class Trainer:
-    """The model with all that changes while it learns: optimizers, averages, progress."""
-    steps = property(lambda self: int(self.progress[0]), doc="that were done")
-    seconds = property(lambda self: float(self.progress[1]), doc="of training")
-    def __init__(self, model: GPT, loader: TokenLoader | None, rt: Runtime):
-        self.model, self.loader, self.rt, self.hp = model, loader, rt, model.hp
-        self.parameters, self.progress = [p.data for p in model.parameters()], torch.zeros(2).double()
-        self.tokens = self.stream_bytes = None  # the validation stream, its bytes per target
-        self.hint = "there is no checkpoint"  # what a user can do if this run ends now
-        compiled = self.hp.compile == "1" or self.hp.compile == "auto" and rt.device.type == "cuda"
-        self.compile = (lambda f: torch.compile(f, dynamic=False)) if compiled else lambda f: f
-        self.loss, self.trunk = self.compile(training_loss), model
-        self.optimizers = build_optimizers(model, self.hp, rt)
-        self.averages = {name: WeightAverage(decay, self.parameters) for name, decay in (
-            ("ema", self.hp.ema_decay), ("swa", 1.0)) if name in self.hp.averaging.split("_")}
-    def step(self, scale: float, hardness: Tensor | None) -> Tensor:
-        """One update on batch `self.steps`, lr times `scale`; returns this rank's part of the mean loss."""
-        total, passes = torch.zeros((), device=self.rt.device), self.loader.accumulation
-        for micro in range(passes):
-            ids, targets = self.loader.micro_batch(self.steps, micro)
-            if self.rt.device.type == "cuda":
-                ids, targets = (x.pin_memory().to(self.rt.device, non_blocking=True) for x in (ids, targets))
-            loss = self.loss(self.model, ids, targets, hardness) / (passes * self.rt.world_size)
-            loss.backward()
-            total += loss.detach()
-        for group in chain(*(optimizer.param_groups for optimizer in self.optimizers)):
-            group |= dict(lr=group["initial_lr"] * scale, momentum=muon_momentum(self.steps, self.hp))
-        update(*self.optimizers, self.rt, self.hp.grad_clip_norm)
-        self.model.zero_grad(set_to_none=True)
-        self.progress[0] += 1
-        for name, average in self.averages.items():
-            if name == "ema" or scale < self.hp.swa_threshold and self.steps % self.hp.swa_every == 0:
-                average.update(self.parameters)
-        return total
-    def validate(self, name: str = "") -> tuple[float, float]:
-        """(nats per target, bits per byte) on rank 0, of windows that do not overlap; logged as `name`."""
-        nll, _ = np.concatenate([*score_stream(self.model, self.model, self.tokens, self.hp.eval_seq_len, self.rt)], 1)
-        loss, bpb = (nll.mean(dtype=float), bits_per_byte(nll, self.stream_bytes)) if len(nll) else (0, 0)
-        if name:
-            self.rt.log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
-        return loss, bpb
-    def tensors(self) -> dict[str, Tensor]:
-        """All that training changes, to read or write; of Muon's momentum this rank's share is true."""
-        muon, adamw = self.optimizers
-        named = {"progress": self.progress, **{f"model.{k}": t for k, t in self.model.state_dict().items()}}
-        lists = {"muon": [group["buffer"] for group in muon.param_groups]}
-        lists |= {f"adamw.{k}": [state[k] for state in adamw.state.values()]
-                  for k in ("step", "exp_avg", "exp_avg_sq")}
-        lists |= {name: [average.count, *average.mean] for name, average in self.averages.items()}
-        return named | {f"{name}.{i}": t for name, ts in lists.items() for i, t in enumerate(ts)}
-    def warm_up(self) -> None:
-        """Run WARMUP_STEPS steps so that everything is compiled, the quantised graph too, then undo them."""
-        kept = [t.clone() for t in self.tensors().values()]
-        progress = Progress(self.rt, "warm-up", self.hp.warmup_steps)
-        for i in range(self.hp.warmup_steps):
-            self.step(1.0, torch.ones((), device=self.rt.device) if self.hp.late_qat_threshold and i % 2 else None)
-            progress(i + 1)
-        torch._foreach_copy_([*self.tensors().values()], kept)
-    def save(self) -> None:
-        """Write logs/<RUN_ID>.ckpt, an archive for any number of ranks; where it fails, the last is kept."""
-        arrays, own = {}, self.optimizers[0].own
-        for name, t in self.tensors().items():
-            if name.startswith("muon"):
-                own(whole := torch.zeros_like(t)).copy_(own(t))
-                t = self.rt.sum(whole)
-            if self.rt.log_path:
-                arrays[name] = t.numpy(force=True)
-        if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
-            self.rt.log(f"warning: {bad[0]} is not finite, so step {self.steps} gets no checkpoint")
-        elif arrays:
-            try:
-                path, settings = self.rt.log_path.with_suffix(".ckpt"), json.dumps(self.hp.as_env())
-                replace_file(path, lambda file: np.savez(file, settings=settings, **arrays))
-                self.hint = f"RESUME={path} goes on from step {self.steps}"
-            except UserError as error:
-                self.rt.log(f"warning: {error}")
-        self.rt.barrier()
-    def restore(self, path: str) -> None:
-        """All get rank 0's checkpoint `path` or, if "", initial weights. UserError: not of these settings."""
-        arrays = read_checkpoint(path) if path and self.rt.rank == 0 else {}
-        then = json.loads(str(arrays.get("settings", "{}")))
-        for name, value in self.hp.as_env().items():
-            if then.get(name, value) != value and name not in ("RUN_ID", "RESUME", "CHECKPOINT_EVERY"):
-                self.rt.log(f"warning: {name}={value} here, {then[name]} in the checkpoint")
-        for name, t in self.tensors().items():
-            if arrays:
-                found, needed = arrays[name].shape if name in arrays else "absent", tuple(t.shape)
-                require(found == needed, f"RESUME={path}: {name} is {found}, these settings need {needed}: "
-                        "set what the run was begun with")
-                t.copy_(torch.from_numpy(arrays[name]))
-            self.rt.from_rank_0(t)
-        if path:
-            self.rt.log(f"resume:{path} step:{self.steps} train_time:{1e3 * self.seconds:.0f}ms")
-def read_checkpoint(path: str) -> dict[str, np.ndarray]:
-    """All arrays of a NumPy archive; UserError: no such file, or cut or damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return dict(archive)
-    except Exception as error:  # of many types: a damaged archive fails in NumPy, zipfile, zlib, struct ...
-        raise UserError(f"RESUME={path}: {getattr(error, 'strerror', 0) or 'no whole checkpoint'}") from None
-def train(trainer: Trainer) -> None:
-    """Trains to ITERATIONS or the cap on rank 0's clock, which stops in validations: begins no step that may
-    pass it at twice the average. Leaves checkpoint, averaged weights. Stopped; UserError: loss not finite."""
-    hp, rt = trainer.hp, trainer.rt
-    trainer.warm_up()
-    rt.barrier()
-    rt.patient, saved, hardness, losses = True, trainer.seconds, None, []
-    started = time.perf_counter() - trainer.seconds
-    while True:
-        # This waits for the step before the last: the GPU has work, and the clock is right to within a step.
-        lost, now = bool(losses) and not math.isfinite(losses[0]), time.perf_counter() - started
-        seconds, stopped, lost = rt.agree(0 if rt.rank else now, bool(rt.stopped), lost)
-        step, trainer.progress[1] = trainer.steps, seconds
-        label, scale = f"step:{step}/{hp.iterations}", lr_scale(step, seconds, hp)
-        clock = f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(step, 1):.2f}ms"
-        require(not lost, f"step:{step + 1 - len(losses)}/{hp.iterations}: the training loss is not finite; "
-                f"lower the learning rates; {trainer.hint}")
-        if losses and (step <= 10 or hp.train_log_every and step % hp.train_log_every == 0):
-            rt.log(f"{label} train_loss:{rt.sum(losses[-1].clone()).item():.4f} {clock} "
-                   f"tok/s:{hp.train_batch_tokens * step / seconds:.0f} lr_scale:{scale:.4f}")
-        capped = step and 0 < hp.max_wallclock_seconds < seconds * (1 + 2 / step)
-        last = capped or step >= hp.iterations
-        pause = last or hp.val_loss_every and step and step % hp.val_loss_every == 0
-        if stopped or pause or 0 < hp.checkpoint_every <= seconds - saved:
-            saved = seconds
-            trainer.save()  # and barrier; also before a validation, in which a signal would have to wait
-        if pause and not stopped:
-            paused, (loss, bpb) = time.perf_counter(), trainer.validate()
-            rt.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {clock}")
-            rt.patient = not last  # a signal from here on ends the run at once
-            stopped = rt.agree(bool(rt.stopped))[0] and last
-            started += time.perf_counter() - paused
-        if stopped:
-            raise Stopped(f"{label}: stopped by {rt.stopped or 'a signal'}; {trainer.hint}")
-        if last:
-            break
-        if scale < hp.late_qat_threshold:
-            if hardness is None:
-                rt.log(f"late_qat:on step:{step} lr_scale:{scale:.4f} bits:{hp.quant_bits} {hp.qat_rounding}")
-            hardness = torch.tensor(16 - 15 * scale / hp.late_qat_threshold, device=rt.device)  # 1 to 16
-        losses = [*losses, trainer.step(scale, hardness)][-2:]
-    if capped:
-        rt.log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms {label}")
-    weights = averaged_parameters(trainer.averages)
-    torch._foreach_copy_(trainer.parameters, weights or trainer.parameters)
-    counts = " ".join(f"{name}_updates:{average.count}" for name, average in trainer.averages.items())
-    rt.log(f"averaging:{hp.averaging if weights else 'none'} {counts} "
-           f"parameters:{sum(p.numel() for p in trainer.parameters)}")
-# --- 12. main -----------------------------------------------------------------------------------------------
-def log_header(trainer: Trainer) -> None:
-    """What a reviewer needs to repeat the run: this source, versions, hardware, data, every setting."""
-    hp, loader, rt = trainer.hp, trainer.loader, trainer.rt
-    files = dict(train=loader.paths[0]) if loader else {}
-    files |= dict(val=find_shards("val", hp)[0], tokenizer=Path(hp.tokenizer_path))
-    rt.log("\n".join((
-        Path(__file__).read_text(encoding="utf-8"), "=" * 100, f"python:{platform.python_version()} torch:"
-        f"{torch.__version__} cuda:{torch.version.cuda} numpy:{np.__version__} platform:{platform.platform()}",
-        *(f"data:{k} first:{p} sha256:{hashlib.sha256(p.read_bytes()).hexdigest()}" for k, p in files.items()),
-        *map("=".join, hp.as_env().items()))), console=False)
-    cpu = f"{platform.processor() or platform.machine()} CPU"
-    rt.log(f"hardware:{rt.world_size} x {torch.cuda.get_device_name() if rt.device.type == 'cuda' else cpu} threads:"
-           f"{torch.get_num_threads()} cores:{os.cpu_count()} attention:{trainer.model.attention_name} "
-           f"accumulation:{getattr(loader, 'accumulation', 0)}\ntrain_tokens:{getattr(loader, 'tokens', 0)} "
-           f"val_targets:{len(trainer.stream_bytes)} val_bytes:{trainer.stream_bytes.sum()}")
-def report_mixture(trainer: Trainer, mixture: Mixture, scores: np.ndarray, added: float) -> float:
-    """Audits the mixture, logs its score, its sources and, if hashed, the predecessors'; returns its bpb."""
-    hp, rt, stream_bytes, (nll, entropy) = trainer.hp, trainer.rt, trainer.stream_bytes, scores
-    neural, bpb = (bits_per_byte(x, stream_bytes) for x in (nll, mixture.nll))
-    rt.log(f"ngram_audit {mixture.audit()}")
-    for low, high in pairwise((0, 0.5, 1, 1.5, 2, 3, 4, 5, math.inf)):  # calibrated: nll = expected
-        if (at := (low <= entropy) & (entropy < high)).any():
-            rt.log(f"calibration entropy:{low}-{high} targets:{at.sum()} expected:{entropy[at].mean():.4f} "
-                   f"nll:{nll[at].mean():.4f} mixed:{mixture.nll[at].mean():.4f}")
-    gain = np.bincount(mixture.longest, nll - mixture.nll) / math.log(2) / stream_bytes.sum()
-    for n, targets in zip(*np.unique(mixture.longest, return_counts=True)):
-        rt.log(f"ngram_order order:{n} targets:{targets} gain:{gain[n]:.8f}")
-    facts = f"orders:{hp.ngram_min_order}-{hp.ngram_order} counts:%s alpha:{hp.ngram_alpha}"
-    rt.log(f"final_ngram_exact val_loss:{mixture.nll.mean():.8f} val_bpb:{bpb:.8f} gain:{neural - bpb:.8f} "
-           f"{facts % 'exact'} added_time:{1e3 * added:.0f}ms")
-    if hp.ngram_counts == "hashed":
-        hashed = Mixture(trainer.tokens, hp)
-        hashed.extend(*scores)
-        mass = hashed_mass(trainer.tokens, order := hashed.counts[0], np.flatnonzero(order)[-32:], hp)
-        rt.log(f"final_ngram_hashed pseudo_bpb:{bits_per_byte(hashed.nll, stream_bytes):.8f} mass:{mass:.2f} "
-               f"{facts % 'hashed'} (not a probability: it sums to the mass)")
-    return bpb
-def ttt_batches(trainer: Trainer, begin: int, end: int):
-    """(ids, targets, weights), each (B, T), of this rank: the targets [begin, end) in sequences that do not
-    overlap, TTT_BATCH at once over all ranks; the weight is the target's share of the batch's bytes."""
-    rt, tokens, length = trainer.rt, trainer.tokens, min(trainer.hp.eval_seq_len, end)
-    starts, first, ends = windows(begin, end, length, length)
-    for rows in np.array_split(np.arange(len(starts)), -(-len(starts) // TTT_BATCH)):
-        full = np.pad(rows, (0, -len(rows) % rt.world_size), "edge")  # as many for each rank
-        at = starts[full][:, None] + np.arange(length)
-        weights = trainer.stream_bytes[at] * ((at >= first[full][:, None]) & (at < ends[full][:, None]))
-        weights[len(rows):] = 0
-        batch = *(np.int64(tokens[i]) for i in (at, at + 1)), np.float32(weights / max(weights.sum(), 1))
-        yield [torch.from_numpy(np.split(x, rt.world_size)[rt.rank]).to(rt.device) for x in batch]
-def score_and_learn(trainer: Trainer, stride: int):
-    """Score-first test-time training (PR #825). Yields segments as score_stream does: a chunk, scored with an
-    average of the weights, which learn from it only when the next is asked for. At last all is as before."""
-    hp, rt, model, tokens = trainer.hp, trainer.rt, trainer.model, trainer.tokens
-    progress = Progress(rt, f"scoring and learning stride:{stride}", total := len(tokens) - 1)
-    last = tuple(f"blocks.{i}." for i in range(hp.num_layers)[-hp.ttt_blocks or hp.num_layers:])
+def score_stream(
+    trunk: Callable, model, tokens, stride: int, ranks, part: tuple[int, int] | None = None
+):
+    """Yields (2, N) float32, nll and entropy in nats, of the targets [begin, end) = `part` or of
+    all, in growing segments; N = 0 on ranks but 0. `trunk`: model.hidden, compiled. Collective."""
+    begin, end = part or (0, len(tokens) - 1)
+    length = min(model.hp.eval_seq_len, end)
+    spans = windows(begin, end, length, stride)
+    count = spans.shape[1]
+    batch = max(1, model.hp.val_batch_size // (length * ranks.world_size))
+    done = 0
+    batches = 1
+    while done < count:
+        # Each rank fills in the targets of its windows; the sum over the ranks has them all.
+        stop = min(done + batches * batch * ranks.world_size, count)
+        _, (offset, *_), (*_, segment_end) = spans[:, done:stop]
+        scores_2N = torch.zeros(2, segment_end - offset, device=ranks.device)
+        own = np.array_split(spans[:, done:stop], ranks.world_size, axis=1)[ranks.rank]
+        for i in range(0, own.shape[1], batch):
+            some = own[:, i : i + batch]
+            if count > batch:
+                some = repeat_last_window(some, batch)  # batches of one shape need one graph
+            for targets, scores_2n in score_windows(trunk, model, tokens, some, length, stride):
+                scores_2N[:, targets - offset] = scores_2n
+
+        scores_2N = ranks.sum_over_ranks(scores_2N)
+        if ranks.rank:
+            scores_2N = scores_2N[:, :0]
+        yield scores_2N.cpu().numpy().copy()  # a view would keep the whole alive
+        done = stop
+        batches = min(2 * batches, SEGMENT_BATCHES)
+
+
+def repeat_last_window(spans: ndarray, count: int):
+    """`spans` filled up to `count` windows with copies of the last one that score nothing."""
+    missing = count - spans.shape[1]
+    padded = np.pad(spans, ((0, 0), (0, missing)), "edge")
+    padded[1, spans.shape[1] :] = padded[2, -1]
+    return padded
+
+
+def score_windows(trunk: Callable, model, tokens, spans: ndarray, length: int, stride: int):
+    """Yields (targets (n,), scores (2, n)), on the device, of what these windows score. Only the
+    positions that may be scored go through the last block's queries and the output head."""
+    device = model.embed.weight.device
+    starts, firsts, _ = spans
+    reaches_back = (starts + length - firsts).max()  # to the first scored target, from the end
+    last = min(stride, length) if reaches_back <= stride else length
+    if last == length:  # whole windows are few: a graph of theirs would not pay for itself
+        trunk = model.hidden
+
+    targets, scored = window_targets(spans, length)
+    ids_BT = torch.from_numpy(tokens[targets].astype(np.int64)).to(device)
+    hidden_ND = trunk(ids_BT, last=last).flatten(0, 1)
+    targets, scored = targets[:, -last:], scored[:, -last:]
+    rows = torch.from_numpy(np.flatnonzero(scored)).to(device)
+    next_tokens = torch.from_numpy(tokens[targets[scored] + 1].astype(np.int64)).to(device)
+    targets = torch.from_numpy(targets[scored]).to(device)
+    size = max(1, HEAD_LOGITS // model.hp.vocab_size)
+    for r, t, v in zip(rows.split(size), targets.split(size), next_tokens.split(size)):
+        yield t, model.scores(hidden_ND[r], v)
+
+
+# --- 11. Test-time training ---------------------
+# Score first, then learn (PR #825): a chunk of the stream is scored with an average of the weights,
+# and only then may the weights learn from it, for the chunks to come. Off by default.
+
+TTT_BATCH = 32  # sequences per step, over all ranks
+
+
+def ttt_scale(done: float):
+    """Factor of TTT_LR at a share of the stream: a cosine to 0, times 1 to 3 in the first 30 %."""
+    rise = 1 + 2 * min(1.0, done / 0.3)
+    return rise * (1 + math.cos(math.pi * done)) / 2
+
+
+def ttt_batches(validation, begin: int, end: int, length: int, ranks):
+    """Yields this rank's (ids, targets, weights), (B, T) each: the targets [begin, end) in
+    sequences that do not overlap, TTT_BATCH at once over all ranks; the weight is a target's share
+    of the batch's bytes."""
+    length = min(length, end)
+    spans = windows(begin, end, length, length)
+    for some in np.array_split(spans, -(-spans.shape[1] // TTT_BATCH), axis=1):
+        missing = -some.shape[1] % ranks.world_size
+        padded = repeat_last_window(some, some.shape[1] + missing)  # as many for each rank
+        targets, scored = window_targets(padded, length)
+        weights = validation.target_bytes[targets] * scored
+        weights = (weights / max(weights.sum(), 1)).astype(np.float32)
+        ids = validation.tokens[targets].astype(np.int64)
+        next_ids = validation.tokens[targets + 1].astype(np.int64)
+        shares = (np.split(x, ranks.world_size)[ranks.rank] for x in (ids, next_ids, weights))
+        yield tuple(torch.from_numpy(share).to(ranks.device) for share in shares)
+
+
+def ttt_parameters(model):
+    """What learns: the last TTT_BLOCKS blocks, all vectors, the output head; the rest is frozen."""
+    hp = model.hp
+    first = max(0, hp.num_layers - hp.ttt_blocks)
+    blocks = tuple(f"blocks.{i}." for i in range(first, hp.num_layers))
     head = "embed.weight" if hp.tie_embeddings else "head.weight"
-    tuned = [p.requires_grad_() for name, p in model.requires_grad_(False).named_parameters()
-             if name.startswith(last) or not name.endswith(".weight") or name == head]
-    live = [p.data for p in tuned]
+    tuned = []
+    for name, p in model.named_parameters():
+        learns = name == head or name.startswith(blocks) or parameter_kind(name) == "vector"
+        p.requires_grad_(learns)
+        if learns:
+            tuned.append(p)
+    return tuned
+
+
+def score_and_learn(trainer, stride: int):
+    """Yields segments as `score_stream` does, each a chunk, scored by an average of the weights,
+    which learn from it only when the next one is asked for. At the end, also when closed early, all
+    weights are what they were. Collective."""
+    hp, ranks, model, validation = trainer.hp, trainer.ranks, trainer.model, trainer.validation
+    total = validation.targets
+    tuned = ttt_parameters(model)
+    live = [p.data for p in tuned]  # what scores and what steps change, by turns
     initial, weights, mean = ([p.clone() for p in live] for _ in range(3))
     optimizer = torch.optim.AdamW(tuned, betas=(hp.beta1, hp.beta2), weight_decay=0.0, fused=True)
     try:
-        for begin, end in pairwise([*range(0, total, hp.ttt_chunk_tokens), total]):
-            yield np.concatenate([*score_stream(trainer.trunk, model, tokens, stride, rt, (begin, end))], 1)
+        for begin in range(0, total, hp.ttt_chunk_tokens):
+            end = min(begin + hp.ttt_chunk_tokens, total)
+            part = (begin, end)
+            segments = score_stream(trainer.trunk, model, validation.tokens, stride, ranks, part)
+            yield np.concatenate(list(segments), 1)
             if end == total:
                 return
-            progress(end)
+
             torch._foreach_copy_(live, weights)
             optimizer.param_groups[0]["lr"] = hp.ttt_lr * ttt_scale(begin / total)
-            for ids, targets, w in chain(*(ttt_batches(trainer, begin, end) for _ in range(hp.ttt_epochs))):
-                trainer.loss(model, ids, targets, None, w).backward()
-                flat = rt.sum(nn.utils.parameters_to_vector(p.grad for p in tuned))
-                flat *= (1 / (flat.norm() + 1e-6)).clamp_max(1)
-                nn.utils.vector_to_parameters(flat, [p.grad for p in tuned])
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                torch._foreach_lerp_(mean, live, 1 - hp.ttt_decay)
+            for _ in range(hp.ttt_epochs):
+                for batch in ttt_batches(validation, begin, end, hp.eval_seq_len, ranks):
+                    ttt_step(trainer, optimizer, tuned, batch)
+                    torch._foreach_lerp_(mean, live, 1 - hp.ttt_decay)
             torch._foreach_copy_(weights, live)
             torch._foreach_copy_(live, mean)
     finally:
         moved = sum((a - b).square().sum() for a, b in zip(weights, initial)).sqrt()
-        rt.log(f"ttt:score_first epochs:{hp.ttt_epochs} moved:{moved:.4f}")
+        trainer.log(f"ttt:score_first epochs:{hp.ttt_epochs} moved:{moved:.4f}")
         torch._foreach_copy_(live, initial)
-def scores_in_time(trainer: Trainer, began: float):
-    """(stride, segments): of the first of EVAL_STRIDE, 96, 128, 256 that by the third segment's speed ends within 95 %
-    of EVAL_BUDGET_SECONDS after `began`, or else of the last."""
-    hp, rt, total = trainer.hp, trainer.rt, len(trainer.tokens) - 1
-    strides = [hp.eval_stride, *(s for s in (96, 128, 256) if hp.eval_stride < s <= hp.eval_seq_len)]
+
+
+def ttt_step(trainer, optimizer, tuned: list[nn.Parameter], batch):
+    """One step on the byte-weighted loss of all ranks' batches, its gradient's norm at most 1."""
+    ids, targets, weights = batch
+    trainer.loss(trainer.model, ids, targets, None, weights).backward()
+    flat = trainer.ranks.sum_over_ranks(nn.utils.parameters_to_vector(p.grad for p in tuned))
+    flat *= (1 / (flat.norm() + 1e-6)).clamp_max(1)
+    nn.utils.vector_to_parameters(flat, [p.grad for p in tuned])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+# --- 12. Mixture --------------------------------
+# The model's probabilities mixed with counts of what came before: fixed by the past alone, summing
+# to 1. Counting is sorting: positions lie grouped by the n - 1 tokens before them, in stream order;
+# sorting a group by its next token splits it into groups of n. So the counts of every order are
+# exact, and are made while the GPUs score.
+
+CHUNK = 1 << 18  # positions sorted at a time, so that what a sort touches stays in the cache
+NGRAM_STATES = 8 * 4 * 2 * 2  # buckets of the online weights: the context's state ...
+GAPS = 13  # ... x how far back it last came, up to 2^24, where `floor_log2` ends ...
+ENTROPY_BUCKETS = 6  # ... x the model's entropy in whole nats
+LONGEST_AGE = 65535  # tokens of a document beyond which its age is not counted
+PRIOR_WEIGHT = 20  # targets that a level of buckets is worth to the next finer one
+ORDER_CENTERS = np.array((4.5, 4.2, 3.8, 3.5, 3.2, 3.0))  # nats, orders 2 ... 7, beyond (PR #825)
+HASH_PRIMES = np.array((36313, 27191, 51647, 81929, 131071, 175447, 209591), np.uint64)
+
+
+# Exact counts
+
+
+def since_start(values: ndarray, first: ndarray):
+    """`values` minus the value at the start of their run; `first` marks where runs start."""
+    starts = np.flatnonzero(first)
+    lengths = np.diff(starts, append=len(first))
+    return values - np.repeat(values[starts], lengths)
+
+
+def sort_runs(keys: ndarray):
+    """(order, first, prior): `order` brings equal keys together, in stream order; `first` marks
+    where runs of them start; prior[t] is how many positions before t hold the same key. Key and
+    position are packed into 64 bits, so that one in-place sort is stable."""
+    index = np.arange(len(keys), dtype=np.uint32)
+    bits = np.uint64(len(keys).bit_length())
+    packed = keys.astype(np.uint64) << bits | index
+    packed.sort()
+    position_mask = ~(~np.uint64(0) << bits)
+    order = (packed & position_mask).view(np.int64)
+    np.right_shift(packed, bits, out=packed)  # drops the positions
+
+    first = np.append(True, packed[1:] != packed[:-1])[: len(keys)]
+    prior = np.empty_like(index)
+    prior[order] = since_start(index, first)
+    return order, first, prior
+
+
+def floor_log2(x: ndarray):
+    """floor(log2(x)), int32, read from a float32: exact for 1 <= x < 2^24."""
+    return (x.astype(np.float32).view(np.int32) >> 23) - 127
+
+
+def describe_contexts(t: ndarray, token: ndarray, age: ndarray, first: ndarray, pair: ndarray):
+    """Given positions t grouped by context, each with its token, its age in its document and how
+    often this token followed the context before: 0 where the context is new, else 2 * (1 + bucket)
+    + [outcome: the token repeats the context's last follower]. The bucket, NGRAM_STATES x GAPS,
+    knows the past alone: how often the context came, which share of its followers was not new,
+    whether the last one repeated the one before, came in this document, and how long ago."""
+    repeats = np.append(False, token[1:] == token[:-1]) & ~first
+    last_repeated = np.append(False, repeats[:-1]) & ~first
+    gap = np.where(first, 1, np.diff(t, prepend=t[:1]))
+    seen = since_start(np.arange(len(t), dtype=np.int32), first)  # c(u)
+    is_known = (pair > 0).astype(np.int32)
+    known_before = since_start(np.cumsum(is_known, dtype=np.int32) - is_known, first)
+
+    often = np.maximum(seen, 1)
+    frequency = np.minimum(floor_log2(often), 7)
+    share_known = 4 * known_before // often  # 0 ... 3, as a context's first follower is new
+    state = frequency * 4 + share_known
+    state = state * 2 + last_repeated
+    state = state * 2 + (gap <= age)
+    gap_class = np.minimum(floor_log2(gap) >> 1, GAPS - 1)
+    bucket = state * GAPS + gap_class
+    return np.where(seen, 2 * (1 + bucket) + repeats, 0)
+
+
+def ngram_counts(tokens, highest: int, describe: bool = True):
+    """Yields (pair, code) per position of `tokens`, uint16, for n = 1 ... `highest`. pair[t]: how
+    many earlier positions end the same n-gram, that is c(u, v) of position t; its c(u) is the pair
+    of n - 1 at t - 1. code[t]: of `describe_contexts`, for n > 1, else 0; empty if not wanted."""
+    stream = document_ages(tokens) << 16 | tokens if describe else tokens
+    order, first, pair = sort_runs(tokens)
+    code = np.zeros(len(tokens) if describe else 0, np.uint16)
+    yield pair.astype(np.min_scalar_type(pair.max()), copy=False), code
+
+    # t holds positions, grouped by the n - 1 tokens before them; `first` marks where groups start.
+    # What ends the stream is followed by nothing; it is the last of its group.
+    is_followed = order < len(tokens) - 1
+    t = order[is_followed].astype(np.uint32) + 1
+    first = first[is_followed]
+    for _ in range(2, highest + 1):
+        pair = np.zeros(len(tokens), np.uint32)
+        code = np.zeros(len(code), np.uint16)
+        # The next n's t and first are written over this one's, which have been read by then.
+        kept = 0
+        for start, stop in chunks_of_groups(first):
+            place = t[start:stop]
+            begins = first[start:stop]
+            token_and_age = stream[place]
+            token = token_and_age & 0xFFFF
+            group = np.cumsum(begins, dtype=np.uint64)
+            by_token, next_begins, count = sort_runs(group << np.uint64(16) | token)
+            pair[place] = count
+            if describe:
+                code[place] = describe_contexts(place, token, token_and_age >> 16, begins, count)
+
+            following = place[by_token] + 1
+            is_alone = next_begins & np.append(next_begins[1:], True)  # its counts stay 0
+            keep = ~is_alone & (following < len(tokens))
+            end = kept + np.count_nonzero(keep)
+            t[kept:end] = following[keep]
+            first[kept:end] = next_begins[keep]
+            kept = end
+        t = t[:kept].copy()
+        first = first[:kept].copy()
+        yield pair.astype(np.min_scalar_type(pair.max()), copy=False), code
+
+
+def chunks_of_groups(first: ndarray):
+    """Yields (start, stop) of chunks, of CHUNK positions and up to a group more, that end where a
+    group ends. `first` is read beyond the current chunk only."""
+    stop = 0
+    while stop < len(first):
+        start = stop
+        rest = first[start + CHUNK :]
+        stop = start + CHUNK + int(rest.argmax()) if rest.any() else len(first)
+        yield start, stop
+
+
+def document_ages(tokens):
+    """uint32: how many tokens lie between t and the last BOS before it, at most LONGEST_AGE."""
+    opens = np.append((True, True), tokens[1:-1] == BOS)[: len(tokens)]  # the stream opens one
+    age = since_start(np.arange(len(tokens), dtype=np.uint32), opens)
+    return np.minimum(age, LONGEST_AGE)
+
+
+def earlier_continuations(tokens, target: int, orders: range):
+    """Yields (n, the tokens that followed the target's context of n - 1 tokens before it) for each
+    n >= 2 of `orders` that knows any, by looking at every position: `ngram_counts` recounted."""
+    t = target + 1
+    places = np.flatnonzero(tokens[: t - 1] == tokens[t - 1]) + 1  # of what followed
+    for n in range(2, min(orders.stop, t + 2)):
+        places = places[places >= n - 1]
+        places = places[tokens[places - n + 1] == tokens[t - n + 1]]
+        if n in orders and len(places):
+            yield n, tokens[places]
+
+
+# Counts for backoff
+
+
+class BackoffCounts:
+    """Per target the longest gram whose context came at least NGRAM_MIN_COUNT times before: its
+    `order` (0: none), `context` = c(u), `pair` = c(u, v). The choice never looks at the target."""
+
+    def __init__(self, tokens, hp):
+        self.tokens = tokens
+        self.hp = hp
+        self.orders = range(hp.ngram_min_order, hp.ngram_order + 1)
+        targets = len(tokens) - 1
+        self.order = np.zeros(targets, np.uint8)
+        self.context = np.zeros(targets, np.uint32)
+        self.pair = np.zeros(targets, np.uint32)
+        for n, context, pair in self.levels():
+            if n in self.orders:
+                wins = context >= hp.ngram_min_count
+                self.order[n - 2 :][wins] = n
+                self.context[n - 2 :][wins] = context[wins]
+                self.pair[n - 2 :][wins] = pair[wins]
+
+    def levels(self):
+        """Yields (n, c(u), c(u, v)), of the targets from n - 2 on: the first with a context."""
+        lower = None  # the pairs of the order below
+        counts = ngram_counts(self.tokens, self.hp.ngram_order, describe=False)
+        for n, (pair, _) in enumerate(counts, start=1):
+            if lower is not None:
+                yield n, lower[n - 2 : -1], pair[n - 1 :]
+            lower = pair
+
+    def continuations(self, target: int):
+        """(c(u, v) of every v, c(u)) of a target that has an order, counted anew."""
+        n = int(self.order[target])
+        ((_, followers),) = earlier_continuations(self.tokens, target, range(n, n + 1))
+        return np.bincount(followers, minlength=self.hp.vocab_size), len(followers)
+
+
+class HashedCounts(BackoffCounts):
+    """The predecessors' counts, of contexts and of pairs in hash tables that know nothing of each
+    other: a token that never followed may own a bucket that others have filled. The quotients are
+    no probabilities; what they sum to over the vocabulary is the mass. A diagnostic."""
+
+    kept_order = 0
+
+    def levels(self):
+        for n in range(2, self.hp.ngram_order + 1):
+            context, pair = (sort_runs(b)[2] for b in hash_buckets(self.tokens, n, self.hp))
+            yield n, context, np.minimum(context, pair)
+
+    def buckets(self, n: int):
+        """`hash_buckets` of the whole stream; those of the last order asked for are kept."""
+        if self.kept_order != n:
+            self.kept_order = n
+            self.kept_buckets = hash_buckets(self.tokens, n, self.hp)
+        return self.kept_buckets
+
+    def continuations(self, target: int):
+        n = int(self.order[target])
+        earlier = target + 2 - n  # targets that have a context of n - 1 tokens
+        context_buckets, pair_buckets = (b[:earlier] for b in self.buckets(n))
+        own = self.tokens[earlier : target + 2]
+        vocabulary = np.arange(self.hp.vocab_size)
+        (bucket,), asked = hash_buckets(own, n, self.hp, vocabulary)
+        context = np.count_nonzero(context_buckets == bucket)
+        filled = np.bincount(pair_buckets.view(np.int64), minlength=self.hp.ngram_buckets)
+        return np.minimum(filled[asked.view(np.int64)], context), context
+
+    def mass(self, targets: ndarray):
+        """The mean mass at `targets`, all of which have an order; nan: there are none."""
+        by_order = targets[np.argsort(self.order[targets], kind="stable")]
+        counts = [self.continuations(target) for target in by_order]
+        masses = [pairs.sum() / context for pairs, context in counts]
+        return float(np.mean(masses)) if masses else math.nan
+
+
+def hash_buckets(tokens, n: int, hp, following: ndarray | None = None):
+    """(context bucket, pair bucket), uint64, of the targets from n - 2 on; the pair is that with
+    the token `following`, by default the target's own (PR #889)."""
+    hashed = np.zeros(max(len(tokens) - n + 1, 0), np.uint64)
+    for k in range(n - 1):
+        hashed ^= tokens[k : k + len(hashed)].astype(np.uint64) * HASH_PRIMES[k]
+    if following is None:
+        following = tokens[n - 1 :]
+    last = following.astype(np.uint64) * HASH_PRIMES[n - 1]
+    mask = np.uint64(hp.ngram_buckets - 1)
+    return hashed & mask, (hashed ^ last) & mask
+
+
+# Rules: how a model's probability and counts become one. Each has `mix`, which a block of targets
+# goes through; `distribution`, the same over the vocabulary at one target of the block mixed last;
+# and `evidence`, the counts it rests on, which a prefix of the stream must reproduce.
+
+
+class EntropyBackoff:
+    """p = (1 - a) * model + a * c(u, v) / c(u) of the order that wins, where a rises with the
+    model's entropy from ALPHA_MIN to ALPHA_MAX, half-way at 4 nats (PR #889, #806)."""
+
+    def __init__(self, tokens, hp, counts: BackoffCounts | None = None):
+        self.hp = hp
+        self.counts = counts or BackoffCounts(tokens, hp)
+
+    def center(self, order: ndarray):
+        """The entropy, in nats, at which the weight is half-way."""
+        return 4.0
+
+    def weight(self, entropy, order: ndarray):
+        """The counts' weight a; 0 where no order won."""
+        rising = 1 / (1 + np.exp(-2 * (entropy.astype(np.float64) - self.center(order))))
+        span = self.hp.alpha_max - self.hp.alpha_min
+        return np.where(order > 0, self.hp.alpha_min + span * rising, 0.0)
+
+    @staticmethod
+    def blend(alpha, model, pair, context):
+        return (1 - alpha) * model + alpha * pair / np.maximum(context, 1)
+
+    def mix(self, begin: int, end: int, model: ndarray, entropy):
+        """(p, order that matched) of the targets [begin, end), given the model's p and entropy."""
+        block = slice(begin, end)
+        order = self.counts.order[block]
+        alpha = self.weight(entropy, order)
+        return self.blend(alpha, model, self.counts.pair[block], self.counts.context[block]), order
+
+    def distribution(self, target: int, model_V, entropy):
+        """p of every token at `target`, given the model's distribution there."""
+        order = self.counts.order[target]
+        if not order:
+            return model_V
+        alpha = self.weight(entropy, order)
+        return self.blend(alpha, model_V, *self.counts.continuations(target))
+
+    def evidence(self):
+        return [self.counts.order, self.counts.context, self.counts.pair]
+
+
+class OrderBackoff(EntropyBackoff):
+    """The same, half-way at an entropy that falls with the order (PR #825)."""
+
+    def center(self, order: ndarray):
+        return ORDER_CENTERS[np.clip(order.astype(int) - 2, 0, len(ORDER_CENTERS) - 1)]
+
+
+class OnlineChain:
+    """A chain over the orders that begins with the model's p. Where u, the n - 1 tokens before v,
+    has come before,
+
+        p_n(v) = w0 * p_{n-1}(v) + w1 * c(u, v) / c(u) + w2 * [v is what followed u last time].
+
+    Each bucket of contexts has weights of its own, learned by EM from strictly earlier blocks. The
+    last p_n and the model are weighed by their likelihood on all earlier targets (Bayes), which
+    over the whole stream costs at most one bit more than the better of the two.
+    """
+
+    def __init__(self, tokens, hp):
+        self.tokens = tokens
+        self.hp = hp
+        self.orders = range(hp.ngram_min_order, hp.ngram_order + 1)
+        counts = list(ngram_counts(tokens, hp.ngram_order))
+        self.pairs = {n: pair for n, (pair, _) in enumerate(counts, start=1)}
+        self.codes = {n: code for n, (_, code) in enumerate(counts, start=1)}
+        shape = (3, NGRAM_STATES, GAPS, ENTROPY_BUCKETS)
+        self.credits = {n: np.zeros(shape) for n in self.orders}  # targets that EM gave each expert
+        self.weights = {}  # (3, buckets) of each order, for the block mixed last
+        self.log_odds = 0.0  # of the last p_n against the model, by likelihood so far
+        self.begin = 0  # of the block mixed last
+        self.trust = np.empty(0)  # in the last p_n, for each target of that block
+
+    @staticmethod
+    def entropy_bucket(entropy):
+        """The model's entropy in whole nats, int64."""
+        return entropy.clip(0, ENTROPY_BUCKETS - 1).astype(np.int64)
+
+    @staticmethod
+    def bucket(code, entropy_bucket):
+        """The index of the weights of a context with this code; int64, as codes are narrow."""
+        return ((code >> 1) - 1) * np.int64(ENTROPY_BUCKETS) + entropy_bucket
+
+    @staticmethod
+    def parts(weights, lower, frequency, repeats):
+        """What the three experts give to p_n, which is the sum."""
+        return [w * p for w, p in zip(weights, (lower, frequency, repeats))]
+
+    def mix(self, begin: int, end: int, model: ndarray, entropy):
+        """(p, longest order that matched) of the targets [begin, end), from which it then learns:
+        blocks must come in order."""
+        p = model.copy()
+        order = np.zeros(end - begin, np.uint8)
+        entropy_bucket = self.entropy_bucket(entropy)
+        for n in self.orders:
+            code = self.codes[n][begin + 1 : end + 1]
+            rows = np.flatnonzero(code)
+            code = code[rows]
+            context = self.pairs[n - 1][begin:end][rows].astype(float)
+            pair = self.pairs[n][begin + 1 : end + 1][rows]
+            bucket = self.bucket(code, entropy_bucket[rows])
+            self.weights[n] = bucket_weights(self.credits[n])
+            weights = [w[bucket] for w in self.weights[n]]
+            parts = self.parts(weights, p[rows], pair / context, code & 1)
+            total = sum(parts)
+            p[rows] = total
+            order[rows] = n
+            for credit, part in zip(self.credits[n].reshape(3, -1), parts):
+                credit += np.bincount(bucket, part / total, len(credit))  # views of credits[n]
+
+        log_odds = np.cumsum(np.append(self.log_odds, np.log(p / model)))
+        self.log_odds = log_odds[-1]
+        self.begin = begin
+        self.trust = 1 / (1 + np.exp(-np.clip(log_odds[:-1], -500, 500)))
+        return self.weigh(self.trust, p, model), order
+
+    @staticmethod
+    def weigh(trust, p, model):
+        return trust * p + (1 - trust) * model
+
+    def distribution(self, target: int, model_V, entropy):
+        """p of every token at `target`, of the block mixed last; its counts are counted anew."""
+        p = model_V
+        vocabulary = np.arange(len(model_V))
+        for n, followers in earlier_continuations(self.tokens, target, self.orders):
+            bucket = self.bucket(int(self.codes[n][target + 1]), self.entropy_bucket(entropy))
+            frequency = np.bincount(followers, minlength=len(model_V)) / len(followers)
+            repeats = vocabulary == followers[-1]
+            p = sum(self.parts(self.weights[n][:, bucket], p, frequency, repeats))
+        return self.weigh(self.trust[target - self.begin], p, model_V)
+
+    def evidence(self):
+        return [*self.pairs.values(), *self.codes.values()]
+
+
+def bucket_weights(credits: ndarray):
+    """(3, buckets): posterior mean weights of the experts, given credits[expert, state, gap,
+    entropy]. The mean over coarser buckets is the Dirichlet prior of the finer."""
+    levels = [credits]
+    while levels[-1].ndim > 1:
+        levels.append(levels[-1].sum(-1))
+    prior = np.array((0.98, 0.01, 0.01))  # where nothing was seen: the lower order
+    for level in reversed(levels):
+        posterior = (level + PRIOR_WEIGHT * prior) / (level.sum(0) + PRIOR_WEIGHT)
+        prior = posterior[..., None]
+    return posterior.reshape(3, -1)
+
+
+RULES = {"online": OnlineChain, "entropy": EntropyBackoff, "order": OrderBackoff}
+
+
+# The mixture
+
+
+def block_edges(total: int):
+    """0 ... `total`: blocks that grow with the stream, from 64 targets to what a cache holds."""
+    edges = [0]
+    while edges[-1] < total:
+        size = min(max(64, edges[-1] // 16), 1 << 16)
+        edges.append(min(edges[-1] + size, total))
+    return edges
+
+
+class Mixture:
+    """The model's scores mixed by a rule, block after block, in whatever pieces they arrive. At
+    some targets the whole distribution is made, for the audit."""
+
+    def __init__(self, tokens, hp, rule=None):
+        self.tokens = tokens
+        self.hp = hp
+        self.rule = rule or RULES[hp.ngram_alpha](tokens, hp)
+        self.targets = len(tokens) - 1
+        self.nll = np.empty(self.targets)  # nats, mixed
+        self.order = np.zeros(self.targets, np.uint8)  # that knew the context; 0: none did
+        self.edges = block_edges(self.targets)
+        self.block = 0  # the next one
+        places = [f(1, max(self.targets, 1), 16) for f in (np.geomspace, np.linspace)]
+        self.samples = np.unique(np.concatenate(places).astype(np.int64)) - 1
+        self.enumerated = {}  # sampled target -> (what its distribution sums to, p of the target)
+
+    def extend(self, nll, entropy):
+        """Mix every complete block, given the scores, in nats, of the first len(nll) targets.
+        RuntimeError: some are not finite."""
+        complete = np.searchsorted(self.edges, len(nll), "right")
+        for begin, end in pairwise(self.edges[self.block : complete]):
+            is_finite = np.isfinite(nll[begin:end] + entropy[begin:end]).all()
+            problem = f"scores of targets {begin} to {end} are not finite: the model has diverged"
+            require(is_finite, problem, RuntimeError)
+            model = np.exp(-np.minimum(nll[begin:end].astype(np.float64), 690))
+            p, self.order[begin:end] = self.rule.mix(begin, end, model, entropy[begin:end])
+            self.nll[begin:end] = -np.log(p)
+            self.block += 1
+            for target in self.samples[(begin <= self.samples) & (self.samples < end)].tolist():
+                self.enumerate(target, model[target - begin], entropy[target])
+
+    def enumerate(self, target: int, p_target: float, entropy):
+        """Make the mixed distribution at `target` from the model's, of which only p of the target
+        is at hand: the rest is spread evenly."""
+        V = self.hp.vocab_size
+        token = self.tokens[target + 1]
+        model_V = np.full(V, (1 - p_target) / (V - 1))
+        model_V[token] = p_target
+        p_V = self.rule.distribution(target, model_V, entropy)
+        self.enumerated[target] = p_V.sum(), p_V[token]
+
+    def audit(self):
+        """Facts for the log. RuntimeError: a sampled distribution does not sum to 1, or does not
+        give its target what was scored, or a prefix of the stream has other counts."""
+        faults = []
+        for target, (mass, p) in self.enumerated.items():
+            nll = self.nll[target]
+            if abs(mass - 1) > 1e-9 or abs(nll + math.log(p)) > 1e-9:
+                faults.append(f"{target}: mass {mass}, p {p}, scored {nll} nats")
+        prefix = type(self.rule)(self.tokens[: 1 << 14], self.hp)
+        for some, full in zip(prefix.evidence(), self.rule.evidence()):
+            if not np.array_equal(some, full[: len(some)]):
+                faults.append("the counts of the first 16384 tokens differ alone")
+        require(not faults, f"the mixture is no code; targets {'; '.join(faults)}", RuntimeError)
+
+        masses = [mass for mass, _ in self.enumerated.values()]
+        recounted = sum(self.order[target] > 0 for target in self.enumerated)
+        prefix_targets = min(self.targets, (1 << 14) - 1)
+        return (
+            f"targets:{self.edges[self.block]}/{self.targets} mass_min:{min(masses):.12f} "
+            f"mass_max:{max(masses):.12f} recounted:{recounted} enumerated:{len(masses)} "
+            f"prefix:{prefix_targets}"
+        )
+
+
+# --- 13. main -----------------------------------
+# Train -> average -> fit and pack -> write -> read back -> score -> mix -> report.
+
+FALLBACK_STRIDES = (96, 128, 256)
+ENTROPY_EDGES = (0, 0.5, 1, 1.5, 2, 3, 4, 5, math.inf)  # nats, of the calibration table
+
+
+def log_header(trainer):
+    """What repeats the run: this source, versions, hardware, data, every setting."""
+    hp, loader, log = trainer.hp, trainer.loader, trainer.log
+    source = Path(__file__).read_text(encoding="utf-8")
+    versions = (
+        f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
+        f"numpy:{np.__version__} platform:{platform.platform()}"
+    )
+    files = {"train": loader.paths[0]} if loader else {}
+    files |= {"val": find_shards("val", hp)[0], "tokenizer": Path(hp.tokenizer_path)}
+    lines = [source, "=" * 100, versions]
+    for part, path in files.items():
+        checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+        lines.append(f"data:{part} first:{path} sha256:{checksum}")
+    lines += [f"{name}={value}" for name, value in hp.as_env().items()]
+    log("\n".join(lines), console=False)
+
+    device = f"{platform.processor() or platform.machine()} CPU"
+    if trainer.ranks.device.type == "cuda":
+        device = torch.cuda.get_device_name()
+    attention, _ = find_flash_attention()
+    log(
+        f"hardware:{trainer.ranks.world_size} x {device} threads:{torch.get_num_threads()} "
+        f"cores:{os.cpu_count()} attention:{attention} "
+        f"accumulation:{loader.accumulation if loader else 0}"
+    )
+    validation = trainer.validation
+    log(
+        f"train_tokens:{loader.tokens if loader else 0} val_targets:{validation.targets} "
+        f"val_bytes:{validation.target_bytes.sum()}"
+    )
+
+
+def report_mixture(trainer, mixture, nll, entropy, added: float):
+    """Audit the mixture and log what it did to the neural scores (nats), `added` seconds after they
+    were there; returns its bits per byte."""
+    hp, log, target_bytes = trainer.hp, trainer.log, trainer.validation.target_bytes
+    log(f"ngram_audit {mixture.audit()}")
+    for low, high in pairwise(ENTROPY_EDGES):
+        inside = (low <= entropy) & (entropy < high)
+        if inside.any():  # a calibrated model's nll is what it expects
+            log(
+                f"calibration entropy:{low}-{high} targets:{inside.sum()} "
+                f"expected:{entropy[inside].mean():.4f} nll:{nll[inside].mean():.4f} "
+                f"mixed:{mixture.nll[inside].mean():.4f}"
+            )
+    gain = np.bincount(mixture.order, nll - mixture.nll) / math.log(2) / target_bytes.sum()
+    for n, count in zip(*np.unique(mixture.order, return_counts=True)):
+        log(f"ngram_order order:{n} targets:{count} gain:{gain[n]:.8f}")
+
+    bpb = bits_per_byte(mixture.nll, target_bytes)
+    log(
+        f"final_ngram_exact val_loss:{mixture.nll.mean():.8f} val_bpb:{bpb:.8f} "
+        f"gain:{bits_per_byte(nll, target_bytes) - bpb:.8f} "
+        f"orders:{hp.ngram_min_order}-{hp.ngram_order} counts:exact alpha:{hp.ngram_alpha} "
+        f"added_time:{1e3 * added:.0f}ms"
+    )
+    return bpb
+
+
+def report_hashed(trainer, nll, entropy):
+    """Log what the predecessors would have reported, and the mass that makes it no score."""
+    hp, validation = trainer.hp, trainer.validation
+    counts = HashedCounts(validation.tokens, hp)
+    mixture = Mixture(validation.tokens, hp, RULES[hp.ngram_alpha](validation.tokens, hp, counts))
+    mixture.samples = mixture.samples[:0]  # it is no code: there is nothing to audit
+    mixture.extend(nll, entropy)
+    mass = counts.mass(np.flatnonzero(counts.order)[-32:])
+    trainer.log(
+        f"final_ngram_hashed pseudo_bpb:{bits_per_byte(mixture.nll, validation.target_bytes):.8f} "
+        f"mass:{mass:.2f} orders:{hp.ngram_min_order}-{hp.ngram_order} counts:hashed "
+        f"alpha:{hp.ngram_alpha} (not a probability: it sums to the mass)"
+    )
+
+
+def extend_mixture(counted: concurrent.futures.Future, scores_2N):
+    """Mix what can be mixed, once counted. What fails in one call fails in the next again."""
+    counted.result().extend(*scores_2N)
+
+
+def begin_scoring(trainer, stride: int):
+    """The segments of the final score, by weights that learn on the way if TTT_EPOCHS says so."""
+    if trainer.hp.ttt_epochs:
+        return score_and_learn(trainer, stride)
+    tokens = trainer.validation.tokens
+    return score_stream(trainer.trunk, trainer.model, tokens, stride, trainer.ranks)
+
+
+def score_in_time(trainer, began: float):
+    """(stride, segments of `begin_scoring`) for the first of EVAL_STRIDE and the fallbacks that at
+    the speed of its third segment ends within 95 % of EVAL_BUDGET_SECONDS after `began`, or else
+    the last. Collective."""
+    hp, targets = trainer.hp, trainer.validation.targets
+    wider = [s for s in FALLBACK_STRIDES if hp.eval_stride < s <= hp.eval_seq_len]
+    strides = [hp.eval_stride, *wider]
     for stride in strides:
-        segments = (score_and_learn(trainer, stride) if hp.ttt_epochs
-                    else score_stream(trainer.trunk, trainer.model, trainer.tokens, stride, rt))
-        held, begun = list(islice(segments, 2)), time.perf_counter()
+        segments = begin_scoring(trainer, stride)
+        held = list(islice(segments, 2))  # the first ones compile
+        third_began = perf_counter()
         held += islice(segments, 1)
-        now, done = time.perf_counter(), [part.shape[1] for part in held]
-        projected = now - began + (now - begun) * (total - sum(done)) / max(done[-1], 1)
-        late = rt.rank == 0 and sum(done) < total and 0 < 0.95 * hp.eval_budget_seconds < projected
-        rt.log(f"eval_budget projected:{projected:.1f}s budget:{hp.eval_budget_seconds:g}s stride:{stride}")
-        if not rt.agree(late)[0] or stride == strides[-1]:
+        now = perf_counter()
+
+        done = sum(part.shape[1] for part in held)
+        seconds_per_target = (now - third_began) / max(held[-1].shape[1], 1)
+        projected = now - began + seconds_per_target * (targets - done)
+        budget = f"budget:{hp.eval_budget_seconds:g}s"
+        trainer.log(f"eval_budget projected:{projected:.1f}s {budget} stride:{stride}")
+        is_late = 0 < 0.95 * hp.eval_budget_seconds < projected and done < targets
+        (must_widen,) = trainer.ranks.sum_numbers(is_late and trainer.ranks.rank == 0)
+        if not must_widen or stride == strides[-1]:
             return stride, chain(held, segments)
         segments.close()
-def evaluate(trainer: Trainer, size: int, began: float) -> None:
-    """The model scores the stream and is mixed with counts while it scores; `began`: when training ended."""
-    hp, rt, tokens, label = trainer.hp, trainer.rt, trainer.tokens, f"final_int{trainer.hp.quant_bits}"
-    mixture, submit = None, concurrent.futures.ThreadPoolExecutor(1).submit  # a stop does not wait for it
-    if hp.ngram_enabled and rt.rank == 0:
-        mixture = submit(Mixture, tokens, replace(hp, ngram_counts="exact"))
-    trainer.validate(f"{label}_roundtrip")
-    begun, scores = time.perf_counter(), np.empty((2, 0 if rt.rank else len(tokens) - 1), np.float32)
-    (stride, segments), done, mixed = scores_in_time(trainer, began), 0, "off"
+
+
+def evaluate(trainer, size: int, began: float):
+    """Score the stream with the model that was read back, mix while it scores, report. `size`:
+    bytes of the submission; `began`: when training ended. Collective."""
+    hp, ranks, log, validation = trainer.hp, trainer.ranks, trainer.log, trainer.validation
+    worker = concurrent.futures.ThreadPoolExecutor(1)
+    counted = None  # the Mixture, counted by the worker
+    if hp.ngram_enabled and ranks.rank == 0:
+        counted = worker.submit(Mixture, validation.tokens, hp)
+    log_validation(trainer, f"final_int{hp.quant_bits}_roundtrip")
+
+    scoring_began = perf_counter()
+    progress = Progress(log, "scoring", validation.targets)
+    stride, segments = score_in_time(trainer, began)
+    scores_2N = np.empty((2, 0 if ranks.rank else validation.targets), np.float32)
+    done = 0
     for segment in segments:
-        scores[:, done: done + segment.shape[1]] = segment
-        done += segment.shape[1]
-        if mixture:  # what fails in one of these calls fails in the last one again
-            added = submit(lambda now=scores[:, :done]: mixture.result().extend(*now))
-    if rt.rank:
+        end = done + segment.shape[1]
+        scores_2N[:, done:end] = segment
+        done = end
+        progress(done)
+        if counted:
+            mixed = worker.submit(extend_mixture, counted, scores_2N[:, :done])
+    if ranks.rank:
         return  # the rest is rank 0's
-    scored, arrays = time.perf_counter(), dict(nll=scores[0], entropy=scores[1])
-    loss, neural = scores[0].mean(dtype=float), bits_per_byte(scores[0], trainer.stream_bytes)
-    rt.log(f"{label}_sliding_window_exact val_loss:{loss:.8f} val_bpb:{neural:.8f} stride:{stride} "
-           f"eval_time:{1e3 * (scored - begun):.0f}ms")
-    if mixture:
-        added.result()
-        mixed = f"{report_mixture(trainer, mixture.result(), scores, time.perf_counter() - scored):.4f} bpb"
-        arrays |= dict(mixed=mixture.result().nll.astype(np.float32))
+
+    scored = perf_counter()
+    nll, entropy = scores_2N
+    neural_bpb = bits_per_byte(nll, validation.target_bytes)
+    log(
+        f"final_int{hp.quant_bits}_sliding_window_exact val_loss:{nll.mean(dtype=float):.8f} "
+        f"val_bpb:{neural_bpb:.8f} stride:{stride} eval_time:{1e3 * (scored - scoring_began):.0f}ms"
+    )
+    arrays = {"nll": nll, "entropy": entropy}
+    mixed_result = "off"
+    if counted:
+        mixed.result()
+        mixture = counted.result()
+        added = perf_counter() - scored
+        mixed_result = f"{report_mixture(trainer, mixture, nll, entropy, added):.4f} bpb"
+        arrays["mixed"] = mixture.nll.astype(np.float32)
+        if hp.ngram_counts == "hashed":
+            report_hashed(trainer, nll, entropy)
     if hp.save_scores:
-        path = rt.log_path.with_name(f"{rt.log_path.stem}_scores.npz")
-        replace_file(path, lambda file: np.savez(file, settings=json.dumps(hp.as_env()), **arrays))
-    seconds = time.perf_counter() - began
-    rt.log(f"total_eval_time:{seconds:.1f}s budget:{hp.eval_budget_seconds:g}s stride:{stride}")
-    rt.log(f"\n  neural {neural:.4f} bpb, mixed with exact counts of the past {mixed}\n"
-           f"  artifact {size:,} bytes of {SIZE_CAP:,}, code included; {rt.log_path}\n"
-           f"  training {trainer.seconds:.1f} s, {trainer.steps} steps; evaluation {seconds:.1f} s")
-def main(env: dict[str, str]) -> None:
-    """All data found, all ranks the same, the log begun; train, pack, read back, score, mix, report."""
+        settings = json.dumps(hp.as_env())
+        path = log.path.with_name(f"{log.path.stem}_scores.npz")
+        replace_file(path, lambda file: np.savez(file, settings=settings, **arrays))
+
+    seconds = perf_counter() - began
+    log(f"total_eval_time:{seconds:.1f}s budget:{hp.eval_budget_seconds:g}s stride:{stride}")
+    log(
+        f"\n  neural {neural_bpb:.4f} bpb, mixed with exact counts of the past {mixed_result}\n"
+        f"  artifact {size:,} bytes of {SIZE_CAP:,}, code included; {log.path}\n"
+        f"  training {trainer.seconds:.1f} s, {trainer.steps} steps; evaluation {seconds:.1f} s"
+    )
+
+
+def log_validation(trainer, name: str):
+    """Validate, and log it with all digits. Collective."""
+    loss, bpb = trainer.validate()
+    trainer.log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
+
+
+def prepare(hp, ranks, log, stop):
+    """Find all data, see that every rank has the same, make the model. UserError: what is missing
+    or differs. Collective."""
+    torch.manual_seed(hp.seed)
+    loader = None if hp.eval_only else TokenLoader(hp, ranks.rank, ranks.world_size)
+    validation = load_validation(hp)
+    ranks.require_equal(
+        {
+            "train_gpt.py": Path(__file__).read_bytes(),
+            "settings": hp,
+            "torch": torch.__version__,
+            "data files": fingerprint(hp),
+        }
+    )
+    return Trainer(GPT(hp).to(ranks.device), loader, validation, ranks, log, stop)
+
+
+def run(trainer):
+    """From initial weights, or a checkpoint, or an artifact, to the score. Collective."""
+    hp, ranks, log = trainer.hp, trainer.ranks, trainer.log
+    trainer.restore(hp.resume)
+    path = Path(hp.eval_only or f"final_model.int{hp.quant_bits}.ptz")
+    began = perf_counter()
+    if not hp.eval_only:
+        train(trainer)
+        began = perf_counter()
+        log_validation(trainer, "final_float")  # of the weights that are packed
+        write_artifact(trainer.model, path, ranks, log)
+
+    trainer.trunk = trainer.compile(trainer.model.hidden)  # now: evaluation's time counts it
+    size = load_artifact(trainer.model, path, ranks, log)
+    is_trained = not hp.eval_only
+    if ranks.rank == 0 and is_trained and not hp.checkpoint_every:
+        log.path.with_suffix(".ckpt").unlink(missing_ok=True)  # the artifact is whole
+    evaluate(trainer, size, began)
+
+
+def main(env: dict[str, str]):
+    """One run of the script with the settings in `env`. UserError: what the user can mend."""
     hp = Hyperparameters.from_env(env)
-    rt = Runtime(hp.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}_seed{hp.seed}", env)
+    ranks = Ranks(env)
+    stop = StopSignal()
+    stop.install()
+    run_id = hp.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}_seed{hp.seed}"
+    log = RunLog(run_id, ranks.rank)
     try:
-        torch.manual_seed(hp.seed)
-        loader = None if hp.eval_only else TokenLoader(hp, rt.rank, rt.world_size)
-        tokens, count = load_validation(hp), ByteCounter(hp)
-        rt.compare({"train_gpt.py": Path(__file__).read_bytes(), "settings": hp, "torch": torch.__version__,
-                    "data files": fingerprint(hp)})
-        trainer = Trainer(GPT(hp).to(rt.device), loader, rt)
-        trainer.tokens, trainer.stream_bytes = tokens, count(tokens) if rt.rank == 0 or hp.ttt_epochs else None
-        if rt.rank == 0:
+        trainer = prepare(hp, ranks, log, stop)
+        if ranks.rank == 0:
             log_header(trainer)
         for warning in mistyped(env):
-            rt.log(f"warning: {warning}")
-        trainer.restore(hp.resume)
-        path, began = Path(hp.eval_only or f"final_model.int{hp.quant_bits}.ptz"), time.perf_counter()
-        if not hp.eval_only:
-            train(trainer)
-            began = time.perf_counter()
-            trainer.validate("final_float")  # the weights that are packed
-            write_artifact(trainer.model, path, hp, rt)
-        trainer.trunk = trainer.compile(trainer.model)  # not before: evaluation's time counts it
-        size = load_artifact(trainer.model, path, rt)
-        if rt.rank == 0 and not (hp.eval_only or hp.checkpoint_every):
-            rt.log_path.with_suffix(".ckpt").unlink(missing_ok=True)  # the artifact is whole
-        evaluate(trainer, size, began)
-        rt.barrier()
-        rt.close()
-    except BaseException as error:  # the group stays open, so that the others wait and the cause is seen
-        rt.patient = True  # a signal does not cut short what is said now
-        if "gloo/transport" in str(error):  # connection closed, reset, pipe broken ...
-            error = UserError(f"another rank ended, see what it said{rt.stopped and f'; {rt.stopped} came'}")
-        if type(error) is UserError:
-            error = UserError("; ".join([str(error), *mistyped(env)]))
-        rt.log(f"error: {type(error).__name__}: {error}", console=False)
+            log(f"warning: {warning}")
+        run(trainer)
+        ranks.barrier()
+        ranks.close()
+        log.close()
+    except BaseException as error:
+        # The group stays open, so that the others wait; no signal cuts short what is said now.
+        stop.patient = True
+        error = explained(error, env, stop)
+        log(f"error: {type(error).__name__}: {error}", console=False)
         raise error from None
-def end(error: BaseException | None) -> None:
-    """Leaves the process, with a line for an error that a user can mend; rank 0 speaks, torchrun stops the others.
-    Not sys.exit: gloo's thread that drops its last tensor would crash Python's shutdown."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun, as rank 0 has spoken
-    rank = int(os.environ.get("RANK", 0))
-    if error and not (rank and isinstance(error, Stopped)):
-        time.sleep(5 if rank else 0)
+
+
+def explained(error: BaseException, env: dict[str, str], stop):
+    """The error that a user should see for `error`."""
+    if "gloo/transport" in str(error):  # connection closed, reset, pipe broken ...
+        signalled = f"; {stop.name} came" if stop.name else ""
+        error = UserError(f"another rank ended, see what it said{signalled}")
+    if type(error) is UserError:
+        error = UserError("; ".join([str(error), *mistyped(env)]))
+    return error
+
+
+def leave(error: BaseException | None, rank: int):
+    """End the process, with one line for an error that a user can mend: rank 0's; the others wait
+    for torchrun to stop them. Not sys.exit: gloo's threads may crash Python's shutdown."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, once rank 0 has spoken
+    is_told_by_rank_0 = rank > 0 and isinstance(error, Stopped)
+    if error is not None and not is_told_by_rank_0:
+        if rank:
+            time.sleep(5)
         if isinstance(error, (UserError, OSError)):
-            print(f"train_gpt.py: error: {f'rank {rank}: ' * bool(rank)}{error}", file=sys.stderr)
+            speaker = f"rank {rank}: " if rank else ""
+            print(f"train_gpt.py: error: {speaker}{error}", file=sys.stderr)
         else:
             traceback.print_exception(error)
     os._exit(1 if error else 0)
-if __name__ == "__main__":
+
+
+def start(env: dict[str, str]):
+    """`main`, then leave the process, whatever came of it."""
+    rank = int(env.get("RANK", 0))
     try:
-        end(main(dict(os.environ)))
+        main(env)
+        leave(None, rank)
     except BaseException as error:
-        end(error)
+        leave(error, rank)
+
+
+if __name__ == "__main__":
+    start(dict(os.environ))

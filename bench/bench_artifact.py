@@ -47,9 +47,10 @@ def trained_state(seconds: float) -> dict[str, torch.Tensor]:
         compile="0",
         late_qat_threshold=0.0,
     )
-    trainer = t.Trainer(t.GPT(hp), t.TokenLoader(hp, 0, 1), t.Runtime("", {}))
-    trainer.tokens = t.load_validation(hp)[: 16 * hp.train_seq_len + 1]
-    trainer.stream_bytes = np.ones(len(trainer.tokens) - 1)  # its validation is not looked at
+    tokens = t.load_validation(hp).tokens[: 16 * hp.train_seq_len + 1]
+    validation = t.Validation(tokens, lambda stream: np.ones(len(stream) - 1))  # not looked at
+    loader, ranks = t.TokenLoader(hp, 0, 1), t.Ranks({})
+    trainer = t.Trainer(t.GPT(hp), loader, validation, ranks, t.RunLog(), t.StopSignal())
     t.train(trainer)
     print(
         f"weights: default shapes, {trainer.steps} steps of 1024 tokens in {trainer.seconds:.0f} s"
@@ -85,19 +86,19 @@ def compare(state: dict[str, torch.Tensor], hp: t.Hyperparameters) -> None:
     )
     h0 = sum(entropy_bytes(codes.numpy()) for codes, _ in coded.values())
     stream = b"".join(codes.numpy().tobytes() for codes, _ in coded.values())
-    (blob, sizes, error), pack_s = timed(lambda: t.pack(state, hp))
+    packed, pack_s = timed(lambda: t.pack(state, hp))
     encode_s = pack_s - quantize_s
-    _, decode_s = timed(lambda: t.unpack(blob))
+    _, decode_s = timed(lambda: t.unpack(packed.blob))
     saved = io.BytesIO()
     torch.save(coded | {name: w.half() for name, w in state.items() if name not in coded}, saved)
     print(
         f"codes: {len(stream):,}, H0 {h0:,.0f} bytes = {8 * h0 / len(stream):.4f} bits per code, "
-        f"relative error {error:.5f}"
+        f"relative error {packed.error:.5f}"
     )
     print(f"{'coder':44} {'bytes':>12} {'/ H0':>8} {'seconds':>8}")
     best = 9 | lzma.PRESET_EXTREME
     rows = [
-        ("this container, all of it", len(blob), encode_s),
+        ("this container, all of it", len(packed.blob), encode_s),
         (
             "torch.save of codes and steps, lzma -9e",
             *timed_size(lambda: lzma.compress(saved.getvalue(), preset=best)),
@@ -109,8 +110,8 @@ def compare(state: dict[str, torch.Tensor], hp: t.Hyperparameters) -> None:
         print(f"{name:44} {size:12,} {size / h0:8.4f} {seconds:8.1f}")
     print(
         f"quantise {quantize_s:.1f} s, encode {encode_s:.1f} s, read back {decode_s:.1f} s; saved "
-        f"over torch.save + lzma: {rows[1][1] - len(blob):,} bytes\n"
-        f"bytes of the container: {sizes}"
+        f"over torch.save + lzma: {rows[1][1] - len(packed.blob):,} bytes\n"
+        f"bytes of the container: {packed.sizes}"
     )
 
 
@@ -146,8 +147,9 @@ def main() -> None:
         state = trained_state(args.seconds)
     hp = t.Hyperparameters(quant_bits=args.bits)
     compare(state, hp)
-    (blob, facts), seconds = timed(lambda: t.fit_artifact(state, hp, args.budget))
-    print(f"fit_artifact to {args.budget:,} bytes: {len(blob):,} bytes in {seconds:.1f} s, {facts}")
+    (packed, facts), seconds = timed(lambda: t.fit_artifact(state, hp, args.budget))
+    size = len(packed.blob)
+    print(f"fit_artifact to {args.budget:,} bytes: {size:,} bytes in {seconds:.1f} s, {facts}")
 
 
 if __name__ == "__main__":

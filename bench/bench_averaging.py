@@ -35,18 +35,18 @@ def demo_settings(**changes) -> t.Hyperparameters:
     return t.Hyperparameters.from_env(env | {k: str(v) for k, v in changes.items()})
 
 
-def bpb(model, state, tokens, stream_bytes) -> float:
-    model.load_state_dict(state)
-    segments = t.score_stream(model, model, tokens, model.hp.eval_seq_len, t.Runtime("", {}))
-    nll, _ = np.concatenate(list(segments), 1)
-    return t.bits_per_byte(nll, stream_bytes)
+def bpb(trainer, state) -> float:
+    """Of the validation stream, with these weights."""
+    trainer.model.load_state_dict(state)
+    _, result = trainer.validate()
+    return result
 
 
-def one_run(hp, tokens, stream_bytes) -> dict[str, tuple[float, float]]:
+def one_run(hp, validation) -> dict[str, tuple[float, float]]:
     """averaging -> (bpb of the float weights, bpb after the round trip)."""
     torch.manual_seed(hp.seed)
-    trainer = t.Trainer(t.GPT(hp), t.TokenLoader(hp, 0, 1), t.Runtime("", {}))
-    trainer.tokens, trainer.stream_bytes = tokens, stream_bytes
+    loader, ranks = t.TokenLoader(hp, 0, 1), t.Ranks({})
+    trainer = t.Trainer(t.GPT(hp), loader, validation, ranks, t.RunLog(), t.StopSignal())
     last, train_step = {}, trainer.step
 
     def step(*args, **named):  # keeps the last weights, before train() loads the average
@@ -65,11 +65,8 @@ def one_run(hp, tokens, stream_bytes) -> dict[str, tuple[float, float]]:
         }
         chosen = t.averaged_parameters(watched) or last["weights"]
         state = dict(zip(names, chosen))
-        float_bpb = bpb(trainer.model, state, tokens, stream_bytes)
-        results[averaging] = (
-            float_bpb,
-            bpb(trainer.model, t.unpack(t.pack(state, hp)[0]), tokens, stream_bytes),
-        )
+        packed = t.pack(state, hp)
+        results[averaging] = bpb(trainer, state), bpb(trainer, t.unpack(packed.blob))
     return results
 
 
@@ -93,8 +90,7 @@ def main() -> None:
     for threshold in (0, t.Hyperparameters().late_qat_threshold):
         for seed in args.seeds:
             hp = demo_settings(**fixed, SEED=seed, LATE_QAT_THRESHOLD=threshold)
-            tokens = t.load_validation(hp)
-            for averaging, pair in one_run(hp, tokens, t.ByteCounter(hp)(tokens)).items():
+            for averaging, pair in one_run(hp, t.load_validation(hp)).items():
                 table.setdefault((averaging, threshold > 0), []).append(pair)
             print(
                 f"done: late QAT {'on' if threshold else 'off'}, seed {seed}",

@@ -14,6 +14,7 @@ from --targets to the whole stream: what this one device would take for it.
 """
 
 import argparse
+import dataclasses
 import os
 import statistics
 import sys
@@ -39,12 +40,12 @@ def synchronize() -> None:
 
 
 def score(
-    trunk, model: t.GPT, tokens: np.ndarray, stride: int, rt: t.Runtime
+    trunk, model: t.GPT, tokens: np.ndarray, stride: int, ranks: t.Ranks
 ) -> tuple[np.ndarray, float]:
     """(nats per target, seconds)."""
     synchronize()
     start = time.perf_counter()
-    nll = np.concatenate([*t.score_stream(trunk, model, tokens, stride, rt)], 1)[0]
+    nll = np.concatenate([*t.score_stream(trunk, model, tokens, stride, ranks)], 1)[0]
     synchronize()
     return nll, time.perf_counter() - start
 
@@ -56,16 +57,17 @@ def variants(model: t.GPT, hp: t.Hyperparameters, on_gpu: bool) -> dict[str, tup
         return lambda ids, last: trunk(ids)[:, -last:]
 
     if not on_gpu:
-        return {"as it is": (model, model), "whole last block": (whole(model), model)}
-    plain = t.GPT(t.replace(hp, fused_mlp=False, fused_loss=False)).to(model.embed.weight.device)
+        return {"as it is": (model.hidden, model), "whole last block": (whole(model.hidden), model)}
+    plain_hp = dataclasses.replace(hp, fused_mlp=False, fused_loss=False)
+    plain = t.GPT(plain_hp).to(model.embed.weight.device)
     plain.load_state_dict(model.state_dict())
-    compiled, plainly = (torch.compile(m, dynamic=False) for m in (model, plain))
+    compiled, plainly = (torch.compile(m.hidden, dynamic=False) for m in (model, plain))
     return {
         "as it is": (compiled, model),
         "plain": (whole(plainly), plain),
         "whole last block": (whole(compiled), model),
         "kernels off": (plainly, plain),
-        "not compiled": (model, model),
+        "not compiled": (model.hidden, model),
     }
 
 
@@ -73,32 +75,34 @@ def measure(
     hp: t.Hyperparameters, artifact: Path | None, strides: list[int], targets: int, rounds: int
 ) -> None:
     """Print a row per stride and variant."""
-    rt, stream, counter = t.Runtime("", {}), t.load_validation(hp), t.ByteCounter(hp)
-    tokens = np.array(stream[: targets + 1])
+    ranks, validation = t.Ranks({}), t.load_validation(hp)
+    tokens = np.array(validation.tokens[: targets + 1])
+    target_bytes = validation.count_bytes(tokens)
     torch.manual_seed(hp.seed)
-    model = t.GPT(hp).to(rt.device)
+    model = t.GPT(hp).to(ranks.device)
     if artifact:
-        t.load_artifact(model, artifact, rt)
-    trunks = variants(model, hp, rt.device.type == "cuda")
+        t.load_artifact(model, artifact, ranks, t.RunLog())
+    trunks = variants(model, hp, ranks.device.type == "cuda")
     seconds, bpb = defaultdict(list), {}
     for trunk, scorer in trunks.values():
         for stride in strides:
             # compiles, and warms up
-            score(trunk, scorer, tokens[: 4 * hp.eval_seq_len], stride, rt)
+            score(trunk, scorer, tokens[: 4 * hp.eval_seq_len], stride, ranks)
     for _ in range(rounds):
         for stride in strides:
             for name, (trunk, scorer) in trunks.items():
-                nll, took = score(trunk, scorer, tokens, stride, rt)
+                nll, took = score(trunk, scorer, tokens, stride, ranks)
                 seconds[stride, name].append(took)
-                bpb.setdefault(stride, t.bits_per_byte(nll, counter(tokens)))
+                bpb.setdefault(stride, t.bits_per_byte(nll, target_bytes))
     device = (
         torch.cuda.get_device_name()
-        if rt.device.type == "cuda"
+        if ranks.device.type == "cuda"
         else f"{torch.get_num_threads()} CPU threads"
     )
+    attention, _ = t.find_flash_attention()
     print(
-        f"{device}, torch {torch.__version__}, attention {model.attention_name}: "
-        f"{len(tokens) - 1:,} of {len(stream) - 1:,} targets, windows of {hp.eval_seq_len}\n\n"
+        f"{device}, torch {torch.__version__}, attention {attention}: "
+        f"{len(tokens) - 1:,} of {validation.targets:,} targets, windows of {hp.eval_seq_len}\n\n"
         f"{'stride':>6} {'':17} {'windows':>8} {'windows/s':>10} {'ratio':>6} {'low-high s':>14} "
         f"{'bpb':>9} {'to first':>9} {'whole stream s':>15}"
     )
@@ -112,7 +116,7 @@ def measure(
             if artifact
             else f"{'':19}"
         )
-        whole = middle * (len(stream) - 1) / (len(tokens) - 1)
+        whole = middle * validation.targets / (len(tokens) - 1)
         ratio = statistics.median(seconds[stride, list(trunks)[1]]) / middle
         print(
             f"{stride:>6} {name:17} {windows:>8,} {windows / middle:>10,.1f} {ratio:>6.2f} "

@@ -13,6 +13,7 @@ bandwidth. --list: every kernel of the model as it is, with the operations in it
 """
 
 import argparse
+import dataclasses
 
 import torch
 from bench_step import PEAK_BYTES, as_on_cuda, micro_batch_rows, patched, settings, t
@@ -123,7 +124,7 @@ def main() -> None:
     )
     first = 0.0
     for name, changes in VARIANTS.items():
-        graphs, cells, total = schedule(t.replace(hp, **changes)), "", 0
+        graphs, cells, total = schedule(dataclasses.replace(hp, **changes)), "", 0
         for width, graph in zip((17, 19), graphs):
             own = [size for kind, size, _ in graph if kind == "generated"]
             library = sum(size for kind, size, _ in graph if kind == "library")

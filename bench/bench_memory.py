@@ -80,7 +80,7 @@ def measure(
         DATA_PATH=str(folder), TOKENIZER_PATH=f"{folder}/tokenizer"
     )
     hp = t.Hyperparameters.from_env(settings)
-    (folder / "m.ptz").write_bytes(t.pack(t.GPT(hp).state_dict(), hp)[0])
+    (folder / "m.ptz").write_bytes(t.pack(t.GPT(hp).state_dict(), hp).blob)
     env = dict(
         os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", EVAL_ONLY="m.ptz", **settings
     )

@@ -119,7 +119,7 @@ def exact_row(tokens: np.ndarray) -> list[tuple]:
     return [
         timed(
             f"exact counts + backoff, orders {LOW}-{HIGH}",
-            train_gpt.ngram_backoff,
+            train_gpt.BackoffCounts,
             tokens,
             exact_settings(),
         )[0]
@@ -161,12 +161,14 @@ def dictionary_cache(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def dictionary_row(tokens: np.ndarray) -> list[tuple]:
-    """The dictionary cache; afterwards, untimed, a look whether ngram_backoff counts the same."""
+    """The dictionary cache; afterwards, untimed, a look whether BackoffCounts counts the same."""
     import train_gpt
 
     row, found = timed(f"dictionary cache, orders {LOW}-{HIGH}", dictionary_cache, tokens)
-    exact = train_gpt.ngram_backoff(tokens, exact_settings())
-    same = all(np.array_equal(x, y) for x, y in zip(found, exact))
+    exact = train_gpt.BackoffCounts(tokens, exact_settings())
+    same = all(
+        np.array_equal(x, y) for x, y in zip(found, (exact.order, exact.context, exact.pair))
+    )
     return [(row[0] + ("" if same else " (DIFFERS from the exact counts)"), *row[1:])]
 
 

@@ -20,6 +20,7 @@ uncompiled float32 one without, and the MLP kernel with other tiles against the 
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import statistics
 import sys
@@ -164,7 +165,7 @@ def count(hp: t.Hyperparameters) -> dict[tuple[str, str], list[float]]:
     tally = Tally()
     with torch.device("meta"):
         model, ids = t.GPT(hp), torch.zeros(rows, hp.train_seq_len, dtype=torch.int64)
-        muon, adamw = t.build_optimizers(model, hp, t.Runtime("", {}))
+        muon, adamw = t.build_optimizers(model, hp, t.Ranks({}))
     attention = patched(
         causal_attention=lambda q, k, v, flash=None: Attention.apply(tally, q, k, v)
     )
@@ -182,7 +183,7 @@ def count(hp: t.Hyperparameters) -> dict[tuple[str, str], list[float]]:
             0,
             sum(7 * stored(p) for group in adamw.param_groups for p in group["params"]),
         )
-        t.update(muon, adamw, t.Runtime("", {}), hp.grad_clip_norm)
+        t.update([muon, adamw], hp.grad_clip_norm)
     return dict(tally.found)
 
 
@@ -260,13 +261,14 @@ def ceiling(device: torch.device) -> float:
     return best
 
 
-def variants(hp: t.Hyperparameters, rt: t.Runtime) -> dict[str, t.Trainer]:
+def variants(hp: t.Hyperparameters, ranks: t.Ranks) -> dict[str, t.Trainer]:
     """Name -> a trainer with one switch off."""
 
     def trainer(**changes):
         torch.manual_seed(hp.seed)
-        changed = t.replace(hp, **changes)
-        return t.Trainer(t.GPT(changed).to(rt.device), RandomTokens(changed), rt)
+        changed = dataclasses.replace(hp, **changes)
+        model = t.GPT(changed).to(ranks.device)
+        return t.Trainer(model, RandomTokens(changed), None, ranks, t.RunLog(), t.StopSignal())
 
     found = {"as it is": trainer()}
     if found["as it is"].model.embed.weight.is_cuda:
@@ -275,9 +277,10 @@ def variants(hp: t.Hyperparameters, rt: t.Runtime) -> dict[str, t.Trainer]:
             "loss kernels off": trainer(fused_loss=False),
             PLAIN: trainer(fused_mlp=False, fused_loss=False),
         }
-    if hp.compile != "0" and (hp.compile == "1" or rt.device.type == "cuda"):
+    if hp.compile != "0" and (hp.compile == "1" or ranks.device.type == "cuda"):
         found["not compiled"] = trainer(compile="0")
-    if found["as it is"].model.attention_name != "sdpa":
+    attention, _ = t.find_flash_attention()
+    if attention != "sdpa":
         found["torch's attention"] = trainer()
         for block in found["torch's attention"].model.blocks:
             block.attn.flash = None
@@ -285,23 +288,24 @@ def variants(hp: t.Hyperparameters, rt: t.Runtime) -> dict[str, t.Trainer]:
 
 
 def measure(hp: t.Hyperparameters, steps: int, rounds: int, flops: float) -> None:
-    rt = t.Runtime("", {})
-    trainers, seconds = variants(hp, rt), defaultdict(list)
+    ranks = t.Ranks({})
+    trainers, seconds = variants(hp, ranks), defaultdict(list)
     for trainer in trainers.values():
         timed(lambda trainer=trainer: trainer.step(1.0, None), 2)  # compiles
     for _ in range(rounds):
         for name, trainer in trainers.items():
             seconds[name].append(timed(lambda trainer=trainer: trainer.step(1.0, None), steps))
-    best = ceiling(rt.device)
+    best = ceiling(ranks.device)
     first = statistics.median(seconds[PLAIN if PLAIN in seconds else "as it is"])
     device = (
         torch.cuda.get_device_name()
-        if rt.device.type == "cuda"
+        if ranks.device.type == "cuda"
         else f"{torch.get_num_threads()} CPU threads"
     )
+    attention, _ = t.find_flash_attention()
     print(
-        f"\nmeasured on {device}, attention {trainers['as it is'].model.attention_name}, torch "
-        f"{torch.__version__}; fastest product {best / 1e12:.2f} TFLOP/s\n\n"
+        f"\nmeasured on {device}, attention {attention}, torch {torch.__version__}; fastest "
+        f"product {best / 1e12:.2f} TFLOP/s\n\n"
         f"{'':20} {'ms/step':>9} {'low-high':>19} {'tokens/s':>11} {'MFU':>6} {'ratio':>6}"
     )
     for name, all_rounds in seconds.items():
@@ -314,7 +318,7 @@ def measure(hp: t.Hyperparameters, steps: int, rounds: int, flops: float) -> Non
         )
     with torch.profiler.profile() as profile:
         timed(lambda: trainers["as it is"].step(1.0, None), 1)
-    on_gpu = rt.device.type == "cuda"
+    on_gpu = ranks.device.type == "cuda"
     rows = sorted(
         (
             (e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count, e.key)

@@ -22,7 +22,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt  # noqa: E402
-from train_gpt import ByteCounter, Hyperparameters, Mixture, UserError, bits_per_byte  # noqa: E402
+from train_gpt import (  # noqa: E402
+    ByteCounter,
+    EntropyBackoff,
+    HashedCounts,
+    Hyperparameters,
+    Mixture,
+    UserError,
+    bits_per_byte,
+)
 
 # longest gram of the schemes with fixed weights, and of the hashed row: the predecessors'
 FIXED_ORDER = 7
@@ -88,16 +96,22 @@ def mixed(tokens: np.ndarray, nll: np.ndarray, entropy: np.ndarray, hp: Hyperpar
     return mixture
 
 
-def hashed_facts(mixture: Mixture) -> str:
+def pseudo_mixed(
+    tokens: np.ndarray, nll: np.ndarray, entropy: np.ndarray, hp: Hyperparameters
+) -> Mixture:
+    """The same from hashed counts, α by entropy."""
+    mixture = Mixture(tokens, hp, EntropyBackoff(tokens, hp, HashedCounts(tokens, hp)))
+    mixture.samples = mixture.samples[:0]  # it is no code: there is nothing to audit
+    mixture.extend(nll, entropy)
+    return mixture
+
+
+def hashed_facts(counts: HashedCounts) -> str:
     """What the hashed quotients of the winning orders sum to over the vocabulary: at the end,
     and along the way."""
-    order = mixture.counts[0]
-    matched = np.flatnonzero(order)
+    matched = np.flatnonzero(counts.order)
     spread = matched[np.linspace(0, len(matched) - 1, min(64, len(matched))).astype(int)]
-    end, mean = (
-        train_gpt.hashed_mass(mixture.tokens, order, some, mixture.hp)
-        for some in (matched[-64:], spread)
-    )
+    end, mean = counts.mass(matched[-64:]), counts.mass(spread)
     return f"not a probability: its counts sum to {end:.1f} at the end, {mean:.1f} on average"
 
 
@@ -134,13 +148,13 @@ def study(tokens, nll, entropy, stream_bytes, unit: str, args) -> None:
         )
         row(f"online, orders 2-{order}", mixture.nll, mixture.audit())
     best = mixture.nll
-    mixture = mixed(
+    mixture = pseudo_mixed(
         tokens, nll, entropy, settings(ngram_alpha="entropy", ngram_counts="hashed", **fixed)
     )
     row(
         f"pseudo: hashed, α by entropy, orders 2-{FIXED_ORDER}",
         mixture.nll,
-        pseudo=hashed_facts(mixture),
+        pseudo=hashed_facts(mixture.rule.counts),
     )
     print("\naudit (the hashed counts would fail it)", *facts, sep="\n")
     deciles(nll, best, stream_bytes, unit, f"online, orders 2-{max(args.orders)}")

@@ -104,16 +104,8 @@ EXCEPTIONS = (  # taken out of both logs before they are compared: pattern, reas
     (r"^  artifact .* code included.*$", "with the code's size, on the last screen"),
 )
 
-DRIVER = """
-import os
-import train_gpt as t
-t.SIZE_CAP = {budget} + len(open("train_gpt.py", "rb").read())
-try:
-    t.main(dict(os.environ))
-except BaseException as error:
-    t.end(error)
-t.end(None)
-"""
+CAP = re.compile(rb"^SIZE_CAP = [\d_]+", re.M)
+EQUAL_BUDGET = "SIZE_CAP = {} + Path(__file__).stat().st_size"  # for the artifact alone
 
 
 class Failed(Exception):
@@ -182,7 +174,7 @@ def surroundings() -> str:
 def key(side: Side, name: str, ranks: int, data_digest: str) -> str:
     """Name of the folder of a result: the same only for what must give the same numbers."""
     case, launchers = CASES[name], [ROOT / "runs/common.sh", ROOT / f"runs/{CASES[name].launch}.sh"]
-    facts = [side.script, case, COMMON, DRIVER, ranks, data_digest, surroundings()]
+    facts = [side.script, case, COMMON, EQUAL_BUDGET, ranks, data_digest, surroundings()]
     facts += [path.read_bytes() for path in launchers]
     facts += [CASES[case.after]] if case.after else []
     return f"{name}_{ranks}_{digest(*facts)[:20]}"
@@ -192,12 +184,8 @@ def run(case: Case, ranks: int, folder: Path) -> None:
     """The launch script in `folder`, which has its copy, train_gpt.py and the data."""
     start = f"start.{'ptz' if case.start == 'EVAL_ONLY' else 'ckpt'}"
     settings = COMMON | case.settings | ({case.start: start} if case.start else {})
-    script = "train_gpt.py"
-    if case.budget:
-        script = "driver.py"
-        (folder / script).write_text(DRIVER.format(budget=case.budget))
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LANG")}
-    launch = dict(SCRIPT=script, PYTHON=sys.executable, NPROC=ranks)
+    launch = dict(PYTHON=sys.executable, NPROC=ranks)
     fixed = dict(OMP_NUM_THREADS=1, CUDA_VISIBLE_DEVICES="")
     env = {k: str(v) for k, v in {**kept, **launch, **fixed, **settings}.items()}
     with open(folder / "stderr.txt", "w+") as stderr:
@@ -225,7 +213,12 @@ def result(side: Side, name: str, ranks: int, data: Path, data_digest: str, befo
         return done
     folder = Path(tempfile.mkdtemp(dir=side.store, prefix=f"{name}_{ranks}_part_"))
     try:
-        (folder / "train_gpt.py").write_bytes(side.script)
+        source = side.script
+        if case.budget:
+            source, found = CAP.subn(EQUAL_BUDGET.format(case.budget).encode(), source)
+            if found != 1:
+                raise Failed("no line SIZE_CAP = ... to replace by an equal budget")
+        (folder / "train_gpt.py").write_bytes(source)
         shutil.copytree(ROOT / "runs", folder / "runs")
         (folder / "data").symlink_to(data)  # the same path in all logs
         if case.start == "EVAL_ONLY":

@@ -23,7 +23,7 @@ import sentencepiece as spm  # noqa: E402
 # kernels made in this process run in Triton's interpreter; not those of subprocesses
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-from train_gpt import Hyperparameters, softcap  # noqa: E402
+from train_gpt import Hyperparameters, log_probabilities  # noqa: E402
 
 os.environ.pop("TRITON_INTERPRET", None)
 torch.set_num_threads(1)
@@ -63,8 +63,8 @@ def tiny(**changes) -> Hyperparameters:
 
 
 def logits(model, hidden) -> torch.Tensor:
-    """(..., V): the logarithms of the probabilities, up to a constant."""
-    return softcap(model.logits(hidden), model.hp.logit_softcap)
+    """(..., V): the logarithms of the probabilities."""
+    return log_probabilities(model.logits(hidden), model.hp.logit_softcap)
 
 
 @pytest.fixture
@@ -192,11 +192,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import train_gpt as t
 RANK = int(os.environ.get("RANK", 0))
 {body}
-try:
-    t.main(dict(os.environ))
-except BaseException as error:
-    t.end(error)
-t.end(None)
+t.start(dict(os.environ))
 """)
     return path
 

@@ -20,11 +20,11 @@ class Predictor:
         # context -> [(position, token), ...]
         self.followed = {n: defaultdict(list) for n in orders}
         self.counts = {n: defaultdict(Counter) for n in orders}  # context -> token -> how often
-        self.mass = {n: np.zeros((3, t.STATES, t.GAPS, t.HEATS)) for n in orders}
-        self.fresh = {n: np.zeros((3, t.STATES, t.GAPS, t.HEATS)) for n in orders}
-        self.weights = {n: t.bucket_weights(self.mass[n]) for n in orders}
-        # documents begun, log odds of the mixture
-        self.document, self.lead = int(first_token == t.BOS), 0.0
+        shape = (3, t.NGRAM_STATES, t.GAPS, t.ENTROPY_BUCKETS)
+        self.credits = {n: np.zeros(shape) for n in orders}
+        self.fresh = {n: np.zeros(shape) for n in orders}
+        self.weights = {n: t.bucket_weights(self.credits[n]) for n in orders}
+        self.log_odds = 0.0  # of the mixture against the model
 
     def context(self, n):
         return tuple(self.stream[len(self.stream) - n + 1 :]) if len(self.stream) >= n - 1 else None
@@ -41,7 +41,8 @@ class Predictor:
         here = position - past[-1][0] <= min(position - 1 - begun, 65535)
         gap = min(((position - past[-1][0]).bit_length() - 1) // 2, t.GAPS - 1)
         state = ((size * 4 + share) * 2 + repeated) * 2 + here
-        return (state * t.GAPS + gap) * t.HEATS + int(min(max(entropy, 0), t.HEATS - 1))
+        whole_nats = int(min(max(entropy, 0), t.ENTROPY_BUCKETS - 1))
+        return (state * t.GAPS + gap) * t.ENTROPY_BUCKETS + whole_nats
 
     def predict(self, model: np.ndarray, entropy: float) -> np.ndarray:
         """The mixed distribution over the vocabulary, given the model's."""
@@ -60,7 +61,7 @@ class Predictor:
                 parts = [w * q for w, q in zip(self.weights[n][:, bucket], (p, counted, last))]
                 p = sum(parts)
                 self.levels.append((n, bucket, parts, p))
-        self.top, trust = p, 1 / (1 + math.exp(-min(max(self.lead, -500), 500)))
+        self.top, trust = p, 1 / (1 + math.exp(-min(max(self.log_odds, -500), 500)))
         return trust * p + (1 - trust) * model
 
     def predict_backoff(self, model, entropy):
@@ -68,12 +69,19 @@ class Predictor:
         for n in range(self.hp.ngram_order, self.hp.ngram_min_order - 1, -1):
             past = self.followed[n][self.context(n)] if self.context(n) is not None else []
             if len(past) >= self.hp.ngram_min_count:
-                alpha = t.backoff_weight(np.array([entropy]), np.array([n]), self.hp)[0]
+                alpha = self.backoff_weight(entropy, n)
                 counted = np.zeros_like(model)
                 for v, c in self.counts[n][self.context(n)].items():
                     counted[v] = c / len(past)
                 return (1 - alpha) * model + alpha * counted
         return model
+
+    def backoff_weight(self, entropy, n):
+        """From ALPHA_MIN to ALPHA_MAX, half-way at 4 nats or at the order's own entropy."""
+        of_order = t.ORDER_CENTERS[min(n, 7) - 2]
+        center = dict(entropy=4.0, order=of_order)[self.hp.ngram_alpha]
+        rising = 1 / (1 + math.exp(-2 * (entropy - center)))
+        return self.hp.alpha_min + (self.hp.alpha_max - self.hp.alpha_min) * rising
 
     def learn(self, token: int) -> None:
         """Only now the token is seen."""
@@ -81,14 +89,14 @@ class Predictor:
             for expert in range(3):
                 self.fresh[n].reshape(3, -1)[expert, bucket] += parts[expert][token] / p[token]
         if self.hp.ngram_alpha == "online":
-            self.lead += math.log(self.top[token] / self.model[token])
+            self.log_odds += math.log(self.top[token] / self.model[token])
         for n in range(2, self.hp.ngram_order + 1):
             if self.context(n) is not None:
                 self.followed[n][self.context(n)].append((len(self.stream), token))
                 self.counts[n][self.context(n)][token] += 1
         self.stream.append(token)
         if len(self.stream) - 1 in self.edges:
-            for n in self.mass:
-                self.mass[n] += self.fresh[n]
+            for n in self.credits:
+                self.credits[n] += self.fresh[n]
                 self.fresh[n][:] = 0
-                self.weights[n] = t.bucket_weights(self.mass[n])
+                self.weights[n] = t.bucket_weights(self.credits[n])

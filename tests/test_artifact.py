@@ -17,13 +17,21 @@ from hypothesis import strategies as st
 
 import train_gpt as t
 
+ALONE = t.Ranks({})
+SILENT = t.RunLog()
+
 
 def heavy_tailed(*shape):
     return torch.distributions.StudentT(4.0).sample(shape) * 0.05
 
 
 def pack(*args) -> bytes:
-    return t.pack(*args)[0]
+    return t.pack(*args).blob
+
+
+def keep_lines(lines: list[str]):
+    """A log that puts its lines there."""
+    return lambda line, console=True: lines.extend(line.split("\n"))
 
 
 def noisy_model(hp) -> t.GPT:
@@ -91,7 +99,7 @@ def test_levels_move_by_single_rows(rng, packed_levels):
     assert (packed_levels[-1] == 127).all()
 
 
-def test_kinds():
+def test_levels_by_kind():
     model = t.GPT(tiny(QUANT_BITS=5))
     levels = {n: t.natural_levels(n, p, model.hp) for n, p in model.state_dict().items()}
     assert levels["embed.weight"] == levels["bigram.table.weight"] == 127
@@ -99,6 +107,47 @@ def test_kinds():
     assert (
         levels["blocks.1.attn.vrl_gate"] == levels["skip_weights"] == levels["blocks.0.mix_x"] == 0
     )
+
+
+class Signs:
+    """Codes of +-1 times the mean magnitude of the row, whatever the levels."""
+
+    def quantize(self, name, w_RC, levels):
+        step = w_RC.abs().mean(1, keepdim=True).clamp_min(1e-30).bfloat16().float()
+        return torch.where(w_RC < 0, -1.0, 1.0), step
+
+
+def test_another_quantiser_makes_the_codes(rng):
+    state = {"a.weight": heavy_tailed(40, 30), "b": torch.ones(3)}
+    packed = t.pack(state, tiny(), 1.0, Signs())
+    codes, step = Signs().quantize("a.weight", state["a.weight"], None)
+    back = t.unpack(packed.blob)
+    assert torch.equal(back["a.weight"], codes * step) and torch.equal(back["b"], state["b"])
+    error = (codes * step - state["a.weight"]).norm() / state["a.weight"].norm()
+    assert packed.error == pytest.approx(error.item(), rel=1e-5)
+
+
+def test_the_budget_is_kept_with_another_quantiser(rng):
+    state = {"a.weight": heavy_tailed(400, 300)}
+    budget = len(t.pack(state, tiny(), 1.0, Signs()).blob)
+    packed, facts = t.fit_artifact(state, tiny(), budget, Signs())
+    assert set(t.unpack(packed.blob)["a.weight"].sign().unique().tolist()) == {-1.0, 1.0}, facts
+    with pytest.raises(t.UserError, match="even with codes of"):
+        t.fit_artifact(state, tiny(), budget - 1, Signs())
+
+
+def test_the_quantiser_is_told_each_matrix_by_its_name(rng):
+    told, rows = [], t.RowQuantizer()
+
+    class Telling:
+        def quantize(self, name, w_RC, levels):
+            told.append(name)
+            return rows.quantize(name, w_RC, levels)
+
+    model = noisy_model(tiny())
+    packed = t.pack(model.state_dict(), model.hp, 1.0, Telling())
+    assert told == [n for n, p in model.named_parameters() if p.ndim == 2 and "weight" in n[-6:]]
+    assert packed.blob == pack(model.state_dict(), model.hp)
 
 
 # ---- rANS
@@ -317,7 +366,8 @@ def test_forced_over_lands_within_4_kb_below_the_budget(rng, bits):
     model = noisy_model(tiny(MODEL_DIM=128, QUANT_BITS=bits, NUM_LAYERS=6))
     natural = len(pack(model.state_dict(), model.hp))
     for share in (0.97, 0.7, 0.4):
-        blob, facts = t.fit_artifact(model.state_dict(), model.hp, int(natural * share))
+        packed, facts = t.fit_artifact(model.state_dict(), model.hp, int(natural * share))
+        blob = packed.blob
         assert int(natural * share) - 4096 < len(blob) <= int(natural * share), facts
         told = dict(fact.split(":") for fact in facts.split())
         assert float(told["coarsen"]) > 1
@@ -338,16 +388,16 @@ def told_exactly(blob, model, told):
 def test_what_is_left_is_spent(rng, packed_levels):
     model = noisy_model(tiny(MODEL_DIM=128))
     natural = pack(model.state_dict(), model.hp)
-    blob, facts = t.fit_artifact(model.state_dict(), model.hp, len(natural) + 20_000)
+    packed, facts = t.fit_artifact(model.state_dict(), model.hp, len(natural) + 20_000)
     told = dict(fact.split(":") for fact in facts.split())
-    assert len(natural) + 20_000 - 4096 < len(blob) <= len(natural) + 20_000
+    assert len(natural) + 20_000 - 4096 < len(packed.blob) <= len(natural) + 20_000
     assert float(told["coarsen"]) < 1 and float(told["error_after"]) < float(told["error_before"])
     finest, _ = t.fit_artifact(model.state_dict(), model.hp, 16_000_000)
     packed_levels.clear()
-    assert pack(t.unpack(finest), model.hp, 0.125) == finest
+    assert pack(t.unpack(finest.blob), model.hp, 0.125) == finest.blob
     assert min(map(np.min, packed_levels)) == 127
     kept, _ = t.fit_artifact(model.state_dict(), tiny(MODEL_DIM=128, FILL_BUDGET=0), 16_000_000)
-    assert kept == natural
+    assert kept.blob == natural
 
 
 @settings(max_examples=25, deadline=None)
@@ -371,8 +421,8 @@ def test_adversarial_weights_never_go_over(seed, share, kind):
     }
     budget = max(600, int(len(pack(state, tiny())) * share))
     try:
-        blob, _ = t.fit_artifact(state, tiny(), budget)
-        assert len(blob) <= budget and t.unpack(blob)
+        packed, _ = t.fit_artifact(state, tiny(), budget)
+        assert len(packed.blob) <= budget and t.unpack(packed.blob)
     except t.UserError as error:
         assert len(pack(state, tiny(), 254.0)) > budget and "even with codes of +-1" in str(error)
 
@@ -381,7 +431,7 @@ def test_over_the_cap_nothing_is_written(tmp_path, monkeypatch):
     path, code = tmp_path / "final_model.int6.ptz", len(t.Path(t.__file__).read_bytes())
     monkeypatch.setattr(t, "SIZE_CAP", code + 1000)
     with pytest.raises(t.UserError, match="even with codes of"):
-        t.write_artifact(t.GPT(tiny()), path, tiny(), t.Runtime("", {}))
+        t.write_artifact(t.GPT(tiny()), path, ALONE, SILENT)
     assert not list(tmp_path.iterdir())
 
 
@@ -397,15 +447,14 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(
         t.UserError, match="final_model.int6.ptz: No space left on device; free space"
     ):
-        t.write_artifact(t.GPT(tiny()), path, tiny(), t.Runtime("", {}))
+        t.write_artifact(t.GPT(tiny()), path, ALONE, SILENT)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [(path.name, b"older")]
 
 
 def test_bytes_by_kind_add_up_to_the_submission(tmp_path, rng):
-    model, lines, rt = noisy_model(tiny()), [], t.Runtime("", {})
-    rt.log = lambda line, console=True: lines.extend(line.split("\n"))
-    t.write_artifact(model, tmp_path / "m.ptz", model.hp, rt)
-    size = t.load_artifact(model, tmp_path / "m.ptz", rt)
+    model, lines = noisy_model(tiny()), []
+    t.write_artifact(model, tmp_path / "m.ptz", ALONE, keep_lines(lines))
+    size = t.load_artifact(model, tmp_path / "m.ptz", ALONE, keep_lines(lines))
     assert size == (tmp_path / "m.ptz").stat().st_size + Path(t.__file__).stat().st_size
     assert lines[-1] == f"Total submission size int6+rans: {size} bytes"
     (told,) = (line for line in lines if line.startswith("artifact_bytes "))
@@ -428,7 +477,7 @@ HARDNESS = torch.tensor(1.0)  # plays no part in straight-through rounding
 
 def test_fake_quantised_weights_are_what_the_artifact_gives_back(rng):
     model = noisy_model(tiny())
-    fake = t.fake_quantized(model, model.hp, HARDNESS)
+    fake = t.fake_quantized(model, HARDNESS)
     back = t.unpack(pack(model.state_dict(), model.hp))
     assert set(fake) == {
         n for n, p in model.named_parameters() if p.ndim == 2 and n.endswith(".weight")
@@ -443,7 +492,7 @@ def test_gradients_pass_straight_through_the_rounding(rng):
     t.training_loss(model, ids[:, :-1], ids[:, 1:], HARDNESS).backward()
     with_rounding = {n: p.grad.clone() for n, p in model.named_parameters()}
     rounded = t.GPT(model.hp)
-    fake = {n: w.detach() for n, w in t.fake_quantized(model, model.hp, HARDNESS).items()}
+    fake = {n: w.detach() for n, w in t.fake_quantized(model, HARDNESS).items()}
     rounded.load_state_dict({**model.state_dict(), **fake})
     rounded(ids[:, :-1], ids[:, 1:]).backward()
     for name, p in rounded.named_parameters():
@@ -485,16 +534,36 @@ def test_late_qat_changes_the_forward_of_a_compiled_module_and_recompiles_nothin
     assert len(graphs) == compiled and math.isfinite(plain)
 
 
+@pytest.mark.parametrize("rounding", ["straight", "soft"])
+def test_late_qat_is_one_graph(rng, rounding):
+    """No break, in particular not at the table of kinds; and the hardness is no constant of it."""
+    torch.compiler.reset()
+    graphs = []
+
+    def counting_backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = noisy_model(tiny(NUM_LAYERS=2, VE_LAYERS="1", QAT_ROUNDING=rounding))
+    loss = torch.compile(t.training_loss, dynamic=False, fullgraph=True, backend=counting_backend)
+    ids = torch.from_numpy(rng.integers(0, 300, (2, 9)))
+    x, y = ids[:, :-1], ids[:, 1:]
+    for hardness in (1.0, 2.5, 16.0):
+        expected = t.training_loss(model, x, y, torch.tensor(hardness)).item()
+        found = loss(model, x, y, torch.tensor(hardness)).item()
+        assert found == pytest.approx(expected, abs=1e-5)
+    assert len(graphs) == 1
+
+
 def test_a_model_of_the_default_size_lands_at_the_cap(tmp_path, rng):
     """27 million heavy-tailed weights, over the cap at 6 bits: the file ends within 10 KB below it,
     never above."""
-    model, lines, rt = t.GPT(t.Hyperparameters()), [], t.Runtime("", {})
-    rt.log = lambda line, console=True: lines.extend(line.split("\n"))
+    model, lines = t.GPT(t.Hyperparameters()), []
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 2:
                 p.normal_().mul_(1 + 0.3 * torch.randn_like(p[:, :1]).abs())
-    t.write_artifact(model, tmp_path / "m.ptz", model.hp, rt)
+    t.write_artifact(model, tmp_path / "m.ptz", ALONE, keep_lines(lines))
     size = (tmp_path / "m.ptz").stat().st_size + len(t.Path(t.__file__).read_bytes())
     assert 15_990_000 <= size <= 16_000_000
     told = dict(pair.split(":") for pair in lines[0].split()[1:])

@@ -1,5 +1,6 @@
 """The benches run: small sizes, no timing, the printed rows are there."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -71,8 +72,8 @@ def test_bench_averaging_scores_every_average(corpus):
 
     assert demo_settings().model_dim == 128 and demo_settings(SEED=5).seed == 5
     hp = tiny(**corpus, AVERAGING="ema_swa", SWA_EVERY=1, SWA_THRESHOLD=1, TRAIN_LOG_EVERY=0)
-    tokens = np.array(t.load_validation(hp)[:400])
-    results = one_run(hp, tokens, t.ByteCounter(hp)(tokens))
+    tokens = np.array(t.load_validation(hp).tokens[:400])
+    results = one_run(hp, t.Validation(tokens, t.ByteCounter(hp)))
     assert set(results) == {"none", "ema", "swa", "ema_swa"}
     assert len(set(results.values())) == 4
     assert all(1 < b < 12 for pair in results.values() for b in pair)
@@ -129,7 +130,7 @@ def test_bench_fusion_sees_what_the_kernels_save():
 
     hp, moved = tiny(NUM_LAYERS=1, VE_ENABLED=0, XSA_LAST_N=0), {}
     for name in ("plain", "both"):
-        graphs = schedule(t.replace(hp, **VARIANTS[name]))
+        graphs = schedule(dataclasses.replace(hp, **VARIANTS[name]))
         moved[name] = sum(size for graph in graphs for _, size, _ in graph)
         ops = " ".join(operations for graph in graphs for _, _, operations in graph)
         assert len(graphs) == 2
@@ -173,7 +174,7 @@ def test_bench_eval_scores_every_stride(corpus, tmp_path, capsys):
     from bench_eval import measure
 
     hp, path = tiny(**corpus), tmp_path / "m.ptz"
-    path.write_bytes(t.pack(t.GPT(hp).state_dict(), hp)[0])
+    path.write_bytes(t.pack(t.GPT(hp).state_dict(), hp).blob)
     measure(hp, path, [8, 32], 400, 1)
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "as it is" in line]
     windows = [len(t.windows(0, 400, 32, stride)[0]) for stride in (8, 32)]
@@ -188,7 +189,7 @@ def test_the_variants_of_bench_eval_score_the_same(rng, monkeypatch):
     hp, tokens = tiny(), rng.integers(0, 300, 100).astype(np.uint16)
     model = t.GPT(hp)
     found = {
-        name: score(trunk, head, tokens, 8, t.Runtime("", {}))[0]
+        name: score(trunk, head, tokens, 8, t.Ranks({}))[0]
         for name, (trunk, head) in variants(model, hp, on_gpu=True).items()
     }
     assert list(found)[:2] == ["as it is", "plain"] and len(found) == 5

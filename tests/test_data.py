@@ -97,7 +97,7 @@ def test_a_world_size_that_does_not_divide_is_refused_with_the_nearest_that_do(c
 def test_training_shards_may_lie_elsewhere(tmp_path, corpus):
     write_shard(tmp_path / "fineweb_train_000000.bin", range(400))
     hp = tiny(**corpus, TRAIN_DATA_PATH=tmp_path)
-    assert TokenLoader(hp, 0, 1).tokens == 400 and len(load_validation(hp)) == 6001
+    assert TokenLoader(hp, 0, 1).tokens == 400 and len(load_validation(hp).tokens) == 6001
     with pytest.raises(UserError, match="TRAIN_DATA_PATH=.*/nowhere: no fineweb_train"):
         TokenLoader(tiny(**corpus, TRAIN_DATA_PATH=tmp_path / "nowhere"), 0, 1)
 
@@ -123,11 +123,28 @@ def test_a_validation_stream_shorter_than_a_window_is_refused(tmp_path):
         load_validation(tiny(DATA_PATH=tmp_path))
 
 
-def test_validation_shards_are_joined_in_order(tmp_path, rng):
+def test_validation_shards_are_joined_in_order(tmp_path, corpus, rng):
     parts = [rng.integers(0, 300, n) for n in (40, 3, 50)]
     for i, part in enumerate(parts):
         write_shard(tmp_path / f"fineweb_val_{i:06d}.bin", part)
-    assert np.array_equal(load_validation(tiny(DATA_PATH=tmp_path)), np.concatenate(parts))
+    validation = load_validation(tiny(**corpus | {"DATA_PATH": tmp_path}))
+    assert np.array_equal(validation.tokens, np.concatenate(parts))
+
+
+def test_validation_counts_its_bytes_once_and_only_when_asked(corpus):
+    validation = load_validation(tiny(**corpus))
+    counter, asked = validation.count_bytes, []
+    validation.count_bytes = lambda tokens: (asked.append(len(tokens)), counter(tokens))[1]
+    assert validation.targets == 6000 and not asked
+    expected = ByteCounter(tiny(**corpus))(validation.tokens)
+    for _ in range(2):
+        assert np.array_equal(validation.target_bytes, expected)
+    assert asked == [6001]
+
+
+def test_a_validation_stream_without_its_tokenizer_is_refused(corpus, tmp_path):
+    with pytest.raises(UserError, match="absent.model: no such file"):
+        load_validation(tiny(**corpus | {"TOKENIZER_PATH": tmp_path / "absent.model"}))
 
 
 def test_bytes_of_a_document_are_the_bytes_of_its_text(corpus):

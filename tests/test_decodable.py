@@ -34,12 +34,13 @@ SMALL = dict(
 def artifact(corpus) -> tuple[bytes, t.Hyperparameters, np.ndarray]:
     """The bytes of a model trained here, and the stream."""
     torch.manual_seed(7)
-    hp, rt = tiny(**corpus, **SMALL), t.Runtime("", {})
-    trainer = t.Trainer(t.GPT(hp), t.TokenLoader(hp, 0, 1), rt)
-    trainer.tokens = np.array(t.load_validation(hp)[:TOKENS])
-    trainer.stream_bytes = np.ones(TOKENS - 1)
+    hp = tiny(**corpus, **SMALL)
+    tokens = np.array(t.load_validation(hp).tokens[:TOKENS])
+    validation = t.Validation(tokens, lambda _: np.ones(TOKENS - 1))
+    loader = t.TokenLoader(hp, 0, 1)
+    trainer = t.Trainer(t.GPT(hp), loader, validation, t.Ranks({}), t.RunLog(), t.StopSignal())
     t.train(trainer)
-    return t.pack(trainer.model.state_dict(), hp)[0], hp, trainer.tokens
+    return t.pack(trainer.model.state_dict(), hp).blob, hp, tokens
 
 
 def load(blob: bytes, hp) -> t.GPT:
@@ -57,7 +58,7 @@ def model_distribution(model, known: list[int], targets: int) -> np.ndarray:
     start = int(starts[np.searchsorted(first, j, "right") - 1])
     window = np.zeros(hp.eval_seq_len, np.int64)
     window[: j + 1 - start] = known[start:]
-    hidden = model(torch.from_numpy(window)[None])[0, j - start]
+    hidden = model.hidden(torch.from_numpy(window)[None])[0, j - start]
     return torch.softmax(logits(model, hidden).double(), -1).numpy()
 
 
@@ -101,9 +102,9 @@ def decode(blob: bytes, hp, words: np.ndarray, first_token: int, targets: int) -
             return np.array(tokens, np.uint16)
 
 
-def claimed_bits(model, tokens, hp) -> float:
+def claimed_bits(model, tokens, hp, rule=None) -> float:
     nll, entropy = score(model, tokens, hp.eval_stride)
-    mixture = t.Mixture(tokens, hp)
+    mixture = t.Mixture(tokens, hp, rule)
     mixture.extend(nll, entropy)
     return float(mixture.nll.sum() / math.log(2))
 
@@ -131,19 +132,19 @@ def test_hashed_counts_cannot_keep_what_they_claim(artifact):
         **{**vars(hp), "ngram_alpha": "order", "ngram_counts": "hashed", "ngram_buckets": 4096}
     )
     model = load(blob, hp)
-    claimed, coded, largest = claimed_bits(model, tokens, hp), 0.0, 0.0
-    order, _, _ = t.ngram_backoff(tokens, hp)
+    rule = t.RULES[hp.ngram_alpha](tokens, hp, t.HashedCounts(tokens, hp))
+    claimed, coded, largest = claimed_bits(model, tokens, hp, rule), 0.0, 0.0
     known, V = tokens.tolist(), np.arange(hp.vocab_size)
     filled = {n: np.zeros(hp.ngram_buckets, np.int64) for n in range(2, 8)}
     keys = {n: t.hash_buckets(tokens, n, hp) for n in range(2, 8)}
     for j in range(TOKENS - 1):
-        p, n = model_distribution(model, known[: j + 1], TOKENS - 1), int(order[j])
+        p, n = model_distribution(model, known[: j + 1], TOKENS - 1), int(rule.counts.order[j])
         if n:
             context = keys[n][0][j - n + 2]
             seen = np.count_nonzero(keys[n][0][: j - n + 2] == context)
             asked = t.hash_buckets(tokens[j + 2 - n : j + 2], n, hp, V)[1]
             counted = np.minimum(filled[n][asked.astype(np.int64)], seen) / seen
-            alpha = t.backoff_weight(np.array([-(p * np.log(p)).sum()]), np.array([n]), hp)[0]
+            alpha = rule.weight(np.array([-(p * np.log(p)).sum()]), np.array([n]))[0]
             p = (1 - alpha) * p + alpha * counted
         largest = max(largest, p.sum())
         coded -= math.log2(p[tokens[j + 1]] / p.sum())  # the best a coder can do with it

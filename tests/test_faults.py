@@ -126,8 +126,8 @@ def before(trainer):
 def test_a_signal_during_the_last_validation_is_not_lost(corpus, tmp_path, monkeypatch):
     trainer = new_trainer(corpus, tmp_path / "run.txt", ITERATIONS=2)
 
-    def validate(name=""):
-        trainer.rt.stop(signal.SIGTERM, None)
+    def validate():
+        trainer.stop.handle(signal.SIGTERM, None)
         return 0.0, 0.0
 
     trainer.validate = validate
@@ -140,7 +140,7 @@ def test_a_validation_that_is_killed_costs_no_training(corpus, tmp_path):
     the checkpoint is written before."""
     trainer = new_trainer(corpus, tmp_path / "run.txt", ITERATIONS=6, VAL_LOSS_EVERY=3)
 
-    def validate(name=""):
+    def validate():
         raise KeyboardInterrupt
 
     trainer.validate = validate
@@ -223,7 +223,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_line_of_the_log(corpus, small_
 def before(trainer):
     if trainer.steps == 3:
         fill()
-        trainer.rt.log("-" * 5000, console=False)  # past the page that the log has already
+        trainer.log("-" * 5000, console=False)  # past the page that the log has already
     if trainer.steps == 8:
         step = t.read_checkpoint("logs/test.ckpt")["progress"][0]
         os.unlink("filler")
@@ -271,7 +271,7 @@ def test_a_disk_that_stays_full_is_said_at_the_end(corpus, small_disk):
 evaluate = t.evaluate
 def full(trainer, *args):
     fill()
-    trainer.rt.log("-" * 5000, console=False)  # past the page that the log has already
+    trainer.log("-" * 5000, console=False)  # past the page that the log has already
     return evaluate(trainer, *args)
 t.evaluate = full
 """,

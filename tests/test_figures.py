@@ -170,7 +170,7 @@ def run(corpus, sp, tmp_path_factory) -> Path:
     rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
     folder = tmp_path_factory.mktemp("run")
     newline = sp.piece_to_id("<0x0A>")
-    reference = train_gpt.load_validation(tiny(**corpus))[:1400]
+    reference = train_gpt.load_validation(tiny(**corpus)).tokens[:1400]
     stream = np.concatenate(
         [[1], sp.encode(HOSTILE), [newline], sp.encode("after"), reference]
     ).astype(np.uint16)

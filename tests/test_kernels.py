@@ -1,6 +1,7 @@
 """Kernels against float64 references: in Triton's interpreter,
 or on the GPU where there is one (see conftest.py)."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -139,12 +140,8 @@ def test_mlp_kernel_writes_nothing_outside_of_its_matrix(rng, small_tiles):
 # --- loss -----------------------------------------------------------------------------------------
 
 
-def scores(z, targets, cap):
-    return t.fused_token_scores(z, targets, z.new_empty(0), cap)
-
-
 def check_scores(z, targets, cap, upstream):
-    found, exact = scores(z, targets, cap), z.detach().double().requires_grad_()
+    found, exact = t.fused_token_scores(z, targets, cap), z.detach().double().requires_grad_()
     logp = torch.log_softmax(cap * torch.tanh(exact / cap) if cap else exact, -1)
     wanted = -logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
     for name, a, b in zip(("nll", "entropy"), found, wanted):
@@ -188,7 +185,7 @@ def test_scores_of_extreme_logits_are_finite(cap, value):
     z = torch.zeros(2, 7, device=DEVICE)
     z[:, 3] = value
     z.requires_grad_()
-    nll, entropy = scores(z, torch.tensor([3, 5], device=DEVICE), cap)
+    nll, entropy = t.fused_token_scores(z, torch.tensor([3, 5], device=DEVICE), cap)
     expected = t.token_scores(z.detach(), torch.tensor([3, 5], device=DEVICE), cap)[0]
     same = entropy[0] - entropy[1]
     (dz,) = gradients(nll.sum() + entropy.sum(), z, None)
@@ -199,7 +196,8 @@ def test_scores_of_extreme_logits_are_finite(cap, value):
 
 
 def test_scores_of_uniform_logits_are_the_logarithm_of_the_vocabulary():
-    nll, entropy = scores(torch.ones(3, 600, device=DEVICE), torch.arange(3, device=DEVICE), 30.0)
+    z, targets = torch.ones(3, 600, device=DEVICE), torch.arange(3, device=DEVICE)
+    nll, entropy = t.fused_token_scores(z, targets, 30.0)
     torch.testing.assert_close(nll, torch.full_like(nll, np.log(600)))
     torch.testing.assert_close(entropy, nll)
 
@@ -210,7 +208,7 @@ def test_gradcheck_of_the_loss(rng):
     but they know nothing of any formula for the gradient."""
     z, targets = random(3, 11), torch.randint(0, 11, (3,), device=DEVICE)
     assert torch.autograd.gradcheck(
-        lambda z: scores(z, targets, 5.0), z, eps=1e-2, atol=2e-3, rtol=2e-3
+        lambda z: t.fused_token_scores(z, targets, 5.0), z, eps=1e-2, atol=2e-3, rtol=2e-3
     )
 
 
@@ -258,8 +256,8 @@ def test_opcheck_of_every_op(rng, small_tiles):
     cases = [
         (t.fused_mlp, (x, fc, proj, 0.5)),
         (t.fused_mlp_backward, (random(7, 5).detach(), proj.detach(), z, 0.5)),
-        (t.fused_token_scores, (logits, targets, grads.new_empty(0), 30.0)),
-        (t.fused_token_scores, (logits.detach(), targets, grads, 30.0)),
+        (t.fused_token_scores, (logits, targets, 30.0)),
+        (t.fused_token_scores_backward, (logits.detach(), targets, grads, 30.0)),
     ]
     ops = {v for v in vars(t).values() if isinstance(v, torch._library.custom_ops.CustomOpDef)}
     assert {op for op, _ in cases} == ops, "an op without a case here"
@@ -304,7 +302,7 @@ def test_the_model_with_kernels_equals_the_model_without(rng, kernels_on):
     loss = model(ids, targets)
     found = torch.autograd.grad(loss, list(model.parameters()))
     assert kernels_on == {"mlp": 4, "scores": 2}  # forward and backward, two layers
-    model.hp = t.replace(model.hp, fused_loss=False)
+    model.hp = dataclasses.replace(model.hp, fused_loss=False)
     for block in model.blocks:
         block.mlp.fused = False
     plain = model(ids, targets)
@@ -326,12 +324,11 @@ def test_each_switch_turns_its_kernel_off(rng, kernels_on, switch, off):
 
 def test_scoring_with_kernels_equals_scoring_without(rng, kernels_on, monkeypatch):
     model, _, _ = small_model()
-    tokens, rt = rng.integers(0, 512, 61).astype(np.uint16), t.Runtime("", {})
-    found = collect(t.score_stream(model, model, tokens, 8, rt))
+    tokens, ranks = rng.integers(0, 512, 61).astype(np.uint16), t.Ranks({})
+    found = collect(t.score_stream(model.hidden, model, tokens, 8, ranks))
     monkeypatch.setattr(t, "has_kernels", lambda x: False)
-    np.testing.assert_allclose(
-        found, collect(t.score_stream(model, model, tokens, 8, rt)), rtol=2e-4, atol=2e-5
-    )
+    plain = collect(t.score_stream(model.hidden, model, tokens, 8, ranks))
+    np.testing.assert_allclose(found, plain, rtol=2e-4, atol=2e-5)
     assert kernels_on["scores"] and kernels_on["mlp"]
 
 

@@ -66,7 +66,7 @@ def plain_attention(m, x_TD, hp, ve_TGK, v_first_TGK, layer):
 
 
 def plain_forward(model, ids):
-    """DESIGN section 4, one sentence after the other, for one sequence."""
+    """DESIGN section 4, one sentence after the other, for one sequence; without the softcap."""
     hp, T, L = model.hp, len(ids), model.hp.num_layers
     x = model.embed.weight[ids]
     if hp.bigram_vocab_size:
@@ -101,8 +101,7 @@ def plain_forward(model, ids):
         x = x + m.mlp_scale * (hidden @ m.mlp.proj.weight.T)
         if layer < L // 2:
             stack.append(x)
-    z = rms(x) @ (model.embed.weight if hp.tie_embeddings else model.head.weight).T
-    return hp.logit_softcap * torch.tanh(z / hp.logit_softcap) if hp.logit_softcap else z
+    return rms(x) @ (model.embed.weight if hp.tie_embeddings else model.head.weight).T
 
 
 @pytest.fixture
@@ -141,11 +140,12 @@ SWITCHES = [
 def test_every_feature_equals_its_plain_reading(rng, in_float64, switch):
     model = randomize(t.GPT(tiny(**switch)))
     ids = torch.from_numpy(rng.integers(0, 300, (2, 7)))
-    got = logits(model, model(ids))
-    for row, row_logits in zip(ids, got):
-        torch.testing.assert_close(
-            row_logits, plain_forward(model, row.tolist()), rtol=1e-9, atol=1e-9
-        )
+    hidden, cap = model.hidden(ids), model.hp.logit_softcap
+    for row, row_hidden in zip(ids, hidden):
+        z = plain_forward(model, row.tolist())
+        torch.testing.assert_close(model.logits(row_hidden), z, rtol=1e-9, atol=1e-9)
+        expected = F.log_softmax(cap * torch.tanh(z / cap) if cap else z, -1)
+        torch.testing.assert_close(logits(model, row_hidden), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("switch", SWITCHES[1:], ids=lambda s: ",".join(s))
@@ -163,7 +163,19 @@ def test_every_switch_changes_the_model(switch):
         strict=False,
     )
     ids = torch.arange(12).view(1, 12) * 7
-    assert not torch.allclose(logits(base, base(ids)), logits(other, other(ids)), rtol=0, atol=1e-6)
+    found, changed = (logits(model, model.hidden(ids)) for model in (base, other))
+    assert not torch.allclose(found, changed, rtol=0, atol=1e-6)
+
+
+def test_xsa_on_more_layers_than_there_are_is_xsa_on_all():
+    ids = torch.arange(12).view(1, 12) * 7
+    found = []
+    for layers in (4, 5, 1000):
+        torch.manual_seed(1)
+        model = randomize(t.GPT(tiny(XSA_LAST_N=layers)))
+        assert [block.attn.xsa for block in model.blocks] == [True] * 4
+        found.append(logits(model, model.hidden(ids)))
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def test_rope_base_grows_beyond_1024_positions(rng, in_float64):
@@ -180,11 +192,11 @@ def test_a_changed_token_changes_no_earlier_logit(rng):
     """Causality of the whole model, bit for bit, at every position."""
     model = randomize(t.GPT(tiny())).float()
     ids = torch.from_numpy(rng.integers(0, 300, (1, 20)))
-    before = logits(model, model(ids))
+    before = logits(model, model.hidden(ids))
     for position in range(20):
         changed = ids.clone()
         changed[0, position] = (ids[0, position] + 1 + rng.integers(0, 298)) % 300
-        after = logits(model, model(changed))
+        after = logits(model, model.hidden(changed))
         assert torch.equal(before[0, :position], after[0, :position])
         assert not torch.equal(before[0, position], after[0, position])
 
@@ -192,9 +204,36 @@ def test_a_changed_token_changes_no_earlier_logit(rng):
 def test_loss_is_the_mean_cross_entropy_of_the_logits(rng):
     model = randomize(t.GPT(tiny())).float()
     x, y = (torch.from_numpy(rng.integers(0, 300, (3, 9))) for _ in range(2))
-    torch.testing.assert_close(
-        model(x, y), F.cross_entropy(logits(model, model(x)).flatten(0, 1), y.flatten())
-    )
+    expected = F.cross_entropy(logits(model, model.hidden(x)).flatten(0, 1), y.flatten())
+    torch.testing.assert_close(model(x, y), expected)
+
+
+def test_a_weighted_loss_is_the_weighted_sum_over_the_targets(rng):
+    model = randomize(t.GPT(tiny())).float()
+    x, y = (torch.from_numpy(rng.integers(0, 300, (3, 9))) for _ in range(2))
+    weights = torch.from_numpy(rng.random((3, 9))).float()
+    logp = logits(model, model.hidden(x)).flatten(0, 1)
+    nll = F.cross_entropy(logp, y.flatten(), reduction="none")
+    torch.testing.assert_close(model(x, y, weights), (nll * weights.flatten()).sum())
+
+
+def test_the_last_positions_alone_are_those_of_all(rng, in_float64):
+    model = randomize(t.GPT(tiny(XSA_LAST_N=4)))
+    ids = torch.from_numpy(rng.integers(0, 300, (2, 20)))
+    whole = model.hidden(ids)
+    for last in (1, 7, 20):
+        torch.testing.assert_close(model.hidden(ids, last), whole[:, -last:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("cap", [0, 30])
+def test_scores_are_the_nll_and_the_entropy_of_the_logits(rng, cap):
+    model = randomize(t.GPT(tiny(LOGIT_SOFTCAP=cap))).float()
+    hidden, targets = torch.randn(6, 64), torch.from_numpy(rng.integers(0, 300, 6))
+    logp = logits(model, hidden)
+    nll, entropy = model.scores(hidden, targets)
+    torch.testing.assert_close(nll, -logp[torch.arange(6), targets])
+    torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1))
+    torch.testing.assert_close(model.nll(hidden, targets), nll)
 
 
 def test_defaults_are_the_design():

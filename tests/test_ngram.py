@@ -1,6 +1,7 @@
 """Counts against a dictionary that scores one token and then adds it; mixtures against a
 token-by-token predictor."""
 
+import itertools
 import math
 from collections import Counter, defaultdict
 
@@ -78,7 +79,7 @@ def test_counts_equal_a_dictionary_cache_on_any_stream(tokens, highest):
 
 
 def test_counts_on_real_text(corpus):
-    tokens = np.array(t.load_validation(tiny(**corpus)))
+    tokens = np.array(t.load_validation(tiny(**corpus)).tokens)
     expected = dictionary_counts(tokens.tolist(), 7)
     for n, context, pair, _ in production_counts(tokens, 7):
         want = np.array([row.get(n, (0, 0, 0)) for row in expected])
@@ -91,7 +92,8 @@ def test_backoff_takes_the_longest_context_that_was_seen_often_enough(rng, lowes
     hp = tiny(
         NGRAM_MIN_ORDER=lowest, NGRAM_ORDER=highest, NGRAM_MIN_COUNT=least, NGRAM_ALPHA="entropy"
     )
-    got = np.stack(t.ngram_backoff(tokens, hp), 1)
+    counts = t.BackoffCounts(tokens, hp)
+    got = np.stack((counts.order, counts.context, counts.pair), 1)
     for i, row in enumerate(dictionary_counts(tokens.tolist(), highest)):
         fits = [n for n in range(lowest, highest + 1) if n in row and row[n][0] >= least]
         want = (fits[-1], *row[fits[-1]][:2]) if fits else (0, 0, 0)
@@ -150,6 +152,28 @@ def test_the_mixture_is_what_a_decoder_would_predict_and_sums_to_one(rng, kind, 
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: "-".join(map(str, s.values())))
+def test_a_rule_makes_the_distribution_that_a_decoder_would_predict(rng, scheme):
+    """Of the whole vocabulary, from any distribution of the model."""
+    V, hp, N = 300, tiny(**scheme, VOCAB_SIZE=300), 1000
+    tokens = stream_of("documents", rng, N + 1)
+    p, _, entropy = model_of(tokens, rng, V)
+    predictor, expected = Predictor(int(tokens[0]), N, hp), []
+    for i, token in enumerate(tokens[1:].tolist()):
+        expected.append(predictor.predict(p[i], float(entropy[i])))
+        predictor.learn(token)
+    rule, compared = t.RULES[hp.ngram_alpha](tokens, hp), []
+    for begin, end in itertools.pairwise(t.block_edges(N)):
+        of_targets = p[np.arange(begin, end), tokens[begin + 1 : end + 1]]
+        rule.mix(begin, end, of_targets, entropy[begin:end])
+        for target in {begin, end - 1, *rng.integers(begin, end, 5).tolist()}:
+            got = rule.distribution(target, p[target], entropy[target])
+            np.testing.assert_allclose(got, expected[target], rtol=0, atol=1e-12)
+            compared.append(target)
+    changed = [i for i in compared if not np.allclose(expected[i], p[i], rtol=0, atol=1e-6)]
+    assert {0, N - 1} <= set(compared) and len(changed) > len(compared) / 2
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: "-".join(map(str, s.values())))
 def test_production_code_sums_to_one_when_the_target_is_each_token_in_turn(rng, scheme):
     V, hp = 30, tiny(**scheme)
     tokens = stream_of("documents", rng, 1200)
@@ -193,7 +217,7 @@ def test_the_longest_known_context_of_each_target_is_kept(rng, scheme):
         )
         for row in dictionary_counts(tokens.tolist(), hp.ngram_order)
     ]
-    assert np.array_equal(mixture.longest, longest)
+    assert np.array_equal(mixture.order, longest)
 
 
 def test_scores_that_are_not_finite_stop_the_mixture(rng):
@@ -243,22 +267,38 @@ def test_the_fixed_weight_is_the_written_one():
     """PR #889: from ALPHA_MIN to ALPHA_MAX, half-way at 4 nats.
     PR #825: half-way at each order's own centre."""
     hp = tiny(NGRAM_ALPHA="entropy", ALPHA_MIN=0.1, ALPHA_MAX=0.5)
-    got = t.backoff_weight(np.array([4.0, -300.0, 300.0, 4.0]), np.array([2, 2, 7, 0]), hp)
+    rule = t.EntropyBackoff(np.zeros(9, np.uint16), hp)
+    got = rule.weight(np.array([4.0, -300.0, 300.0, 4.0]), np.array([2, 2, 7, 0]))
     assert got == pytest.approx([0.3, 0.1, 0.5, 0.0])
     hp = tiny(NGRAM_ALPHA="order", ALPHA_MIN=0.1, ALPHA_MAX=0.5)
     centers = np.array([4.5, 4.2, 3.8, 3.5, 3.2, 3.0, 3.0])
-    assert t.backoff_weight(centers, np.arange(2, 9), hp) == pytest.approx(np.full(7, 0.3))
+    rule = t.OrderBackoff(np.zeros(9, np.uint16), hp)
+    assert rule.weight(centers, np.arange(2, 9)) == pytest.approx(np.full(7, 0.3))
 
 
 @pytest.mark.parametrize(
-    "tamper",
+    "tamper, said",
     [
-        lambda m: m.nll.__setitem__(slice(None), m.nll - 0.01),
-        lambda m: m.decided[max(m.decided)].__setitem__(0, (2, 0.5, 0.5, 0.5, 1, 1)),
-        lambda m: m.counts[0].__setitem__(slice(0, 40), 9),
+        (lambda m: m.nll.__setitem__(slice(None), m.nll - 0.01), "targets 0: mass .*1998: mass"),
+        (
+            lambda m: m.enumerated.update({1998: (1.5, m.enumerated[1998][1])}),
+            "targets 1998: mass 1.5, ",
+        ),
+        (
+            lambda m: m.enumerated.update({1998: (1.0, m.enumerated[1998][1] / 2)}),
+            "targets 1998: mass 1.0, ",
+        ),
+        (
+            lambda m: m.rule.pairs[1].__setitem__(slice(0, 40), 9),
+            "targets the counts of the first 16384 tokens differ",
+        ),
+        (
+            lambda m: m.rule.codes[3].__setitem__(slice(0, 40), 9),
+            "targets the counts of the first 16384 tokens differ",
+        ),
     ],
 )
-def test_the_audit_finds_a_mixture_that_is_no_code(rng, tamper):
+def test_the_audit_finds_a_mixture_that_is_no_code(rng, tamper, said):
     tokens = stream_of("noisy_copies", rng, 2000)
     _, nll, entropy = model_of(tokens, rng, 300)
     mixture = t.Mixture(tokens, tiny())
@@ -267,7 +307,82 @@ def test_the_audit_finds_a_mixture_that_is_no_code(rng, tamper):
         "targets:1999/1999 mass_min:1.000000000000 mass_max:1.000000000000"
     )
     tamper(mixture)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=said):
+        mixture.audit()
+
+
+@pytest.mark.parametrize("name", ["order", "context", "pair"])
+def test_the_audit_counts_a_prefix_of_backoff_anew(rng, name):
+    tokens = stream_of("noisy_copies", rng, 2000)
+    _, nll, entropy = model_of(tokens, rng, 300)
+    mixture = t.Mixture(tokens, tiny(NGRAM_ALPHA="entropy"))
+    mixture.extend(nll, entropy)
+    mixture.audit()
+    getattr(mixture.rule.counts, name)[500] += 1
+    with pytest.raises(RuntimeError, match="the counts of the first 16384 tokens differ"):
+        mixture.audit()
+
+
+@pytest.mark.parametrize("alpha", ["online", "entropy", "order"])
+def test_the_audit_finds_a_count_that_was_wrong_when_it_was_mixed(rng, alpha):
+    """Also beyond the prefix whose counts it compares: sampled targets are recounted."""
+    tokens = stream_of("noisy_copies", rng, 20_000)
+    _, nll, entropy = model_of(tokens, rng, 31)
+    mixture = t.Mixture(tokens, tiny(NGRAM_ALPHA=alpha, NGRAM_ORDER=2))
+    last, rule = 19_998, mixture.rule
+    assert last in mixture.samples
+    if alpha == "online":
+        rule.pairs[2][last + 1] += 500
+    else:
+        rule.counts.pair[last] += 500
+    mixture.extend(nll, entropy)
+    with pytest.raises(RuntimeError, match=r"code; targets 19998: mass [^;]*$"):
+        mixture.audit()
+
+
+class OtherDistribution(t.OnlineChain):
+    """Sums to 1, but is not what was mixed."""
+
+    def distribution(self, target, model_V, entropy):
+        return 0.99 * super().distribution(target, model_V, entropy) + 0.01 / len(model_V)
+
+
+class OtherMix(t.OnlineChain):
+    """Gives each target a little more than its distribution has for it."""
+
+    def mix(self, begin, end, model, entropy):
+        p, order = super().mix(begin, end, model, entropy)
+        return 1.001 * p, order
+
+
+class OtherMass(t.OnlineChain):
+    """Right at the target, but the others get a little more than what is left."""
+
+    def distribution(self, target, model_V, entropy):
+        p = super().distribution(target, model_V, entropy)
+        others = np.arange(len(p)) != self.tokens[target + 1]
+        return np.where(others, 1.001 * p, p)
+
+
+@pytest.mark.parametrize("kind", [OtherDistribution, OtherMix, OtherMass])
+def test_the_audit_finds_a_rule_that_mixes_other_than_its_distribution(rng, kind):
+    tokens, hp = stream_of("noisy_copies", rng, 500), tiny()
+    _, nll, entropy = model_of(tokens, rng, 300)
+    mixture = t.Mixture(tokens, hp, kind(tokens, hp))
+    mixture.extend(nll, entropy)
+    with pytest.raises(RuntimeError, match="the mixture is no code; targets 0: mass"):
+        mixture.audit()
+
+
+@pytest.mark.parametrize("rule", [t.EntropyBackoff, t.OrderBackoff])
+def test_the_audit_finds_hashed_counts(rng, rule):
+    hp = tiny(NGRAM_COUNTS="hashed", NGRAM_ALPHA="entropy", NGRAM_BUCKETS=64)
+    tokens = stream_of("noisy_copies", rng, 2000)
+    _, nll, entropy = model_of(tokens, rng, 300)
+    mixture = t.Mixture(tokens, hp, rule(tokens, hp, t.HashedCounts(tokens, hp)))
+    mixture.extend(nll, entropy)
+    assert max(mass for mass, _ in mixture.enumerated.values()) > 2
+    with pytest.raises(RuntimeError, match="1998: mass"):
         mixture.audit()
 
 
@@ -284,7 +399,7 @@ def test_hashed_counts_are_the_predecessors_per_token(rng):
     and the mass is the sum over the vocabulary."""
     tokens, B = stream_of("noisy_copies", rng, 1500), 64
     hp = tiny(NGRAM_COUNTS="hashed", NGRAM_ALPHA="entropy", NGRAM_BUCKETS=B, VOCAB_SIZE=300)
-    order, context, pair = t.ngram_backoff(tokens, hp)
+    counts = t.HashedCounts(tokens, hp)
     tables = {n: (Counter(), Counter()) for n in range(2, 8)}
     for i in range(1, len(tokens)):
         want, mass = (0, 0, 0), None
@@ -300,9 +415,11 @@ def test_hashed_counts_are_the_predecessors_per_token(rng):
                     ]
                     mass = sum(row) / seen
                     break
-        assert (order[i - 1], context[i - 1], pair[i - 1]) == want
+        assert (counts.order[i - 1], counts.context[i - 1], counts.pair[i - 1]) == want
         if mass is not None and i % 100 == 0:
-            assert t.hashed_mass(tokens, order, np.array([i - 1]), hp) == pytest.approx(mass)
+            assert counts.mass(np.array([i - 1])) == pytest.approx(mass)
+            pairs, context = counts.continuations(i - 1)
+            assert pairs.tolist() == row and context == want[1]
         for n in range(2, 8):
             if i >= n - 1:
                 c, p = plain_hash(tokens, i, n, tokens[i], B)
@@ -317,5 +434,5 @@ def test_hashed_mass_on_the_real_sample_is_no_one():
         pytest.skip("no FineWeb sample beside the checkout")
     tokens = np.array(t.load_shard(sample))
     hp = t.Hyperparameters(ngram_alpha="entropy", ngram_counts="hashed")
-    order = t.ngram_backoff(tokens, hp)[0]
-    assert 35 < t.hashed_mass(tokens, order, np.flatnonzero(order)[-64:], hp) < 55
+    counts = t.HashedCounts(tokens, hp)
+    assert 35 < counts.mass(np.flatnonzero(counts.order)[-64:]) < 55

@@ -8,6 +8,8 @@ from conftest import tiny
 
 import train_gpt as t
 
+ALONE = t.Ranks({})
+
 
 @pytest.mark.parametrize("shape", [(64, 64), (96, 32), (32, 96), (3, 40, 24)])
 def test_orthogonalize_keeps_the_singular_vectors_and_levels_the_values(rng, shape):
@@ -29,17 +31,14 @@ def test_orthogonalize_of_a_stack_is_that_of_each(rng):
 
 
 def test_muon_step_is_the_written_rule(rng):
-    hp = tiny(MATRIX_LR=0.1, MUON_WD=0.2)
+    hp = tiny()
     params = [torch.nn.Parameter(torch.randn(s)) for s in ((8, 4), (4, 8), (8, 4))]
     plain = [p.detach().clone() for p in params]
     buffers = [torch.zeros_like(p) for p in params]
-    rt = t.Runtime("", {})
-    muon, scalar = t.Muon(params, hp, rt), torch.nn.Parameter(torch.ones(()))
-    adamw = torch.optim.AdamW([scalar], fused=True)
+    muon = t.Muon([dict(params=params, lr=0.1, initial_lr=0.1, weight_decay=0.2)], hp, ALONE)
     for step in range(3):
         momentum = t.muon_momentum(step * 100, hp)
-        for group in muon.param_groups:
-            group["momentum"] = momentum
+        muon.schedule(step * 100, 1.0)
         for p in params:
             p.grad = torch.randn_like(p)
         for p, w, m in zip(params, plain, buffers):
@@ -48,8 +47,7 @@ def test_muon_step_is_the_written_rule(rng):
                 max(1, p.size(0) / p.size(1))
             )
             w.mul_(1 - 0.1 * 0.2).sub_(0.1 * update)
-        scalar.grad = torch.ones(())
-        t.update(muon, adamw, rt, clip=0)
+        t.update([muon], clip=0)
     for p, w in zip(params, plain):
         torch.testing.assert_close(p.detach(), w)
 
@@ -57,7 +55,7 @@ def test_muon_step_is_the_written_rule(rng):
 @pytest.mark.parametrize("tied", [0, 1])
 def test_each_parameter_has_the_right_optimizer(tied):
     model = t.GPT(tiny(TIE_EMBEDDINGS=tied))
-    muon, adam = t.build_optimizers(model, model.hp, t.Runtime("", {}))
+    muon, adam = t.build_optimizers(model, model.hp, ALONE)
     names = {id(p): n for n, p in model.named_parameters()}
     in_muon = {names[id(p)] for g in muon.param_groups for p in g["params"]}
     assert in_muon == {
@@ -71,17 +69,70 @@ def test_each_parameter_has_the_right_optimizer(tied):
             embed if table else model.hp.head_lr if name == "head.weight" else model.hp.scalar_lr
         ), name
     assert {g["weight_decay"] for g in adam.param_groups} == {0.04}
-    assert adam.defaults["betas"] == (
-        0.9,
-        0.95,
-    )
+    assert adam.defaults["betas"] == (0.9, 0.95)
+    assert {g["lr"] for g in muon.param_groups} == {model.hp.matrix_lr}
+    assert {g["weight_decay"] for g in muon.param_groups} == {model.hp.muon_wd}
+
+
+def test_a_parameter_without_an_optimizer_is_noticed(monkeypatch):
+    class Forgetful(t.AdamW):
+        """Drops a group of what it was given."""
+
+        def __init__(self, groups, hp, ranks):
+            super().__init__(groups[1:], hp, ranks)
+
+    monkeypatch.setattr(t, "AdamW", Forgetful)
+    model = t.GPT(tiny())
+    with pytest.raises(AssertionError, match="without exactly one optimizer"):
+        t.build_optimizers(model, model.hp, ALONE)
+
+
+def test_a_schedule_scales_every_rate_from_its_initial_one():
+    model = t.GPT(tiny())
+    optimizers = t.build_optimizers(model, model.hp, ALONE)
+    for optimizer in optimizers:
+        optimizer.schedule(0, 0.5)
+        optimizer.schedule(750, 0.25)
+    for group in (g for o in optimizers for g in o.param_groups):
+        assert group["lr"] == 0.25 * group["initial_lr"]
+    assert {round(g["momentum"], 4) for g in optimizers[0].param_groups} == {0.955}
+
+
+def test_clipping_scales_all_gradients_to_the_norm(rng):
+    """The norm is that of all parameters together, whatever optimizer has them."""
+    model = t.GPT(tiny())
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    length = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+    optimizers = t.build_optimizers(model, model.hp, ALONE)
+    seen = []
+    for optimizer in optimizers:
+        keep_scaled_gradients(optimizer, seen)
+    t.update(optimizers, clip=0.3)
+    scaled = math.sqrt(sum(g.double().square().sum().item() for g in seen))
+    assert length > 0.3 and scaled == pytest.approx(0.3, rel=1e-4)
+
+
+def keep_scaled_gradients(optimizer, seen):
+    """From here on `seen` gets, at each step, what the optimizer is to use."""
+    receive, begin = optimizer.receive_gradients, optimizer.begin_step
+
+    def receiving():
+        optimizer.received = receive()
+        return optimizer.received
+
+    def beginning():
+        seen.extend(g.clone() for g in optimizer.received)
+        begin()
+
+    optimizer.receive_gradients, optimizer.begin_step = receiving, beginning
 
 
 def test_each_parameter_has_exactly_one_optimizer_also_where_rates_agree():
     model = t.GPT(tiny(TIE_EMBEDDINGS=0, EMBED_LR=0.1, HEAD_LR=0.1, SCALAR_LR=0.1, MATRIX_LR=0.1))
     owned = [
         id(p)
-        for o in t.build_optimizers(model, model.hp, t.Runtime("", {}))
+        for o in t.build_optimizers(model, model.hp, ALONE)
         for g in o.param_groups
         for p in g["params"]
     ]
@@ -91,7 +142,7 @@ def test_each_parameter_has_exactly_one_optimizer_also_where_rates_agree():
 def test_adamw_has_its_whole_state_before_the_first_step(rng):
     """So that a checkpoint can fill it; and it makes the steps that it would have made without."""
     model = t.GPT(tiny())
-    _, adamw = t.build_optimizers(model, model.hp, t.Runtime("", {}))
+    _, adamw = t.build_optimizers(model, model.hp, ALONE)
     params = [p for g in adamw.param_groups for p in g["params"]]
     plain = [torch.nn.Parameter(p.detach().clone()) for p in params]
     rates = [g["lr"] for g in adamw.param_groups for _ in g["params"]]
@@ -157,7 +208,7 @@ def test_long_running_ema_is_the_plain_recursion(rng):
 @pytest.mark.parametrize("averaging", ["none", "ema", "swa", "ema_swa"])
 def test_the_average_that_is_named_is_the_one_that_is_used(averaging, rng):
     model = t.GPT(tiny(AVERAGING=averaging))
-    averages = t.Trainer(model, None, t.Runtime("", {})).averages
+    averages = t.Trainer(model, None, None, ALONE, t.RunLog(), t.StopSignal()).averages
     assert "_".join(averages) == averaging.replace("none", "")
     for average in averages.values():
         average.update([torch.randn_like(p) for p in average.mean])

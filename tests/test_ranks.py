@@ -120,7 +120,7 @@ def test_eval_only_repeats_the_digits_of_the_run(runs, scored):
 
 
 def test_scores_and_counts_do_not_depend_on_the_ranks(scored, corpus):
-    tokens = t.load_validation(tiny(**corpus))
+    tokens = t.load_validation(tiny(**corpus)).tokens
     for ranks, (log, arrays) in scored.items():
         for name in ("nll", "entropy"):
             np.testing.assert_allclose(arrays[name], scored[1][1][name], rtol=0, atol=1e-5)
@@ -150,9 +150,12 @@ def test_one_rank_talks_to_nobody(monkeypatch, corpus):
     """Not even to itself: no function of torch.distributed is called."""
     for name in ("all_reduce", "broadcast", "all_gather", "barrier", "init_process_group"):
         monkeypatch.setattr(t.dist, name, None)
-    monkeypatch.setattr(t, "REDUCE_SCATTER", None)
-    monkeypatch.setattr(t, "ALL_GATHER", None)
+    for name in ("reduce_scatter", "all_gather"):
+        monkeypatch.setattr(t.dist, f"{name}_single", None, raising=False)  # since torch 2.13
+    monkeypatch.setattr(t.dist, "reduce_scatter_tensor", None)
+    monkeypatch.setattr(t.dist, "all_gather_into_tensor", None)
     trainer = new_trainer(corpus, ITERATIONS=2)
+    trainer.restore("")
     t.train(trainer)
     assert trainer.steps == 2
 
@@ -225,14 +228,32 @@ def test_a_number_of_ranks_that_does_not_divide_is_refused_with_the_nearest(corp
 # ---- going on
 
 
+class KeptLog(t.RunLog):
+    """Keeps its lines and prints nothing."""
+
+    def __init__(self, path: Path | None):
+        super().__init__()
+        self.path = path
+        self.lines = []
+
+    def __call__(self, line: str, console: bool = True):
+        self.lines.append(line)
+
+
 def new_trainer(corpus, log_path: Path | None = None, **changes) -> t.Trainer:
     """As main() makes it, in this process and quiet;
     with a `log_path` it writes checkpoints beside it."""
-    hp, rt = tiny(**corpus, **changes), t.Runtime("", {})
+    hp = tiny(**corpus, **changes)
     torch.manual_seed(hp.seed)
-    trainer = t.Trainer(t.GPT(hp), t.TokenLoader(hp, 0, 1), rt)
-    rt.log_path, rt.log = log_path, lambda line, console=True: rt.lines.append(line)
-    rt.lines, trainer.validate = [], lambda: (0.0, 0.0)
+    trainer = t.Trainer(
+        t.GPT(hp),
+        t.TokenLoader(hp, 0, 1),
+        t.load_validation(hp),
+        t.Ranks({}),
+        KeptLog(log_path),
+        t.StopSignal(),
+    )
+    trainer.validate = lambda: (0.0, 0.0)
     return trainer
 
 
@@ -289,16 +310,16 @@ def test_from_every_checkpoint_the_run_goes_on_as_if_never_interrupted(
     t.train(whole)
     assert [Path(p).name for p in kept] == [f"{step}.ckpt" for step in range(10)]
     monkeypatch.undo()
-    expected, said = state(whole), losses("\n".join(whole.rt.lines))
+    expected, said = state(whole), losses("\n".join(whole.log.lines))
     for path in kept:
         trainer = new_trainer(corpus, tmp_path / "again.txt", **STEADY, SEED=99)
         trainer.restore(str(path))
         step = trainer.steps
         assert trainer.seconds > 0
-        assert any("SEED=99 here, 1337 in the checkpoint" in x for x in trainer.rt.lines)
+        assert any("SEED=99 here, 1337 in the checkpoint" in x for x in trainer.log.lines)
         t.train(trainer)
         assert_same(expected, state(trainer))
-        assert losses("\n".join(trainer.rt.lines)) == {k: v for k, v in said.items() if k > step}
+        assert losses("\n".join(trainer.log.lines)) == {k: v for k, v in said.items() if k > step}
         assert trainer.seconds > 0
     assert {p.suffix for p in tmp_path.iterdir()} == {".ckpt"}  # nothing half-written is left
 
@@ -355,7 +376,7 @@ def test_a_checkpoint_of_another_model_is_refused(corpus, tmp_path):
     trainer = new_trainer(corpus)
     with pytest.raises(t.UserError, match="ema.0 is absent, these settings need"):
         trainer.restore(str(tmp_path / "run.ckpt"))
-    assert trainer.rt.lines == ["warning: AVERAGING=ema here, none in the checkpoint"]
+    assert trainer.log.lines == ["warning: AVERAGING=ema here, none in the checkpoint"]
 
 
 def test_a_damaged_checkpoint_never_gets_in(corpus, tmp_path, rng):
@@ -465,15 +486,15 @@ def test_what_cannot_be_scored_again_is_refused_in_one_line(corpus, tmp_path, ru
         (None, "No such file"),
         (blob[:-1], "cut or damaged"),
         (b"PK", "no artifact of this script"),
-        (t.pack(t.GPT(tiny(MODEL_DIM=32)).state_dict(), hp)[0], other),
-        (t.pack(t.GPT(tiny(NUM_LAYERS=5)).state_dict(), hp)[0], other),
+        (t.pack(t.GPT(tiny(MODEL_DIM=32)).state_dict(), hp).blob, other),
+        (t.pack(t.GPT(tiny(NUM_LAYERS=5)).state_dict(), hp).blob, other),
     ):
         path = tmp_path / "a.ptz"
         path.unlink(missing_ok=True)
         if spoilt is not None:
             path.write_bytes(spoilt)
         with pytest.raises(t.UserError, match=f"^{path}: .*({said})") as error:
-            t.load_artifact(t.GPT(hp), path, t.Runtime("", {}))
+            t.load_artifact(t.GPT(hp), path, t.Ranks({}), t.RunLog())
         assert "\n" not in str(error.value)
 
 
@@ -487,9 +508,10 @@ def test_what_scoring_compiles_is_compiled_in_its_own_time(corpus, monkeypatch):
     trainer = new_trainer(corpus, COMPILE=1)
     assert compiled == [t.training_loss]
     assert trainer.loss is not t.training_loss
-    assert trainer.trunk is trainer.model
-    trainer.trunk = trainer.compile(trainer.model)
-    assert compiled[1] is trainer.model and new_trainer(corpus, COMPILE=0).loss is t.training_loss
+    assert trainer.trunk == trainer.model.hidden
+    trainer.trunk = trainer.compile(trainer.model.hidden)
+    assert compiled[1] == trainer.model.hidden
+    assert new_trainer(corpus, COMPILE=0).loss is t.training_loss
 
 
 @pytest.mark.parametrize("setting", ["EVAL_ONLY", "RESUME"])
@@ -505,14 +527,14 @@ def fake_scoring(monkeypatch, seconds_per_window: float, targets: int = 100_000)
     on a clock of their own."""
     clock, began = [0.0], []
 
-    def stream(trunk, model, tokens, stride, rt, part=None):
+    def stream(trunk, model, tokens, stride, ranks, part=None):
         began.append(stride)
         for start in range(0, targets, 1000):
             clock[0] += min(1000, targets - start) / stride * seconds_per_window
             yield np.zeros((2, min(1000, targets - start)), np.float32)
 
     monkeypatch.setattr(t, "score_stream", stream)
-    monkeypatch.setattr(t.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(t, "perf_counter", lambda: clock[0])
     return began
 
 
@@ -535,14 +557,14 @@ def test_the_stride_is_the_smallest_that_fits_95_percent_of_the_budget(
     and what was tried."""
     trainer = new_trainer(corpus, EVAL_SEQ_LEN=2048, EVAL_STRIDE=64, EVAL_BUDGET_SECONDS=budget)
     tried = fake_scoring(monkeypatch, 1.0)
-    trainer.tokens = np.zeros(100_001, np.uint16)
-    stride, segments = t.scores_in_time(trainer, 0.0)
+    trainer.validation = t.Validation(np.zeros(100_001, np.uint16), None)
+    stride, segments = t.score_in_time(trainer, 0.0)
     assert tried == expected and stride == expected[-1]
     # each target once, of the last stride only
     assert sum(part.shape[1] for part in segments) == 100_000
     if budget:
-        assert len(trainer.rt.lines) == len(expected)
-        assert all("eval_budget projected:" in x for x in trainer.rt.lines)
+        assert len(trainer.log.lines) == len(expected)
+        assert all("eval_budget projected:" in x for x in trainer.log.lines)
 
 
 def test_a_budget_that_is_too_small_makes_the_stride_grow_and_says_so(corpus, runs, tmp_path):

@@ -705,14 +705,15 @@ def learn_first(trainer, stride):
     """Test-time training the wrong way round: each chunk is learned from, then scored."""
     model, before = trainer.model, [p.data.clone() for p in trainer.parameters]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    for begin in range(0, total := len(trainer.tokens) - 1, trainer.hp.ttt_chunk_tokens):
-        end = min(begin + trainer.hp.ttt_chunk_tokens, total)
-        for ids, targets, share in t.ttt_batches(trainer, begin, end):
+    validation, ranks, length = trainer.validation, trainer.ranks, trainer.hp.eval_seq_len
+    for begin in range(0, validation.targets, trainer.hp.ttt_chunk_tokens):
+        end = min(begin + trainer.hp.ttt_chunk_tokens, validation.targets)
+        for ids, targets, share in t.ttt_batches(validation, begin, end, length, ranks):
             trainer.loss(model, ids, targets, None, share).backward()
             optimizer.step()
             optimizer.zero_grad()
         yield collect(
-            t.score_stream(model, model, trainer.tokens, stride, trainer.rt, (begin, end))
+            t.score_stream(model.hidden, model, validation.tokens, stride, ranks, (begin, end))
         )
     torch._foreach_copy_(trainer.parameters, before)
 

@@ -36,7 +36,7 @@ def plain_scores(model, tokens, stride):
     T, done, start = min(hp.eval_seq_len, len(tokens) - 1), 0, 0
     while done < len(tokens) - 1:
         window = torch.tensor(tokens[None, start : start + T].astype(int))
-        p = torch.softmax(logits(model, model(window))[0].double(), -1)
+        p = torch.softmax(logits(model, model.hidden(window))[0].double(), -1)
         for j in range(done, start + T):
             nll.append(-math.log(p[j - start, tokens[j + 1]]))
             entropy.append(float(-(p[j - start] * p[j - start].log()).sum()))
@@ -62,7 +62,7 @@ def test_score_stream_equals_one_window_at_a_time(rng, length, stride, targets):
 
 
 def score(model, tokens, stride, part=None):
-    return collect(t.score_stream(model, model, tokens, stride, t.Runtime("", {}), part))
+    return collect(t.score_stream(model.hidden, model, tokens, stride, t.Ranks({}), part))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8, 50])
@@ -75,10 +75,10 @@ def test_ranks_share_the_windows(rng, world_size, monkeypatch):
     for batches in (1, 3, 100):
         monkeypatch.setattr(t, "SEGMENT_BATCHES", batches)
         for rank in range(world_size):
-            rt = t.Runtime("", {})
-            rt.rank, rt.world_size, sent[rank] = rank, world_size, []
-            rt.sum = lambda x, rank=rank: (sent[rank].append(x.clone()), x)[1]
-            yielded = collect(t.score_stream(model, model, tokens, 8, rt))
+            ranks = t.Ranks({})
+            ranks.rank, ranks.world_size, sent[rank] = rank, world_size, []
+            ranks.sum_over_ranks = lambda x, rank=rank: (sent[rank].append(x.clone()), x)[1]
+            yielded = collect(t.score_stream(model.hidden, model, tokens, 8, ranks))
             assert yielded.shape == (2, 0 if rank else 299)
         parts = torch.stack([torch.cat(sent[rank], 1) for rank in range(world_size)])
         assert ((parts[:, 0] != 0).sum(0) == 1).all()
@@ -110,7 +110,7 @@ def test_a_part_near_the_start_of_the_stream_has_its_scores(rng, begin, end, str
             starts, first, ends = t.windows(begin, end, min(32, end), stride)
             at = starts[np.searchsorted(ends, j, "right")]
             window = torch.tensor(tokens[None, at : j + 1].astype(int))
-            logp = torch.log_softmax(logits(model, model(window)), -1)[0, -1]
+            logp = torch.log_softmax(logits(model, model.hidden(window)), -1)[0, -1]
             assert nll[j - begin] == pytest.approx(-float(logp[int(tokens[j + 1])]), abs=1e-4)
 
 
@@ -143,13 +143,13 @@ def test_the_compiled_trunk_scores_the_many_windows_the_model_the_few_whole_ones
 
     def trunk(ids, last):
         shapes.append((tuple(ids.shape), last))
-        return model(ids, last=last)
+        return model.hidden(ids, last=last)
 
-    got = collect(t.score_stream(trunk, model, tokens, 8, t.Runtime("", {})))
+    got = collect(t.score_stream(trunk, model, tokens, 8, t.Ranks({})))
     # 4 of 35 windows at once, the first whole
     assert set(shapes) == {((4, 32), 8)} and len(shapes) == 8
     np.testing.assert_array_equal(got, score(model, tokens, 8))
-    assert np.isfinite(collect(t.score_stream(None, model, tokens, 32, t.Runtime("", {})))).all()
+    assert np.isfinite(collect(t.score_stream(None, model, tokens, 32, t.Ranks({})))).all()
 
 
 def test_future_tokens_change_no_earlier_score(rng):
@@ -182,6 +182,7 @@ def test_bytes_of_the_real_fineweb_sample():
     hp = t.Hyperparameters.from_env(
         dict(DATA_PATH=str(sample), TOKENIZER_PATH=str(sample / "fineweb_1024_bpe.model"))
     )
-    tokens = t.load_validation(hp)
-    stream_bytes = t.ByteCounter(hp)(tokens)
-    assert (len(stream_bytes), stream_bytes.sum()) == (1_040_297, 2_504_867)
+    validation = t.load_validation(hp)
+    target_bytes = validation.target_bytes
+    assert validation.targets == len(target_bytes) == 1_040_297
+    assert target_bytes.sum() == 2_504_867

@@ -60,10 +60,9 @@ def test_what_was_scored_is_what_is_in_the_file(runs, corpus):
     hp = tiny(**corpus)
     model = t.GPT(hp)
     model.load_state_dict(t.unpack((cwd / "final_model.int6.ptz").read_bytes()))
-    tokens = t.load_validation(hp)
-    nll, entropy = score(model, tokens, hp.eval_stride)
-    stream_bytes = t.ByteCounter(hp)(tokens)
-    mixture = t.Mixture(tokens, hp)
+    validation = t.load_validation(hp)
+    nll, entropy = score(model, validation.tokens, hp.eval_stride)
+    mixture = t.Mixture(validation.tokens, hp)
     mixture.extend(nll, entropy)
     log = (cwd / "logs/test.txt").read_text()
     for name, scores in (
@@ -71,7 +70,7 @@ def test_what_was_scored_is_what_is_in_the_file(runs, corpus):
         ("final_ngram_exact", mixture.nll),
     ):
         assert float(values(log, name)["val_bpb"]) == pytest.approx(
-            t.bits_per_byte(scores, stream_bytes), abs=1e-6
+            t.bits_per_byte(scores, validation.target_bytes), abs=1e-6
         )
 
 
@@ -187,3 +186,30 @@ def test_an_error_repeats_which_names_are_no_settings(corpus, tmp_path):
         done.stderr,
     )
     assert (tmp_path / "logs/test.txt").read_text().rstrip().endswith("did you mean DATA_PATH?")
+
+
+@pytest.mark.parametrize("run_id, rank", [("", 0), ("named", 1)])
+def test_a_log_without_a_name_or_of_another_rank_is_silent(
+    tmp_path, monkeypatch, capsys, run_id, rank
+):
+    monkeypatch.chdir(tmp_path)
+    log = t.RunLog(run_id, rank)
+    log("a line")
+    t.Progress(log, "work", 2)(1)
+    log.close()
+    assert log.path is None
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_is_a_line_every_ten_seconds(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    now = [100.0]
+    monkeypatch.setattr(t, "perf_counter", lambda: now[0])
+    progress = t.Progress(t.RunLog("long"), "scoring", 40)
+    for done in range(0, 41, 4):  # 2.5 s each
+        progress(done)
+        now[0] += 2.5
+    expected = "scoring 40% elapsed:10s left:15s\nscoring 80% elapsed:20s left:5s\n"
+    assert (tmp_path / "logs/long.txt").read_text() == expected
+    assert capsys.readouterr().out == expected

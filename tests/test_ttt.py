@@ -17,12 +17,19 @@ TTT = dict(TTT_EPOCHS=2, TTT_CHUNK_TOKENS=100, TTT_LR=0.01, TTT_BLOCKS=1, TTT_DE
 def trainer_with(tokens, stream_bytes, **settings) -> t.Trainer:
     """A model of fixed random weights, and a stream."""
     torch.manual_seed(3)
-    trainer = t.Trainer(t.GPT(tiny(**{**TTT, **settings})), None, t.Runtime("", {}))
+    model = t.GPT(tiny(**{**TTT, **settings}))
+    validation = t.Validation(tokens, lambda _: stream_bytes)
+    trainer = t.Trainer(model, None, validation, t.Ranks({}), t.RunLog(), t.StopSignal())
     with torch.no_grad():
         for p in trainer.parameters:
             p.add_(torch.randn_like(p) * 0.05)
-    trainer.tokens, trainer.stream_bytes = tokens, stream_bytes
     return trainer
+
+
+def plain_scores(trainer, stride, part=None) -> np.ndarray:
+    """Of the trainer's weights as they are."""
+    model, tokens = trainer.model, trainer.validation.tokens
+    return collect(t.score_stream(model.hidden, model, tokens, stride, trainer.ranks, part))
 
 
 def scores_of(tokens, stream_bytes, stride=8, **settings) -> np.ndarray:
@@ -36,8 +43,7 @@ def stream(rng) -> tuple[np.ndarray, np.ndarray]:
 
 def test_learning_changes_later_scores_and_never_earlier_ones(stream):
     tokens, stream_bytes = stream
-    plain = trainer_with(tokens, stream_bytes)
-    untrained = collect(t.score_stream(plain.model, plain.model, tokens, 4, plain.rt))
+    untrained = plain_scores(trainer_with(tokens, stream_bytes), 4)
     # 100 = 32 + 17 * 4: chunks end where windows do
     learned = scores_of(tokens, stream_bytes, stride=4)
     np.testing.assert_array_equal(learned[:, :100], untrained[:, :100])
@@ -74,7 +80,7 @@ def test_one_update_is_the_written_rule(stream):
     ]
     before = [p.detach().clone() for p in tuned]
     ids = torch.from_numpy(tokens[:33].astype(np.int64))
-    logp = torch.log_softmax(logits(model, model(ids[None, :32])), -1)[0]
+    logp = torch.log_softmax(logits(model, model.hidden(ids[None, :32])), -1)[0]
     weights = torch.from_numpy(stream_bytes[:32].astype(np.float32))
     loss = -(logp[torch.arange(32), ids[1:]] * weights).sum() / weights.sum()
     grads = torch.autograd.grad(loss, tuned)
@@ -82,7 +88,7 @@ def test_one_update_is_the_written_rule(stream):
     for p, old, grad in zip(tuned, before, grads):  # AdamW's first step; its average with the old
         g = grad * scale
         p.data = old - 0.5 * hp.ttt_lr * g / (g.abs() + hp.adam_eps)
-    expected = collect(t.score_stream(model, model, tokens, 32, trainer.rt, (32, 64)))
+    expected = plain_scores(trainer, 32, (32, 64))
     np.testing.assert_allclose(got[:, 32:], expected, rtol=2e-4, atol=2e-4)
 
 
@@ -114,8 +120,10 @@ def test_each_target_of_a_chunk_is_learned_from_once_an_epoch(stream, begin, end
         seen[:] = 0
         for rank in range(ranks):
             trainer = trainer_with(tokens, stream_bytes)
-            trainer.rt.rank, trainer.rt.world_size = rank, ranks
-            for ids, targets, weights in t.ttt_batches(trainer, begin, end):
+            trainer.ranks.rank, trainer.ranks.world_size = rank, ranks
+            for ids, targets, weights in t.ttt_batches(
+                trainer.validation, begin, end, trainer.hp.eval_seq_len, trainer.ranks
+            ):
                 assert ids.shape == targets.shape == weights.shape and len(ids)
                 for row_ids, row_targets, row in zip(ids, targets, weights):
                     used = torch.nonzero(row).flatten().tolist()
@@ -139,7 +147,7 @@ def test_a_chunk_of_no_bytes_teaches_nothing(stream):
         scores,
         np.concatenate(
             [
-                collect(t.score_stream(plain.model, plain.model, tokens, 8, plain.rt, part))
+                plain_scores(plain, 8, part)
                 for part in ((0, 100), (100, 200), (200, 300), (300, 350))
             ],
             1,
@@ -182,7 +190,7 @@ def distribution(trainer, buffer, j: int, begin: int, end: int) -> np.ndarray:
     starts, first, _ = t.windows(begin, end, length, hp.eval_stride)
     start = int(starts[np.searchsorted(first, j, "right") - 1])
     with torch.no_grad():
-        hidden = trainer.model(
+        hidden = trainer.model.hidden(
             torch.from_numpy(buffer[start : start + length].astype(np.int64))[None]
         )[0, j - start]
         return torch.softmax(logits(trainer.model, hidden).double(), -1).numpy()
@@ -194,7 +202,7 @@ def code(trainer, total: int, first_token: int, next_token):
     that were decoded before."""
     buffer, chunk = np.zeros(total + 1, np.uint16), trainer.hp.ttt_chunk_tokens
     buffer[0] = first_token
-    trainer.tokens = buffer
+    trainer.validation.tokens = buffer
     predictor = Predictor(first_token, total, trainer.hp)
     segments = t.score_and_learn(trainer, trainer.hp.eval_stride)
     for begin in range(0, total, chunk):
@@ -210,7 +218,7 @@ def code(trainer, total: int, first_token: int, next_token):
 
 def test_a_decoder_that_learns_as_it_reads_restores_the_stream(corpus):
     hp = tiny(**corpus)
-    tokens = np.array(t.load_validation(hp)[:1201])
+    tokens = np.array(t.load_validation(hp).tokens[:1201])
     stream_bytes = t.ByteCounter(hp)(tokens)
     settings = dict(**corpus, TTT_CHUNK_TOKENS=300)
     trainer = trainer_with(tokens, stream_bytes, **settings)

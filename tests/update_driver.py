@@ -23,24 +23,20 @@ def gradients(model, seed):
     return [torch.randn(p.shape, generator=generator) / 30 for p in model.parameters()]
 
 
+def groups_of(optimizers):
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
 def written_rule(model, hp, clip, steps, ranks):
     """The weights after `steps` updates on sums of all ranks' gradients: Muon and AdamW,
     matrix by matrix."""
     params = [p.detach().double() for p in model.parameters()]
-    muon = {
-        id(p)
-        for g in t.build_optimizers(model, hp, t.Runtime("", {}))[0].param_groups
-        for p in g["params"]
-    }
+    muon, adamw = t.build_optimizers(model, hp, t.Ranks({}))
+    in_muon = {id(p) for g in muon.param_groups for p in g["params"]}
     one = [torch.zeros_like(p) for p in params]
     two = [torch.zeros_like(p) for p in params]
     clipped = 0
-    rates = {
-        id(p): g["lr"]
-        for o in t.build_optimizers(model, hp, t.Runtime("", {}))
-        for g in o.param_groups
-        for p in g["params"]
-    }
+    rates = {id(p): g["lr"] for g in groups_of([muon, adamw]) for p in g["params"]}
     for step in range(steps):
         grads = [
             sum(g).double() for g in zip(*(gradients(model, 100 * step + r) for r in range(ranks)))
@@ -50,7 +46,7 @@ def written_rule(model, hp, clip, steps, ranks):
         clipped += scale < 1
         for i, (p, g) in enumerate(zip(model.parameters(), grads)):
             g, w, lr = g * scale, params[i], rates[id(p)]
-            if id(p) in muon:
+            if id(p) in in_muon:
                 one[i] = 0.9 * one[i] + g
                 update = t.orthogonalize((g + 0.9 * one[i]).float(), hp.muon_backend_steps).double()
                 w.mul_(1 - lr * hp.muon_wd).sub_(
@@ -64,7 +60,7 @@ def written_rule(model, hp, clip, steps, ranks):
     return params, clipped
 
 
-def check_update(rt, clip):
+def check_update(ranks, clip):
     torch.manual_seed(3)
     # stacks of 10, 10, 5, 5, ... matrices: 2, 3 and 4 ranks do not divide all
     hp = tiny(NUM_LAYERS=5, MLP_MULT=3)
@@ -72,39 +68,69 @@ def check_update(rt, clip):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
-    expected, clipped = written_rule(model, hp, clip, 3, rt.world_size)
-    optimizers = t.build_optimizers(model, hp, rt)
+    expected, clipped = written_rule(model, hp, clip, 3, ranks.world_size)
+    optimizers = t.build_optimizers(model, hp, ranks)
     for group in optimizers[0].param_groups:
         group["momentum"] = 0.9
     for step in range(3):
-        for p, g in zip(model.parameters(), gradients(model, 100 * step + rt.rank)):
+        for p, g in zip(model.parameters(), gradients(model, 100 * step + ranks.rank)):
             p.grad = g
-        t.update(*optimizers, rt, clip)
+        t.update(optimizers, clip)
     assert clipped == (3 if clip and clip < 1 else 0)
     for (name, p), w in zip(model.named_parameters(), expected):
         torch.testing.assert_close(
             p.detach().double(), w, rtol=2e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
-        mine = p.detach().clone()
-        assert torch.equal(rt.from_rank_0(mine), p), f"{name} differs between ranks"
+        first = p.detach().clone()
+        ranks.broadcast(first)
+        assert torch.equal(first, p), f"{name} differs between ranks"
     stacks = [len(g["params"]) for g in optimizers[0].param_groups]
-    assert rt.world_size == 1 or any(n % rt.world_size for n in stacks)
+    assert ranks.world_size == 1 or any(n % ranks.world_size for n in stacks)
 
 
-def check_runtime(rt):
-    R, r = rt.world_size, rt.rank
-    assert rt.agree(1, r) == [R, R * (R - 1) / 2]
-    arrived = rt.start(t.REDUCE_SCATTER, torch.arange(2.0 * R * 3).view(2 * R, 3) + r, 2)
-    assert torch.equal(
-        arrived(),
-        (torch.arange(2.0 * R * 3).view(2 * R, 3) * R + R * (R - 1) / 2)[2 * r : 2 * r + 2],
-    )
-    arrived = rt.start(t.ALL_GATHER, torch.full((2, 3), float(r)), 2 * R)
-    assert torch.equal(arrived()[:, 0], torch.arange(R).repeat_interleave(2).float())
-    rt.compare(dict(settings="same", code=b"same"))
+def check_state(ranks):
+    """Each rank keeps the momentum of its own matrices only; made complete, it is that of one
+    process."""
+    torch.manual_seed(4)
+    hp = tiny(NUM_LAYERS=5)
+    model = t.GPT(hp)
+    alone = t.GPT(hp)
+    alone.load_state_dict(model.state_dict())
+    optimizers = t.build_optimizers(model, hp, ranks)
+    expected = t.build_optimizers(alone, hp, t.Ranks({}))
+    for step in range(2):
+        shares = [gradients(model, 100 * step + r) for r in range(ranks.world_size)]
+        for p, q, *all_shares in zip(model.parameters(), alone.parameters(), *shares):
+            p.grad = all_shares[ranks.rank].clone()
+            q.grad = sum(all_shares)
+        t.update(optimizers, 0)
+        t.update(expected, 0)
+    for optimizer, other in zip(optimizers, expected):
+        optimizer.complete_state()
+        found = optimizer.state_tensors()
+        for name, tensor in other.state_tensors().items():
+            torch.testing.assert_close(
+                found[name], tensor, rtol=2e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
+            )
+
+
+def check_collectives(ranks):
+    R, r = ranks.world_size, ranks.rank
+    assert ranks.sum_numbers(1, r) == [R, R * (R - 1) / 2]
+    x = torch.full((2,), float(r))
+    assert ranks.sum_over_ranks(x) is x and torch.equal(x, torch.full((2,), R * (R - 1) / 2))
+    x = torch.full((2,), 5.0 + r)
+    ranks.broadcast(x)
+    assert torch.equal(x, torch.full((2,), 5.0))
+    rows = torch.arange(2.0 * R * 3).view(2 * R, 3)
+    share = ranks.reduce_scatter(rows + r).wait()
+    assert torch.equal(share, (rows * R + R * (R - 1) / 2)[2 * r : 2 * r + 2])
+    whole = ranks.all_gather(torch.full((2, 3), float(r))).wait()
+    assert torch.equal(whole[:, 0], torch.arange(R).repeat_interleave(2).float())
+    ranks.require_equal(dict(settings="same", code=b"same"))
     if R > 2:
         try:
-            rt.compare(dict(settings="same", data=r if r in (1, R - 1) else 0))
+            ranks.require_equal(dict(settings="same", data=r if r in (1, R - 1) else 0))
         except t.UserError as error:
             assert str(error).startswith(f"rank 1, {R - 1}: data differ from rank 0's: "), error
         else:
@@ -120,11 +146,12 @@ def one_rank(rank, world_size, port):
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
-    rt = t.Runtime("", dict(os.environ))
-    check_runtime(rt)
+    ranks = t.Ranks(dict(os.environ))
+    check_collectives(ranks)
     for clip in (0.0, 0.5):
-        check_update(rt, clip)
-    rt.close()
+        check_update(ranks, clip)
+    check_state(ranks)
+    ranks.close()
 
 
 if __name__ == "__main__":
