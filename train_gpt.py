@@ -81,8 +81,8 @@ def require(holds: bool, message: str, error: type[Exception] = UserError):
 
 
 # --- 1. Settings --------------------------------
-# Every switch of the script is one field here, and one environment variable of the same name in
-# capitals. What cannot work is refused, in one line, before any data is touched.
+# Every switch is one field here, and the environment variable of that name in capitals. What cannot
+# work is refused, in one line, before any data is touched.
 
 
 def setting(default, doc: str, low: float | None = None, high: float = math.inf, choices: str = ""):
@@ -268,8 +268,7 @@ PARSERS = {  # by the type of a setting's default: how to read it, and what to e
 
 
 def parse_setting(f, text: str):
-    """What `text` gives field `f`: of its default's type, one of its choices or within its bounds.
-    UserError: it does not."""
+    """What `text` gives field `f`. UserError: not of its type, choices or bounds."""
     parse, expected = PARSERS[type(f.default)]
     low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
     if choices:
@@ -294,8 +293,8 @@ def mistyped(env: dict[str, str]):
 
 
 # --- 2. Runtime ---------------------------------
-# Four duties that have nothing to do with learning: the other ranks, the log, signals, progress. On
-# one rank every collective is the identity, so that a laptop and a cluster run the same lines.
+# Four duties beside learning: the other ranks, the log, signals, progress. On one rank collectives
+# are the identity, so that a laptop and a cluster run the same lines.
 
 
 @dataclass
@@ -312,7 +311,7 @@ class Transfer:
 
 
 class Ranks:
-    """This process among torchrun's, its device, and all that ranks tell each other. Every method
+    """This process among torchrun's, its device, all that ranks tell each other. Every method
     is collective. CPU tensors travel by gloo: agreeing on the clock never waits for a GPU."""
 
     def __init__(self, env: dict[str, str]):
@@ -377,7 +376,7 @@ class Ranks:
             )
 
     def barrier(self):
-        """Wait until every rank is here and its GPU has done all that it was given."""
+        """Wait for all ranks and their GPUs."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.sum_numbers(0)
@@ -476,8 +475,7 @@ class Progress:
 
 
 def replace_file(path: Path, write: Callable):
-    """`write(file)` aside, then rename: the old file stays until the new one is whole. UserError:
-    no space, or no right to write."""
+    """`write(file)` aside, then rename: the old file stays till the new is whole. UserError."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(aside, "wb") as file:
@@ -591,7 +589,7 @@ class TokenLoader:
 
 class ByteCounter:
     """The challenge's bytes of a target: a piece counts its UTF-8 length without the word mark
-    U+2581, a byte piece 1, a control piece 0; the mark, a space, counts 1, but only after text."""
+    U+2581, a byte piece 1, a control piece 0; the mark counts 1, as a space, after text."""
 
     def __init__(self, hp):
         from sentencepiece import SentencePieceProcessor
@@ -641,7 +639,7 @@ class Validation:
 
     @cached_property
     def target_bytes(self):
-        """UTF-8 bytes of each target, counted when first asked for: most ranks never ask."""
+        """UTF-8 bytes of each target, counted when first asked for: few ranks ask."""
         return self.count_bytes(self.tokens)
 
 
@@ -659,7 +657,7 @@ def load_validation(hp):
 
 
 def fingerprint(hp):
-    """(name, bytes, CRC-32 of the first 64 KB) of every data file, for ranks to compare."""
+    """(name, bytes, CRC-32 of the first 64 KB) of every data file."""
     paths = [Path(hp.tokenizer_path), *find_shards("val", hp)]
     if not hp.eval_only:
         paths += find_shards("train", hp)
@@ -749,7 +747,7 @@ def find_flash_attention():
 
 
 def causal_attention(q_BSHK, k_BTGK, v_BTGK, flash=None):
-    """softmax(q k' / sqrt K) v up to one's own position, (B, S, H, K), for queries of the last S <=
+    """softmax(q k' / sqrt K) v up to one's own position, (B, S, H, K), for queries of the last S of
     T positions; H/G heads share keys and values."""
     if flash is not None and q_BSHK.is_cuda:
         y = flash(q_BSHK, k_BTGK, v_BTGK, causal=True)
@@ -905,7 +903,7 @@ def log_probabilities(z_NV, cap: float):
     return F.log_softmax(cap * torch.tanh(z_NV / cap) if cap else z_NV, -1)
 
 
-INITIAL_VALUES = (  # the first row whose ending fits the name; see `initialize` for the rest
+INITIAL_VALUES = (  # the first row whose ending fits
     ("bigram.table.weight", nn.init.zeros_),
     ("value_embed.table.weight", partial(nn.init.normal_, std=0.01)),
     ("embed.weight", partial(nn.init.normal_, std=0.005)),
@@ -916,7 +914,7 @@ INITIAL_VALUES = (  # the first row whose ending fits the name; see `initialize`
 
 
 class GPT(nn.Module):
-    """`hidden` is the trunk that training and scoring share; `forward` is the loss."""
+    """`hidden` is the trunk of training and scoring; `forward` is the loss."""
 
     def __init__(self, hp):
         super().__init__()
@@ -959,8 +957,7 @@ class GPT(nn.Module):
         return (nll_N * weights_BT.ravel()).sum()
 
     def hidden(self, ids_BT, last: int | None = None):
-        """Hidden states (B, T, D), or (B, `last`, D) of the last positions: then the last block has
-        queries and MLP for these alone."""
+        """Hidden states (B, T, D), or (B, `last`, D): then the last block computes these alone."""
         T, L = ids_BT.size(1), self.hp.num_layers
         x = self.embedded(ids_BT)
         rope = getattr(self, f"rope_{T}", None)
@@ -980,7 +977,7 @@ class GPT(nn.Module):
         return x
 
     def embedded(self, ids_BT):
-        """What enters the first block: tokens, bigrams, and a share of the position before."""
+        """What enters the first block: tokens, bigrams, a share of the position before."""
         x = self.embed(ids_BT)
         if self.bigram is not None:
             x = x + self.bigram(bigram_rows(ids_BT, self.hp.bigram_vocab_size), x.dtype)
@@ -1012,8 +1009,8 @@ class GPT(nn.Module):
 
 # --- 5. Kernels ---------------------------------
 # What is elementwise the compiler fuses, but not into a product, and to it a loss is several passes
-# over the logits. The plain forms [4] run on a CPU, without Triton, or with the operation's switch
-# off. torch.library keeps each whole under torch.compile. After modded-nanogpt.
+# over the logits. The plain forms [4] run on a CPU, without Triton, or by a switch. torch.library
+# keeps each operation whole under torch.compile. After modded-nanogpt.
 
 jit = triton.jit if triton else lambda kernel: kernel
 MLP_TILE = dict(BM=128, BN=256, BK=64, num_warps=8, num_stages=3)  # Hopper: 147 KB of shared memory
@@ -1041,8 +1038,7 @@ def mlp_kernel(
     BK: tl.constexpr,
 ):
     """A tile of P = a b, (M, K) (K, N), and what the MLP makes of it in registers. Forward: z = P,
-    out = leaky_relu(z)^2. Backward: P is the gradient of that, out = that of z. Only b may have
-    strides."""
+    out = leaky_relu(z)^2. Backward: P is the gradient of that, out = that of z."""
     # neighbouring programs share rows of a, and all of b stays in the cache
     tile = tl.program_id(0)
     tiles = tl.cdiv(N, BN)
@@ -1313,9 +1309,9 @@ class AdamW(SummedGradients, torch.optim.AdamW):
 
 
 class Muon(torch.optim.Optimizer):
-    """Matrices of one shape, tall ones transposed, are a stack for one batched iteration. A rank
-    owns an equal share of each stack (zeros fill it up): it receives these gradients' sums, keeps
-    their momentum, and sends their updates to all."""
+    """Matrices of one shape, tall ones transposed, are a stack. A rank owns an equal share of each
+    stack (zeros fill it up): it receives these gradients' sums, keeps their momentum, makes them
+    orthogonal in one batch, and sends the updates to all."""
 
     def __init__(self, groups: list[dict], hp, ranks):
         self.ranks = ranks
@@ -1496,8 +1492,7 @@ def soft_round(x: Tensor, hardness: Tensor):
 
 
 def fake_quantized(model, hardness: Tensor):
-    """The matrices as the artifact will hold them [9], with straight-through gradients; by
-    QAT_ROUNDING=soft on their way there."""
+    """The matrices as the artifact will hold them [9], with straight-through gradients, or soft."""
     weights = {}
     for name, p in model.named_parameters():
         levels = natural_levels(name, p, model.hp)
@@ -1547,12 +1542,10 @@ class Trainer:
 
     @property
     def label(self):
-        """Where training stands, as in the log."""
         return f"step:{self.steps}/{self.hp.iterations}"
 
     @property
     def clock(self):
-        """The time so far, as in the log."""
         ms = 1e3 * self.seconds
         return f"train_time:{ms:.0f}ms step_avg:{ms / max(self.steps, 1):.2f}ms"
 
@@ -1564,8 +1557,8 @@ class Trainer:
         return function
 
     def step(self, scale: float, hardness: Tensor | None):
-        """One update on batch `self.steps`, rates times `scale`; returns this rank's part of the
-        mean loss. Collective."""
+        """An update on batch `self.steps`; returns this rank's part of the mean loss.
+        Collective."""
         device = self.ranks.device
         total = torch.zeros((), device=device)
         passes = self.loader.accumulation
@@ -1627,7 +1620,7 @@ class Trainer:
 
     def save(self):
         """Rank 0 writes logs/<RUN_ID>.ckpt, which any number of ranks can resume. If it cannot, or
-        a number is not finite, the last one is kept and the log says so. Collective."""
+        a number is not finite, the log says so and the last one stays. Collective."""
         for optimizer in self.optimizers:
             optimizer.complete_state()
         try:
@@ -1749,7 +1742,7 @@ def train(trainer):
 
 
 def is_multiple(step: int, every: int):
-    """Is something due at `step` that comes every so many steps, never if `every` is 0?"""
+    """Does `every` divide `step`? Never if either is 0."""
     return step > 0 and every > 0 and step % every == 0
 
 
@@ -1832,8 +1825,7 @@ class RowQuantizer:
 
 
 def row_levels(rows: int, levels: float):
-    """(rows, 1) integers in 1 ... 127 of mean `levels`: rounded up in some rows, down in others, so
-    that sizes move by single rows."""
+    """(rows, 1) integers in 1 ... 127 of mean `levels`, so that sizes move by single rows."""
     golden = 0.6180339887498949
     dither = torch.arange(rows, dtype=torch.float64)[:, None] * golden % 1
     return (levels + dither).floor().clamp(1, LARGEST_CODE).float()
@@ -1913,14 +1905,32 @@ def rans_decode(coded: bytes, tables: ndarray, freq: ndarray):
     return symbols
 
 
+def encode_matrices(matrices: list[ndarray]):
+    """(frequencies, spread classes of each matrix's rows, then of the columns, rANS words), as for
+    `decode_matrices`, and the bytes of each matrix."""
+    classes = [spread_classes(codes) for codes in matrices]
+    pairs = []
+    for codes, (rows, columns) in zip(matrices, classes):
+        symbols = codes.astype(np.int16) + 128
+        pairs.append((tables_of(rows, columns) * SYMBOLS + symbols).ravel())
+    freq, words = rans_encode(np.concatenate([np.empty(0, np.int16), *pairs]))
+    bits = SCALE - np.log2(np.maximum(freq, 1))  # of each pair
+    sizes = [round(bits[pair].sum() / 8) for pair in pairs]
+    rows_first = [rows for rows, _ in classes] + [columns for _, columns in classes]
+    return freq, rows_first, words, sizes
+
+
+def decode_matrices(freq: ndarray, classes: list[ndarray], words: bytes):
+    """The codes of each matrix, plus 128, as uint8 (R, C)."""
+    half = len(classes) // 2
+    tables = [tables_of(*both) for both in zip(classes[:half], classes[half:])]
+    flat = np.concatenate([np.empty(0, np.int16), *(table.ravel() for table in tables)])
+    ends = np.cumsum([table.size for table in tables], dtype=int)
+    symbols = np.split(rans_decode(words, flat, freq), ends)
+    return [part.reshape(table.shape) for part, table in zip(symbols, tables)]
+
+
 # State dict <-> container
-
-
-@dataclass
-class Packed:
-    blob: bytes  # the container
-    sizes: dict[str, int]  # its bytes, by kind of content
-    error: float  # of the coded weights: norm of the difference over norm
 
 
 @dataclass
@@ -1944,11 +1954,16 @@ class TensorEntry:
         return self.shape[0] if self.is_coded else self.weight_count
 
 
-def pack(state: dict[str, Tensor], hp, coarsen: float = 1.0, quantizer=None):
-    """The container of a state dict, all levels divided by `coarsen`. UserError: NaN or huge."""
-    quantizer = quantizer or RowQuantizer()
-    entries, numbers, pairs = [], [], {}
-    row_classes, column_classes = [], []
+@dataclass
+class Packed:
+    blob: bytes  # the container
+    sizes: dict[str, int]  # its bytes, by kind of content
+    error: float  # of the coded weights: norm of the difference over norm
+
+
+def quantize_state(state: dict[str, Tensor], hp, coarsen: float, quantizer):
+    """(entries, codes of coded matrices, 16-bit numbers of all tensors, relative error)."""
+    entries, codes, numbers = [], [], []
     lost = total = 0.0  # sums of squares
     for name, tensor in state.items():
         w = tensor.detach().float().cpu().contiguous()
@@ -1961,45 +1976,37 @@ def pack(state: dict[str, Tensor], hp, coarsen: float = 1.0, quantizer=None):
         if not levels:
             numbers.append(w.half().numpy())
             continue
-        codes, step = quantizer.quantize(name, w, row_levels(len(w), levels / coarsen))
+        rounded, step = quantizer.quantize(name, w, row_levels(len(w), levels / coarsen))
+        codes.append(rounded.numpy())
         numbers.append(step.bfloat16().view(torch.int16).numpy())
-        lost += float((codes * step - w).square().sum(dtype=torch.float64))
+        lost += float((rounded * step - w).square().sum(dtype=torch.float64))
         total += float(w.square().sum(dtype=torch.float64))
-        rows, columns = spread_classes(codes.numpy())
-        row_classes.append(rows)
-        column_classes.append(columns)
-        symbols = codes.numpy().astype(np.int16) + 128
-        pairs[name] = (tables_of(rows, columns) * SYMBOLS + symbols).ravel()
+    return entries, codes, numbers, math.sqrt(lost / (total + 1e-300))
 
-    freq, words = rans_encode(np.concatenate([np.empty(0, np.int16), *pairs.values()]))
-    numbers = b"".join([freq, *row_classes, *column_classes, *numbers])
+
+def pack(state: dict[str, Tensor], hp, coarsen: float = 1.0, quantizer=None):
+    """The container of a state dict, all levels divided by `coarsen`. UserError: NaN or huge."""
+    quantizer = quantizer or RowQuantizer()
+    entries, codes, numbers, error = quantize_state(state, hp, coarsen, quantizer)
+    freq, classes, words, coded_sizes = encode_matrices(codes)
+    numbers = b"".join([freq, *classes, *numbers])
     by_byte = np.frombuffer(numbers, np.uint8).reshape(-1, 2).T.tobytes()
     text = "".join(entry.line() for entry in entries).encode()
     side = lzma.compress(text + b"\0" + by_byte, **LZMA)
     body = len(side).to_bytes(4, "little") + side + words
     blob = MAGIC + hashlib.sha256(body).digest() + body
-    return Packed(blob, content_sizes(pairs, freq, len(blob)), math.sqrt(lost / (total + 1e-300)))
 
-
-def content_sizes(pairs: dict[str, ndarray], freq: ndarray, total: int):
-    """Bytes of a container by what they hold; `side` is all that is not codes."""
-    bits = SCALE - np.log2(np.maximum(freq, 1))  # of each pair
     sizes = {"side": 0, "embeddings": 0, "attention": 0, "mlp": 0}
-    for name, pair in pairs.items():
-        if ".attn." in name:
-            part = "attention"
-        elif ".mlp." in name:
-            part = "mlp"
-        else:
-            part = "embeddings"
-        sizes[part] += round(bits[pair].sum() / 8)
-    sizes["side"] = total - sum(sizes.values())
-    return sizes
+    names = [entry.name for entry in entries if entry.is_coded]
+    for name, size in zip(names, coded_sizes):
+        other = "mlp" if ".mlp." in name else "embeddings"
+        sizes["attention" if ".attn." in name else other] += size
+    sizes["side"] = len(blob) - sum(sizes.values())  # all that is not codes
+    return Packed(blob, sizes, error)
 
 
 def unpack(blob: bytes):
-    """The state dict of a container, float32. Its claims are checked before they allocate anything.
-    ValueError: what is wrong with it."""
+    """A container's state dict, float32; claims are checked before they allocate. ValueError."""
     try:
         magic = blob[: len(MAGIC)]
         found = f"starts with {magic!r}, expected {MAGIC!r}: no artifact of this script"
@@ -2058,19 +2065,13 @@ def read_tensors(entries: list[TensorEntry], numbers: bytes, words: bytes):
     freq = next(parts)
     sums = freq.reshape(TABLES, SYMBOLS).sum(1)
     require_valid((sums == 1 << SCALE).all() and freq.min() >= 0, "bad frequencies")
-    row_classes = list(islice(parts, len(coded)))
-    column_classes = list(islice(parts, len(coded)))
-
-    tables = [tables_of(*classes).ravel() for classes in zip(row_classes, column_classes)]
-    tables = np.concatenate([np.empty(0, np.int16), *tables])
-    symbols = rans_decode(words, tables, freq.view("<u2"))
+    classes = list(islice(parts, 2 * len(coded)))
+    matrices = iter(decode_matrices(freq.view("<u2"), classes, words))
     state = {}
     for entry, part in zip(entries, parts):
         if entry.is_coded:
             step = torch.from_numpy(part).view(torch.bfloat16).float()
-            codes = torch.from_numpy(symbols[: entry.weight_count]).view(entry.shape) - 128.0
-            symbols = symbols[entry.weight_count :]
-            w = codes * step[:, None]
+            w = (torch.from_numpy(next(matrices)) - 128.0) * step[:, None]
         else:
             w = torch.from_numpy(part).view(torch.float16).float()
         require_valid(bool(w.isfinite().all()), f"NaN or infinity in {entry.name}")
@@ -2122,8 +2123,7 @@ def code_size():
 
 
 def write_artifact(model, path: Path, ranks, log):
-    """Rank 0 packs the model into `path`, with the code at most SIZE_CAP bytes. UserError: too
-    large a model, a full disk."""
+    """Rank 0 packs the model into `path`, with the code at most SIZE_CAP bytes. UserError."""
     if ranks.rank:
         return
     packed, facts = fit_artifact(model.state_dict(), model.hp, SIZE_CAP - code_size())
@@ -2169,9 +2169,8 @@ HEAD_LOGITS = 2**26  # most logits at a time
 
 def windows(begin: int, end: int, length: int, stride: int):
     """(start, first scored target, end of these) of each window, (3, windows), so that they score
-    the targets [begin, end) once each, in order. Target j is token j + 1; a window reads the tokens
-    [start, start + length). The stream's first window scores all its targets, each other one its
-    last `stride`, the last one what is left."""
+    the targets [begin, end) once, in order. A window reads the tokens [start, start + length). The
+    stream's first scores all its targets, each other its last `stride`, the last what is left."""
     first_end = begin + stride if begin else length
     ends = np.minimum(np.arange(first_end, end + stride, stride), end)
     starts = np.maximum(ends - length, 0)
@@ -2265,8 +2264,7 @@ def ttt_scale(done: float):
 
 def ttt_batches(validation, begin: int, end: int, length: int, ranks):
     """Yields this rank's (ids, targets, weights), (B, T) each: the targets [begin, end) in
-    sequences that do not overlap, TTT_BATCH at once over all ranks; the weight is a target's share
-    of the batch's bytes."""
+    sequences that do not overlap, TTT_BATCH at once over all ranks, weighted by their bytes."""
     length = min(length, end)
     spans = windows(begin, end, length, length)
     for some in np.array_split(spans, -(-spans.shape[1] // TTT_BATCH), axis=1):
@@ -2298,8 +2296,8 @@ def ttt_parameters(model):
 
 def score_and_learn(trainer, stride: int):
     """Yields segments as `score_stream` does, each a chunk, scored by an average of the weights,
-    which learn from it only when the next one is asked for. At the end, also when closed early, all
-    weights are what they were. Collective."""
+    which learn from it when the next is asked for. In the end all weights are as before.
+    Collective."""
     hp, ranks, model, validation = trainer.hp, trainer.ranks, trainer.model, trainer.validation
     total = validation.targets
     tuned = ttt_parameters(model)
@@ -2475,7 +2473,7 @@ def document_ages(tokens):
 
 def earlier_continuations(tokens, target: int, orders: range):
     """Yields (n, the tokens that followed the target's context of n - 1 tokens before it) for each
-    n >= 2 of `orders` that knows any, by looking at every position: `ngram_counts` recounted."""
+    n >= 2 of `orders` that knows any: `ngram_counts`, recounted by looking at every position."""
     t = target + 1
     places = np.flatnonzero(tokens[: t - 1] == tokens[t - 1]) + 1  # of what followed
     for n in range(2, min(orders.stop, t + 2)):
@@ -2525,8 +2523,8 @@ class BackoffCounts:
 
 class HashedCounts(BackoffCounts):
     """The predecessors' counts, of contexts and of pairs in hash tables that know nothing of each
-    other: a token that never followed may own a bucket that others have filled. The quotients are
-    no probabilities; what they sum to over the vocabulary is the mass. A diagnostic."""
+    other: a token that never followed may own a bucket that others have filled. What the quotients
+    sum to over the vocabulary is the mass: they are no probabilities. A diagnostic."""
 
     kept_order = 0
 
@@ -2546,9 +2544,8 @@ class HashedCounts(BackoffCounts):
         n = int(self.order[target])
         earlier = target + 2 - n  # targets that have a context of n - 1 tokens
         context_buckets, pair_buckets = (b[:earlier] for b in self.buckets(n))
-        own = self.tokens[earlier : target + 2]
-        vocabulary = np.arange(self.hp.vocab_size)
-        (bucket,), asked = hash_buckets(own, n, self.hp, vocabulary)
+        gram = self.tokens[earlier : target + 2]
+        (bucket,), asked = hash_buckets(gram, n, self.hp, np.arange(self.hp.vocab_size))
         context = np.count_nonzero(context_buckets == bucket)
         filled = np.bincount(pair_buckets.view(np.int64), minlength=self.hp.ngram_buckets)
         return np.minimum(filled[asked.view(np.int64)], context), context
@@ -2574,9 +2571,9 @@ def hash_buckets(tokens, n: int, hp, following: ndarray | None = None):
     return hashed & mask, (hashed ^ last) & mask
 
 
-# Rules: how a model's probability and counts become one. Each has `mix`, which a block of targets
-# goes through; `distribution`, the same over the vocabulary at one target of the block mixed last;
-# and `evidence`, the counts it rests on, which a prefix of the stream must reproduce.
+# Rules: how a model's p and counts become one. `mix` takes a block of targets; `distribution` is
+# the same over the vocabulary, at a target of the block mixed last; `evidence` is the counts, which
+# a prefix of the stream must reproduce.
 
 
 class EntropyBackoff:
@@ -2668,8 +2665,7 @@ class OnlineChain:
         return [w * p for w, p in zip(weights, (lower, frequency, repeats))]
 
     def mix(self, begin: int, end: int, model: ndarray, entropy):
-        """(p, longest order that matched) of the targets [begin, end), from which it then learns:
-        blocks must come in order."""
+        """(p, longest order that matched) of targets [begin, end), from which it then learns."""
         p = model.copy()
         order = np.zeros(end - begin, np.uint8)
         entropy_bucket = self.entropy_bucket(entropy)
@@ -2743,8 +2739,8 @@ def block_edges(total: int):
 
 
 class Mixture:
-    """The model's scores mixed by a rule, block after block, in whatever pieces they arrive. At
-    some targets the whole distribution is made, for the audit."""
+    """The model's scores mixed by a rule, block after block, in whatever pieces they arrive. For
+    the audit, some targets' whole distributions are made."""
 
     def __init__(self, tokens, hp, rule=None):
         self.tokens = tokens
@@ -2760,8 +2756,7 @@ class Mixture:
         self.enumerated = {}  # sampled target -> (what its distribution sums to, p of the target)
 
     def extend(self, nll, entropy):
-        """Mix every complete block, given the scores, in nats, of the first len(nll) targets.
-        RuntimeError: some are not finite."""
+        """Mix every complete block of the first len(nll) targets. RuntimeError: not finite."""
         complete = np.searchsorted(self.edges, len(nll), "right")
         for begin, end in pairwise(self.edges[self.block : complete]):
             is_finite = np.isfinite(nll[begin:end] + entropy[begin:end]).all()
@@ -2775,8 +2770,7 @@ class Mixture:
                 self.enumerate(target, model[target - begin], entropy[target])
 
     def enumerate(self, target: int, p_target: float, entropy):
-        """Make the mixed distribution at `target` from the model's, of which only p of the target
-        is at hand: the rest is spread evenly."""
+        """Make the mixed distribution at `target`: the model's rest is spread evenly."""
         V = self.hp.vocab_size
         token = self.tokens[target + 1]
         model_V = np.full(V, (1 - p_target) / (V - 1))
@@ -2792,19 +2786,19 @@ class Mixture:
             nll = self.nll[target]
             if abs(mass - 1) > 1e-9 or abs(nll + math.log(p)) > 1e-9:
                 faults.append(f"{target}: mass {mass}, p {p}, scored {nll} nats")
-        prefix = type(self.rule)(self.tokens[: 1 << 14], self.hp)
-        for some, full in zip(prefix.evidence(), self.rule.evidence()):
+        prefix = self.tokens[: 1 << 14]
+        alone = type(self.rule)(prefix, self.hp)
+        for some, full in zip(alone.evidence(), self.rule.evidence()):
             if not np.array_equal(some, full[: len(some)]):
-                faults.append("the counts of the first 16384 tokens differ alone")
+                faults.append("the counts of a prefix differ alone")
         require(not faults, f"the mixture is no code; targets {'; '.join(faults)}", RuntimeError)
 
         masses = [mass for mass, _ in self.enumerated.values()]
         recounted = sum(self.order[target] > 0 for target in self.enumerated)
-        prefix_targets = min(self.targets, (1 << 14) - 1)
         return (
             f"targets:{self.edges[self.block]}/{self.targets} mass_min:{min(masses):.12f} "
             f"mass_max:{max(masses):.12f} recounted:{recounted} enumerated:{len(masses)} "
-            f"prefix:{prefix_targets}"
+            f"prefix:{len(prefix) - 1}"
         )
 
 
@@ -2849,8 +2843,7 @@ def log_header(trainer):
 
 
 def report_mixture(trainer, mixture, nll, entropy, added: float):
-    """Audit the mixture and log what it did to the neural scores (nats), `added` seconds after they
-    were there; returns its bits per byte."""
+    """Audit the mixture, log what it did to the neural scores (nats); returns its bits per byte."""
     hp, log, target_bytes = trainer.hp, trainer.log, trainer.validation.target_bytes
     log(f"ngram_audit {mixture.audit()}")
     for low, high in pairwise(ENTROPY_EDGES):
@@ -2904,9 +2897,8 @@ def begin_scoring(trainer, stride: int):
 
 
 def score_in_time(trainer, began: float):
-    """(stride, segments of `begin_scoring`) for the first of EVAL_STRIDE and the fallbacks that at
-    the speed of its third segment ends within 95 % of EVAL_BUDGET_SECONDS after `began`, or else
-    the last. Collective."""
+    """(stride, segments) of the first of EVAL_STRIDE and wider ones that, at the speed of its third
+    segment, ends within 95 % of EVAL_BUDGET_SECONDS after `began`, or of the last. Collective."""
     hp, targets = trainer.hp, trainer.validation.targets
     wider = [s for s in FALLBACK_STRIDES if hp.eval_stride < s <= hp.eval_seq_len]
     strides = [hp.eval_stride, *wider]
@@ -2992,8 +2984,7 @@ def log_validation(trainer, name: str):
 
 
 def prepare(hp, ranks, log, stop):
-    """Find all data, see that every rank has the same, make the model. UserError: what is missing
-    or differs. Collective."""
+    """Find all data, the same on every rank, and make the model. Collective. UserError: cannot."""
     torch.manual_seed(hp.seed)
     loader = None if hp.eval_only else TokenLoader(hp, ranks.rank, ranks.world_size)
     validation = load_validation(hp)

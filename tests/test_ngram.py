@@ -70,7 +70,7 @@ def test_counts_equal_a_dictionary_cache(rng, kind, chunk, monkeypatch):
         assert np.array_equal(share, np.minimum(4 * (known[:, 0] - known[:, 2]) // known[:, 0], 3))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=60), st.integers(2, 16))
 def test_counts_equal_a_dictionary_cache_on_any_stream(tokens, highest):
     expected = dictionary_counts(tokens, highest)
@@ -100,7 +100,7 @@ def test_backoff_takes_the_longest_context_that_was_seen_often_enough(rng, lowes
         assert tuple(got[i]) == want, i
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 2**40), max_size=50), st.sampled_from([1, 2**20]))
 def test_sorting_groups_keys_and_counts_earlier_ones(keys, scale):
     keys = [k % 5 * scale**2 if scale > 1 else k % 7 for k in keys]
@@ -290,11 +290,11 @@ def test_the_fixed_weight_is_the_written_one():
         ),
         (
             lambda m: m.rule.pairs[1].__setitem__(slice(0, 40), 9),
-            "targets the counts of the first 16384 tokens differ",
+            "targets the counts of a prefix differ",
         ),
         (
             lambda m: m.rule.codes[3].__setitem__(slice(0, 40), 9),
-            "targets the counts of the first 16384 tokens differ",
+            "targets the counts of a prefix differ",
         ),
     ],
 )
@@ -319,7 +319,7 @@ def test_the_audit_counts_a_prefix_of_backoff_anew(rng, name):
     mixture.extend(nll, entropy)
     mixture.audit()
     getattr(mixture.rule.counts, name)[500] += 1
-    with pytest.raises(RuntimeError, match="the counts of the first 16384 tokens differ"):
+    with pytest.raises(RuntimeError, match="the counts of a prefix differ"):
         mixture.audit()
 
 
