@@ -1,15 +1,21 @@
-"""Shared by all tests: a small corpus in the challenge's format, small settings,
-fresh random numbers."""
+"""Shared by all tests: a small corpus in the challenge's format, small settings, seeds.
+
+Random numbers are the same in every run: each test's seed is a function of its name, and
+hypothesis draws the same examples. FRESH=1 draws all of them anew and says which FRESH=<number>
+draws them again."""
 
 import contextlib
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -67,12 +73,50 @@ def logits(model, hidden) -> torch.Tensor:
     return log_probabilities(model.logits(hidden), model.hp.logit_softcap)
 
 
+FRESH = os.environ.get("FRESH", "0").removeprefix("0")
+if FRESH == "1":  # the workers of pytest-xdist and what tests start inherit the number
+    FRESH = os.environ["FRESH"] = str(int.from_bytes(os.urandom(4), "little") + 2)
+hypothesis.settings.register_profile(
+    "tests", derandomize=not FRESH, database=None, deadline=None, print_blob=True
+)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.hookimpl(tryfirst=True)  # before hypothesis' own plugin reads the option
+def pytest_configure(config):
+    if FRESH and config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = FRESH
+
+
+def pytest_report_header():
+    return f"FRESH={FRESH} draws the same numbers again" if FRESH else None
+
+
+def pytest_terminal_summary(terminalreporter):
+    """With -q there is no header."""
+    if FRESH:
+        terminalreporter.write_line(pytest_report_header())
+
+
+def seed_of(name: str) -> int:
+    """The same on every machine and in any order of tests, unless FRESH."""
+    return zlib.crc32(f"{FRESH} {name}".encode())
+
+
+@pytest.fixture(autouse=True)
+def seed(request) -> int:
+    """Of this test, for every generator that is not given a seed of its own."""
+    number = seed_of(f"{request.node.path.name}::{request.node.name}")
+    if FRESH:  # shown when the test fails
+        print(pytest_report_header())
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+    return number
+
+
 @pytest.fixture
-def rng():
-    """Random numbers drawn fresh at each run; the seed is shown when a test fails."""
-    seed = int.from_bytes(os.urandom(4), "little")
-    print(f"rng seed: {seed}")
-    torch.manual_seed(seed)
+def rng(seed):
     return np.random.default_rng(seed)
 
 
@@ -111,6 +155,8 @@ def corpus(tmp_path_factory) -> dict[str, str]:
 
 
 SCRIPT = ROOT / "train_gpt.py"
+# Ten times what the longest run takes on an idle machine: what is not there by then never comes.
+DEADLINE = 600  # seconds
 
 
 def start_script(
@@ -144,7 +190,7 @@ def start_script(
     )
 
 
-def finish(process: subprocess.Popen, timeout: float = 240) -> subprocess.CompletedProcess:
+def finish(process: subprocess.Popen, timeout: float = DEADLINE) -> subprocess.CompletedProcess:
     """Waits; what does not end is killed, and with it the ranks that torchrun started."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -172,10 +218,10 @@ def workers(process: subprocess.Popen) -> dict[int, int]:
     return found
 
 
-def wait_for(log: Path, pattern: str, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(log: Path, pattern: str, process: subprocess.Popen) -> None:
     """Until a line of `log` starts with `pattern` (no line of the source, with which a log begins,
     should)."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + DEADLINE
     while not (log.exists() and re.search("^" + pattern, log.read_text(), re.M)):
         if process.poll() is not None or time.monotonic() > end:
             process.kill()

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import train_gpt as t
 
+EPS = torch.finfo(torch.float32).eps
 ALONE = t.Ranks({})
 SILENT = t.RunLog()
 
@@ -54,7 +55,9 @@ def test_codes_are_small_integers_and_clipping_never_loses(rng, levels):
     error = (codes * step - w).square().sum(-1)
     plain_step = (w.abs().amax(-1, keepdim=True) / levels).bfloat16().float()
     plain = ((w / plain_step).round().clamp(-levels, levels) * plain_step - w).square().sum(-1)
-    assert (error <= plain * (1 + 1e-6)).all() and (levels > 31 or (error < plain).any())
+    # sums of 700 squares, made twice in float32
+    assert (error <= plain * (1 + 16 * EPS)).all()
+    assert levels > 31 or (error < plain).any()
 
 
 def test_quantising_a_result_again_changes_nothing(rng):
@@ -70,7 +73,7 @@ def test_rows_of_zeros_and_of_one_value():
     w = torch.zeros(3, 8)
     w[1], w[2, 3] = 0.25, -7.0
     codes, step = t.quantize_rows(w, 31)
-    torch.testing.assert_close(codes * step, w, rtol=4e-3, atol=1e-6)
+    torch.testing.assert_close(codes * step, w, rtol=2**-8, atol=0)  # steps are bfloat16
     assert codes[0].abs().max() == 0
 
 
@@ -153,7 +156,7 @@ def test_the_quantiser_is_told_each_matrix_by_its_name(rng):
 # ---- rANS
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 3000),
     st.integers(1, 64),
@@ -229,7 +232,7 @@ SHAPES = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     SHAPES,
     st.integers(0, 2**32 - 1),
@@ -400,7 +403,7 @@ def test_what_is_left_is_spent(rng, packed_levels):
     assert kept.blob == natural
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(0, 2**32 - 1),
     st.floats(0.02, 1.3),
@@ -483,7 +486,7 @@ def test_fake_quantised_weights_are_what_the_artifact_gives_back(rng):
         n for n, p in model.named_parameters() if p.ndim == 2 and n.endswith(".weight")
     }
     for name, w in fake.items():
-        torch.testing.assert_close(w.detach(), back[name], rtol=1e-6, atol=1e-7)
+        assert torch.equal(w.detach(), back[name]), name
 
 
 def test_gradients_pass_straight_through_the_rounding(rng):
@@ -496,7 +499,7 @@ def test_gradients_pass_straight_through_the_rounding(rng):
     rounded.load_state_dict({**model.state_dict(), **fake})
     rounded(ids[:, :-1], ids[:, 1:]).backward()
     for name, p in rounded.named_parameters():
-        torch.testing.assert_close(with_rounding[name], p.grad, rtol=1e-4, atol=1e-7)
+        assert torch.equal(with_rounding[name], p.grad), name
 
 
 def test_late_qat_changes_the_forward_of_a_compiled_module_and_recompiles_nothing(rng):
@@ -509,7 +512,8 @@ def test_late_qat_changes_the_forward_of_a_compiled_module_and_recompiles_nothin
         graphs.append(graph)
         return graph.forward
 
-    model = t.GPT(tiny(NUM_LAYERS=2, VE_LAYERS="1"))
+    # of 3 bits, so that rounding changes the loss by far more than float32 does
+    model = t.GPT(tiny(NUM_LAYERS=2, VE_LAYERS="1", QUANT_BITS=3))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)

@@ -14,12 +14,13 @@ ALONE = t.Ranks({})
 @pytest.mark.parametrize("shape", [(64, 64), (96, 32), (32, 96), (3, 40, 24)])
 def test_orthogonalize_keeps_the_singular_vectors_and_levels_the_values(rng, shape):
     G = torch.randn(*shape)
-    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-    X = t.orthogonalize(G, 5)
+    U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
+    X = t.orthogonalize(G, 5).double()
     inner = U.mT @ X @ Vh.mT  # diagonal when the singular vectors are the same
     diagonal = torch.diagonal(inner, dim1=-2, dim2=-1)
     off = inner - torch.diag_embed(diagonal)
-    assert off.abs().max() < 1e-3
+    # each round makes what it was given, and its errors, at most 3.4445 times larger
+    assert off.abs().max() < 3.4445**5 * torch.finfo(torch.float32).eps
     assert diagonal[0.05 * S.amax(-1, keepdim=True) < S].min() > 0.5 and diagonal.max() < 1.3
 
 
@@ -213,7 +214,7 @@ def test_the_average_that_is_named_is_the_one_that_is_used(averaging, rng):
     for average in averages.values():
         average.update([torch.randn_like(p) for p in average.mean])
     got, means = t.averaged_parameters(averages), [average.mean[0] for average in averages.values()]
-    assert got == [] if averaging == "none" else torch.allclose(got[0], sum(means) / len(means))
+    assert got == [] if averaging == "none" else torch.equal(got[0], sum(means) / len(means))
 
 
 def test_an_average_that_never_began_is_not_used(rng):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import train_gpt as t
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(1, 400), st.integers(1, 60), st.data())
 def test_windows_score_every_target_once_with_enough_context(targets, length, data):
     stride = data.draw(st.integers(1, length))

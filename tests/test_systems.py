@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, tiny, values
+from conftest import DEADLINE, ROOT, TINY, tiny, values
 
 import make_record
 import train_gpt as t
@@ -54,7 +54,7 @@ def logs(corpus, tmp_path_factory):
             env=env,
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=DEADLINE,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         with np.load(folder / "logs/test.ckpt", allow_pickle=False) as checkpoint:
