@@ -6,13 +6,13 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import (
     BEFORE_STEP,
+    DEADLINE,
     SCRIPT,
     finish,
     patched,
@@ -28,21 +28,20 @@ from test_ranks import STEADY, log_of, losses, new_trainer, score_lines
 import train_gpt as t
 
 LONG = dict(ITERATIONS=100_000, NGRAM_ENABLED=0, TRAIN_LOG_EVERY=0)
-SLOW_PACKING = """
-fit = t.fit_artifact
-def slow(*args):
-    open("packing", "w").close()
-    for _ in range(600):
+ENDLESS_PACKING = """
+def endless(*args):
+    while True:
         time.sleep(0.1)
-    return fit(*args)
-t.fit_artifact = slow
+t.fit_artifact = endless
 """
-PHASES = dict(  # settings, the line that says the phase has begun, what is left when it is stopped
+# Settings, the line that says the phase has begun, what is left when it is stopped. Scoring takes
+# minutes, the others far longer than a DEADLINE: a run that ends early was ended by the signal.
+PHASES = dict(
     warm_up=(dict(LONG, WARMUP_STEPS=100_000), "NGRAM_BUCKETS=", []),
     training=(LONG, "step:3/", ["test.ckpt"]),
     packing=(dict(NGRAM_ENABLED=0), "final_float_exact", ["test.ckpt"]),
     scoring=(
-        dict(NGRAM_ENABLED=0, ITERATIONS=2, EVAL_SEQ_LEN=256, EVAL_STRIDE=1),
+        dict(NGRAM_ENABLED=0, ITERATIONS=2, EVAL_SEQ_LEN=1024, EVAL_STRIDE=1),
         "final_int6_roundtrip_exact",
         [],
     ),
@@ -72,19 +71,19 @@ def whole(cwd: Path) -> bool:
 def test_sigterm_ends_any_phase_at_once_and_loses_nothing(corpus, tmp_path, phase, ranks):
     """Training under torchrun: see test_ranks.py, which resumes it too."""
     settings, line, left = PHASES[phase]
-    script = patched(tmp_path.with_suffix(".py"), SLOW_PACKING) if phase == "packing" else SCRIPT
+    script = patched(tmp_path.with_suffix(".py"), ENDLESS_PACKING) if phase == "packing" else SCRIPT
     process = start_script(tmp_path, ranks, script, **corpus, **settings)
     wait_for(tmp_path / "logs/test.txt", line, process)
     process.send_signal(signal.SIGTERM)
-    sent = time.monotonic()
-    done = finish(process, 60)
-    assert done.returncode != 0 and time.monotonic() - sent < 20
+    done = finish(process)
+    assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("train_gpt.py: error: ")]
     log = log_of(tmp_path)
     assert len(errors) == 1
     assert "SIGTERM" in errors[0]
     assert "Traceback" not in done.stderr.split("torch/distributed")[0]
     assert log.endswith("\n")
+    assert "final_int6_sliding_window" not in log  # scoring was not waited for
     assert log.splitlines()[-1].startswith("error: ")
     assert "SIGTERM" in log.splitlines()[-1]
     assert sorted(p.name for p in tmp_path.glob("logs/*") if p.suffix != ".txt") == left
@@ -153,12 +152,18 @@ def test_a_validation_that_is_killed_costs_no_training(corpus, tmp_path):
 def test_a_rank_that_is_killed_ends_the_run_and_its_checkpoint_is_whole(corpus, tmp_path, victim):
     settings = {**corpus, **STEADY, "ITERATIONS": 60, "WARMDOWN_ITERS": 55, "NGRAM_ENABLED": 0}
     slow = patched(
-        tmp_path.with_suffix(".py"), BEFORE_STEP + "def before(trainer): time.sleep(0.1)\n"
+        tmp_path.with_suffix(".py"),
+        BEFORE_STEP
+        + """
+def before(trainer):  # far from the end the signal is waited for, if this machine is busy
+    time.sleep(0.1)
+    while trainer.steps == 40: time.sleep(0.1)
+""",
     )
     process = start_script(tmp_path, 2, slow, **settings, CHECKPOINT_EVERY=0.001)
     wait_for(tmp_path / "logs/test.txt", "step:6/", process)
     os.kill(workers(process)[victim], signal.SIGKILL)
-    done = finish(process, 60)
+    done = finish(process)
     assert done.returncode != 0
     if victim:  # rank 0 is left to tell
         errors = [
@@ -253,7 +258,7 @@ def test_a_console_that_takes_nothing_costs_nothing(corpus, tmp_path):
     with open("/dev/full", "w") as full:
         process = start_script(tmp_path, 0, stdout=pipe, stderr=full, **corpus, NGRAM_ENABLED=0)
     os.close(pipe)
-    assert process.wait(60) == 0
+    assert process.wait(DEADLINE) == 0
     assert list(losses(log_of(tmp_path))) == list(range(1, 13))
     assert "total_eval_time" in log_of(tmp_path)
 
