@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny, write_shard
+from conftest import DEADLINE, ROOT, tiny, write_shard
 
 import train_gpt as t
 
@@ -20,7 +20,7 @@ def run(*command):
         [sys.executable, *map(str, command)],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=DEADLINE,
         env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
     )
 

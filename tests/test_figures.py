@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import tiny, write_shard
+from conftest import DEADLINE, seed_of, tiny, write_shard
 
 import make_record
 import record_figures as figures
@@ -101,11 +101,9 @@ class Browser:
         self("Page.navigate", url="about:blank")
         self.errors.clear()
         self("Page.navigate", url=url)
-        end = time.monotonic() + 10
-        while (
-            time.monotonic() < end
-            and self.js("document.readyState + location.protocol") != "completefile:"
-        ):
+        end = time.monotonic() + DEADLINE
+        while self.js("document.readyState + location.protocol") != "completefile:":
+            assert time.monotonic() < end, f"{url} was not loaded"
             time.sleep(0.02)
         self.errors = [e for e in self.errors if not str(e).startswith(("file:", "about:"))]
 
@@ -167,7 +165,7 @@ def sp(corpus):
 def run(corpus, sp, tmp_path_factory) -> Path:
     """The scores of a run of random quality;
     the text of its first document tries to leave its place."""
-    rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    rng = np.random.default_rng(seed_of("a run of random quality"))
     folder = tmp_path_factory.mktemp("run")
     newline = sp.piece_to_id("<0x0A>")
     reference = train_gpt.load_validation(tiny(**corpus)).tokens[:1400]

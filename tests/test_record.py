@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -443,11 +442,10 @@ def test_a_log_elsewhere_and_a_bad_date_are_refused(folder, good, capsys):
 
 
 def test_check_passes_on_a_good_folder(good, monkeypatch, capsys):
-    before, started = sorted(good.rglob("*")), time.perf_counter()
+    before = sorted(good.rglob("*"))
     monkeypatch.chdir(good)
     status, found = m.main(["check", "--json"]), json.loads(capsys.readouterr().out)
     assert status == 0 and found["passed"], found
-    assert time.perf_counter() - started < 60
     assert {row["name"] for row in found["checks"]} == set(m.CHECKS)
     assert all(row["evidence"] for row in found["checks"])
     assert sorted(good.rglob("*")) == before  # leaves nothing behind
