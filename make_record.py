@@ -902,13 +902,32 @@ def read_systems(paths: list[Path]) -> dict[str, list[Run]]:
     return {name: read_runs(logs) for name, logs in groups.items()}
 
 
+def load_script(script: Path):
+    """`script` as the module train_gpt: the one that is loaded already, if it is the same text. A
+    second load would register torch.library's operators anew, under whoever uses the first."""
+    loaded = sys.modules.get("train_gpt")
+    if loaded is None:
+        spec = importlib.util.spec_from_file_location("train_gpt", script)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["train_gpt"] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules["train_gpt"]
+            raise
+        return module
+    if Path(loaded.__file__).read_bytes() != script.read_bytes():
+        raise RecordError(
+            f"{script}: differs from {loaded.__file__}, which this process has loaded; expected "
+            "one script per process"
+        )
+    return loaded
+
+
 def settings_table(script: Path) -> str:
     """Every environment variable of `script`, its default, range and meaning,
     from its Hyperparameters."""
-    spec = importlib.util.spec_from_file_location("train_gpt", script)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = load_script(script)
     rows = ["| variable | default | range | meaning |", "|---|---|---|---|"]
     defaults = module.Hyperparameters().as_env()
     for field in fields(module.Hyperparameters):
@@ -1506,10 +1525,7 @@ def probe(script: Path, settings: dict[str, str]) -> dict[str, list]:
     """Import the script, run every probe on it."""
     sys.meta_path.insert(0, Hider())
     try:
-        spec = importlib.util.spec_from_file_location("train_gpt", script)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["train_gpt"] = module
-        spec.loader.exec_module(module)
+        module = load_script(script)
     except BaseException as error:  # a script may also exit while it is imported
         problem = (
             f"train_gpt.py cannot be imported without {', '.join(HIDDEN)} and CUDA: "

@@ -14,6 +14,7 @@ from conftest import ROOT, collect, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import make_record
 import train_gpt as t
 
 if t.triton is None:
@@ -268,6 +269,15 @@ def test_opcheck_of_every_op(rng, small_tiles):
     assert {op for op, _ in cases} == ops, "an op without a case here"
     for op, args in cases:
         assert set(torch.library.opcheck(op, args).values()) == {"SUCCESS"}
+
+
+def test_the_record_tools_leave_the_ops_to_the_loaded_kernels(rng, kernels_on, monkeypatch):
+    """A second load of the script would register them anew, without the interpreter."""
+    with monkeypatch.context() as elsewhere:  # as under other tests
+        elsewhere.delenv("TRITON_INTERPRET", raising=False)
+        make_record.settings_table(ROOT / "train_gpt.py")
+    t.fused_mlp(random(7, 5), random(6, 5), random(5, 6), 0.5)
+    assert kernels_on["mlp"] == 1
 
 
 class Counted:

@@ -955,6 +955,22 @@ def test_the_readme_lists_every_setting_as_the_script_has_it():
     assert between.count("\n| `") == len(dataclasses.fields(t.Hyperparameters))
 
 
+def test_the_settings_table_of_another_script_than_the_loaded_one_is_refused(tmp_path):
+    script = tmp_path / "train_gpt.py"
+    script.write_text("raise SystemExit('this was loaded')\n")
+    with pytest.raises(m.RecordError, match="expected one script per process"):
+        m.settings_table(script)
+
+
+def test_a_script_that_cannot_be_loaded_leaves_no_module(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "train_gpt")
+    script = tmp_path / "train_gpt.py"
+    script.write_text("1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        m.load_script(script)
+    assert "train_gpt" not in sys.modules
+
+
 def test_a_record_whose_readme_says_it_is_none_is_refused(folder):
     in_every_log("^hardware:.* threads", "hardware:8 x NVIDIA H100 threads")(folder)
     edit_json(folder, track="10min_16mb")
