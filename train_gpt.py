@@ -14,10 +14,12 @@ One token's life, from the top of this file to its bottom (in brackets: the sect
 
 Where do I add ...
     a setting             a field of Hyperparameters [1], read where it acts
-    a feature of a layer  its module [4]: a parameter in __init__, its effect in forward
-    an optimizer          a class with the methods of SummedGradients, a row of parameter_kinds [6]
-    a quantiser           a class with the method of RowQuantizer, for fit_artifact [9]
-    a rule of mixing      a class with the methods of EntropyBackoff, a row of RULES [12]
+    a feature of a layer  its module [4]: a parameter in __init__, its effect in forward;
+                          parameter_kind [6] says by its name who trains and codes it
+    an optimizer          a class with AdamW's methods, a row of parameter_kinds [6]
+    a quantiser           a class with RowQuantizer's method, handed over by write_artifact [9];
+                          late QAT [8] rounds by quantize_rows
+    a rule of mixing      a class with EntropyBackoff's methods, a row of RULES [12]
 
 Shape suffixes: B batch, T position, D model width, W MLP width, H query heads, G key/value heads,
 K head width, V vocabulary, N any flat number of positions, R x C a matrix, S a stack or the last
@@ -76,6 +78,7 @@ class Stopped(UserError):
 
 
 def require(holds: bool, message: str, error: type[Exception] = UserError):
+    """Raise `error(message)` unless `holds`."""
     if not holds:
         raise error(message)
 
@@ -305,6 +308,7 @@ class Transfer:
     work: dist.Work | None = None  # None: one rank, there is nothing to wait for
 
     def wait(self):
+        """The result, once it is there."""
         if self.work is not None:
             self.work.wait()
         return self.result
@@ -1017,6 +1021,7 @@ MLP_TILE = dict(BM=128, BN=256, BK=64, num_warps=8, num_stages=3)  # Hopper: 147
 
 
 def has_kernels(x: Tensor):
+    """Can the kernels work on `x` here?"""
     return triton is not None and x.is_cuda
 
 
@@ -1395,7 +1400,7 @@ def build_optimizers(model, hp, ranks):
 
     optimizers = []
     # in the table's order: so Muon's updates travel while AdamW steps
-    for cls in dict.fromkeys(kind.optimizer for kind in kinds.values()):
+    for cls in dict.fromkeys(kinds[kind].optimizer for kind in kinds if kind in groups):
         own = [group for kind, group in groups.items() if kinds[kind].optimizer is cls]
         optimizers.append(cls(own, hp, ranks))
 
@@ -1457,6 +1462,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, parameters: list[Tensor]):
+        """Take a snapshot into the mean."""
         n = int(self.count.add_(1))
         weight = (1 - self.decay) / (1 - self.decay**n) if self.decay < 1 else 1 / n
         torch._foreach_lerp_(self.mean, parameters, weight)
@@ -2126,7 +2132,8 @@ def write_artifact(model, path: Path, ranks, log):
     """Rank 0 packs the model into `path`, with the code at most SIZE_CAP bytes. UserError."""
     if ranks.rank:
         return
-    packed, facts = fit_artifact(model.state_dict(), model.hp, SIZE_CAP - code_size())
+    budget = SIZE_CAP - code_size()
+    packed, facts = fit_artifact(model.state_dict(), model.hp, budget, RowQuantizer())
     log(f"fit_artifact {facts}")
     sizes = " ".join(f"{part}:{size}" for part, size in packed.sizes.items())
     log(f"artifact_bytes code:{code_size()} {sizes}")
@@ -2614,6 +2621,7 @@ class EntropyBackoff:
         return self.blend(alpha, model_V, *self.counts.continuations(target))
 
     def evidence(self):
+        """Arrays along the stream."""
         return [self.counts.order, self.counts.context, self.counts.pair]
 
 
