@@ -13,15 +13,19 @@ bandwidth. --list: every kernel of the model as it is, with the operations in it
 """
 
 import argparse
+import copy
 import dataclasses
+from unittest import mock
 
 import torch
 from bench_step import PEAK_BYTES, as_on_cuda, micro_batch_rows, patched, settings, t
 from functorch.compile import make_boxed_func
+from torch._guards import TracingContext
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
 
 VARIANTS = {
     "plain": {"fused_mlp": False, "fused_loss": False},
@@ -80,16 +84,27 @@ def schedule(hp: t.Hyperparameters) -> list[list[tuple[str, int, str]]]:
         )
         raise Scheduled
 
+    def one_fake_mode():
+        """The caller's, of all its tensors: torch 2.9 refuses those of another than Dynamo's."""
+        return mock.patch.object(TracingContext.get(), "fake_mode", fake_mode)
+
     def inner(module, inputs, **options):
         found = len(graphs)
+        # as it is now: the passes may put what only the scheduler understands into the graph
+        plain = GraphModule(module, copy.deepcopy(module.graph))
         try:
-            compile_fx_inner(module, inputs, **options)
+            with one_fake_mode():
+                compile_fx_inner(module, inputs, **options)
         except Exception:
             if len(graphs) == found:
                 raise
-        return make_boxed_func(module.forward)
+        return make_boxed_func(plain.forward)
 
-    codegen = GraphLowering.codegen
+    def backend(module, inputs):
+        with one_fake_mode():
+            return compile_fx(module, inputs, inner_compile=inner)
+
+    fake_mode, codegen = FakeTensorMode(), GraphLowering.codegen
     torch._dynamo.reset()
     try:
         GraphLowering.codegen = record
@@ -97,11 +112,10 @@ def schedule(hp: t.Hyperparameters) -> list[list[tuple[str, int, str]]]:
             as_on_cuda(),
             patched(causal_attention=lambda q, k, v, flash=None: attention(q, k, v)),
             config.patch(force_pointwise_cat=True, fx_graph_cache=False),
-            FakeTensorMode(),
+            fake_mode,
         ):
             model = t.GPT(hp)
             ids = torch.zeros(micro_batch_rows(hp), hp.train_seq_len, dtype=torch.int64)
-            backend = lambda module, inputs: compile_fx(module, inputs, inner_compile=inner)  # noqa: E731
             torch.compile(t.training_loss, dynamic=False, backend=backend)(
                 model, ids, ids, None
             ).backward()
