@@ -1,5 +1,6 @@
 # make demo   train, pack, reload, score and mix on a corpus built from this Python's documentation; no download, no GPU
 # make test   the whole suite
+# make test-field  the same on torch 2.9.1, Triton 3.5.1, NumPy 1.26, in .venv-field (downloads about 3 GB)
 # make prove  a range coder and a decoder: the score is a code length, and hashed counts are none
 # make record README tables, submission.json and figures from the logs that README names; then the reviewers' checks
 #             (the table of systems from logs/systems/*.txt, if there are any)
@@ -10,16 +11,17 @@
 # Each target sets up what it needs in .venv; nothing outside this folder changes.
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 RUN := $(VENV)/bin/python
 DEV := pytest pytest-xdist hypothesis constriction matplotlib ruff
 
-.PHONY: demo test prove record check lint bench bench-gpu setup clean
+.PHONY: demo test test-field prove record check lint bench bench-gpu setup clean
 setup: $(VENV)/ready
 
-$(VENV)/ready: requirements.txt constraints.txt
+$(VENV)/ready: requirements.txt $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch -c constraints.txt
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt $(DEV) -c constraints.txt
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch -c $(CONSTRAINTS)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt $(DEV) -c $(CONSTRAINTS)
 	touch $@
 
 demo: setup
@@ -28,6 +30,9 @@ demo: setup
 
 test: setup
 	$(RUN) -m pytest tests -q -n 2 --dist worksteal --durations=8
+
+test-field:
+	$(MAKE) test VENV=.venv-field CONSTRAINTS=constraints-field.txt
 
 prove: setup
 	$(RUN) -m pytest tests/test_decodable.py -q -s
@@ -57,4 +62,4 @@ bench-gpu: setup
 	    $(RUN) bench/bench_eval.py $(ARTIFACT)
 
 clean:
-	rm -rf $(VENV) data/datasets data/tokenizers final_model.*
+	rm -rf .venv .venv-field data/datasets data/tokenizers final_model.*
