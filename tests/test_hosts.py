@@ -118,7 +118,8 @@ def test_the_second_host_needs_and_writes_no_file(hosts):
 
 def test_the_second_host_says_nothing(hosts):
     _, (_, second) = hosts
-    assert second.stdout == ""
+    # torch 2.9's gloo says on stdout who is connected
+    assert [line for line in second.stdout.splitlines() if not line.startswith("[Gloo]")] == []
 
 
 # ---- another data file
