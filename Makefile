@@ -1,5 +1,5 @@
 # make demo   train, pack, reload, score and mix on a corpus built from this Python's documentation; no download, no GPU
-# make test   the whole suite
+# make test   the whole suite, with the same random numbers each time; FRESH=1 draws new ones, FRESH=<seed> those again
 # make test-field  the same on torch 2.9.1, Triton 3.5.1, NumPy 1.26, in .venv-field (downloads about 3 GB)
 # make prove  a range coder and a decoder: the score is a code length, and hashed counts are none
 # make record README tables, submission.json and figures from the logs that README names; then the reviewers' checks
