@@ -220,9 +220,13 @@ def test_gradcheck_of_the_loss(rng):
 
 @pytest.mark.filterwarnings("ignore:Input #")
 def test_gradcheck_of_the_mlp(rng, small_tiles):
-    x, fc, proj = random(4, 5), random(6, 5), random(5, 6)
+    """Inputs and steps are multiples of 1/64, which TF32, a GPU's float32 product, holds exactly:
+    rounded, a step of 0.01 was 2.4 % off on an H200."""
+    grid = 2**-6
+    shapes = ((4, 5), (6, 5), (5, 6))
+    inputs = [((random(*s).detach() / grid).round() * grid).requires_grad_() for s in shapes]
     assert torch.autograd.gradcheck(
-        lambda *args: t.fused_mlp(*args, 0.5)[0], (x, fc, proj), eps=1e-2, atol=0.1, rtol=0.02
+        lambda *args: t.fused_mlp(*args, 0.5)[0], inputs, eps=grid, atol=0.1, rtol=0.02
     )
 
 

@@ -102,7 +102,7 @@ def test_import_does_nothing_and_needs_no_gpu_library(tmp_path):
 
 
 def test_the_script_costs_few_of_the_challenges_bytes():
-    assert (ROOT / "train_gpt.py").stat().st_size <= 140_000
+    assert (ROOT / "train_gpt.py").stat().st_size <= 160_000
 
 
 def test_the_script_has_no_long_lines():
