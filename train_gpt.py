@@ -117,7 +117,6 @@ class Hyperparameters:
     train_seq_len: int = setting(2048, "tokens per training sequence", 1)
     train_log_every: int = setting(500, "steps between train_loss lines; 0: only the first ten", 0)
     fused_mlp: bool = setting(True, "Triton kernels for the MLP, on CUDA")
-    fused_loss: bool = setting(True, "Triton kernels for loss and entropy, on CUDA")
 
     # Model
     vocab_size: int = setting(1024, "V; must equal the tokenizer's", 2, 65_536)
@@ -894,7 +893,7 @@ def token_nll(z_NV, targets_N, cap: float):
 
 
 def token_scores(z_NV, targets_N, cap: float):
-    """nll of the targets and entropy in nats, (2, N); the plain form of `fused_token_scores`."""
+    """nll of the targets and entropy of the predictions in nats, (2, N) float32."""
     logp_NV = log_probabilities(z_NV, cap)
     nll_N = F.nll_loss(logp_NV, targets_N, reduction="none")
     entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
@@ -998,23 +997,17 @@ class GPT(nn.Module):
 
     def nll(self, hidden_ND, targets_N):
         """nll of the targets in nats, (N,) float32."""
-        z_NV = self.logits(hidden_ND)
-        if self.hp.fused_loss and has_kernels(z_NV):
-            return fused_token_scores(z_NV, targets_N, self.hp.logit_softcap)[0]
-        return token_nll(z_NV, targets_N, self.hp.logit_softcap)
+        return token_nll(self.logits(hidden_ND), targets_N, self.hp.logit_softcap)
 
     def scores(self, hidden_ND, targets_N):
         """nll of the targets and entropy of the predictions in nats, (2, N) float32."""
-        z_NV = self.logits(hidden_ND)
-        if self.hp.fused_loss and has_kernels(z_NV):
-            return fused_token_scores(z_NV, targets_N, self.hp.logit_softcap)
-        return token_scores(z_NV, targets_N, self.hp.logit_softcap)
+        return token_scores(self.logits(hidden_ND), targets_N, self.hp.logit_softcap)
 
 
 # --- 5. Kernels ---------------------------------
-# What is elementwise the compiler fuses, but not into a product, and to it a loss is several passes
-# over the logits. The plain forms [4] run on a CPU, without Triton, or by a switch. torch.library
-# keeps each operation whole under torch.compile. After modded-nanogpt.
+# What is elementwise the compiler fuses, but not into the product before it: so the activation of
+# the MLP and its gradient have a kernel. The plain form [4] runs on a CPU, without Triton, or by a
+# switch. torch.library keeps an operation whole under torch.compile. After modded-nanogpt.
 
 jit = triton.jit if triton else lambda kernel: kernel
 MLP_TILE = dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=3)  # the fastest of 7 on an H200
@@ -1124,94 +1117,6 @@ def mlp_gradients(ctx, g_ND, *_):
 
 
 fused_mlp.register_autograd(mlp_gradients, setup_context=save_for_mlp_gradients)
-
-
-@jit
-def scores_kernel(
-    z_ptr,
-    target_ptr,
-    upstream_ptr,
-    out_ptr,
-    N,
-    V,
-    cap,
-    CAPPED: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    BV: tl.constexpr,
-):
-    """A row of logits in registers. Forward: out (2, N) = its nll and entropy. Backward: out (N, V)
-    = its gradient, given theirs, `upstream` (2, N)."""
-    row = tl.program_id(0).to(tl.int64)
-    v = tl.arange(0, BV)
-    z = tl.load(z_ptr + row * V + v, v < V, 0.0).to(tl.float32)
-    target = tl.load(target_ptr + row)
-
-    tanh = 2 * tl.sigmoid(2 * z / cap) - 1 if CAPPED else z
-    logits = tl.where(v < V, cap * tanh if CAPPED else z, -float("inf"))
-    logits -= tl.max(logits, 0)
-    e = tl.exp(logits)
-    total = tl.sum(e, 0)
-    p = e / total
-    logp = tl.where(v < V, logits - tl.log(total), 0.0)
-    entropy = -tl.sum(p * logp, 0)
-
-    if BACKWARD:
-        dz = tl.load(upstream_ptr + row) * (p - tl.where(v == target, 1.0, 0.0))
-        dz -= tl.load(upstream_ptr + N + row) * p * (logp + entropy)
-        tl.store(out_ptr + row * V + v, dz * (1 - tanh * tanh) if CAPPED else dz, v < V)
-    else:
-        tl.store(out_ptr + row, -tl.sum(tl.where(v == target, logp, 0.0), 0))
-        tl.store(out_ptr + N + row, entropy)
-
-
-def launch_scores(z_NV, targets_N, upstream_2N, out: Tensor, cap: float, backward: bool):
-    """Run `scores_kernel`, which fills `out`; forward reads no `upstream`."""
-    N, V = z_NV.shape
-    block = triton.next_power_of_2(V)
-    warps = min(max(block // 256, 1), 16)
-    tensors = (z_NV.contiguous(), targets_N, upstream_2N.contiguous(), out)
-    scores_kernel[(N,)](*tensors, N, V, cap or 1.0, cap > 0, backward, block, num_warps=warps)
-
-
-@torch.library.custom_op("golf::fused_token_scores", mutates_args=())
-def fused_token_scores(z_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
-    """`token_scores`, which reads the logits once and writes nothing as large."""
-    out_2N = z_NV.new_empty(2, len(z_NV), dtype=torch.float32)
-    launch_scores(z_NV, targets_N, out_2N, out_2N, cap, backward=False)
-    return out_2N
-
-
-@torch.library.custom_op("golf::fused_token_scores_backward", mutates_args=())
-def fused_token_scores_backward(
-    z_NV: Tensor, targets_N: Tensor, upstream_2N: Tensor, cap: float
-) -> Tensor:
-    """The gradient of z, given those of nll and entropy."""
-    out_NV = z_NV.new_empty(z_NV.shape)
-    launch_scores(z_NV, targets_N, upstream_2N, out_NV, cap, backward=True)
-    return out_NV
-
-
-@fused_token_scores.register_fake
-def _(z_NV, targets_N, cap):
-    return z_NV.new_empty(2, len(z_NV), dtype=torch.float32)
-
-
-@fused_token_scores_backward.register_fake
-def _(z_NV, targets_N, upstream_2N, cap):
-    return z_NV.new_empty(z_NV.shape)
-
-
-def save_for_score_gradients(ctx, inputs, output):
-    z_NV, targets_N, ctx.cap = inputs
-    ctx.save_for_backward(z_NV, targets_N)
-
-
-def score_gradients(ctx, upstream_2N):
-    z_NV, targets_N = ctx.saved_tensors
-    return fused_token_scores_backward(z_NV, targets_N, upstream_2N, ctx.cap), None, None
-
-
-fused_token_scores.register_autograd(score_gradients, setup_context=save_for_score_gradients)
 
 
 # --- 6. Optimizers ------------------------------
