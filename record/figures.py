@@ -59,7 +59,7 @@ def pictures(path: Path, page: Path) -> str:
         for name, figure in FIGURES.items()
         if figure.page == page and (path / "logs" / f"{name}_light.png").is_file()
     ]
-    return fill("figures.md", figures=shown, logs="../" * (len(page.parts) - 1) + "logs")
+    return fill("figures.md", figures=shown, logs="../" * (len(page.parts) - 1) + "logs").strip()
 
 
 def show(path: Path) -> list[str]:

@@ -319,6 +319,18 @@ def test_scores_that_do_not_fit_are_refused_in_one_line(run, tmp_path):
     assert not list(tmp_path.glob("*.html"))
 
 
+def test_the_scores_of_the_last_run_are_viewed(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["view"]) == 1
+    assert "no scores of a run; `make demo` saves them" in capsys.readouterr().err
+    (tmp_path / "logs").mkdir()
+    for age, name in ((50, "older"), (0, "last"), (90, "oldest")):
+        path = shutil.copy(run, tmp_path / f"logs/{name}_scores.npz")
+        os.utime(path, (1_000_000_000 - age,) * 2)
+    assert main(["view", "--tokens", "30"]) == 0
+    assert capsys.readouterr().out == "logs/last_view.html\n"
+
+
 def test_what_cannot_be_viewed_is_one_line(run, tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.zeros(9))
     for command, said in (

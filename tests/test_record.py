@@ -1,7 +1,9 @@
 """The record tools: logs in; tables, JSON, verdicts and the folder for records/ out. Three tiny
 runs serve all tests."""
 
+import ast
 import dataclasses
+import graphlib
 import inspect
 import json
 import os
@@ -408,6 +410,21 @@ REFUSED = [
         r"seed2.txt:\d+: the log ends without a line 'data:tok",
     ),
     (
+        "a result that the lines do not say",
+        changed(r'^(result .*"mixed_bits_per_byte": )', r"\g<1>1"),
+        r"seed2.txt:\d+: .*mixed_bits_per_byte is 1\d+\.\d+, but the lines above it say",
+    ),
+    (
+        "a result with a number left out",
+        changed(r'^(result .*)"steps": \d+, ', r"\1"),
+        r"seed2.txt:\d+: .*steps is missing, but the lines above it say 11",
+    ),
+    (
+        "a result that is no JSON",
+        changed(r"^result .*", "result {"),
+        r"seed2.txt:\d+: .*expected JSON with seed, steps",
+    ),
+    (
         "no text",
         lambda f: (f / "logs/seed2.txt").write_bytes(b"\xff\xfe"),
         r"seed2.txt: byte 0 is not UTF-8",
@@ -451,6 +468,13 @@ def test_a_log_elsewhere_and_a_bad_date_are_refused(folder, good, capsys):
     for date in ("today", "2026-13-99", "20261121", "2026-W47-6"):
         assert main(["report", *logs_of(folder), "--folder", str(folder), "--date", date]) == 1
         assert f"found the date '{date}', expected YYYY-MM-DD" in capsys.readouterr().err
+
+
+def test_a_log_of_an_older_script_needs_no_result(folder):
+    in_every_log("^result .*\n", "")(folder)
+    before = (folder / "submission.json").read_bytes()
+    assert main(["report", "--folder", str(folder)]) == 0
+    assert (folder / "submission.json").read_bytes() == before
 
 
 # --- check ---
@@ -553,6 +577,11 @@ DEFECTS = [  # what is spoilt, which check must see it, what it must say
     (lambda f: (f / "requirements.txt").unlink(), "files", "requirements.txt is missing"),
     (lambda f: (f / "logs/figure.png").unlink(), "figures", "logs/figure.png"),
     (
+        lambda f: edit(f / "README.md", r"\Z", "[more](docs/more.md)\n"),
+        "files",
+        "README.md links to docs/more.md, which is missing",
+    ),
+    (
         lambda f: edit(f / "submission.json", r'("val_bpb": \d\.\d+)\d', r"\g<1>0" + "1"),
         "json",
         r"submission.json:8: val_bpb is .*the logs say",
@@ -629,12 +658,8 @@ DEFECTS = [  # what is spoilt, which check must see it, what it must say
 )
 def test_each_seeded_defect_is_caught(folder, spoil, name, said, monkeypatch):
     spoil(folder)
-    if name not in ("imports", "parameters"):  # what no running script is needed for
-        monkeypatch.setattr(
-            probe, "run_probe", lambda *args: dict.fromkeys(("imports", *probe.PROBES), [True, "0"])
-        )
-    found = failing(folder)
-    assert name in found and re.search(said, found[name]), found
+    monkeypatch.setattr(checks, "CHECKS", {name: checks.CHECKS[name]})
+    assert re.search(said, failing(folder)[name])
 
 
 def test_a_table_of_systems_is_checked_where_its_logs_lie(folder, capsys):
@@ -878,6 +903,25 @@ def test_copy_makes_a_folder_that_runs(good, corpus, tmp_path, capsys):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_copy_takes_what_the_readme_and_its_pages_link_to(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "CHECKS", {"files": checks.check_files})
+    (folder / "docs").mkdir()
+    (folder / "logs/gpu").mkdir()
+    (folder / "logs/gpu/a.txt").write_text("a log\n")
+    (folder / "docs/deep.md").write_text("[back](../README.md#tiny) [log](../logs/gpu/a.txt)\n")
+    (folder / "docs/unlinked.md").write_text("nobody leads here\n")
+    (folder / "docs/more.md").write_text(
+        "[deep](deep.md) [out](../../x) [web](https://example.org/x.md) [here](#top)\n"
+    )
+    edit(folder / "README.md", r"\Z", "[more](docs/more.md#part)\n")
+    (tmp_path / "dest").mkdir()
+    assert main(["copy", str(tmp_path / "dest"), "--folder", str(folder)]) == 0
+    made = next((tmp_path / "dest/records").glob("*/*"))
+    found = {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()}
+    assert found >= {"docs/more.md", "docs/deep.md", "logs/gpu/a.txt", "logs/figure.png"}
+    assert "docs/unlinked.md" not in found
+
+
 def test_copy_refuses_what_check_refuses(folder, tmp_path, capsys):
     edit_json(folder, bytes_total=8622077, track="10min_16mb")
     (tmp_path / "dest").mkdir()
@@ -960,6 +1004,26 @@ def test_make_record_does_without_logs_of_systems(tmp_path):
         ["report", "settings", "plot", "check"],
         ["report", "systems logs/systems/*.txt", "settings", "plot", "check"],
     ]
+
+
+def test_the_record_tools_import_each_other_in_one_direction():
+    imports = {}
+    for path in (ROOT / "record").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT / "record").with_suffix("").parts)
+        nodes = ast.walk(ast.parse(path.read_text()))
+        froms = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level]
+        found = [[node.module] if node.module else [a.name for a in node.names] for node in froms]
+        imports[name.removesuffix(".__init__")] = set(sum(found, []))
+    assert list(graphlib.TopologicalSorter(imports).static_order())
+
+
+def test_the_readme_is_at_most_200_lines():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_the_readme_leads_to_what_is_there():
+    links = Folder(ROOT).links
+    assert links and not [path for path in links if not path.exists()]
 
 
 def test_the_page_of_settings_is_that_of_the_script():
