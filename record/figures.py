@@ -32,11 +32,11 @@ class Plot:
 
 
 def plot(path: Path) -> tuple[list[Path], list[str]]:
-    """Draws <folder>/logs/<figure>_{light,dark}.png from the reported logs (see submitted_logs).
+    """Draws <folder>/logs/<figure>_{light,dark}.png from the reported logs.
     Returns their paths and a line for each figure that was skipped, because a log lacks its lines;
     what an earlier call drew of it is removed."""
     written, skipped = [], []
-    logs = submitted_logs(path)
+    logs = Folder(path).logs
     for name, figure in FIGURES.items():
         paths = {theme: path / "logs" / f"{name}_{theme}.png" for theme in THEMES}
         try:
@@ -72,36 +72,6 @@ def show(path: Path) -> list[str]:
         except RecordError as error:
             problems.append(f"{page} shows no figures: {error}")
     return problems
-
-
-def submitted_logs(path: Path) -> list[Log]:
-    """The logs that README's results table links to. If it links none, one per seed of
-    submission.json, in its order: logs/*.txt with that SEED; of several, that whose score it
-    states."""
-    folder = Folder(path)
-    if folder.linked_logs():
-        return folder.logs
-    at, found = path / "submission.json", folder.submission
-    results, seeds = found.get("seed_results", {}), found.get("seeds", [])
-    require(
-        seeds and isinstance(results, dict),
-        f"{at}: no seeds and seed_results there; make it with `report`",
-    )
-    logs = []
-    for seed in map(str, seeds):
-        ours = [log for log in folder.any_logs if log.settings.get("SEED") == seed]
-        if len(ours) > 1:
-            stated = results[seed]["val_bpb"]
-            ours = [
-                log
-                for log in ours
-                if log.has("final_ngram_exact")
-                and abs(log.find("final_ngram_exact").number("val_bpb") - stated) < 5e-9
-            ]
-        problem = f"seed {seed} has {len(ours)} logs in {path / 'logs'}, expected one"
-        require(len(ours) == 1, f"{at}: {problem}")
-        logs += ours
-    return logs
 
 
 # --- what each figure needs, from the logs: a row per seed ---

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import sys
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -60,15 +59,6 @@ class Folder:
             return []
         paths = [self.path / link for link in re.findall(r"^\| \[\d+\]\(([^)]+)\)", between, re.M)]
         return [path for path in paths if inside(path, self.path)]
-
-    @cached_property
-    def any_logs(self) -> list[Log]:
-        """Whatever in logs/ can be read as one."""
-        found = []
-        for path in sorted(self.path.glob("logs/*.txt")):
-            with suppress(RecordError):  # no text: no log of ours
-                found.append(parse_log(path))
-        return found
 
     @cached_property
     def runs(self) -> list[Run]:

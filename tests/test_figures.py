@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +187,7 @@ def run(corpus, sp, tmp_path_factory) -> Path:
         nll=nll,
         mixed=mixed,
         entropy=rng.gamma(2, 2, len(nll)).astype(np.float32),
-        settings=json.dumps(asdict(hp)),
+        settings=json.dumps(hp.as_env()),
     )
     return path
 
@@ -279,19 +279,6 @@ def test_the_page_states_what_was_scored(run, tmp_path):
         )
 
 
-def test_settings_come_from_the_scores_or_from_the_log_beside_them(run, tmp_path):
-    logs = tmp_path / "logs"
-    logs.mkdir()
-    arrays = {k: v for k, v in np.load(run).items() if k != "settings"}
-    hp = view.load_scores(run).hp
-    np.savez(logs / "old_scores.npz", **arrays)
-    with pytest.raises(RecordError, match=r"old_scores.npz: holds no settings.*old.txt"):
-        view.view(logs / "old_scores.npz")
-    (logs / "old.txt").write_text("".join(f"{k}={v}\n" for k, v in hp.as_env().items()))
-    out = view.view(logs / "old_scores.npz", tokens=50)
-    assert out == logs / "old_view.html" and view.load_scores(logs / "old_scores.npz").hp == hp
-
-
 def test_scores_that_do_not_fit_are_refused_in_one_line(run, tmp_path):
     arrays, hp = dict(np.load(run)), view.load_scores(run).hp
     bad = arrays["mixed"].copy()
@@ -300,7 +287,8 @@ def test_scores_that_do_not_fit_are_refused_in_one_line(run, tmp_path):
         (dict(nll=arrays["nll"][:-1]), "expected the data of that run"),
         (dict(mixed=bad), "not finite"),
         (dict(mixed=None), "holds no mixed"),
-        (dict(settings=json.dumps(asdict(replace(hp, data_path="nowhere")))), "DATA_PATH=nowhere"),
+        (dict(settings=None), "holds no settings"),
+        (dict(settings=json.dumps(replace(hp, data_path="nowhere").as_env())), "DATA_PATH=nowhere"),
     ):
         path = tmp_path / "bad_scores.npz"
         np.savez(path, **{k: v for k, v in {**arrays, **changes}.items() if v is not None})
@@ -538,16 +526,11 @@ def log_text(seed: int, rng, drop: str = "") -> str:
 
 def record(folder: Path, rng, seeds=(42, 1337, 2024), drop: str = "") -> Path:
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    results = {}
     for seed in seeds:
-        text = log_text(seed, rng, drop)
-        (folder / f"logs/seed{seed}.txt").write_text(text)
-        lines = [line for line in text.splitlines() if line.startswith("final_ngram_exact")]
-        score = lines[0].split("val_bpb:")[1]
-        results[str(seed)] = dict(val_bpb=float(score))
-    (folder / "submission.json").write_text(
-        json.dumps(dict(seeds=list(seeds), seed_results=results))
-    )
+        (folder / f"logs/seed{seed}.txt").write_text(log_text(seed, rng, drop))
+    rows = "".join(f"| [{seed}](logs/seed{seed}.txt) |\n" for seed in seeds)
+    results = f"<!-- results:begin -->\n{rows}<!-- results:end -->\n"
+    (folder / "README.md").write_text(f"{results}<!-- figures:begin -->\n<!-- figures:end -->\n")
     return folder
 
 
@@ -580,7 +563,7 @@ def test_plot_draws_every_figure_in_both_themes(tmp_path, rng):
     assert [text.count("prefers-color-scheme: dark") for text in markup.values()] == [3, 2]
     again = tmp_path / "again.png"
     for name in ("fig_training",):
-        data = figures.FIGURES[name].collect(figures.submitted_logs(folder))
+        data = figures.FIGURES[name].collect(Folder(folder).logs)
         figures.draw(name, data, "dark", again)
         assert again.read_bytes() == (folder / f"logs/{name}_dark.png").read_bytes(), (
             "same logs, same pixels"
@@ -593,13 +576,13 @@ def test_plot_shows_on_each_page_what_it_drew_of_it(tmp_path, rng, capsys, monke
     empty = "# x\n<!-- figures:begin -->\nold\n<!-- figures:end -->\nrest\n"
     (folder / "docs").mkdir()
     for page in PAGES:
-        (folder / page).write_text(f"[more](docs/measurements.md)\n{empty}")
+        links = "[more](docs/measurements.md)\n" if page == figures.README else ""
+        (folder / page).write_text(f"{links}{empty}")
     for _ in range(2):
         assert main(["plot", str(folder)]) == 0 and not capsys.readouterr().err
         for page in PAGES:
-            assert (folder / page).read_text() == "[more](docs/measurements.md)\n" + empty.replace(
-                "old", figures.pictures(folder, page)
-            )
+            expected = empty.replace("old", figures.pictures(folder, page))
+            assert (folder / page).read_text().endswith(expected)
     assert "../logs/fig_training_dark.png" in (folder / figures.MEASUREMENTS).read_text()
     assert checks.check_figures(Folder(folder)) == "8 shown by README, all here"
 
@@ -616,23 +599,20 @@ def test_a_readme_without_markers_is_left_as_it_is(tmp_path, rng, capsys, monkey
         checks.check_figures(Folder(folder))
 
 
-def test_the_figures_are_of_the_logs_that_readme_links_to(tmp_path, rng):
+def test_the_figures_are_of_the_logs_that_readme_links_to(tmp_path, rng, monkeypatch):
     """Whatever else lies beside them: the same run scored again, a file that is no text."""
     folder = record(tmp_path, rng, seeds=(7, 8))
     (folder / "logs/again.txt").write_text((folder / "logs/seed7.txt").read_text())
     (folder / "logs/odd.txt").write_bytes(b"\xff\xfe")
-    (folder / "README.md").write_text(
-        "<!-- results:begin -->\n| [7](logs/seed7.txt) |\n| [8](logs/seed8.txt) |\n"
-        "<!-- results:end -->\n"
-    )
-    assert [log.path.name for log in figures.submitted_logs(folder)] == ["seed7.txt", "seed8.txt"]
-    (folder / "README.md").unlink()
-    (folder / "logs/again.txt").unlink()
-    assert [log.path.name for log in figures.submitted_logs(folder)] == ["seed7.txt", "seed8.txt"]
+    seen = []
+    one = replace(figures.FIGURES["fig_bytes"], collect=seen.append, draw=lambda *args: None)
+    monkeypatch.setattr(figures, "FIGURES", {"fig_bytes": one})
+    figures.plot(folder)
+    assert [log.path.name for log in seen[0]] == ["seed7.txt", "seed8.txt"]
 
 
 def test_the_figures_numbers_are_the_logs_numbers(tmp_path, rng):
-    logs = figures.submitted_logs(record(tmp_path, rng))
+    logs = Folder(record(tmp_path, rng)).logs
     assert [log.setting("SEED") for log in logs] == ["42", "1337", "2024"]
     orders = figures.collect_orders(logs)
     assert orders["orders"] == [0, 2, 3, 4, 5, 6, 7] and np.allclose(orders["gain"].sum(1), 0.38)
@@ -652,7 +632,7 @@ def test_the_figures_numbers_are_the_logs_numbers(tmp_path, rng):
             if not line.startswith(("calibration entropy:5-6", "ngram_order order:0"))
         )
     )
-    logs = figures.submitted_logs(tmp_path)
+    logs = Folder(tmp_path).logs
     assert figures.collect_calibration(logs)["nll"].shape == (3, 5), (
         "a bin that one seed lacks is left out"
     )
@@ -689,21 +669,12 @@ def test_a_log_that_lacks_a_line_costs_only_that_figure(tmp_path, rng, monkeypat
     assert said.startswith(f"{name}: skipped: ") and "seed2.txt" in said
 
 
-def test_one_seed_and_logs_that_are_not_one_per_seed(tmp_path, rng, monkeypatch):
+def test_one_seed_is_drawn_too(tmp_path, rng, monkeypatch):
     folder = record(tmp_path, rng, seeds=(7,))
     monkeypatch.setattr(figures, "THEMES", {"light": THEMES["light"]})
     assert len(figures.plot(folder)[0]) == 5
-    (folder / "logs/other.txt").write_text(log_text(7, rng))
-    assert [log.path.name for log in figures.submitted_logs(folder)] == ["seed7.txt"], (
-        "the one whose score is stated"
-    )
-    (folder / "logs/copy.txt").write_text((folder / "logs/seed7.txt").read_text())
-    with pytest.raises(RecordError, match="seed 7 has 2 logs"):
-        figures.plot(folder)
-    for path in (folder / "logs").glob("*.txt"):
-        path.unlink()
-    with pytest.raises(RecordError, match="seed 7 has 0 logs"):
-        figures.plot(folder)
-    (folder / "submission.json").write_text("{}")
-    with pytest.raises(RecordError, match=r"submission.json: no seeds"):
-        figures.plot(folder)
+
+
+def test_a_folder_without_logs_has_no_figures(tmp_path):
+    with pytest.raises(RecordError, match="has no logs, expected one per seed"):
+        figures.plot(tmp_path)

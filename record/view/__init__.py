@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from ..colors import RAMPS, THEMES
 from ..fill import HERE, fill
 from ..folder import load_script
-from ..log import RecordError, parse_log, require
+from ..log import RecordError, require
 
 SCRIPT = HERE.parent / "train_gpt.py"
 # bits saved; between the two of the middle: no colour
@@ -108,34 +108,18 @@ def load_scores(path: Path) -> Scores:
 
 
 def run_settings(path: Path, arrays: dict) -> dict[str, str]:
-    """NAME -> text of the run's settings: from the scores' own `settings`, or from the log beside
-    them. Relative paths are looked for from here, from the run's folder, and from the
-    repository."""
-    if "settings" in arrays:
-        try:
-            found = json.loads(str(arrays["settings"])).items()
-        except (ValueError, AttributeError):
-            problem = "its settings are no JSON object; was it written by train_gpt.py?"
-            raise RecordError(f"{path}: {problem}") from None
-        settings = {name.upper(): as_text(value) for name, value in found}
-    else:
-        log = path.with_name(path.stem.removesuffix("_scores") + ".txt")
-        problem = f"holds no settings, and there is no {log.name} beside it to take them from"
-        require(log.is_file(), f"{path}: {problem}")
-        settings = parse_log(log).settings
+    """NAME -> text of the run's settings, which its scores hold. Relative paths are looked for from
+    here, from the run's folder, and from the repository."""
+    try:
+        settings = dict(json.loads(str(arrays["settings"])))
+    except (KeyError, ValueError, TypeError):
+        problem = "holds no settings, no JSON object of that name; was it written by train_gpt.py?"
+        raise RecordError(f"{path}: {problem}") from None
+    homes = Path(), path.resolve().parent.parent, SCRIPT.parent
     for name in ("DATA_PATH", "TOKENIZER_PATH"):
-        value = settings.get(name)
-        homes = (Path(), path.resolve().parent.parent, SCRIPT.parent)
-        found = value and next((home / value for home in homes if (home / value).exists()), None)
-        settings[name] = str(found or value or "")
+        places = [home / settings.get(name, "") for home in homes]
+        settings[name] = str(next((place for place in places if place.exists()), places[0]))
     return settings
-
-
-def as_text(value) -> str:
-    """A setting as it would be written in the environment."""
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
-    return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def choose_stretch(scores: Scores, start: int | None, count: int) -> tuple[int, int]:
