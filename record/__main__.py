@@ -22,10 +22,10 @@ def arguments() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(run, text: str, folder: str = "") -> argparse.ArgumentParser:
-        """The parser of `run`'s command, with its argument for the submission."""
-        name = run.__name__.removeprefix("run_")
-        one = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    def command(run, folder: str = "") -> argparse.ArgumentParser:
+        """The parser of the command that `run` does and describes, with its submission's name."""
+        name, text = run.__name__.removeprefix("run_"), " ".join(run.__doc__.split())
+        one = commands.add_parser(name, help=text, description=text)
         one.set_defaults(run=run)
         if folder:
             optional = {} if folder.startswith("--") else dict(nargs="?")
@@ -33,47 +33,31 @@ def arguments() -> argparse.ArgumentParser:
             one.add_argument(folder, type=Path, default=Path("."), help=said, **optional)
         return one
 
-    one = command(
-        run_report,
-        "write README's results table and submission.json from one log per seed",
-        "--folder",
-    )
+    one = command(run_report, "--folder")
     said = "logs/<RUN_ID>.txt, inside the folder (default: those that README's table links to)"
     one.add_argument("logs", nargs="*", type=Path, metavar="LOG", help=said)
     for key, text in PERSONAL.items():
         choices = TRACKS if key == "track" else None
         said = f"{text} (default: as in submission.json)"
         one.add_argument(f"--{key.replace('_', '-')}", help=said, choices=choices)
-    one = command(
-        run_check,
-        "judge a submission as a reviewer would: on a CPU, without data, in under a minute; exit "
-        "status 1 if a check fails",
-        "folder",
-    )
+    one = command(run_check, "folder")
     one.add_argument("--json", action="store_true", help="print the findings as JSON")
-    one = command(run_systems, "write the table of the launch scripts' systems", "--folder")
-    one.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="<system>_seed<seed>.txt")
-    command(run_settings, "write the page of environment variables", "--folder")
-    command(run_plot, "draw the figures from the reported logs into logs/ and show them", "folder")
-    one = command(
-        run_view, "make an HTML page of the scored text, coloured by what the mixture saved"
-    )
+    command(run_plot, "folder")
+    one = command(run_view)
     said = "logs/<RUN_ID>_scores.npz of SAVE_SCORES=1 (default: that of the last run)"
     one.add_argument("scores", nargs="?", type=Path, metavar="SCORES.npz", help=said)
     one.add_argument("--out", type=Path, help="the page (default: beside the scores)")
     one.add_argument("--start", type=int, help="first target shown (default: where much happens)")
     one.add_argument("--tokens", type=int, default=4000, help="targets shown (default: 4000)")
-    one = command(
-        run_copy,
-        "make DEST/records/<track>/<date>_<Name>/ of exactly the submission's files and what its "
-        "README links to, if check passes",
-        "--folder",
-    )
+    one = command(run_copy, "--folder")
     said = "a checkout of the challenge's repository"
     one.add_argument("dest", type=Path, metavar="DEST", help=said)
     one.add_argument("--date", help="YYYY-MM-DD (default: as in submission.json)")
     one.add_argument("--name", help="(default: as in submission.json)")
     one.add_argument("--force", action="store_true", help="copy even if a check fails")
+    one = command(run_systems, "--folder")
+    one.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="<system>_seed<seed>.txt")
+    command(run_settings, "--folder")
     return parser
 
 
@@ -82,6 +66,7 @@ def warn(text: str) -> None:
 
 
 def run_report(args: argparse.Namespace) -> int:
+    """Write README's results table and submission.json from one log per seed."""
     from .tables import report
 
     flags = {key: getattr(args, key) for key in PERSONAL}
@@ -97,6 +82,7 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def run_systems(args: argparse.Namespace) -> int:
+    """Write the table of the launch scripts' systems."""
     from .tables import SYSTEMS_PAGE, systems
 
     runs = systems(args.logs, args.folder)
@@ -106,6 +92,7 @@ def run_systems(args: argparse.Namespace) -> int:
 
 
 def run_settings(args: argparse.Namespace) -> int:
+    """Write the page of environment variables."""
     from .tables import settings
 
     print(settings(args.folder))
@@ -113,6 +100,8 @@ def run_settings(args: argparse.Namespace) -> int:
 
 
 def run_check(args: argparse.Namespace) -> int:
+    """Judge a submission as a reviewer would: on a CPU, without data, in under a minute. Exit
+    status 1 if a check fails."""
     from .checks import check, summary
 
     findings = check(args.folder)
@@ -128,6 +117,7 @@ def run_check(args: argparse.Namespace) -> int:
 
 
 def run_plot(args: argparse.Namespace) -> int:
+    """Draw the figures from the reported logs into logs/ and show them on their pages."""
     from .figures import plot, show
 
     written, skipped = plot(args.folder)
@@ -138,6 +128,7 @@ def run_plot(args: argparse.Namespace) -> int:
 
 
 def run_view(args: argparse.Namespace) -> int:
+    """Make an HTML page of the scored text, coloured by what the mixture saved."""
     from .view import last_scores, view
 
     scores = args.scores or last_scores(Path("."))
@@ -146,6 +137,8 @@ def run_view(args: argparse.Namespace) -> int:
 
 
 def run_copy(args: argparse.Namespace) -> int:
+    """Make DEST/records/<track>/<date>_<Name>/ of exactly the submission's files and what its
+    README links to, if check passes."""
     from .checks import summary
     from .copy import copy
 

@@ -124,7 +124,9 @@ def check_reading(folder: Folder) -> str:
 def check_logs(folder: Folder) -> str:
     """Complete, finite, in the right units, of the same code, settings and data."""
     warnings = [line for log in folder.logs for line in log.all("warning:")]
+    older = [log for log in folder.logs if not log.has("result ")]
     said = f"{len(folder.runs)} complete runs of one code, one set of settings, the same data; "
+    said += f"{len(older)} of an older script, without a result line; " if older else ""
     if warnings:
         return f"{said}{len(warnings)} warnings, {warnings[0].place}: {warnings[0].text}"
     return f"{said}no warnings"

@@ -26,7 +26,7 @@ README, MEASUREMENTS = Path("README.md"), Path("docs/measurements.md")
 @dataclass(frozen=True)
 class Plot:
     page: Path  # which shows it
-    alt: str  # for those who do not see it
+    alt: str
     collect: Callable[[list[Log]], dict]  # its data; RecordError: a log lacks lines of it
     draw: Callable  # on a matplotlib Figure: (figure, data, colors)
 
@@ -364,33 +364,19 @@ def draw_calibration(figure, data: dict, colors: dict) -> None:
     panels(colors, {curve: "nats per token", amount: "share of the targets"})
 
 
+ALTS = {  # for those who do not see it
+    "bpb": "Bits per byte by stage: last validation, averaged, quantised, sliding window, mixed",
+    "orders": "What the counts save, and how many targets, by the longest n-gram whose context was "
+    "known",
+    "bytes": "Bytes of the submission by kind",
+    "training": "Training loss and learning rate over training time",
+    "calibration": "Expected and actual nats per token by the model's entropy, for the network and "
+    "the mixture",
+}
 FIGURES = dict(  # in the order of their pages
-    fig_bpb=Plot(
-        README,
-        "Bits per byte from the last validation to the score: averaged, quantised, sliding window, "
-        "mixed",
-        collect_bpb,
-        draw_bpb,
-    ),
-    fig_orders=Plot(
-        README,
-        "What the counts save, by the longest n-gram whose context was known, and how many targets "
-        "that are",
-        collect_orders,
-        draw_orders,
-    ),
-    fig_bytes=Plot(README, "Bytes of the submission by kind", collect_bytes, draw_bytes),
-    fig_training=Plot(
-        MEASUREMENTS,
-        "Training loss and learning rate over training time",
-        collect_training,
-        draw_training,
-    ),
-    fig_calibration=Plot(
-        MEASUREMENTS,
-        "Expected and actual nats per token by the model's entropy, for the network and the "
-        "mixture",
-        collect_calibration,
-        draw_calibration,
-    ),
+    fig_bpb=Plot(README, ALTS["bpb"], collect_bpb, draw_bpb),
+    fig_orders=Plot(README, ALTS["orders"], collect_orders, draw_orders),
+    fig_bytes=Plot(README, ALTS["bytes"], collect_bytes, draw_bytes),
+    fig_training=Plot(MEASUREMENTS, ALTS["training"], collect_training, draw_training),
+    fig_calibration=Plot(MEASUREMENTS, ALTS["calibration"], collect_calibration, draw_calibration),
 )

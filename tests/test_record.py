@@ -50,7 +50,14 @@ def good(corpus, tmp_path_factory):
 
     def run(seed: int):
         return run_script(
-            folder, 0, **corpus, SEED=seed, RUN_ID=f"seed{seed}", ITERATIONS=11, WARMDOWN_ITERS=4
+            folder,
+            0,
+            **corpus,
+            SEED=seed,
+            RUN_ID=f"seed{seed}",
+            ITERATIONS=11,
+            WARMDOWN_ITERS=4,
+            SAVE_SCORES=1,
         )
 
     with ThreadPoolExecutor(2) as pool:
@@ -119,6 +126,11 @@ def test_the_parser_knows_every_line_of_a_log(good):
         RecordError, match=rf"seed2.txt:{log.find('ngram_audit').no}: .*expected absent:"
     ):
         log.find("ngram_audit").number("absent")
+
+
+def test_a_log_ends_with_a_screen_for_people_and_a_line_for_programs(good):
+    *_, view, result = (text for _, text in parse_log(good / "logs/seed2.txt").lines)
+    assert (view.endswith("make view"), result.split()[0]) == (True, "result")
 
 
 def test_the_parser_reads_newer_and_older_lines(tmp_path):
@@ -1057,7 +1069,8 @@ def test_a_script_that_cannot_be_loaded_leaves_no_module(tmp_path, monkeypatch):
     assert "train_gpt" not in sys.modules
 
 
-def test_a_record_whose_readme_says_it_is_none_is_refused(folder):
+def test_a_record_whose_readme_says_it_is_none_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(checks, "CHECKS", {"hardware": checks.check_hardware})
     in_every_log("^hardware:.* threads", "hardware:8 x NVIDIA H100 threads")(folder)
     edit_json(folder, track="10min_16mb")
     (folder / "README.md").write_text("This is no record.\n" + (folder / "README.md").read_text())
