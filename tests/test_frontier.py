@@ -11,6 +11,7 @@ import torch
 from conftest import DEADLINE, ROOT, TINY, tiny, values
 from test_model import FRONTIER, randomize
 from test_ranks import assert_same, new_trainer, state
+from test_ttt import plain_scores, scores_of, trainer_with
 
 import train_gpt as t
 
@@ -150,6 +151,16 @@ def test_an_artifact_keeps_all_that_the_preset_learns():
     for name, p in model.named_parameters():
         if t.parameter_kind(name) == "vector":
             assert torch.equal(found[name], p.half().float()), name
+
+
+def test_test_time_training_of_the_preset_changes_later_scores_and_never_earlier_ones(rng):
+    tokens = rng.integers(0, 500, 151).astype(np.uint16)
+    target_bytes = rng.integers(0, 9, 150).astype(np.uint16)
+    untrained = plain_scores(trainer_with(tokens, target_bytes, **FRONTIER), 4)
+    learned = scores_of(tokens, target_bytes, stride=4, **FRONTIER)
+    first = trainer_with(tokens, target_bytes, **FRONTIER).hp.ttt_chunk_tokens
+    np.testing.assert_array_equal(learned[:, :first], untrained[:, :first])
+    assert np.abs(learned[:, first:] - untrained[:, first:]).max() > 1e-4
 
 
 # --- the launch script ----------------------------------------------------------------------------
