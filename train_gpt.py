@@ -2871,7 +2871,7 @@ def log_header(trainer):
 
 
 def report_mixture(trainer, mixture, nll, entropy, added: float):
-    """Audit the mixture, log what it did to the neural scores (nats); returns its bits per byte."""
+    """Audit the mixture, log what it did to the neural scores (nats)."""
     hp, log, target_bytes = trainer.hp, trainer.log, trainer.validation.target_bytes
     log(f"ngram_audit {mixture.audit()}")
     for low, high in pairwise(ENTROPY_EDGES):
@@ -2893,7 +2893,6 @@ def report_mixture(trainer, mixture, nll, entropy, added: float):
         f"orders:{hp.ngram_min_order}-{hp.ngram_order} counts:exact alpha:{hp.ngram_alpha} "
         f"added_time:{1e3 * added:.0f}ms"
     )
-    return bpb
 
 
 def report_hashed(trainer, nll, entropy):
@@ -2982,13 +2981,14 @@ def evaluate(trainer, size: int, began: float):
         f"val_bpb:{neural_bpb:.8f} stride:{stride} eval_time:{1e3 * (scored - scoring_began):.0f}ms"
     )
     arrays = {"nll": nll, "entropy": entropy}
-    mixed_result = "off"
+    nats = {"neural": nll}
     if counted:
         mixed.result()
         mixture = counted.result()
         added = perf_counter() - scored
-        mixed_result = f"{report_mixture(trainer, mixture, nll, entropy, added):.4f} bpb"
+        report_mixture(trainer, mixture, nll, entropy, added)
         arrays["mixed"] = mixture.nll.astype(np.float32)
+        nats["mixed"] = mixture.nll
         if hp.ngram_counts == "hashed":
             report_hashed(trainer, nll, entropy)
     if hp.save_scores:
@@ -2998,11 +2998,41 @@ def evaluate(trainer, size: int, began: float):
 
     seconds = perf_counter() - began
     log(f"total_eval_time:{seconds:.1f}s budget:{hp.eval_budget_seconds:g}s stride:{stride}")
+    report_run(trainer, size, seconds, stride, nats)
+
+
+def report_run(trainer, size: int, seconds: float, stride: int, nats: dict[str, ndarray]):
+    """End the log: a screen for people, then one line for programs, a key per number with its unit
+    in the name, rounded as in the lines above. `size`: bytes of the submission; `seconds`: of the
+    evaluation; `nats`: per target, "neural" and, unless it is off, "mixed"."""
+    hp, log, target_bytes = trainer.hp, trainer.log, trainer.validation.target_bytes
+    bpb = {name: bits_per_byte(scored, target_bytes) for name, scored in nats.items()}
+    mixed = f"{bpb['mixed']:.4f} bpb" if "mixed" in bpb else "off"
     log(
-        f"\n  neural {neural_bpb:.4f} bpb, mixed with exact counts of the past {mixed_result}\n"
+        f"\n  neural {bpb['neural']:.4f} bpb, mixed with exact counts of the past {mixed}\n"
         f"  artifact {size:,} bytes of {SIZE_CAP:,}, code included; {log.path}\n"
         f"  training {trainer.seconds:.1f} s, {trainer.steps} steps; evaluation {seconds:.1f} s"
     )
+    if hp.save_scores and "mixed" in bpb:
+        log("  the text, coloured by what each token cost and what the counts saved: make view")
+
+    milliseconds = 1e3 * trainer.seconds
+    result = {
+        "seed": hp.seed,
+        "steps": trainer.steps,
+        "step_ms": round(milliseconds / max(trainer.steps, 1), 2),
+        "train_seconds": round(milliseconds) / 1e3,
+        "eval_seconds": round(seconds, 1),
+        "stride_tokens": stride,
+        "code_bytes": code_size(),
+        "submission_bytes": size,
+    }
+    for name, scored in nats.items():
+        result[f"{name}_nats_per_token"] = round(float(scored.mean(dtype=float)), 8)
+        result[f"{name}_bits_per_byte"] = round(float(bpb[name]), 8)
+    if "mixed" in bpb:
+        result["gain_bits_per_byte"] = round(float(bpb["neural"] - bpb["mixed"]), 8)
+    log(f"result {json.dumps(result)}", console=False)
 
 
 def log_validation(trainer, name: str):

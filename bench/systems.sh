@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's table of systems: the three launch scripts at demo size on the built-in corpus, the same training time,
+# The table of systems (docs/predecessors.md): the three launch scripts at demo size on the built-in corpus, the same training time,
 # three seeds each; logs/systems/<system>_seed<seed>.txt. On two CPU cores about ten minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,4 +20,4 @@ for system in backoff order_adaptive prefill; do
         mv "logs/$name.txt" logs/systems/
     done
 done
-"$PYTHON" make_record.py systems logs/systems/*.txt
+"$PYTHON" -m record systems logs/systems/*.txt

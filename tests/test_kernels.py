@@ -13,8 +13,8 @@ from conftest import ROOT, collect, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import make_record
 import train_gpt as t
+from record.tables import settings_page
 
 if t.triton is None:
     pytest.skip("no Triton for this platform", allow_module_level=True)
@@ -198,7 +198,7 @@ def test_the_record_tools_leave_the_ops_to_the_loaded_kernels(rng, kernels_on, m
     """A second load of the script would register them anew, without the interpreter."""
     with monkeypatch.context() as elsewhere:  # as under other tests
         elsewhere.delenv("TRITON_INTERPRET", raising=False)
-        make_record.settings_table(ROOT / "train_gpt.py")
+        settings_page(ROOT / "train_gpt.py")
     t.fused_mlp(random(7, 5), random(6, 5), random(5, 6), 0.5)
     assert kernels_on == [t.mlp_kernel.kernel]
 
