@@ -19,6 +19,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from preloaded import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -155,47 +156,47 @@ def corpus(tmp_path_factory) -> dict[str, str]:
 
 
 SCRIPT = ROOT / "train_gpt.py"
+KEPT = "PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV"  # of this environment, for what tests start
 # Ten times what the longest run takes on an idle machine: what is not there by then never comes.
 DEADLINE = 600  # seconds
 
 
 def start_script(
-    cwd: Path,
-    ranks: int = 1,
-    script: Path = SCRIPT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    **env,
-) -> subprocess.Popen:
-    """train_gpt.py as users start it: under torchrun, or plainly with ranks=0."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        if ranks
-        else []
-    )
-    kept = {
-        k: v
-        for k, v in os.environ.items()
-        if k in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV")
-    }
+    cwd: Path, ranks: int = 1, script: Path = SCRIPT, forked: bool = True, **env
+) -> Run | subprocess.Popen:
+    """train_gpt.py under torchrun, or plainly with ranks=0: from a process that has imported torch
+    or, with forked=False, as users start it, which takes some seconds of CPU per rank more."""
     settings = {k: str(v) for k, v in {**TINY, **env}.items()}
-    env = {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **settings}
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(script)],
-        cwd=cwd,
-        env=env,
-        text=True,
-        stdout=stdout,
-        stderr=stderr,
-    )
+    return start_python(cwd, [*torchrun(ranks), str(script)], settings, forked)
 
 
-def finish(process: subprocess.Popen, timeout: float = DEADLINE) -> subprocess.CompletedProcess:
+def torchrun(ranks: int) -> list[str]:
+    """Python's arguments before the script's name."""
+    if not ranks:
+        return []
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+
+
+def start_python(
+    cwd: Path, arguments: list[str], env: dict[str, str], forked: bool = True, **streams
+) -> Run | subprocess.Popen:
+    """`python *arguments` on the CPU, on one thread, with no setting of this environment."""
+    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+    env = {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
+    if forked:
+        return Run(arguments, cwd, env)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | streams
+    return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=env, text=True, **pipes)
+
+
+def finish(
+    process: Run | subprocess.Popen, timeout: float = DEADLINE
+) -> subprocess.CompletedProcess:
     """Waits; what does not end is killed, and with it the ranks that torchrun started."""
     try:
         out, err = process.communicate(timeout=timeout)
     except BaseException:
-        for pid in [*workers(process).values(), process.pid]:
+        for pid in [*children(process), process.pid]:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         raise
@@ -203,22 +204,33 @@ def finish(process: subprocess.Popen, timeout: float = DEADLINE) -> subprocess.C
 
 
 def run_script(
-    cwd: Path, ranks: int = 1, script: Path = SCRIPT, **env
+    cwd: Path, ranks: int = 1, script: Path = SCRIPT, forked: bool = True, **env
 ) -> subprocess.CompletedProcess:
-    return finish(start_script(cwd, ranks, script, **env))
+    return finish(start_script(cwd, ranks, script, forked, **env))
 
 
-def workers(process: subprocess.Popen) -> dict[int, int]:
+def children(process: Run | subprocess.Popen) -> list[int]:
+    """Process ids."""
+    with contextlib.suppress(OSError):  # it has just ended
+        return [
+            int(pid)
+            for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ]
+    return []
+
+
+def workers(process: Run) -> dict[int, int]:
     """rank -> process id, of the ranks that this torchrun started."""
     found = {}
-    with contextlib.suppress(OSError):  # one of them has just ended
-        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-            environ = Path(f"/proc/{pid}/environ").read_text().split("\0")
-            found |= {int(pair[5:]): int(pid) for pair in environ if pair.startswith("RANK=")}
+    for pid in children(process):
+        with contextlib.suppress(OSError):
+            name = Path(f"/proc/{pid}/comm").read_text().split()
+            if name[0] == "rank":
+                found[int(name[1])] = pid
     return found
 
 
-def wait_for(log: Path, pattern: str, process: subprocess.Popen) -> None:
+def wait_for(log: Path, pattern: str, process: Run) -> None:
     """Until a line of `log` starts with `pattern` (no line of the source, with which a log begins,
     should)."""
     end = time.monotonic() + DEADLINE

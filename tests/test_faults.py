@@ -14,9 +14,11 @@ from conftest import (
     BEFORE_STEP,
     DEADLINE,
     SCRIPT,
+    TINY,
     finish,
     patched,
     run_script,
+    start_python,
     start_script,
     tiny,
     values,
@@ -255,8 +257,11 @@ def test_a_console_that_takes_nothing_costs_nothing(corpus, tmp_path):
     """As when it is a file on a full disk, or a pipe whose reader has gone."""
     reader, pipe = os.pipe()
     os.close(reader)
+    settings = {name: str(x) for name, x in {**TINY, **corpus, "NGRAM_ENABLED": 0}.items()}
     with open("/dev/full", "w") as full:
-        process = start_script(tmp_path, 0, stdout=pipe, stderr=full, **corpus, NGRAM_ENABLED=0)
+        process = start_python(
+            tmp_path, [str(SCRIPT)], settings, forked=False, stdout=pipe, stderr=full
+        )
     os.close(pipe)
     assert process.wait(DEADLINE) == 0
     assert list(losses(log_of(tmp_path))) == list(range(1, 13))
