@@ -2,9 +2,11 @@
 
 Random numbers are the same in every run: each test's seed is a function of its name, and
 hypothesis draws the same examples. FRESH=1 draws all of them anew and says which FRESH=<number>
-draws them again."""
+draws them again. SHUFFLE=1 puts files, and the tests in each, in another order, and says which
+SHUFFLE=<number> does it again."""
 
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -74,9 +76,16 @@ def logits(model, hidden) -> torch.Tensor:
     return log_probabilities(model.logits(hidden), model.hp.logit_softcap)
 
 
-FRESH = os.environ.get("FRESH", "0").removeprefix("0")
-if FRESH == "1":  # the workers of pytest-xdist and what tests start inherit the number
-    FRESH = os.environ["FRESH"] = str(int.from_bytes(os.urandom(4), "little") + 2)
+def number_from_environment(name: str) -> str:
+    """Empty if 0 or unset; 1 becomes a new number, which the workers of pytest-xdist and what tests
+    start inherit."""
+    if os.environ.get(name) == "1":
+        os.environ[name] = str(int.from_bytes(os.urandom(4), "little") + 2)
+    return os.environ.get(name, "0").removeprefix("0")
+
+
+FRESH = number_from_environment("FRESH")
+SHUFFLE = number_from_environment("SHUFFLE")
 hypothesis.settings.register_profile(
     "tests", derandomize=not FRESH, database=None, deadline=None, print_blob=True
 )
@@ -85,18 +94,38 @@ hypothesis.settings.load_profile("tests")
 
 @pytest.hookimpl(tryfirst=True)  # before hypothesis' own plugin reads the option
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: run by `make test-all`, not by `make test`")
     if FRESH and config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = FRESH
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Tests of a file stay together, as they share what the file has made once."""
+    if SHUFFLE:
+        by_file = {}
+        for item in items:
+            by_file.setdefault(item.path, []).append(item)
+        dice = random.Random(SHUFFLE)
+        files = list(by_file.values())
+        dice.shuffle(files)
+        for tests in files:
+            dice.shuffle(tests)
+        items[:] = itertools.chain(*files)
+
+
 def pytest_report_header():
-    return f"FRESH={FRESH} draws the same numbers again" if FRESH else None
+    return [
+        f"{name}={number} draws the same {what} again"
+        for name, number, what in (("FRESH", FRESH, "numbers"), ("SHUFFLE", SHUFFLE, "order"))
+        if number
+    ]
 
 
 def pytest_terminal_summary(terminalreporter):
     """With -q there is no header."""
-    if FRESH:
-        terminalreporter.write_line(pytest_report_header())
+    for line in pytest_report_header():
+        terminalreporter.write_line(line)
 
 
 def seed_of(name: str) -> int:
@@ -108,8 +137,8 @@ def seed_of(name: str) -> int:
 def seed(request) -> int:
     """Of this test, for every generator that is not given a seed of its own."""
     number = seed_of(f"{request.node.path.name}::{request.node.name}")
-    if FRESH:  # shown when the test fails
-        print(pytest_report_header())
+    for line in pytest_report_header():  # shown when the test fails
+        print(line)
     random.seed(number)
     np.random.seed(number)
     torch.manual_seed(number)

@@ -6,7 +6,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -15,12 +14,12 @@ import pytest
 import torch
 from conftest import (
     BEFORE_STEP,
-    DEADLINE,
     ROOT,
     SCRIPT,
     finish,
     patched,
     run_script,
+    start_python,
     start_script,
     tiny,
     values,
@@ -137,13 +136,8 @@ def test_scores_and_counts_do_not_depend_on_the_ranks(scored, corpus):
         assert json.loads(str(arrays["settings"]))["EVAL_STRIDE"] == "8"
 
 
-def test_updates_of_1_2_3_and_4_ranks_are_the_written_rule():
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/update_driver.py"],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-    )
+def test_updates_of_1_2_3_and_4_ranks_are_the_written_rule(tmp_path):
+    done = finish(start_python(tmp_path, [str(ROOT / "tests/update_driver.py")], {}))
     assert done.returncode == 0 and done.stdout.count("world_size:") == 4, done.stderr
 
 
