@@ -66,6 +66,8 @@ TINY = dict(  # a model with every feature on that takes milliseconds
     RUN_ID="test",
 )
 
+BRIEF = dict(NGRAM_ENABLED=0, EVAL_STRIDE=32)  # of a test that is not about scoring
+
 
 def tiny(**changes) -> Hyperparameters:
     return Hyperparameters.from_env({k: str(v) for k, v in {**TINY, **changes}.items()})

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import (
     BEFORE_STEP,
+    BRIEF,
     ROOT,
     SCRIPT,
     finish,
@@ -424,7 +425,7 @@ def before(trainer):
 @pytest.fixture(scope="module")
 def interrupted(corpus, tmp_path_factory):
     """Two ranks, stopped by SIGTERM to torchrun: (folder, what it said, settings)."""
-    settings = {**corpus, **STEADY, "ITERATIONS": 40, "WARMDOWN_ITERS": 35, "NGRAM_ENABLED": 0}
+    settings = {**corpus, **STEADY, **BRIEF, "ITERATIONS": 14, "WARMDOWN_ITERS": 12}
     cwd = tmp_path_factory.mktemp("interrupted")
     done = run_script(cwd, 2, patched(cwd.with_suffix(".py"), INTERRUPT), **settings)
     return cwd, done, settings
@@ -438,13 +439,13 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_digi
     assert stopped.returncode != 0 and not list(cwd.rglob("*.tmp")) and not list(cwd.glob("*.ptz"))
     step = int(
         re.search(
-            r"^error: Stopped: step:(\d+)/40: stopped by SIGTERM; RESUME=logs/test.ckpt goes on "
+            r"^error: Stopped: step:(\d+)/14: stopped by SIGTERM; RESUME=logs/test.ckpt goes on "
             r"from step \1$",
             first,
             re.M,
         )[1]
     )
-    assert 7 < step < 40 and list(losses(first)) == list(range(1, step + 1))
+    assert 7 < step < 14 and list(losses(first)) == list(range(1, step + 1))
     whole = run_script(tmp_path, 2, **settings)
     assert whole.returncode == 0, whole.stderr[-3000:]
     expected = log_of(tmp_path)
