@@ -1,16 +1,13 @@
 """The frontier preset in training: schedules, depth recurrence that begins in the middle, the
 launch script on one and two ranks. What its features compute: test_model.py, test_optimizer.py."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-from conftest import DEADLINE, ROOT, TINY, tiny, values
+from conftest import TINY, finish, start_python, tiny, values
 from test_model import FRONTIER, randomize
 from test_ranks import assert_same, new_trainer, state
+from test_systems import launched
 from test_ttt import plain_scores, scores_of, trainer_with
 
 import train_gpt as t
@@ -168,27 +165,10 @@ def test_test_time_training_of_the_preset_changes_later_scores_and_never_earlier
 
 def run_frontier(folder, corpus, ranks: int) -> str:
     """The log of runs/frontier.sh for a tiny model."""
-    (folder / "runs").mkdir()
-    for name in ("frontier", "common"):
-        (folder / f"runs/{name}.sh").write_text((ROOT / f"runs/{name}.sh").read_text())
     own = ("MLP_MULT", "XSA_LAST_N", "EMA_DECAY", "TIED_EMBED_LR")  # what the script sets
     sizes = {k: v for k, v in TINY.items() if k not in own}
     sizes |= dict(RECUR_LAYERS="1,2", PARALLEL_START_LAYER=3, NPROC=ranks)
-    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LANG")}
-    done = subprocess.run(
-        ["bash", "runs/frontier.sh"],
-        cwd=folder,
-        env={
-            **kept,
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHON": sys.executable,
-            "SCRIPT": str(ROOT / "train_gpt.py"),
-            **{k: str(v) for k, v in {**sizes, **corpus}.items()},
-        },
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-    )
+    done = finish(start_python(folder, *launched("frontier", folder, **sizes, **corpus)))
     assert done.returncode == 0, done.stderr[-3000:]
     return (folder / "logs/test.txt").read_text()
 
