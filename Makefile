@@ -1,6 +1,8 @@
 # make demo   train, pack, reload, score and mix on a corpus built from this Python's documentation; no download, no GPU
-# make test   the whole suite, with the same random numbers each time; FRESH=1 draws new ones, FRESH=<seed> those again
-# make test-field  the same on torch 2.9.1, Triton 3.5.1, NumPy 1.26, in .venv-field (downloads about 3 GB)
+# make test   the suite, with the same random numbers each time; FRESH=1 draws new ones, FRESH=<seed> those again;
+#             SHUFFLE=1 another order of files and tests, SHUFFLE=<seed> that again
+# make test-all    the slow tests too, as CI does
+# make test-field  all, on torch 2.9.1, Triton 3.5.1, NumPy 1.26, in .venv-field (downloads about 3 GB)
 # make prove  a range coder and a decoder: the score is a code length, and hashed counts are none
 # make record tables, submission.json, figures and docs/settings.md from the logs that README names; then the checks
 #             (the table of systems from logs/systems/*.txt, if there are any)
@@ -14,9 +16,10 @@ PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
 RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest tests -q -n 2 --dist worksteal --durations=8
 DEV := pytest pytest-xdist hypothesis constriction matplotlib jinja2 ruff
 
-.PHONY: demo test test-field prove record check view lint bench bench-gpu setup clean
+.PHONY: demo test test-all test-field prove record check view lint bench bench-gpu setup clean
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt $(CONSTRAINTS)
@@ -30,10 +33,13 @@ demo: setup
 	PYTHON=$(RUN) bash runs/demo.sh
 
 test: setup
-	$(RUN) -m pytest tests -q -n 2 --dist worksteal --durations=8
+	$(PYTEST) -m "not slow"
+
+test-all: setup
+	$(PYTEST)
 
 test-field:
-	$(MAKE) test VENV=.venv-field CONSTRAINTS=constraints-field.txt
+	$(MAKE) test-all VENV=.venv-field CONSTRAINTS=constraints-field.txt
 
 prove: setup
 	$(RUN) -m pytest tests/test_decodable.py -q -s

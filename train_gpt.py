@@ -1734,18 +1734,12 @@ def train(trainer):
         if is_last:
             break
 
-        if scale < hp.late_qat_threshold:
-            if hardness is None:
-                facts = f"lr_scale:{scale:.4f} bits:{hp.quant_bits} {hp.qat_rounding}"
-                log(f"late_qat:on step:{step} {facts}")
-            rising = 16 - 15 * scale / hp.late_qat_threshold  # from 1 to 16
-            hardness = torch.full((), rising, device=ranks.device)
         set_block_order(trainer)
+        hardness = late_qat_hardness(trainer, scale, hardness)
         losses = [*losses, trainer.step(scale, hardness)][-2:]
 
     if capped:
         log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms {trainer.label}")
-    _, trainer.model.order = block_orders(hp)
     use_averages(trainer)
 
 
@@ -1759,13 +1753,27 @@ def set_block_order(trainer):
     model.order = recurrent if recurs else plain
 
 
+def late_qat_hardness(trainer, scale: float, before: Tensor | None):
+    """The hardness of soft rounding in the next step, rising from 1 to 16 as the rates fall from
+    LATE_QAT_THRESHOLD to 0, given that of the step before. None: there is no rounding."""
+    hp = trainer.hp
+    if scale >= hp.late_qat_threshold:
+        return before
+    if before is None:
+        facts = f"lr_scale:{scale:.4f} bits:{hp.quant_bits} {hp.qat_rounding}"
+        trainer.log(f"late_qat:on step:{trainer.steps} {facts}")
+    return torch.full((), 16 - 15 * scale / hp.late_qat_threshold, device=trainer.ranks.device)
+
+
 def is_multiple(step: int, every: int):
     """Does `every` divide `step`? Never if either is 0."""
     return step > 0 and every > 0 and step % every == 0
 
 
 def use_averages(trainer):
-    """The model gets the averaged weights, where there are any."""
+    """The model gets what is packed: the averaged weights, where there are any, and the final order
+    of blocks."""
+    _, trainer.model.order = block_orders(trainer.hp)
     weights = averaged_parameters(trainer.averages)
     if weights:
         torch._foreach_copy_(trainer.parameters, weights)

@@ -3,13 +3,14 @@ what each claims must show in what it did."""
 
 import math
 import os
+import shutil
 import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import DEADLINE, ROOT, TINY, tiny, values
+from conftest import ROOT, SCRIPT, TINY, finish, start_python, tiny, torchrun, values
 
 import train_gpt as t
 from record import tables
@@ -28,35 +29,37 @@ SMALL = {k: v for k, v in TINY.items() if k not in OWN} | dict(
 )
 
 
+# In the place of Python: it finds no GPU, and writes down what the launch script would start.
+RECORDER = """#!/usr/bin/env bash
+if [ "$1" = -c ]; then echo 0; exit; fi
+printf '%s\\0' "$@" > arguments
+env -0 > environment
+"""
+
+
+def launched(system: str, folder: Path, **settings) -> tuple[list[str], dict[str, str]]:
+    """What runs/<system>.sh starts in `folder`: Python's arguments and environment."""
+    (folder / "runs").mkdir()
+    for name in (system, "common"):
+        shutil.copy(ROOT / f"runs/{name}.sh", folder / "runs")
+    recorder = folder / "python"
+    recorder.write_text(RECORDER)
+    recorder.chmod(0o755)
+    env = {"PATH": os.environ["PATH"], "PYTHON": str(recorder), "SCRIPT": str(SCRIPT)}
+    env |= {name: str(value) for name, value in settings.items()}
+    subprocess.run(["bash", f"runs/{system}.sh"], cwd=folder, env=env, check=True)
+    arguments = (folder / "arguments").read_text().split("\0")[:-1]
+    pairs = (folder / "environment").read_text().split("\0")[:-1]
+    return arguments, dict(pair.split("=", 1) for pair in pairs)
+
+
 @pytest.fixture(scope="module")
 def logs(corpus, tmp_path_factory):
     """system -> (log, artifact's state, checkpoint)."""
     runs = {}
     for system in ("backoff", "order_adaptive", "prefill"):
         folder = tmp_path_factory.mktemp(system)
-        (folder / "runs").mkdir()
-        for name in (system, "common"):
-            (folder / f"runs/{name}.sh").write_text((ROOT / f"runs/{name}.sh").read_text())
-        kept = {
-            k: v
-            for k, v in os.environ.items()
-            if k in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV")
-        }
-        env = {
-            **kept,
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHON": sys.executable,
-            "SCRIPT": str(ROOT / "train_gpt.py"),
-            **{k: str(v) for k, v in {**SMALL, **corpus}.items()},
-        }
-        done = subprocess.run(
-            ["bash", "runs/" + system + ".sh"],
-            cwd=folder,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE,
-        )
+        done = finish(start_python(folder, *launched(system, folder, **SMALL, **corpus)))
         assert done.returncode == 0, done.stderr[-3000:]
         with np.load(folder / "logs/test.ckpt", allow_pickle=False) as checkpoint:
             arrays = dict(checkpoint)
@@ -82,6 +85,12 @@ def packed_weights_are(state, arrays, expected) -> bool:
 def mean_of(arrays, name) -> dict[str, np.ndarray]:
     order = [k.removeprefix("model.") for k in arrays if k.startswith("model.")]
     return {n: arrays[f"{name}.{i + 1}"] for i, n in enumerate(order)}
+
+
+@pytest.mark.parametrize("system", ["backoff", "order_adaptive", "prefill", "frontier"])
+def test_without_a_gpu_a_launch_script_starts_two_ranks(system, tmp_path):
+    arguments, _ = launched(system, tmp_path)
+    assert arguments == [*torchrun(2), str(SCRIPT)]
 
 
 @pytest.mark.parametrize("system", ["backoff", "order_adaptive", "prefill"])
