@@ -2373,6 +2373,11 @@ def since_start(values: ndarray, first: ndarray):
     return values - np.repeat(values[starts], lengths)
 
 
+def sum_before(values: ndarray, first: ndarray):
+    """The sum of the values before each in its run."""
+    return since_start(np.cumsum(values) - values, first)
+
+
 def sort_runs(keys: ndarray):
     """(order, first, prior): `order` brings equal keys together, in stream order; `first` marks
     where runs of them start; prior[t] is how many positions before t hold the same key. Key and
@@ -2655,27 +2660,35 @@ class Cache:
         self.cubes = np.zeros(len(tokens), np.uint16)  # whole numbers: sums are exact in float64
         self.open = np.zeros(1 << 16)  # S(v) of the document in which the last block ended
 
+    @staticmethod
+    def surprise(nats):
+        """How much a token counts that cost so many."""
+        return np.rint(nats * nats * nats)
+
     def extend(self, begin: int, end: int, model: ndarray):
         """(S(v), S) at the targets [begin, end) and their tokens, from earlier targets alone."""
         token = self.tokens[begin + 1 : end + 1]
-        opens = self.tokens[begin:end] == BOS
-        document = np.cumsum(opens)  # 0: the one that was open
-        cubes = np.rint(np.minimum(-np.log(model), LARGEST_SURPRISE) ** 3)
+        opens = self.tokens[begin:end] == BOS  # a document
+        cubes = self.surprise(np.minimum(-np.log(model), LARGEST_SURPRISE))
         self.cubes[begin + 1 : end + 1] = cubes
 
-        order, first, _ = sort_runs(document << 16 | token)
+        order = np.argsort(token, kind="stable")
+        by_token = token[order]
+        document = np.cumsum(opens)[order]
+        first = (by_token[1:] != by_token[:-1]) | (document[1:] != document[:-1])
+        sorted_cubes = cubes[order]
         of_token = np.empty(len(token))
-        of_token[order] = since_start(np.cumsum(cubes[order]) - cubes[order], first)
-        opens[0] = True
-        of_all = since_start(np.cumsum(cubes) - cubes, opens)
-        is_old = document == 0
-        of_token[is_old] += self.open[token[is_old]]
-        of_all[is_old] += self.open.sum()
+        of_token[order] = sum_before(sorted_cubes, np.append(True, first))
+        of_all = sum_before(cubes, np.append(True, opens[1:]))
 
-        if document[-1]:
+        starts = np.flatnonzero(opens)
+        old = slice(starts[0] if len(starts) else None)  # the targets of the open document
+        of_token[old] += self.open[token[old]]
+        of_all[old] += self.open.sum()
+        if len(starts):
             self.open[:] = 0
-        is_open = document == document[-1]
-        self.open += np.bincount(token[is_open], cubes[is_open], len(self.open))
+        new = slice(starts[-1] if len(starts) else 0, None)
+        self.open += np.bincount(token[new], cubes[new], len(self.open))
         return of_token, of_all
 
     def distribution(self, target: int, V: int):
@@ -2700,6 +2713,8 @@ class OnlineChain:
     the model are weighed by their likelihood on all earlier targets (Bayes), which over the whole
     stream costs at most one bit more than the better of the two.
     """
+
+    fading = 0.97  # what each block leaves of what the ones before taught
 
     def __init__(self, tokens, hp):
         self.tokens = tokens
@@ -2775,6 +2790,7 @@ class OnlineChain:
         parts = self.parts([w[bucket] for w in self.weights[n]], p[rows], experts)
         total = sum(parts)
         p[rows] = total
+        self.credits[n] *= self.fading
         for credit, part in zip(self.credits[n].reshape(len(parts), -1), parts):
             credit += np.bincount(bucket, part / total, len(credit))  # views of credits[n]
 

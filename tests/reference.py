@@ -115,6 +115,6 @@ class Predictor:
                 counts.clear()
         if len(self.stream) - 1 in self.edges:
             for n in self.credits:
-                self.credits[n] += self.fresh[n]
+                self.credits[n] = 0.97 * self.credits[n] + self.fresh[n]
                 self.fresh[n][:] = 0
                 self.weights[n] = t.bucket_weights(self.credits[n])

@@ -150,7 +150,7 @@ SCHEMES = [
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: "-".join(map(str, s.values())))
-@pytest.mark.parametrize("kind", ["zipf", "noisy_copies", "documents"])
+@pytest.mark.parametrize("kind", ["zipf", "noisy_copies", "documents", "one_token"])
 def test_the_mixture_is_what_a_decoder_would_predict_and_sums_to_one(rng, kind, scheme):
     """Token by token against the dictionary predictor: the same probability of each target, from a
     distribution that was complete before the target was seen."""
@@ -233,6 +233,41 @@ def test_the_longest_known_context_of_each_target_is_kept(rng, scheme):
         for row in dictionary_counts(tokens.tolist(), hp.ngram_order)
     ]
     assert np.array_equal(mixture.order, longest)
+
+
+def test_the_cache_of_a_document_is_the_sum_of_what_its_tokens_cost(rng, monkeypatch):
+    """Against a loop, whatever the blocks: from earlier targets of the same document alone."""
+    tokens, V = stream_of("documents", rng, 900), 300
+    nats = rng.exponential(3, 899)
+    cache, got, summed = t.Cache(tokens), [], []
+    for begin, end in itertools.pairwise([0, 1, 2, 40, 41, 300, 899]):
+        got.append(np.stack(cache.extend(begin, end, np.exp(-nats[begin:end]))))
+        sums, total = cache.distribution(end - 1, V)
+        summed.append((sums[tokens[end]], total, sums.sum()))
+    want, seen = [], Counter()
+    for token, cost in zip(tokens[1:].tolist(), nats):
+        want.append((seen[token], seen.total()))
+        seen[token] += round(-(math.log(math.exp(-cost)) ** 3))
+        if token == t.BOS:
+            seen.clear()
+    assert np.array_equal(np.concatenate(got, 1).T, want)
+    ends = [0, 1, 39, 40, 299, 898]
+    assert summed == [(*want[i], want[i][1]) for i in ends]
+
+
+def test_a_token_dearer_than_the_largest_surprise_fits_the_cache(rng):
+    tokens = stream_of("zipf", rng, 50)
+    cache = t.Cache(tokens)
+    cache.extend(0, 49, np.full(49, 1e-300))
+    assert cache.cubes[1:].min() == t.LARGEST_SURPRISE**3 == cache.cubes.max()
+
+
+def test_a_document_says_more_than_the_stream(rng):
+    """Each document repeats words of its own: what counts of the stream alone cannot know."""
+    words = rng.integers(2, 300, (40, 8))
+    tokens = np.concatenate([[t.BOS, *rng.choice(w, 100)] for w in words]).astype(np.uint16)
+    nll = np.full(len(tokens) - 1, math.log(300))
+    assert mixed(tokens, nll, nll, tiny()).mean() < 0.75 * math.log(300)
 
 
 def test_scores_that_are_not_finite_stop_the_mixture(rng):
