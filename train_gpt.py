@@ -2372,11 +2372,13 @@ def ttt_step(trainer, optimizer, tuned: list[nn.Parameter], batch):
 # exact, and are made while the GPUs score.
 
 CHUNK = 1 << 18  # positions sorted at a time, so that what a sort touches stays in the cache
-NGRAM_STATES = 8 * 4 * 2 * 2  # buckets of the online weights: the context's state ...
-GAPS = 13  # ... x how far back it last came, up to 2^24, where `floor_log2` ends ...
-ENTROPY_BUCKETS = 6  # ... x the model's entropy in whole nats
-LONGEST_AGE = 65535  # tokens of a document beyond which its age is not counted
-PRIOR_WEIGHT = 20  # targets that a level of buckets is worth to the next finer one
+# Buckets of the online weights: a context's frequency, share of followers that were not new, how
+# far back it last came; its frequency in the document; the model's entropy in whole nats.
+BUCKETS = (8, 4, 3, 4, 6)
+FAR, FARTHER = 512, 2048  # tokens: what the model may still see, what it no longer sees
+OFTEN = 255  # a context that came as often in its document, or oftener, has no counts of it
+LARGEST_SURPRISE = 40.0  # nats; its cube is a uint16
+PRIOR_WEIGHT = 60  # targets that a level of buckets is worth to the next finer one
 ORDER_CENTERS = np.array((4.5, 4.2, 3.8, 3.5, 3.2, 3.0))  # nats, orders 2 ... 7, beyond (PR #825)
 HASH_PRIMES = np.array((36313, 27191, 51647, 81929, 131071, 175447, 209591), np.uint64)
 
@@ -2389,6 +2391,11 @@ def since_start(values: ndarray, first: ndarray):
     starts = np.flatnonzero(first)
     lengths = np.diff(starts, append=len(first))
     return values - np.repeat(values[starts], lengths)
+
+
+def sum_before(values: ndarray, first: ndarray):
+    """The sum of the values before each in its run."""
+    return since_start(np.cumsum(values) - values, first)
 
 
 def sort_runs(keys: ndarray):
@@ -2414,38 +2421,48 @@ def floor_log2(x: ndarray):
     return (x.astype(np.float32).view(np.int32) >> 23) - 127
 
 
-def describe_contexts(t: ndarray, token: ndarray, age: ndarray, first: ndarray, pair: ndarray):
-    """Given positions t grouped by context, each with its token, its age in its document and how
-    often this token followed the context before: 0 where the context is new, else 2 * (1 + bucket)
-    + [outcome: the token repeats the context's last follower]. The bucket, NGRAM_STATES x GAPS,
-    knows the past alone: how often the context came, which share of its followers was not new,
-    whether the last one repeated the one before, came in this document, and how long ago."""
-    repeats = np.append(False, token[1:] == token[:-1]) & ~first
-    last_repeated = np.append(False, repeats[:-1]) & ~first
-    gap = np.where(first, 1, np.diff(t, prepend=t[:1]))
+# Of how often a context came in its document: never, once, 2 or 3 times, oftener.
+LOCAL_CLASS = np.minimum(floor_log2(2 * np.arange(OFTEN + 1) + 1), 3)
+
+
+def describe_contexts(t: ndarray, first: ndarray, pair: ndarray):
+    """Given positions t grouped by context, and how often their token followed the context before:
+    0 where the context is new, else 1 + its state, which knows the past alone: how often it came,
+    which share of its followers was not new, how long ago it came."""
     seen = since_start(np.arange(len(t), dtype=np.int32), first)  # c(u)
     is_known = (pair > 0).astype(np.int32)
     known_before = since_start(np.cumsum(is_known, dtype=np.int32) - is_known, first)
+    gap = np.diff(t, prepend=t[:1])
 
     often = np.maximum(seen, 1)
     frequency = np.minimum(floor_log2(often), 7)
     share_known = 4 * known_before // often  # 0 ... 3, as a context's first follower is new
-    state = frequency * 4 + share_known
-    state = state * 2 + last_repeated
-    state = state * 2 + (gap <= age)
-    gap_class = np.minimum(floor_log2(gap) >> 1, GAPS - 1)
-    bucket = state * GAPS + gap_class
-    return np.where(seen, 2 * (1 + bucket) + repeats, 0)
+    distance = (gap >= FAR).view(np.int8) + (gap >= FARTHER)
+    return np.where(seen, 1 + (frequency * 4 + share_known) * 3 + distance, 0)
+
+
+def local_ranks(document: ndarray, first: ndarray):
+    """uint8, of positions in runs, in stream order: how many of the run lie before in the same
+    document, at most OFTEN."""
+    first = first.copy()
+    first[1:] |= document[1:] != document[:-1]
+    ranks = since_start(np.arange(len(first), dtype=np.uint32), first)
+    return np.minimum(ranks, OFTEN).astype(np.uint8)
 
 
 def ngram_counts(tokens, highest: int, describe: bool = True):
-    """Yields (pair, code) per position of `tokens`, uint16, for n = 1 ... `highest`. pair[t]: how
-    many earlier positions end the same n-gram, that is c(u, v) of position t; its c(u) is the pair
-    of n - 1 at t - 1. code[t]: of `describe_contexts`, for n > 1, else 0; empty if not wanted."""
-    stream = document_ages(tokens) << 16 | tokens if describe else tokens
+    """Yields (pair, local, code) per position of `tokens`, uint16, for n = 1 ... `highest`.
+    pair[t]: how many earlier positions end the same n-gram, that is c(u, v) of position t; its c(u)
+    is the pair of n - 1 at t - 1. local[t]: the same within the document, at most OFTEN. code[t]:
+    of `describe_contexts`, from n = 2. Without `describe`, local and code are empty."""
     order, first, pair = sort_runs(tokens)
-    code = np.zeros(len(tokens) if describe else 0, np.uint16)
-    yield pair.astype(np.min_scalar_type(pair.max()), copy=False), code
+    stream = tokens
+    local = np.zeros(len(tokens) if describe else 0, np.uint8)
+    code = np.zeros(0, np.uint8)
+    if describe:
+        stream = document_numbers(tokens) << 16 | tokens
+        local[order] = local_ranks(stream[order] >> 16, first)
+    yield pair.astype(np.min_scalar_type(pair.max()), copy=False), local, code
 
     # t holds positions, grouped by the n - 1 tokens before them; `first` marks where groups start.
     # What ends the stream is followed by nothing; it is the last of its group.
@@ -2454,21 +2471,23 @@ def ngram_counts(tokens, highest: int, describe: bool = True):
     first = first[is_followed]
     for _ in range(2, highest + 1):
         pair = np.zeros(len(tokens), np.uint32)
-        code = np.zeros(len(code), np.uint16)
+        local, code = np.zeros((2, len(local)), np.uint8)
         # The next n's t and first are written over this one's, which have been read by then.
         kept = 0
         for start, stop in chunks_of_groups(first):
             place = t[start:stop]
             begins = first[start:stop]
-            token_and_age = stream[place]
-            token = token_and_age & 0xFFFF
+            document_and_token = stream[place]
             group = np.cumsum(begins, dtype=np.uint64)
-            by_token, next_begins, count = sort_runs(group << np.uint64(16) | token)
+            keys = group << np.uint64(16) | (document_and_token & 0xFFFF)
+            by_token, next_begins, count = sort_runs(keys)
             pair[place] = count
+            sorted_place = place[by_token]
             if describe:
-                code[place] = describe_contexts(place, token, token_and_age >> 16, begins, count)
+                local[sorted_place] = local_ranks(document_and_token[by_token] >> 16, next_begins)
+                code[place] = describe_contexts(place, begins, count)
 
-            following = place[by_token] + 1
+            following = sorted_place + 1
             is_alone = next_begins & np.append(next_begins[1:], True)  # its counts stay 0
             keep = ~is_alone & (following < len(tokens))
             end = kept + np.count_nonzero(keep)
@@ -2477,7 +2496,7 @@ def ngram_counts(tokens, highest: int, describe: bool = True):
             kept = end
         t = t[:kept].copy()
         first = first[:kept].copy()
-        yield pair.astype(np.min_scalar_type(pair.max()), copy=False), code
+        yield pair.astype(np.min_scalar_type(pair.max()), copy=False), local, code
 
 
 def chunks_of_groups(first: ndarray):
@@ -2491,23 +2510,22 @@ def chunks_of_groups(first: ndarray):
         yield start, stop
 
 
-def document_ages(tokens):
-    """uint32: how many tokens lie between t and the last BOS before it, at most LONGEST_AGE."""
-    opens = np.append((True, True), tokens[1:-1] == BOS)[: len(tokens)]  # the stream opens one
-    age = since_start(np.arange(len(tokens), dtype=np.uint32), opens)
-    return np.minimum(age, LONGEST_AGE)
+def document_numbers(tokens):
+    """uint64: how many BOS lie before each position. The document of that number holds it."""
+    closes = tokens == BOS
+    return np.cumsum(closes, dtype=np.uint64) - closes
 
 
 def earlier_continuations(tokens, target: int, orders: range):
-    """Yields (n, the tokens that followed the target's context of n - 1 tokens before it) for each
-    n >= 2 of `orders` that knows any: `ngram_counts`, recounted by looking at every position."""
+    """Yields (n, the positions of what followed the target's context of n - 1 tokens before it)
+    for each n >= 2 of `orders` that knows any: recounted by looking at every position."""
     t = target + 1
-    places = np.flatnonzero(tokens[: t - 1] == tokens[t - 1]) + 1  # of what followed
+    places = np.flatnonzero(tokens[: t - 1] == tokens[t - 1]) + 1
     for n in range(2, min(orders.stop, t + 2)):
         places = places[places >= n - 1]
         places = places[tokens[places - n + 1] == tokens[t - n + 1]]
         if n in orders and len(places):
-            yield n, tokens[places]
+            yield n, places
 
 
 # Counts for backoff
@@ -2536,7 +2554,7 @@ class BackoffCounts:
         """Yields (n, c(u), c(u, v)), of the targets from n - 2 on: the first with a context."""
         lower = None  # the pairs of the order below
         counts = ngram_counts(self.tokens, self.hp.ngram_order, describe=False)
-        for n, (pair, _) in enumerate(counts, start=1):
+        for n, (pair, *_) in enumerate(counts, start=1):
             if lower is not None:
                 yield n, lower[n - 2 : -1], pair[n - 1 :]
             lower = pair
@@ -2544,8 +2562,8 @@ class BackoffCounts:
     def continuations(self, target: int):
         """(c(u, v) of every v, c(u)) of a target that has an order, counted anew."""
         n = int(self.order[target])
-        ((_, followers),) = earlier_continuations(self.tokens, target, range(n, n + 1))
-        return np.bincount(followers, minlength=self.hp.vocab_size), len(followers)
+        ((_, places),) = earlier_continuations(self.tokens, target, range(n, n + 1))
+        return np.bincount(self.tokens[places], minlength=self.hp.vocab_size), len(places)
 
 
 class HashedCounts(BackoffCounts):
@@ -2652,27 +2670,85 @@ class OrderBackoff(EntropyBackoff):
         return ORDER_CENTERS[np.clip(order.astype(int) - 2, 0, len(ORDER_CENTERS) - 1)]
 
 
+class Cache:
+    """What the open document has said, each token as often as the model was surprised by it: the
+    expert S(v) / S, where S(v) sums the cubes of the nats that v cost in this document. Names and
+    terms of a document return oftener than the model expects; what it expected says nothing new."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+        self.cubes = np.zeros(len(tokens), np.uint16)  # whole numbers: sums are exact in float64
+        self.open = np.zeros(1 << 16)  # S(v) of the document in which the last block ended
+
+    @staticmethod
+    def surprise(nats):
+        """How much a token counts that cost so many."""
+        return np.rint(nats * nats * nats)
+
+    def extend(self, begin: int, end: int, model: ndarray):
+        """(S(v), S) at the targets [begin, end) and their tokens, from earlier targets alone."""
+        token = self.tokens[begin + 1 : end + 1]
+        opens = self.tokens[begin:end] == BOS  # a document
+        cubes = self.surprise(np.minimum(-np.log(model), LARGEST_SURPRISE))
+        self.cubes[begin + 1 : end + 1] = cubes
+
+        order = np.argsort(token, kind="stable")
+        by_token = token[order]
+        document = np.cumsum(opens)[order]
+        first = (by_token[1:] != by_token[:-1]) | (document[1:] != document[:-1])
+        sorted_cubes = cubes[order]
+        of_token = np.empty(len(token))
+        of_token[order] = sum_before(sorted_cubes, np.append(True, first))
+        of_all = sum_before(cubes, np.append(True, opens[1:]))
+
+        starts = np.flatnonzero(opens)
+        old = slice(starts[0] if len(starts) else None)  # the targets of the open document
+        of_token[old] += self.open[token[old]]
+        of_all[old] += self.open.sum()
+        if len(starts):
+            self.open[:] = 0
+        new = slice(starts[-1] if len(starts) else 0, None)
+        self.open += np.bincount(token[new], cubes[new], len(self.open))
+        return of_token, of_all
+
+    def distribution(self, target: int, V: int):
+        """(S(v) of every token, S) at `target`, summed anew."""
+        start = document_start(self.tokens, target)
+        known = slice(start, target + 1)
+        sums = np.bincount(self.tokens[known], self.cubes[known], V)
+        return sums, sums.sum()
+
+
 class OnlineChain:
-    """A chain over the orders that begins with the model's p. Where u, the n - 1 tokens before v,
-    has come before,
+    """A chain over the orders that begins with the model's p. First the document's `Cache`,
 
-        p_n(v) = w0 * p_{n-1}(v) + w1 * c(u, v) / c(u) + w2 * [v is what followed u last time].
+        p_1(v) = w0 * p(v) + w1 * S(v) / S,
 
-    Each bucket of contexts has weights of its own, learned by EM from strictly earlier blocks. The
-    last p_n and the model are weighed by their likelihood on all earlier targets (Bayes), which
-    over the whole stream costs at most one bit more than the better of the two.
+    then, where u, the n - 1 tokens before v, has come before,
+
+        p_n(v) = w0 * p_{n-1}(v) + w1 * c(u, v) / c(u) + w2 * d(u, v) / d(u).
+
+    c counts in the stream, d in the document; where d knows nothing, c stands in. Each bucket of
+    contexts has weights of its own, learned by EM from strictly earlier blocks. The last p_n and
+    the model are weighed by their likelihood on all earlier targets (Bayes), which over the whole
+    stream costs at most one bit more than the better of the two.
     """
+
+    fading = 0.97  # what each block leaves of what the ones before taught
 
     def __init__(self, tokens, hp):
         self.tokens = tokens
         self.hp = hp
         self.orders = range(hp.ngram_min_order, hp.ngram_order + 1)
-        counts = list(ngram_counts(tokens, hp.ngram_order))
-        self.pairs = {n: pair for n, (pair, _) in enumerate(counts, start=1)}
-        self.codes = {n: code for n, (_, code) in enumerate(counts, start=1)}
-        shape = (3, NGRAM_STATES, GAPS, ENTROPY_BUCKETS)
-        self.credits = {n: np.zeros(shape) for n in self.orders}  # targets that EM gave each expert
-        self.weights = {}  # (3, buckets) of each order, for the block mixed last
+        counts = dict(enumerate(ngram_counts(tokens, hp.ngram_order), start=1))
+        self.pairs = {n: pair for n, (pair, _, _) in counts.items()}
+        self.locals = {n: local for n, (_, local, _) in counts.items()}
+        self.codes = {n: code for n, (_, _, code) in counts.items() if n > 1}
+        self.cache = Cache(tokens)
+        # Targets that EM gave to each expert, by order; 1 is the cache's.
+        self.credits = {n: np.zeros((3, *BUCKETS)) for n in self.orders}
+        self.credits[1] = np.zeros((2, BUCKETS[-1]))
+        self.weights = {}  # (experts, buckets) of each order, for the block mixed last
         self.log_odds = 0.0  # of the last p_n against the model, by likelihood so far
         self.begin = 0  # of the block mixed last
         self.trust = np.empty(0)  # in the last p_n, for each target of that block
@@ -2680,38 +2756,47 @@ class OnlineChain:
     @staticmethod
     def entropy_bucket(entropy):
         """The model's entropy in whole nats, int64."""
-        return entropy.clip(0, ENTROPY_BUCKETS - 1).astype(np.int64)
+        return entropy.clip(0, BUCKETS[-1] - 1).astype(np.int64)
 
     @staticmethod
-    def bucket(code, entropy_bucket):
-        """The index of the weights of a context with this code; int64, as codes are narrow."""
-        return ((code >> 1) - 1) * np.int64(ENTROPY_BUCKETS) + entropy_bucket
+    def bucket(code, local, entropy_bucket):
+        """The index of the weights of a context with this code, which came `local` times in the
+        document; int64, as codes are narrow."""
+        return ((code - np.int64(1)) * 4 + LOCAL_CLASS[local]) * BUCKETS[-1] + entropy_bucket
 
     @staticmethod
-    def parts(weights, lower, frequency, repeats):
-        """What the three experts give to p_n, which is the sum."""
-        return [w * p for w, p in zip(weights, (lower, frequency, repeats))]
+    def quotients(pair, context, local_pair, local_context):
+        """What the two counting experts give; OFTEN stands for unknown counts of the document."""
+        frequency = pair / context
+        is_known = (local_context > 0) & (local_context < OFTEN)
+        local_frequency = local_pair / np.maximum(local_context, np.uint8(1))
+        return frequency, np.where(is_known, local_frequency, frequency)
+
+    @staticmethod
+    def parts(weights, lower, experts):
+        """What `lower` and the experts give to the mixture, which is the sum."""
+        return [w * p for w, p in zip(weights, (lower, *experts))]
 
     def mix(self, begin: int, end: int, model: ndarray, entropy):
         """(p, longest order that matched) of targets [begin, end), from which it then learns."""
         p = model.copy()
         order = np.zeros(end - begin, np.uint8)
         entropy_bucket = self.entropy_bucket(entropy)
+        sums, total = self.cache.extend(begin, end, model)
+        rows = np.flatnonzero(total)
+        self.step(1, p, rows, entropy_bucket[rows], [sums[rows] / total[rows]])
         for n in self.orders:
             code = self.codes[n][begin + 1 : end + 1]
             rows = np.flatnonzero(code)
-            code = code[rows]
-            context = self.pairs[n - 1][begin:end][rows].astype(float)
-            pair = self.pairs[n][begin + 1 : end + 1][rows]
-            bucket = self.bucket(code, entropy_bucket[rows])
-            self.weights[n] = bucket_weights(self.credits[n])
-            weights = [w[bucket] for w in self.weights[n]]
-            parts = self.parts(weights, p[rows], pair / context, code & 1)
-            total = sum(parts)
-            p[rows] = total
+            context, local = (
+                counts[n - 1][begin:end][rows] for counts in (self.pairs, self.locals)
+            )
+            pair, local_pair = (
+                counts[n][begin + 1 : end + 1][rows] for counts in (self.pairs, self.locals)
+            )
+            bucket = self.bucket(code[rows], local, entropy_bucket[rows])
+            self.step(n, p, rows, bucket, self.quotients(pair, context, local_pair, local))
             order[rows] = n
-            for credit, part in zip(self.credits[n].reshape(3, -1), parts):
-                credit += np.bincount(bucket, part / total, len(credit))  # views of credits[n]
 
         log_odds = np.cumsum(np.append(self.log_odds, np.log(p / model)))
         self.log_odds = log_odds[-1]
@@ -2719,36 +2804,63 @@ class OnlineChain:
         self.trust = 1 / (1 + np.exp(-np.clip(log_odds[:-1], -500, 500)))
         return self.weigh(self.trust, p, model), order
 
+    def step(self, n: int, p: ndarray, rows: ndarray, bucket: ndarray, experts):
+        """Mix the experts into the rows of p, with weights from earlier blocks, then learn."""
+        self.weights[n] = bucket_weights(self.credits[n])
+        parts = self.parts([w[bucket] for w in self.weights[n]], p[rows], experts)
+        total = sum(parts)
+        p[rows] = total
+        self.credits[n] *= self.fading
+        for credit, part in zip(self.credits[n].reshape(len(parts), -1), parts):
+            credit += np.bincount(bucket, part / total, len(credit))  # views of credits[n]
+
     @staticmethod
     def weigh(trust, p, model):
         return trust * p + (1 - trust) * model
 
     def distribution(self, target: int, model_V, entropy):
         """p of every token at `target`, of the block mixed last; its counts are counted anew."""
+        V = len(model_V)
+        entropy_bucket = self.entropy_bucket(entropy)
         p = model_V
-        vocabulary = np.arange(len(model_V))
-        for n, followers in earlier_continuations(self.tokens, target, self.orders):
-            bucket = self.bucket(int(self.codes[n][target + 1]), self.entropy_bucket(entropy))
-            frequency = np.bincount(followers, minlength=len(model_V)) / len(followers)
-            repeats = vocabulary == followers[-1]
-            p = sum(self.parts(self.weights[n][:, bucket], p, frequency, repeats))
+        sums, total = self.cache.distribution(target, V)
+        if total:
+            p = sum(self.parts(self.weights[1][:, entropy_bucket], p, [sums / total]))
+        start = document_start(self.tokens, target)
+        for n, places in earlier_continuations(self.tokens, target, self.orders):
+            local = np.uint8(min(np.count_nonzero(places >= start), OFTEN))
+            pair, local_pair = (
+                np.bincount(self.tokens[some], minlength=V)
+                for some in (places, places[places >= start])
+            )
+            bucket = self.bucket(int(self.codes[n][target + 1]), local, entropy_bucket)
+            experts = self.quotients(pair, len(places), local_pair, local)
+            p = sum(self.parts(self.weights[n][:, bucket], p, experts))
         return self.weigh(self.trust[target - self.begin], p, model_V)
 
     def evidence(self):
-        return [*self.pairs.values(), *self.codes.values()]
+        return [*self.pairs.values(), *self.locals.values(), *self.codes.values()]
+
+
+def document_start(tokens, target: int):
+    """The position after the last BOS before the target."""
+    closes = np.flatnonzero(tokens[: target + 1] == BOS)
+    return closes[-1] + 1 if len(closes) else 0
 
 
 def bucket_weights(credits: ndarray):
-    """(3, buckets): posterior mean weights of the experts, given credits[expert, state, gap,
-    entropy]. The mean over coarser buckets is the Dirichlet prior of the finer."""
+    """(experts, buckets): posterior mean weights, given credits[expert, *BUCKETS]. The mean over
+    coarser buckets is the Dirichlet prior of the finer; where nothing was seen, 0.98 for the first
+    expert, the lower order."""
     levels = [credits]
     while levels[-1].ndim > 1:
         levels.append(levels[-1].sum(-1))
-    prior = np.array((0.98, 0.01, 0.01))  # where nothing was seen: the lower order
+    others = len(credits) - 1
+    prior = np.array((0.98, *[0.02 / others] * others))
     for level in reversed(levels):
         posterior = (level + PRIOR_WEIGHT * prior) / (level.sum(0) + PRIOR_WEIGHT)
         prior = posterior[..., None]
-    return posterior.reshape(3, -1)
+    return posterior.reshape(len(credits), -1)
 
 
 RULES = {"online": OnlineChain, "entropy": EntropyBackoff, "order": OrderBackoff}
