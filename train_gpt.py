@@ -1848,10 +1848,10 @@ class Curvature:
 
 
 class CurvatureRecorder:
-    """Sums what `Curvature` is the mean of, over the tokens of all passes through the model."""
+    """Sums what `Curvature` is the mean of, over all passes through the model."""
 
     def __init__(self, model):
-        self.tokens = 0
+        self.model = model
         self.sums: dict[str, list[Tensor]] = {}  # inputs' moments, squared gradients
         self.handles = []
         for name, module in model.named_modules():
@@ -1866,99 +1866,85 @@ class CurvatureRecorder:
         sums = self.sums.setdefault(name, [0.0, 0.0])
         sums[place] = sums[place] + x
 
+    def add_moments(self, name: str, x):
+        x_NC = x.detach().flatten(0, -2).float()
+        self.add(name, 0, x_NC.T @ x_NC)
+
+    def add_squares(self, name: str, g, factor=1.0):
+        self.add(name, 1, (g.flatten(0, -2).float() * factor).square().sum(0))
+
     def watch_linear(self, name: str, module, args, y):
-        """Moments of the inputs now, squared gradients of y when they come. A factor multiplies the
-        weights of an output, hence also their gradients."""
+        """Inputs now, gradients of y when they come. A factor multiplies an output's weights, hence
+        also their gradients."""
         x, *factors = args
-        scale = factors[0].detach().flatten() if factors else 1.0
-        self.add(name, 0, moments(x.detach()))
-        y.register_hook(lambda g: self.add(name, 1, squares(g.float() * scale)))
+        self.add_moments(name, x)
+        factor = factors[0].detach().flatten() if factors else 1.0
+        y.register_hook(lambda g: self.add_squares(name, g, factor))
 
     def watch_table(self, name: str, module, args, y):
-        """A table is a matrix of one-hot inputs, turned: a row counts as often as it is looked up,
-        and what errors of its columns cost together are moments of the gradients."""
-        used_R = torch.bincount(args[0].flatten(), minlength=module.num_embeddings).float()
-        self.add(name, 1, used_R)
-        y.register_hook(lambda g: self.add(name, 0, moments(g)))
+        """A table, turned, is a matrix of one-hot inputs: a row counts as often as it is looked up,
+        and what errors of the columns cost together are moments of the gradients."""
+        self.add(name, 1, torch.bincount(args[0].flatten(), minlength=len(module.weight)))
+        y.register_hook(lambda g: self.add_moments(name, g))
 
-    def watch_pass(self, model, ids_BT, targets_BT):
-        """A forward and a backward pass, plain and uncompiled."""
+    def watch_pass(self, ids_BT, targets_BT):
+        """A forward and a backward pass, not compiled."""
+        model = self.model
         head = TIED_HEAD if model.head is None else "head.weight"
         hidden_ND = model.hidden(ids_BT).flatten(0, 1)
+        self.add_moments(head, norm(hidden_ND))
         z_NV = model.logits(hidden_ND)
-        self.add(head, 0, moments(norm(hidden_ND).detach()))
-        z_NV.register_hook(lambda g: self.add(head, 1, squares(g.float())))
+        z_NV.register_hook(lambda g: self.add_squares(head, g))
         token_nll(z_NV, targets_BT.flatten(), model.hp.logit_softcap).sum().backward()
-        self.tokens += ids_BT.numel()
 
-    def close(self, model):
+    def close(self):
         """The model is as it was."""
         for handle in self.handles:
             handle.remove()
-        for module in model.modules():
-            if isinstance(module, MLP):
-                module.fused = model.hp.fused_mlp
-        model.zero_grad(set_to_none=True)
-
-
-def moments(x):
-    """(C, C) float32: the sum of x x' over all vectors in the last dimension of `x`."""
-    x_NC = x.flatten(0, -2).float()
-    return x_NC.T @ x_NC
-
-
-def squares(x):
-    """(C,): the sum of squares over all but the last dimension."""
-    return x.flatten(0, -2).square().sum(0)
+        for block in self.model.blocks:
+            block.mlp.fused = self.model.hp.fused_mlp
+        self.model.zero_grad(set_to_none=True)
 
 
 def measure_curvature(trainer):
     """{name: Curvature} of the coded weights, from the next training tokens: whole batches, at
     least GPTQ_TOKENS, unless the time kept for it ends. It counts as training. Collective."""
-    hp, model, ranks = trainer.hp, trainer.model, trainer.ranks
+    hp, ranks = trainer.hp, trainer.ranks
     began = perf_counter()
-    recorder = CurvatureRecorder(model)
-    for done, (ids, targets) in enumerate(curvature_passes(trainer), 1):
-        recorder.watch_pass(model, ids.to(ranks.device), targets.to(ranks.device))
+    recorder = CurvatureRecorder(trainer.model)
+    tokens = 0
+    for done, (ids, targets) in enumerate(curvature_batches(trainer), 1):
+        recorder.watch_pass(ids.to(ranks.device), targets.to(ranks.device))
+        tokens += ids.numel() * ranks.world_size
         ranks.barrier()
         own_clock = perf_counter() - began if ranks.rank == 0 else 0.0
         (seconds,) = ranks.sum_numbers(own_clock)
         if 0 < hp.gptq_seconds < seconds * (1 + 2 / done):
             break
-    recorder.close(model)
+    recorder.close()
 
-    (tokens,) = ranks.sum_numbers(recorder.tokens)
     found = {}
-    for name in sorted(recorder.sums):
-        inputs_CC, outputs_R = (ranks.sum_over_ranks(x) / tokens for x in recorder.sums[name])
-        found[name] = Curvature(inputs_CC, outputs_R)
-    if model.head is None:
+    for name, sums in sorted(recorder.sums.items()):
+        found[name] = Curvature(*(ranks.sum_over_ranks(x) / tokens for x in sums))
+    if TIED_HEAD in found:
         table, head = found["embed.weight"], found.pop(TIED_HEAD)
         looked_up_CC = table.inputs_CC / head.outputs_R.sum()
         found["embed.weight"] = Curvature(head.inputs_CC + looked_up_CC, head.outputs_R)
     dead = sum(int((c.inputs_CC.diagonal() == 0).sum()) for c in found.values())
     trainer.progress[1] += perf_counter() - began
     facts = f"matrices:{len(found)} dead_columns:{dead} {trainer.clock}"
-    trainer.log(f"gptq_curvature tokens:{tokens:.0f} seconds:{seconds:.1f} {facts}")
+    trainer.log(f"gptq_curvature tokens:{tokens} seconds:{seconds:.1f} {facts}")
     return found
 
 
-def curvature_passes(trainer):
+def curvature_batches(trainer):
     """This rank's (ids, targets) of the batches after the last one, in small pieces."""
     hp, loader = trainer.hp, trainer.loader
+    rows = max(1, PASS_TOKENS // hp.train_seq_len)
     for batch in range(math.ceil(hp.gptq_tokens / hp.train_batch_tokens)):
         for micro in range(loader.accumulation):
-            ids, targets = loader.micro_batch(trainer.steps + batch, micro)
-            rows = max(1, PASS_TOKENS // hp.train_seq_len)
-            yield from zip(ids.split(rows), targets.split(rows))
-
-
-def positive_definite(curvature: dict[str, Curvature], log):
-    """`curvature` less the matrices whose moments have no Cholesky factor, which the log names."""
-    broken = [name for name, c in curvature.items() if c.factors is None]
-    for name in broken:
-        log(f"warning: {name}: its inputs' moments have no Cholesky factor; rounded by rows")
-    return {name: c for name, c in curvature.items() if name not in broken}
+            both = loader.micro_batch(trainer.steps + batch, micro)
+            yield from zip(*(part.split(rows) for part in both))
 
 
 # Codes <-> weights
@@ -2010,13 +1996,19 @@ def row_levels(rows: int, levels: float):
     return (levels + dither).floor().clamp(1, LARGEST_CODE).float()
 
 
-class GridQuantizer:
-    """Rounds to steps as fine as the loss asks for and no finer (reverse water-filling)."""
+class GPTQ:
+    """Steps as fine as the loss asks for and no finer (reverse water-filling). The columns are
+    rounded in turn, and those to come make up for the error so far (2210.17323)."""
 
-    def __init__(self, hp, curvature: dict[str, Curvature], scale: float):
+    def __init__(self, hp, curvature: dict[str, Curvature], scale: float, carries=True):
         self.rows = RowQuantizer(hp)
         self.curvature = curvature
-        self.scale = scale  # of `natural_scale`
+        self.scale = scale  # of all `Curvature.steps`
+        self.carries = carries  # False: each weight is rounded by itself: as many bytes, and quick
+
+    @property
+    def draft(self):
+        return GPTQ(self.rows.hp, self.curvature, self.scale, carries=False)
 
     def quantize(self, name: str, w_RC, coarsen: float):
         """As RowQuantizer.quantize, which codes what has no curvature."""
@@ -2025,39 +2017,33 @@ class GridQuantizer:
         step = self.curvature[name].steps * (self.scale * coarsen)
         reach = w_RC.abs().amax(1, keepdim=True) / LARGEST_CODE
         step = torch.maximum(step, reach).clamp_min(1e-30).bfloat16().float()
-        return self.codes(name, w_RC, step), step
-
-    def codes(self, name: str, w_RC, step):
-        """Each weight is rounded by itself."""
-        return (w_RC / step).round().clamp(-LARGEST_CODE, LARGEST_CODE)
-
-
-class GPTQ(GridQuantizer):
-    """The same grid, but the columns are rounded in turn, and those to come make up for the error
-    so far (Frantar et al., 2210.17323)."""
-
-    def __init__(self, hp, curvature: dict[str, Curvature], scale: float):
-        super().__init__(hp, curvature, scale)
-        self.draft = GridQuantizer(hp, curvature, scale)  # nearly as many bytes, much sooner
-
-    def codes(self, name: str, w_RC, step):
+        if not self.carries:
+            return round_to(step, w_RC), step
         order_C, factor_CC = self.curvature[name].factors
         w_CR = w_RC.to(factor_CC.device).T[order_C]
         codes_CR = torch.empty_like(w_CR)
         codes_CR[order_C] = round_in_turn(w_CR, step.to(w_CR.device)[:, 0], factor_CC)
-        return codes_CR.T.cpu().contiguous()
+        return codes_CR.T.cpu().contiguous(), step
 
 
-def natural_scale(state: dict[str, Tensor], hp, curvature: dict[str, Curvature]):
-    """The factor of all `Curvature.steps` that gives them RowQuantizer's geometric mean."""
+def round_to(step: Tensor, w: Tensor):
+    return (w / step).round().clamp(-LARGEST_CODE, LARGEST_CODE)
+
+
+def build_gptq(state: dict[str, Tensor], hp, curvature: dict[str, Curvature], log):
+    """A GPTQ whose steps have RowQuantizer's geometric mean at coarsen 1. Matrices whose moments
+    have no Cholesky factor are rounded by rows; the log names them."""
+    usable = {name: c for name, c in curvature.items() if c.factors is not None}
+    for name in curvature.keys() - usable.keys():
+        log(f"warning: {name}: its inputs' moments have no Cholesky factor; rounded by rows")
     log_ratio = 0.0
     weights = 0
-    for name, c in curvature.items():
+    for name, c in usable.items():
         w_RC = state[name].detach().float().cpu()
         _, natural = quantize_rows(w_RC, natural_levels(name, w_RC, hp))
         log_ratio += float((natural.log2() - c.steps.log2()).mean()) * w_RC.numel()
         weights += w_RC.numel()
-    return 2 ** (log_ratio / max(weights, 1))
+    return GPTQ(hp, usable, 2 ** (log_ratio / max(weights, 1)))
 
 
 def round_in_turn(w_CR, step_R, factor_CC):
@@ -2072,7 +2058,7 @@ def round_in_turn(w_CR, step_R, factor_CC):
         factor = factor_CC[block, block]
         errors = torch.empty_like(w)
         for c in range(len(w)):
-            codes = (w[c] / step_R).round().clamp(-LARGEST_CODE, LARGEST_CODE)
+            codes = round_to(step_R, w[c])
             codes_CR[start + c] = codes
             errors[c] = (w[c] - codes * step_R) / factor[c, c]
             w[c + 1 :].addr_(factor[c, c + 1 :], errors[c], alpha=-1)
@@ -2342,11 +2328,10 @@ def fit_artifact(state: dict[str, Tensor], hp, budget: int, quantizer=None):
     natural = 2 ** (hp.quant_bits - 1) - 1
     finest = (natural + 1) / (2 * (LARGEST_CODE + 1)) if hp.fill_budget else 1.0
     before = pack(state, hp, 1.0, draft).error
-    start = finest
-    if draft is not quantizer:
-        _, start = largest_that_fits(partial(pack, state, hp, quantizer=draft), budget, finest)
-    pack_at = partial(pack, state, hp, quantizer=quantizer)
-    best, coarsen = largest_that_fits(pack_at, budget, finest, start)
+    coarsen = finest
+    for each in dict.fromkeys((draft, quantizer)):
+        pack_at = partial(pack, state, hp, quantizer=each)
+        best, coarsen = largest_that_fits(pack_at, budget, finest, coarsen)
     if best is None:
         raise UserError(
             f"the artifact takes over {budget} bytes even with codes of +-1: lower NUM_LAYERS, "
@@ -2360,12 +2345,11 @@ def fit_artifact(state: dict[str, Tensor], hp, budget: int, quantizer=None):
     )
 
 
-def largest_that_fits(pack_at: Callable, budget: int, finest: float, start: float | None = None):
-    """(the largest container of at most `budget` bytes that was found, None if there is none; its
-    `coarsen`), searched from `start` on, else from `finest`."""
+def largest_that_fits(pack_at: Callable, budget: int, finest: float, coarsen: float):
+    """(a container within TOLERANCE below `budget`, or the largest there is, None if none fits; its
+    coarsen), searched from `coarsen` on."""
     best = None
     low, high = finest, COARSEST
-    coarsen = start or finest
     while high / low > 1 + 1e-7 and (best is None or len(best.blob) <= budget - TOLERANCE):
         packed = pack_at(coarsen)
         excess = len(packed.blob) - budget
@@ -2392,10 +2376,7 @@ def write_artifact(model, path: Path, ranks, log, curvature: dict[str, Curvature
         return
     budget = SIZE_CAP - code_size()
     state = model.state_dict()
-    quantizer = None
-    if curvature:
-        curvature = positive_definite(curvature, log)
-        quantizer = GPTQ(model.hp, curvature, natural_scale(state, model.hp, curvature))
+    quantizer = build_gptq(state, model.hp, curvature, log) if curvature else None
     packed, facts = fit_artifact(state, model.hp, budget, quantizer)
     log(f"fit_artifact {facts}")
     sizes = " ".join(f"{part}:{size}" for part, size in packed.sizes.items())

@@ -55,13 +55,16 @@ DEMO = dict(  # runs/demo.sh, by steps instead of a clock
 class Carry(t.GPTQ):
     """The steps of RowQuantizer, GPTQ's rounding."""
 
-    def __init__(self, hp, curvature, scale):
-        super().__init__(hp, curvature, scale)
-        self.draft = self.rows
+    @property
+    def draft(self):
+        return self.rows
 
     def quantize(self, name, w_RC, coarsen):
         codes, step = self.rows.quantize(name, w_RC, coarsen)
-        return (self.codes(name, w_RC, step) if name in self.curvature else codes), step
+        if name in self.curvature:
+            order, factor = self.curvature[name].factors
+            codes[:, order] = t.round_in_turn(w_RC.T[order], step[:, 0], factor).T
+        return codes, step
 
 
 def demo_model(seed: int, steps: int, tokens: int):
@@ -164,10 +167,9 @@ def compare(label: str, trainer, args) -> None:
     for bits in args.bits:
         hp = t.Hyperparameters(**{**vars(model.hp), "quant_bits": bits, "fill_budget": True})
         budget = len(t.pack(state, hp).blob) + t.AIM
-        scale = t.natural_scale(state, hp, curvature)
-        quantizers = {"rows": t.RowQuantizer(hp)}
-        for name, kind in (("grid", t.GridQuantizer), ("carry", Carry), ("gptq", t.GPTQ)):
-            quantizers[name] = kind(hp, curvature, scale)
+        gptq = t.build_gptq(state, hp, curvature, print)
+        carry = Carry(hp, curvature, 1.0)
+        quantizers = dict(rows=carry.rows, grid=gptq.draft, carry=carry, gptq=gptq)
         for name in args.quantizers:
             began = time.perf_counter()
             packed, _ = t.fit_artifact(state, hp, budget, quantizers[name])

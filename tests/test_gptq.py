@@ -69,7 +69,7 @@ def matrices(rng):
 
 
 def gptq_of(state, hp, curvature):
-    return t.GPTQ(hp, curvature, t.natural_scale(state, hp, curvature))
+    return t.build_gptq(state, hp, curvature, t.RunLog())
 
 
 @pytest.mark.parametrize("coarsen", [0.5, 1.0, 4.0, 16.0])
@@ -152,31 +152,31 @@ def test_without_a_cholesky_factor_a_matrix_is_rounded_by_rows(rng, bad):
         "b.weight": t.Curvature(broken, torch.ones(8)),
     }
     lines = []
-    left = t.positive_definite(curvature, lines.append)
-    assert list(left) == ["a.weight"]
+    gptq = t.build_gptq(state, tiny(), curvature, lines.append)
     assert len(lines) == 1 and "b.weight" in lines[0] and "rounded by rows" in lines[0]
-    found = gptq_of(state, tiny(), left).quantize("b.weight", state["b.weight"], 1.3)
+    found = gptq.quantize("b.weight", state["b.weight"], 1.3)
     expected = t.RowQuantizer(tiny()).quantize("b.weight", state["b.weight"], 1.3)
     assert all(map(torch.equal, found, expected))
 
 
-def test_few_passes_of_gptq_find_what_fits(matrices):
+def test_few_passes_of_gptq_find_what_fits(matrices, monkeypatch):
     """Drafts, which carry nothing on, find the steps first."""
+    rounded, plain = [], t.round_in_turn
+
+    def counted(*args):
+        rounded.append(args)
+        return plain(*args)
+
+    monkeypatch.setattr(t, "round_in_turn", counted)
     state, curvature = matrices
     hp = tiny()
     budget = len(t.pack(state, hp).blob)
     for share in (0.5, 0.8, 0.95):
-        gptq, passes = gptq_of(state, hp, curvature), 0
-
-        def counted(*args, codes=gptq.codes):
-            nonlocal passes
-            passes += 1
-            return codes(*args)
-
-        gptq.codes = counted
+        rounded.clear()
+        gptq = gptq_of(state, hp, curvature)
         packed, _ = t.fit_artifact(state, hp, int(share * budget), gptq)
         assert len(packed.blob) <= share * budget
-        assert passes <= 4 * len(state)
+        assert 0 < len(rounded) <= 4 * len(state)
 
 
 # ---- the curvature
