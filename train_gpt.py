@@ -49,7 +49,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property, partial
-from itertools import chain, islice, pairwise
+from itertools import chain, islice, pairwise, product
 from pathlib import Path
 from time import perf_counter
 
@@ -111,13 +111,14 @@ class Hyperparameters:
     iterations: int = setting(20_000, "most training steps", 1)
     max_wallclock_seconds: float = setting(600.0, "most training time; 0: no limit", 0)
     warmdown_iters: int = setting(3500, "final linear decay, in steps' worth of time", 0)
-    warmup_steps: int = setting(20, "untimed, to compile both graphs (>= 2); then undone", 0)
+    warmdown_frac: float = setting(0.0, "if not 0, instead: the decay's share of training", 0, 1)
+    min_lr: float = setting(0.0, "factor of all learning rates where the decay ends", 0, 1)
+    warmup_steps: int = setting(20, "untimed, to compile 2 or 4 graphs; then undone", 0)
     train_batch_tokens: int = setting(786_432, "tokens per step, over all ranks", 1)
     micro_batch_tokens: int = setting(98_304, "most tokens of one pass on one rank", 1)
     train_seq_len: int = setting(2048, "tokens per training sequence", 1)
     train_log_every: int = setting(500, "steps between train_loss lines; 0: only the first ten", 0)
     fused_mlp: bool = setting(True, "Triton kernels for the MLP, on CUDA")
-    fused_loss: bool = setting(True, "Triton kernels for loss and entropy, on CUDA")
 
     # Model
     vocab_size: int = setting(1024, "V; must equal the tokenizer's", 2, 65_536)
@@ -135,7 +136,15 @@ class Hyperparameters:
     xsa_last_n: int = setting(4, "last layers without their own value (XSA); >= L: all", 0)
     ln_scale: bool = setting(True, "scale a block's normed inputs by 1/sqrt(layer + 1)")
     unet_skips: bool = setting(True, "U-Net skips from the first half of the blocks to the second")
+    skip_gates: bool = setting(False, "blend skips in by a gate per channel instead of adding them")
+    recur_layers: tuple[int, ...] = setting((), "layers (from 0) that run twice; empty: none")
+    recur_start: float = setting(0.5, "share of training from which on they do", 0, 0.95)
+    parallel_start_layer: int = setting(0, "first layer of two residual lanes; 0: none", 0)
+    attn_gate_dims: int = setting(0, "input channels of the gate on each head's output; 0: none", 0)
     smear_enabled: bool = setting(True, "SmearGate: mix each position's input with the one before")
+    smear_crosses_bos: bool = setting(
+        True, "SmearGate mixes a document's start with the last's end"
+    )
     ve_enabled: bool = setting(True, "shared value embedding, added to the values of VE_LAYERS")
     ve_dim: int = setting(128, "width of the value embedding", 1)
     ve_layers: tuple[int, ...] = setting((9, 10), "layers (from 0) that receive it")
@@ -154,7 +163,9 @@ class Hyperparameters:
     muon_momentum_warmup_steps: int = setting(1500, "steps of linear momentum warm-up", 0)
     muon_backend_steps: int = setting(5, "Newton-Schulz steps", 1)
     muon_wd: float = setting(0.04, "Muon decoupled weight decay", 0)
+    muon_row_norm: bool = setting(False, "rows of equal norm before Newton-Schulz (MuonEq-R)")
     adam_wd: float = setting(0.04, "AdamW decoupled weight decay", 0)
+    embed_wd: float = setting(0.04, "the same, of embeddings", 0)
     beta1: float = setting(0.9, "AdamW beta1", 0, 1)
     beta2: float = setting(0.95, "AdamW beta2", 0, 1)
     adam_eps: float = setting(1e-8, "AdamW epsilon", 0)
@@ -223,8 +234,10 @@ class Hyperparameters:
 
     def as_env(self):
         """All settings as they would be written in the environment."""
-        values = vars(self) | {"ve_layers": ",".join(map(str, self.ve_layers))}
-        return {name.upper(): str(value) for name, value in values.items()}
+        texts = {}
+        for name, value in vars(self).items():
+            texts[name.upper()] = ",".join(map(str, value)) if type(value) is tuple else str(value)
+        return texts
 
     def __post_init__(self):
         """UserError: settings that cannot work together."""
@@ -246,6 +259,13 @@ class Hyperparameters:
             yield "MLP_MULT", "the MLP would have no units"
         if self.ve_enabled and not set(self.ve_layers) <= set(range(self.num_layers)):
             yield "VE_LAYERS", f"layers run from 0 to {self.num_layers - 1}; or set VE_ENABLED=0"
+        rising = sorted(set(self.recur_layers) & set(range(self.num_layers)))
+        if list(self.recur_layers) != rising:
+            yield "RECUR_LAYERS", f"expected rising numbers from 0 to {self.num_layers - 1}"
+        if self.parallel_start_layer >= self.num_layers:
+            yield "PARALLEL_START_LAYER", f"expected at most {self.num_layers - 1}; 0: none"
+        if self.attn_gate_dims > self.model_dim:
+            yield "ATTN_GATE_DIMS MODEL_DIM", "there are no more channels than the latter"
         if self.bigram_vocab_size == 1:
             yield "BIGRAM_VOCAB_SIZE", "expected 0 (off) or at least 2"
         over = self.train_batch_tokens % self.train_seq_len
@@ -811,6 +831,8 @@ class Attention(nn.Module):
         mixes_values = hp.vrl_enabled and layer > 0
         self.vrl_gate = nn.Parameter(torch.tensor(-1.5)) if mixes_values else None
         self.xsa = layer >= hp.num_layers - hp.xsa_last_n
+        gate = torch.zeros(H, hp.attn_gate_dims)
+        self.gate = nn.Parameter(gate) if hp.attn_gate_dims else None
         _, self.flash = find_flash_attention()
 
     def forward(self, x_BTD, scale_D, shared: Shared, last: int):
@@ -825,6 +847,9 @@ class Attention(nn.Module):
         y = causal_attention(q, k, v, self.flash)
         if self.xsa:
             y = remove_own_value(y, v[:, -last:])
+        if self.gate is not None:
+            few = x_BSD[..., : self.gate.size(1)]
+            y = y * torch.sigmoid(F.linear(few, self.gate.to(y.dtype)))[..., None]
         return self.proj(y.flatten(2), scale_D[:, None])
 
     def values(self, x_BTD, shared: Shared):
@@ -859,6 +884,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then the MLP: on one residual stream or, from PARALLEL_START_LAYER on, each on its
+    own."""
+
     def __init__(self, hp, layer: int):
         super().__init__()
         D = hp.model_dim
@@ -870,13 +898,15 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(D))
         self.norm_scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
 
-    def forward(self, x_BTD, shared: Shared, last: int):
+    def attend(self, x_BTD, shared: Shared, last: int):
         """(B, `last` positions, D): all are keys and values, only these are queries."""
         dtype = x_BTD.dtype
         x = self.mix_x.to(dtype) * x_BTD + self.mix_x0.to(dtype) * shared.x0_BTD
         y = self.attn(norm(x) * self.norm_scale, self.attn_scale, shared, last)
-        x = x[:, -last:] + y
-        return x + self.mlp(norm(x) * self.norm_scale, self.mlp_scale)
+        return x[:, -last:] + y
+
+    def feed(self, x_BTD):
+        return x_BTD + self.mlp(norm(x_BTD) * self.norm_scale, self.mlp_scale)
 
 
 class NarrowEmbedding(nn.Module):
@@ -904,7 +934,7 @@ def token_nll(z_NV, targets_N, cap: float):
 
 
 def token_scores(z_NV, targets_N, cap: float):
-    """nll of the targets and entropy in nats, (2, N); the plain form of `fused_token_scores`."""
+    """nll of the targets and entropy of the predictions in nats, (2, N) float32."""
     logp_NV = log_probabilities(z_NV, cap)
     nll_N = F.nll_loss(logp_NV, targets_N, reduction="none")
     entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
@@ -927,8 +957,19 @@ INITIAL_VALUES = (  # the first row whose ending fits
 )
 
 
+def block_orders(hp):
+    """The layers in the order of passes, before RECUR_START and after it: depth recurrence runs
+    RECUR_LAYERS again once the last of them has run (PR #1204). Equal, if there are none."""
+    L = hp.num_layers
+    plain = tuple(range(L))
+    again = hp.recur_layers
+    after = again[-1] + 1 if again else L
+    return plain, plain[:after] + again + plain[after:]
+
+
 class GPT(nn.Module):
-    """`hidden` is the trunk of training and scoring; `forward` is the loss."""
+    """`hidden` is the trunk of training and scoring; `forward` is the loss. `order` is the layers
+    in the order of passes, at first as at the end of training; it is part of a compiled graph."""
 
     def __init__(self, hp):
         super().__init__()
@@ -945,7 +986,11 @@ class GPT(nn.Module):
         self.value_embed = NarrowEmbedding(V, hp.ve_dim, values, 0.1) if has_ve else None
         self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(L))
         self.skip_weights = nn.Parameter(torch.ones(L // 2, D)) if has_skips else None
+        has_gates = has_skips and hp.skip_gates
+        self.skip_gates = nn.Parameter(torch.zeros(L // 2, D)) if has_gates else None
+        self.lane_mix = nn.Parameter(torch.tensor(0.5)) if hp.parallel_start_layer else None
         self.head = None if hp.tie_embeddings else Linear(D, V)
+        _, self.order = block_orders(hp)
         for T in {hp.train_seq_len, hp.eval_seq_len}:  # else compiled code makes them at each use
             self.register_buffer(f"rope_{T}", rotary_tables(T, hp), persistent=False)
         self.initialize()
@@ -971,8 +1016,8 @@ class GPT(nn.Module):
         return (nll_N * weights_BT.ravel()).sum()
 
     def hidden(self, ids_BT, last: int | None = None):
-        """Hidden states (B, T, D), or (B, `last`, D): then the last block computes these alone."""
-        T, L = ids_BT.size(1), self.hp.num_layers
+        """Hidden states (B, T, D), or (B, `last`, D): then the last pass computes these alone."""
+        T = ids_BT.size(1)
         x = self.embedded(ids_BT)
         rope = getattr(self, f"rope_{T}", None)
         shared = Shared(x, rotary_tables(T, self.hp, x.device) if rope is None else rope)
@@ -980,15 +1025,33 @@ class GPT(nn.Module):
             ve = self.value_embed(ids_BT, x.dtype)
             shared.ve_BTGK = ve.unflatten(-1, (-1, self.hp.head_dim))
 
+        lane = None  # of the MLPs, once they have one to themselves; then x is attention's
         skips = []
-        for layer, block in enumerate(self.blocks):
-            if layer >= L // 2 and skips:
-                x = x + self.skip_weights[layer - L // 2].to(x.dtype) * skips.pop()
-            is_last = layer == L - 1
-            x = block(x, shared, last if is_last and last else T)
-            if layer < L // 2 and self.skip_weights is not None:
+        passes = len(self.order)
+        for i, layer in enumerate(self.order):
+            block = self.blocks[layer]
+            if i >= passes // 2:
+                x = self.skipped(x, skips, i - passes // 2)
+            if self.lane_mix is not None and layer == self.hp.parallel_start_layer:
+                lane = x if lane is None else lane
+            queries = last if last and i == passes - 1 else T
+            x = block.attend(x, shared, queries)
+            if lane is None:
+                x = block.feed(x)
+            else:
+                lane = block.feed(lane[:, -queries:])
+            if i < passes // 2:
                 skips.append(x)
-        return x
+        return x if lane is None else torch.lerp(lane, x, self.lane_mix.to(x.dtype))
+
+    def skipped(self, x_BTD, skips: list, i: int):
+        """`x` with the last of `skips`, which it takes, if there is an i-th weight for it."""
+        if self.skip_weights is None or i >= len(self.skip_weights):
+            return x_BTD
+        skip = self.skip_weights[i].to(x_BTD.dtype) * skips.pop()
+        if self.skip_gates is None:
+            return x_BTD + skip
+        return torch.lerp(skip, x_BTD, torch.sigmoid(self.skip_gates[i]).to(x_BTD.dtype))
 
     def embedded(self, ids_BT):
         """What enters the first block: tokens, bigrams, a share of the position before."""
@@ -998,6 +1061,8 @@ class GPT(nn.Module):
         x = norm(x).to(working_dtype(x))
         if self.smear_gate is not None:
             before = F.pad(x, (0, 0, 1, 0))[:, :-1]
+            if not self.hp.smear_crosses_bos:
+                before = before.masked_fill((ids_BT == BOS)[..., None], 0)
             x = torch.lerp(x, before, torch.sigmoid(self.smear_gate).to(x.dtype))
         return x
 
@@ -1008,23 +1073,17 @@ class GPT(nn.Module):
 
     def nll(self, hidden_ND, targets_N):
         """nll of the targets in nats, (N,) float32."""
-        z_NV = self.logits(hidden_ND)
-        if self.hp.fused_loss and has_kernels(z_NV):
-            return fused_token_scores(z_NV, targets_N, self.hp.logit_softcap)[0]
-        return token_nll(z_NV, targets_N, self.hp.logit_softcap)
+        return token_nll(self.logits(hidden_ND), targets_N, self.hp.logit_softcap)
 
     def scores(self, hidden_ND, targets_N):
         """nll of the targets and entropy of the predictions in nats, (2, N) float32."""
-        z_NV = self.logits(hidden_ND)
-        if self.hp.fused_loss and has_kernels(z_NV):
-            return fused_token_scores(z_NV, targets_N, self.hp.logit_softcap)
-        return token_scores(z_NV, targets_N, self.hp.logit_softcap)
+        return token_scores(self.logits(hidden_ND), targets_N, self.hp.logit_softcap)
 
 
 # --- 5. Kernels ---------------------------------
-# What is elementwise the compiler fuses, but not into a product, and to it a loss is several passes
-# over the logits. The plain forms [4] run on a CPU, without Triton, or by a switch. torch.library
-# keeps each operation whole under torch.compile. After modded-nanogpt.
+# What is elementwise the compiler fuses, but not into the product before it: so the activation of
+# the MLP and its gradient have a kernel. The plain form [4] runs on a CPU, without Triton, or by a
+# switch. torch.library keeps an operation whole under torch.compile. After modded-nanogpt.
 
 jit = triton.jit if triton else lambda kernel: kernel
 MLP_TILE = dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=3)  # the fastest of 7 on an H200
@@ -1136,94 +1195,6 @@ def mlp_gradients(ctx, g_ND, *_):
 fused_mlp.register_autograd(mlp_gradients, setup_context=save_for_mlp_gradients)
 
 
-@jit
-def scores_kernel(
-    z_ptr,
-    target_ptr,
-    upstream_ptr,
-    out_ptr,
-    N,
-    V,
-    cap,
-    CAPPED: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    BV: tl.constexpr,
-):
-    """A row of logits in registers. Forward: out (2, N) = its nll and entropy. Backward: out (N, V)
-    = its gradient, given theirs, `upstream` (2, N)."""
-    row = tl.program_id(0).to(tl.int64)
-    v = tl.arange(0, BV)
-    z = tl.load(z_ptr + row * V + v, v < V, 0.0).to(tl.float32)
-    target = tl.load(target_ptr + row)
-
-    tanh = 2 * tl.sigmoid(2 * z / cap) - 1 if CAPPED else z
-    logits = tl.where(v < V, cap * tanh if CAPPED else z, -float("inf"))
-    logits -= tl.max(logits, 0)
-    e = tl.exp(logits)
-    total = tl.sum(e, 0)
-    p = e / total
-    logp = tl.where(v < V, logits - tl.log(total), 0.0)
-    entropy = -tl.sum(p * logp, 0)
-
-    if BACKWARD:
-        dz = tl.load(upstream_ptr + row) * (p - tl.where(v == target, 1.0, 0.0))
-        dz -= tl.load(upstream_ptr + N + row) * p * (logp + entropy)
-        tl.store(out_ptr + row * V + v, dz * (1 - tanh * tanh) if CAPPED else dz, v < V)
-    else:
-        tl.store(out_ptr + row, -tl.sum(tl.where(v == target, logp, 0.0), 0))
-        tl.store(out_ptr + N + row, entropy)
-
-
-def launch_scores(z_NV, targets_N, upstream_2N, out: Tensor, cap: float, backward: bool):
-    """Run `scores_kernel`, which fills `out`; forward reads no `upstream`."""
-    N, V = z_NV.shape
-    block = triton.next_power_of_2(V)
-    warps = min(max(block // 256, 1), 16)
-    tensors = (z_NV.contiguous(), targets_N, upstream_2N.contiguous(), out)
-    scores_kernel[(N,)](*tensors, N, V, cap or 1.0, cap > 0, backward, block, num_warps=warps)
-
-
-@torch.library.custom_op("golf::fused_token_scores", mutates_args=())
-def fused_token_scores(z_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
-    """`token_scores`, which reads the logits once and writes nothing as large."""
-    out_2N = z_NV.new_empty(2, len(z_NV), dtype=torch.float32)
-    launch_scores(z_NV, targets_N, out_2N, out_2N, cap, backward=False)
-    return out_2N
-
-
-@torch.library.custom_op("golf::fused_token_scores_backward", mutates_args=())
-def fused_token_scores_backward(
-    z_NV: Tensor, targets_N: Tensor, upstream_2N: Tensor, cap: float
-) -> Tensor:
-    """The gradient of z, given those of nll and entropy."""
-    out_NV = z_NV.new_empty(z_NV.shape)
-    launch_scores(z_NV, targets_N, upstream_2N, out_NV, cap, backward=True)
-    return out_NV
-
-
-@fused_token_scores.register_fake
-def _(z_NV, targets_N, cap):
-    return z_NV.new_empty(2, len(z_NV), dtype=torch.float32)
-
-
-@fused_token_scores_backward.register_fake
-def _(z_NV, targets_N, upstream_2N, cap):
-    return z_NV.new_empty(z_NV.shape)
-
-
-def save_for_score_gradients(ctx, inputs, output):
-    z_NV, targets_N, ctx.cap = inputs
-    ctx.save_for_backward(z_NV, targets_N)
-
-
-def score_gradients(ctx, upstream_2N):
-    z_NV, targets_N = ctx.saved_tensors
-    return fused_token_scores_backward(z_NV, targets_N, upstream_2N, ctx.cap), None, None
-
-
-fused_token_scores.register_autograd(score_gradients, setup_context=save_for_score_gradients)
-
-
 # --- 6. Optimizers ------------------------------
 # Muon (Jordan et al. 2024), whose update is the momentum made orthogonal, for matrices; AdamW for
 # the rest. One table says what a parameter is: who updates it, how fast, and with how many bits the
@@ -1254,7 +1225,7 @@ def parameter_kinds(hp):
     table_lr = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr
     return {
         "matrix": Kind(Muon, hp.matrix_lr, hp.muon_wd, hp.quant_bits),
-        "table": Kind(AdamW, table_lr, hp.adam_wd, 8),
+        "table": Kind(AdamW, table_lr, hp.embed_wd, 8),
         "head": Kind(AdamW, hp.head_lr, hp.adam_wd, 8),
         "vector": Kind(AdamW, hp.scalar_lr, hp.adam_wd, 0),
     }
@@ -1270,6 +1241,12 @@ def orthogonalize(G_SRC, steps: int):
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
     return X
+
+
+def equalize_rows(G_SRC, is_tall_S11):
+    """The matrices, each row divided by its norm or, if they are transposed, column (MuonEq-R)."""
+    rows, columns = (G_SRC.norm(dim=dim, keepdim=True) for dim in (-1, -2))
+    return G_SRC / (torch.where(is_tall_S11, columns, rows) + 1e-7)
 
 
 class SummedGradients:
@@ -1338,7 +1315,9 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault(tuple(sorted(p.shape)), []).append(p)
             for shape, same in sorted(by_shape.items()):
                 buffer = same[0].new_zeros(len(same), *shape)
-                stacks.append({**group, "params": same, "buffer": buffer})
+                is_tall = [p.size(0) > p.size(1) for p in same]
+                is_tall = torch.tensor(is_tall, device=buffer.device)[:, None, None]
+                stacks.append({**group, "params": same, "buffer": buffer, "is_tall": is_tall})
         super().__init__(stacks, {"momentum": hp.muon_momentum_warmup_start})
 
     def local_share(self, stack: Tensor):
@@ -1374,6 +1353,8 @@ class Muon(torch.optim.Optimizer):
             own_SRC = grads_SRC[: len(momentum_SRC)]  # a view, without the zeros that fill up
             momentum_SRC.mul_(group["momentum"]).add_(own_SRC)
             own_SRC.add_(momentum_SRC, alpha=group["momentum"])  # Nesterov
+            if self.hp.muon_row_norm:
+                own_SRC.copy_(equalize_rows(own_SRC, self.local_share(group["is_tall"])))
             update_SRC = orthogonalize(grads_SRC, self.hp.muon_backend_steps)
             self.arriving.append(self.ranks.all_gather(update_SRC))
 
@@ -1436,16 +1417,29 @@ def update(optimizers: list, clip: float):
         optimizer.finish_step()
 
 
+def training_share(step: int, seconds: float, hp):
+    """How much of training is done, 0 to 1, by ITERATIONS or by the clock, whichever is further."""
+    share = step / hp.iterations
+    if hp.step_seconds:
+        share = max(share, seconds / hp.step_seconds)
+    return min(share, 1.0)
+
+
 def lr_scale(step: int, seconds: float, hp):
-    """Factor of all learning rates: 1, then linearly to 0 over the last WARMDOWN_ITERS steps before
-    ITERATIONS, or before the cap at the speed so far."""
-    if not hp.warmdown_iters:
+    """Factor of all learning rates: 1, then linearly to MIN_LR over the last WARMDOWN_FRAC of
+    training or the last WARMDOWN_ITERS steps before ITERATIONS, or before the cap at the speed so
+    far."""
+    left = 1 - training_share(step, seconds, hp)
+    decay = hp.warmdown_frac
+    if not decay and hp.warmdown_iters:
+        decay = hp.warmdown_iters
+        left = hp.iterations - step
+        if hp.step_seconds and step:
+            seconds_left = hp.step_seconds - seconds
+            left = min(left, seconds_left / (seconds / step))
+    if not decay:
         return 1.0
-    left = hp.iterations - step
-    if hp.step_seconds and step:
-        seconds_left = hp.step_seconds - seconds
-        left = min(left, seconds_left / (seconds / step))
-    return min(1.0, max(left, 0.0) / hp.warmdown_iters)
+    return hp.min_lr + (1 - hp.min_lr) * min(1.0, max(left, 0.0) / decay)
 
 
 def muon_momentum(step: int, hp):
@@ -1600,15 +1594,21 @@ class Trainer:
         return total
 
     def warm_up(self):
-        """WARMUP_STEPS steps, undone, compile the plain and the quantised graph. Collective."""
+        """WARMUP_STEPS steps, undone, compile all graphs: without and with late QAT, of both orders
+        of blocks. Collective."""
         tensors = list(self.tensors().values())
         before = [t.clone() for t in tensors]
+        hardnesses = [None]
+        if self.hp.late_qat_threshold:
+            hardnesses.append(torch.ones((), device=self.ranks.device))
+        graphs = list(product(dict.fromkeys(block_orders(self.hp)), hardnesses))
         progress = Progress(self.log, "warm-up", self.hp.warmup_steps)
         for i in range(self.hp.warmup_steps):
-            is_quantized = self.hp.late_qat_threshold and i % 2
-            self.step(1.0, torch.ones((), device=self.ranks.device) if is_quantized else None)
+            self.model.order, hardness = graphs[i % len(graphs)]
+            self.step(1.0, hardness)
             progress(i + 1)
         torch._foreach_copy_(tensors, before)
+        self.model.order, _ = block_orders(self.hp)
         self.ranks.barrier()
 
     def validate(self):
@@ -1746,12 +1746,8 @@ def train(trainer):
         if is_last:
             break
 
-        if scale < hp.late_qat_threshold:
-            if hardness is None:
-                facts = f"lr_scale:{scale:.4f} bits:{hp.quant_bits} {hp.qat_rounding}"
-                log(f"late_qat:on step:{step} {facts}")
-            rising = 16 - 15 * scale / hp.late_qat_threshold  # from 1 to 16
-            hardness = torch.full((), rising, device=ranks.device)
+        set_block_order(trainer)
+        hardness = late_qat_hardness(trainer, scale, hardness)
         losses = [*losses, trainer.step(scale, hardness)][-2:]
 
     if capped:
@@ -1761,13 +1757,37 @@ def train(trainer):
         trainer.curvature = measure_curvature(trainer)
 
 
+def set_block_order(trainer):
+    """The order of blocks for the next step, by the share of training that is done."""
+    hp, model = trainer.hp, trainer.model
+    plain, recurrent = block_orders(hp)
+    recurs = training_share(trainer.steps, trainer.seconds, hp) >= hp.recur_start
+    if recurs and model.order == plain != recurrent:
+        trainer.log(f"recurrence:on step:{trainer.steps} passes:{len(recurrent)}")
+    model.order = recurrent if recurs else plain
+
+
+def late_qat_hardness(trainer, scale: float, before: Tensor | None):
+    """The hardness of soft rounding in the next step, rising from 1 to 16 as the rates fall from
+    LATE_QAT_THRESHOLD to 0, given that of the step before. None: there is no rounding."""
+    hp = trainer.hp
+    if scale >= hp.late_qat_threshold:
+        return before
+    if before is None:
+        facts = f"lr_scale:{scale:.4f} bits:{hp.quant_bits} {hp.qat_rounding}"
+        trainer.log(f"late_qat:on step:{trainer.steps} {facts}")
+    return torch.full((), 16 - 15 * scale / hp.late_qat_threshold, device=trainer.ranks.device)
+
+
 def is_multiple(step: int, every: int):
     """Does `every` divide `step`? Never if either is 0."""
     return step > 0 and every > 0 and step % every == 0
 
 
 def use_averages(trainer):
-    """The model gets the averaged weights, where there are any."""
+    """The model gets what is packed: the averaged weights, where there are any, and the final order
+    of blocks."""
+    _, trainer.model.order = block_orders(trainer.hp)
     weights = averaged_parameters(trainer.averages)
     if weights:
         torch._foreach_copy_(trainer.parameters, weights)
@@ -3095,7 +3115,7 @@ def log_header(trainer):
 
 
 def report_mixture(trainer, mixture, nll, entropy, added: float):
-    """Audit the mixture, log what it did to the neural scores (nats); returns its bits per byte."""
+    """Audit the mixture, log what it did to the neural scores (nats)."""
     hp, log, target_bytes = trainer.hp, trainer.log, trainer.validation.target_bytes
     log(f"ngram_audit {mixture.audit()}")
     for low, high in pairwise(ENTROPY_EDGES):
@@ -3117,7 +3137,6 @@ def report_mixture(trainer, mixture, nll, entropy, added: float):
         f"orders:{hp.ngram_min_order}-{hp.ngram_order} counts:exact alpha:{hp.ngram_alpha} "
         f"added_time:{1e3 * added:.0f}ms"
     )
-    return bpb
 
 
 def report_hashed(trainer, nll, entropy):
@@ -3206,13 +3225,14 @@ def evaluate(trainer, size: int, began: float):
         f"val_bpb:{neural_bpb:.8f} stride:{stride} eval_time:{1e3 * (scored - scoring_began):.0f}ms"
     )
     arrays = {"nll": nll, "entropy": entropy}
-    mixed_result = "off"
+    nats = {"neural": nll}
     if counted:
         mixed.result()
         mixture = counted.result()
         added = perf_counter() - scored
-        mixed_result = f"{report_mixture(trainer, mixture, nll, entropy, added):.4f} bpb"
+        report_mixture(trainer, mixture, nll, entropy, added)
         arrays["mixed"] = mixture.nll.astype(np.float32)
+        nats["mixed"] = mixture.nll
         if hp.ngram_counts == "hashed":
             report_hashed(trainer, nll, entropy)
     if hp.save_scores:
@@ -3222,11 +3242,41 @@ def evaluate(trainer, size: int, began: float):
 
     seconds = perf_counter() - began
     log(f"total_eval_time:{seconds:.1f}s budget:{hp.eval_budget_seconds:g}s stride:{stride}")
+    report_run(trainer, size, seconds, stride, nats)
+
+
+def report_run(trainer, size: int, seconds: float, stride: int, nats: dict[str, ndarray]):
+    """End the log: a screen for people, then one line for programs, a key per number with its unit
+    in the name, rounded as in the lines above. `size`: bytes of the submission; `seconds`: of the
+    evaluation; `nats`: per target, "neural" and, unless it is off, "mixed"."""
+    hp, log, target_bytes = trainer.hp, trainer.log, trainer.validation.target_bytes
+    bpb = {name: bits_per_byte(scored, target_bytes) for name, scored in nats.items()}
+    mixed = f"{bpb['mixed']:.4f} bpb" if "mixed" in bpb else "off"
     log(
-        f"\n  neural {neural_bpb:.4f} bpb, mixed with exact counts of the past {mixed_result}\n"
+        f"\n  neural {bpb['neural']:.4f} bpb, mixed with exact counts of the past {mixed}\n"
         f"  artifact {size:,} bytes of {SIZE_CAP:,}, code included; {log.path}\n"
         f"  training {trainer.seconds:.1f} s, {trainer.steps} steps; evaluation {seconds:.1f} s"
     )
+    if hp.save_scores and "mixed" in bpb:
+        log("  the text, coloured by what each token cost and what the counts saved: make view")
+
+    milliseconds = 1e3 * trainer.seconds
+    result = {
+        "seed": hp.seed,
+        "steps": trainer.steps,
+        "step_ms": round(milliseconds / max(trainer.steps, 1), 2),
+        "train_seconds": round(milliseconds) / 1e3,
+        "eval_seconds": round(seconds, 1),
+        "stride_tokens": stride,
+        "code_bytes": code_size(),
+        "submission_bytes": size,
+    }
+    for name, scored in nats.items():
+        result[f"{name}_nats_per_token"] = round(float(scored.mean(dtype=float)), 8)
+        result[f"{name}_bits_per_byte"] = round(float(bpb[name]), 8)
+    if "mixed" in bpb:
+        result["gain_bits_per_byte"] = round(float(bpb["neural"] - bpb["mixed"]), 8)
+    log(f"result {json.dumps(result)}", console=False)
 
 
 def log_validation(trainer, name: str):

@@ -20,5 +20,6 @@ export SWA_EVERY=${SWA_EVERY:-5} MUON_MOMENTUM=${MUON_MOMENTUM:-0.95}
 export MUON_MOMENTUM_WARMUP_STEPS=${MUON_MOMENTUM_WARMUP_STEPS:-100}
 export TIED_EMBED_LR=${TIED_EMBED_LR:-0.03}
 export EVAL_SEQ_LEN=${EVAL_SEQ_LEN:-256} EVAL_STRIDE=${EVAL_STRIDE:-64} VAL_BATCH_SIZE=${VAL_BATCH_SIZE:-16384}
+export SAVE_SCORES=${SAVE_SCORES:-1}   # for `make view`: the text, coloured by what each token cost
 
 source runs/common.sh

@@ -2,9 +2,11 @@
 
 Random numbers are the same in every run: each test's seed is a function of its name, and
 hypothesis draws the same examples. FRESH=1 draws all of them anew and says which FRESH=<number>
-draws them again."""
+draws them again. SHUFFLE=1 puts files, and the tests in each, in another order, and says which
+SHUFFLE=<number> does it again."""
 
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -19,6 +21,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from preloaded import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -63,6 +66,8 @@ TINY = dict(  # a model with every feature on that takes milliseconds
     RUN_ID="test",
 )
 
+BRIEF = dict(NGRAM_ENABLED=0, EVAL_STRIDE=32)  # of a test that is not about scoring
+
 
 def tiny(**changes) -> Hyperparameters:
     return Hyperparameters.from_env({k: str(v) for k, v in {**TINY, **changes}.items()})
@@ -73,9 +78,16 @@ def logits(model, hidden) -> torch.Tensor:
     return log_probabilities(model.logits(hidden), model.hp.logit_softcap)
 
 
-FRESH = os.environ.get("FRESH", "0").removeprefix("0")
-if FRESH == "1":  # the workers of pytest-xdist and what tests start inherit the number
-    FRESH = os.environ["FRESH"] = str(int.from_bytes(os.urandom(4), "little") + 2)
+def number_from_environment(name: str) -> str:
+    """Empty if 0 or unset; 1 becomes a new number, which the workers of pytest-xdist and what tests
+    start inherit."""
+    if os.environ.get(name) == "1":
+        os.environ[name] = str(int.from_bytes(os.urandom(4), "little") + 2)
+    return os.environ.get(name, "0").removeprefix("0")
+
+
+FRESH = number_from_environment("FRESH")
+SHUFFLE = number_from_environment("SHUFFLE")
 hypothesis.settings.register_profile(
     "tests", derandomize=not FRESH, database=None, deadline=None, print_blob=True
 )
@@ -84,18 +96,38 @@ hypothesis.settings.load_profile("tests")
 
 @pytest.hookimpl(tryfirst=True)  # before hypothesis' own plugin reads the option
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: run by `make test-all`, not by `make test`")
     if FRESH and config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = FRESH
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Tests of a file stay together, as they share what the file has made once."""
+    if SHUFFLE:
+        by_file = {}
+        for item in items:
+            by_file.setdefault(item.path, []).append(item)
+        dice = random.Random(SHUFFLE)
+        files = list(by_file.values())
+        dice.shuffle(files)
+        for tests in files:
+            dice.shuffle(tests)
+        items[:] = itertools.chain(*files)
+
+
 def pytest_report_header():
-    return f"FRESH={FRESH} draws the same numbers again" if FRESH else None
+    return [
+        f"{name}={number} draws the same {what} again"
+        for name, number, what in (("FRESH", FRESH, "numbers"), ("SHUFFLE", SHUFFLE, "order"))
+        if number
+    ]
 
 
 def pytest_terminal_summary(terminalreporter):
     """With -q there is no header."""
-    if FRESH:
-        terminalreporter.write_line(pytest_report_header())
+    for line in pytest_report_header():
+        terminalreporter.write_line(line)
 
 
 def seed_of(name: str) -> int:
@@ -107,8 +139,8 @@ def seed_of(name: str) -> int:
 def seed(request) -> int:
     """Of this test, for every generator that is not given a seed of its own."""
     number = seed_of(f"{request.node.path.name}::{request.node.name}")
-    if FRESH:  # shown when the test fails
-        print(pytest_report_header())
+    for line in pytest_report_header():  # shown when the test fails
+        print(line)
     random.seed(number)
     np.random.seed(number)
     torch.manual_seed(number)
@@ -155,47 +187,47 @@ def corpus(tmp_path_factory) -> dict[str, str]:
 
 
 SCRIPT = ROOT / "train_gpt.py"
+KEPT = "PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV"  # of this environment, for what tests start
 # Ten times what the longest run takes on an idle machine: what is not there by then never comes.
 DEADLINE = 600  # seconds
 
 
 def start_script(
-    cwd: Path,
-    ranks: int = 1,
-    script: Path = SCRIPT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    **env,
-) -> subprocess.Popen:
-    """train_gpt.py as users start it: under torchrun, or plainly with ranks=0."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        if ranks
-        else []
-    )
-    kept = {
-        k: v
-        for k, v in os.environ.items()
-        if k in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV")
-    }
+    cwd: Path, ranks: int = 1, script: Path = SCRIPT, forked: bool = True, **env
+) -> Run | subprocess.Popen:
+    """train_gpt.py under torchrun, or plainly with ranks=0: from a process that has imported torch
+    or, with forked=False, as users start it, which takes some seconds of CPU per rank more."""
     settings = {k: str(v) for k, v in {**TINY, **env}.items()}
-    env = {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **settings}
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(script)],
-        cwd=cwd,
-        env=env,
-        text=True,
-        stdout=stdout,
-        stderr=stderr,
-    )
+    return start_python(cwd, [*torchrun(ranks), str(script)], settings, forked)
 
 
-def finish(process: subprocess.Popen, timeout: float = DEADLINE) -> subprocess.CompletedProcess:
+def torchrun(ranks: int) -> list[str]:
+    """Python's arguments before the script's name."""
+    if not ranks:
+        return []
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+
+
+def start_python(
+    cwd: Path, arguments: list[str], env: dict[str, str], forked: bool = True, **streams
+) -> Run | subprocess.Popen:
+    """`python *arguments` on the CPU, on one thread, with no setting of this environment."""
+    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+    env = {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
+    if forked:
+        return Run(arguments, cwd, env)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | streams
+    return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=env, text=True, **pipes)
+
+
+def finish(
+    process: Run | subprocess.Popen, timeout: float = DEADLINE
+) -> subprocess.CompletedProcess:
     """Waits; what does not end is killed, and with it the ranks that torchrun started."""
     try:
         out, err = process.communicate(timeout=timeout)
     except BaseException:
-        for pid in [*workers(process).values(), process.pid]:
+        for pid in [*children(process), process.pid]:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         raise
@@ -203,22 +235,33 @@ def finish(process: subprocess.Popen, timeout: float = DEADLINE) -> subprocess.C
 
 
 def run_script(
-    cwd: Path, ranks: int = 1, script: Path = SCRIPT, **env
+    cwd: Path, ranks: int = 1, script: Path = SCRIPT, forked: bool = True, **env
 ) -> subprocess.CompletedProcess:
-    return finish(start_script(cwd, ranks, script, **env))
+    return finish(start_script(cwd, ranks, script, forked, **env))
 
 
-def workers(process: subprocess.Popen) -> dict[int, int]:
+def children(process: Run | subprocess.Popen) -> list[int]:
+    """Process ids."""
+    with contextlib.suppress(OSError):  # it has just ended
+        return [
+            int(pid)
+            for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ]
+    return []
+
+
+def workers(process: Run) -> dict[int, int]:
     """rank -> process id, of the ranks that this torchrun started."""
     found = {}
-    with contextlib.suppress(OSError):  # one of them has just ended
-        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-            environ = Path(f"/proc/{pid}/environ").read_text().split("\0")
-            found |= {int(pair[5:]): int(pid) for pair in environ if pair.startswith("RANK=")}
+    for pid in children(process):
+        with contextlib.suppress(OSError):
+            name = Path(f"/proc/{pid}/comm").read_text().split()
+            if name[0] == "rank":
+                found[int(name[1])] = pid
     return found
 
 
-def wait_for(log: Path, pattern: str, process: subprocess.Popen) -> None:
+def wait_for(log: Path, pattern: str, process: Run) -> None:
     """Until a line of `log` starts with `pattern` (no line of the source, with which a log begins,
     should)."""
     end = time.monotonic() + DEADLINE

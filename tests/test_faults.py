@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from conftest import (
     BEFORE_STEP,
+    BRIEF,
     DEADLINE,
     SCRIPT,
+    TINY,
     finish,
     patched,
     run_script,
+    start_python,
     start_script,
     tiny,
     values,
@@ -27,7 +30,7 @@ from test_ranks import STEADY, log_of, losses, new_trainer, score_lines
 
 import train_gpt as t
 
-LONG = dict(ITERATIONS=100_000, NGRAM_ENABLED=0, TRAIN_LOG_EVERY=0)
+LONG = dict(ITERATIONS=100_000, TRAIN_LOG_EVERY=0)
 ENDLESS_PACKING = """
 def endless(*args):
     while True:
@@ -39,9 +42,9 @@ t.fit_artifact = endless
 PHASES = dict(
     warm_up=(dict(LONG, WARMUP_STEPS=100_000), "NGRAM_BUCKETS=", []),
     training=(LONG, "step:3/", ["test.ckpt"]),
-    packing=(dict(NGRAM_ENABLED=0), "final_float_exact", ["test.ckpt"]),
+    packing=(BRIEF, "final_float_exact", ["test.ckpt"]),
     scoring=(
-        dict(NGRAM_ENABLED=0, ITERATIONS=2, EVAL_SEQ_LEN=1024, EVAL_STRIDE=1),
+        dict(ITERATIONS=2, EVAL_SEQ_LEN=1024, EVAL_STRIDE=1, NGRAM_ENABLED=0),
         "final_int6_roundtrip_exact",
         [],
     ),
@@ -150,14 +153,14 @@ def test_a_validation_that_is_killed_costs_no_training(corpus, tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_ends_the_run_and_its_checkpoint_is_whole(corpus, tmp_path, victim):
-    settings = {**corpus, **STEADY, "ITERATIONS": 60, "WARMDOWN_ITERS": 55, "NGRAM_ENABLED": 0}
+    settings = {**corpus, **STEADY, **BRIEF, "ITERATIONS": 16, "WARMDOWN_ITERS": 14}
     slow = patched(
         tmp_path.with_suffix(".py"),
         BEFORE_STEP
         + """
 def before(trainer):  # far from the end the signal is waited for, if this machine is busy
     time.sleep(0.1)
-    while trainer.steps == 40: time.sleep(0.1)
+    while trainer.steps == 12: time.sleep(0.1)
 """,
     )
     process = start_script(tmp_path, 2, slow, **settings, CHECKPOINT_EVERY=0.001)
@@ -182,7 +185,7 @@ def before(trainer):  # far from the end the signal is waited for, if this machi
     again = run_script(tmp_path, 0, **settings, RESUME="logs/test.ckpt")
     assert again.returncode == 0, again.stderr
     after = losses(log_of(tmp_path, "test_2"))
-    assert set(before) | set(after) == set(range(1, 61))
+    assert set(before) | set(after) == set(range(1, 17))
     for step in set(before) & set(after):  # what both did: on two ranks and on one
         assert float(before[step]) == pytest.approx(float(after[step]), abs=2e-4)
 
@@ -236,7 +239,7 @@ def before(trainer):
 """,
         ),
         **corpus,
-        NGRAM_ENABLED=0,
+        **BRIEF,
         CHECKPOINT_EVERY=1e-9,
     )
     assert done.returncode == 0, done.stderr
@@ -255,8 +258,11 @@ def test_a_console_that_takes_nothing_costs_nothing(corpus, tmp_path):
     """As when it is a file on a full disk, or a pipe whose reader has gone."""
     reader, pipe = os.pipe()
     os.close(reader)
+    settings = {name: str(x) for name, x in {**TINY, **corpus, **BRIEF}.items()}
     with open("/dev/full", "w") as full:
-        process = start_script(tmp_path, 0, stdout=pipe, stderr=full, **corpus, NGRAM_ENABLED=0)
+        process = start_python(
+            tmp_path, [str(SCRIPT)], settings, forked=False, stdout=pipe, stderr=full
+        )
     os.close(pipe)
     assert process.wait(DEADLINE) == 0
     assert list(losses(log_of(tmp_path))) == list(range(1, 13))
@@ -282,7 +288,7 @@ t.evaluate = full
 """,
         ),
         **corpus,
-        NGRAM_ENABLED=0,
+        **BRIEF,
     )
     assert done.returncode == 1 and "final_int6_sliding_window_exact" in done.stdout
     assert re.fullmatch(
@@ -311,7 +317,7 @@ t.write_artifact = full
 """,
         ),
         **corpus,
-        NGRAM_ENABLED=0,
+        **BRIEF,
     )
     assert done.returncode == 1
     said = "error: final_model.int6.ptz: No space left on device; free space, then RESUME"
@@ -320,7 +326,7 @@ t.write_artifact = full
     assert (small_disk / "final_model.int6.ptz").read_bytes() == old
     assert not list(small_disk.rglob("*.tmp"))
     (small_disk / "filler").unlink()
-    again = run_script(small_disk, 0, **corpus, NGRAM_ENABLED=0, RESUME="logs/test.ckpt")
+    again = run_script(small_disk, 0, **corpus, **BRIEF, RESUME="logs/test.ckpt")
     assert again.returncode == 0 and "train_loss" not in again.stdout, again.stderr
     assert score_lines(again.stdout)[0] == score_lines(done.stdout)[0] and whole(small_disk)
 
@@ -342,11 +348,11 @@ def before(trainer):
     )
     for name in ("run", "undisturbed"):
         (tmp_path / name).mkdir()
-    done = run_script(tmp_path / "run", 0, script, **{**corpus, "DATA_PATH": data})
+    done = run_script(tmp_path / "run", 0, script, **{**corpus, **BRIEF, "DATA_PATH": data})
     assert done.returncode == 0, done.stderr
     assert not list(data.glob("fineweb_train_*"))
     assert score_lines(done.stdout) == score_lines(
-        run_script(tmp_path / "undisturbed", 0, **corpus).stdout
+        run_script(tmp_path / "undisturbed", 0, **corpus, **BRIEF).stdout
     )
 
 
@@ -367,6 +373,7 @@ def before(trainer):
 """,
         ),
         **corpus,
+        **BRIEF,
         CHECKPOINT_EVERY=1e-9,
     )
     assert done.returncode != 0 and done.stderr.count("train_gpt.py: error: ") == 1
@@ -399,9 +406,7 @@ def before(trainer):  # neither begins before both have a log
     while len(os.listdir("logs")) < 2: time.sleep(0.01)
 """,
     )
-    both = [
-        start_script(tmp_path, 0, meet, **corpus, NGRAM_ENABLED=0, SEED=seed) for seed in (1, 2)
-    ]
+    both = [start_script(tmp_path, 0, meet, **corpus, **BRIEF, SEED=seed) for seed in (1, 2)]
     done = [finish(process) for process in both]
     assert [d.returncode for d in done] == [0, 0], [d.stderr for d in done]
     logs = [log_of(tmp_path, name) for name in ("test", "test_2")]

@@ -6,7 +6,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -15,12 +14,13 @@ import pytest
 import torch
 from conftest import (
     BEFORE_STEP,
-    DEADLINE,
+    BRIEF,
     ROOT,
     SCRIPT,
     finish,
     patched,
     run_script,
+    start_python,
     start_script,
     tiny,
     values,
@@ -137,13 +137,8 @@ def test_scores_and_counts_do_not_depend_on_the_ranks(scored, corpus):
         assert json.loads(str(arrays["settings"]))["EVAL_STRIDE"] == "8"
 
 
-def test_updates_of_1_2_3_and_4_ranks_are_the_written_rule():
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/update_driver.py"],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-    )
+def test_updates_of_1_2_3_and_4_ranks_are_the_written_rule(tmp_path):
+    done = finish(start_python(tmp_path, [str(ROOT / "tests/update_driver.py")], {}))
     assert done.returncode == 0 and done.stdout.count("world_size:") == 4, done.stderr
 
 
@@ -430,7 +425,7 @@ def before(trainer):
 @pytest.fixture(scope="module")
 def interrupted(corpus, tmp_path_factory):
     """Two ranks, stopped by SIGTERM to torchrun: (folder, what it said, settings)."""
-    settings = {**corpus, **STEADY, "ITERATIONS": 40, "WARMDOWN_ITERS": 35, "NGRAM_ENABLED": 0}
+    settings = {**corpus, **STEADY, **BRIEF, "ITERATIONS": 14, "WARMDOWN_ITERS": 12}
     cwd = tmp_path_factory.mktemp("interrupted")
     done = run_script(cwd, 2, patched(cwd.with_suffix(".py"), INTERRUPT), **settings)
     return cwd, done, settings
@@ -444,13 +439,13 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_digi
     assert stopped.returncode != 0 and not list(cwd.rglob("*.tmp")) and not list(cwd.glob("*.ptz"))
     step = int(
         re.search(
-            r"^error: Stopped: step:(\d+)/40: stopped by SIGTERM; RESUME=logs/test.ckpt goes on "
+            r"^error: Stopped: step:(\d+)/14: stopped by SIGTERM; RESUME=logs/test.ckpt goes on "
             r"from step \1$",
             first,
             re.M,
         )[1]
     )
-    assert 7 < step < 40 and list(losses(first)) == list(range(1, step + 1))
+    assert 7 < step < 14 and list(losses(first)) == list(range(1, step + 1))
     whole = run_script(tmp_path, 2, **settings)
     assert whole.returncode == 0, whole.stderr[-3000:]
     expected = log_of(tmp_path)

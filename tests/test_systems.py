@@ -3,16 +3,18 @@ what each claims must show in what it did."""
 
 import math
 import os
+import shutil
 import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import DEADLINE, ROOT, TINY, tiny, values
+from conftest import ROOT, SCRIPT, TINY, finish, start_python, tiny, torchrun, values
 
-import make_record
 import train_gpt as t
+from record import tables
+from record.log import RecordError
 
 # what a script itself sets is left to it
 OWN = ("NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "XSA_LAST_N", "LATE_QAT_THRESHOLD", "EMA_DECAY")
@@ -27,35 +29,37 @@ SMALL = {k: v for k, v in TINY.items() if k not in OWN} | dict(
 )
 
 
+# In the place of Python: it finds no GPU, and writes down what the launch script would start.
+RECORDER = """#!/usr/bin/env bash
+if [ "$1" = -c ]; then echo 0; exit; fi
+printf '%s\\0' "$@" > arguments
+env -0 > environment
+"""
+
+
+def launched(system: str, folder: Path, **settings) -> tuple[list[str], dict[str, str]]:
+    """What runs/<system>.sh starts in `folder`: Python's arguments and environment."""
+    (folder / "runs").mkdir()
+    for name in (system, "common"):
+        shutil.copy(ROOT / f"runs/{name}.sh", folder / "runs")
+    recorder = folder / "python"
+    recorder.write_text(RECORDER)
+    recorder.chmod(0o755)
+    env = {"PATH": os.environ["PATH"], "PYTHON": str(recorder), "SCRIPT": str(SCRIPT)}
+    env |= {name: str(value) for name, value in settings.items()}
+    subprocess.run(["bash", f"runs/{system}.sh"], cwd=folder, env=env, check=True)
+    arguments = (folder / "arguments").read_text().split("\0")[:-1]
+    pairs = (folder / "environment").read_text().split("\0")[:-1]
+    return arguments, dict(pair.split("=", 1) for pair in pairs)
+
+
 @pytest.fixture(scope="module")
 def logs(corpus, tmp_path_factory):
     """system -> (log, artifact's state, checkpoint)."""
     runs = {}
     for system in ("backoff", "order_adaptive", "prefill"):
         folder = tmp_path_factory.mktemp(system)
-        (folder / "runs").mkdir()
-        for name in (system, "common"):
-            (folder / f"runs/{name}.sh").write_text((ROOT / f"runs/{name}.sh").read_text())
-        kept = {
-            k: v
-            for k, v in os.environ.items()
-            if k in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV")
-        }
-        env = {
-            **kept,
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHON": sys.executable,
-            "SCRIPT": str(ROOT / "train_gpt.py"),
-            **{k: str(v) for k, v in {**SMALL, **corpus}.items()},
-        }
-        done = subprocess.run(
-            ["bash", "runs/" + system + ".sh"],
-            cwd=folder,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE,
-        )
+        done = finish(start_python(folder, *launched(system, folder, **SMALL, **corpus)))
         assert done.returncode == 0, done.stderr[-3000:]
         with np.load(folder / "logs/test.ckpt", allow_pickle=False) as checkpoint:
             arrays = dict(checkpoint)
@@ -81,6 +85,12 @@ def packed_weights_are(state, arrays, expected) -> bool:
 def mean_of(arrays, name) -> dict[str, np.ndarray]:
     order = [k.removeprefix("model.") for k in arrays if k.startswith("model.")]
     return {n: arrays[f"{name}.{i + 1}"] for i, n in enumerate(order)}
+
+
+@pytest.mark.parametrize("system", ["backoff", "order_adaptive", "prefill", "frontier"])
+def test_without_a_gpu_a_launch_script_starts_two_ranks(system, tmp_path):
+    arguments, _ = launched(system, tmp_path)
+    assert arguments == [*torchrun(2), str(SCRIPT)]
 
 
 @pytest.mark.parametrize("system", ["backoff", "order_adaptive", "prefill"])
@@ -198,10 +208,10 @@ def test_soft_qat_trains_on_what_it_computes(corpus):
     assert abs(losses[1.0] - losses[None]) < abs(losses[200.0] - losses[None]) + 1e-4
 
 
-def test_the_readme_table_of_systems_is_that_of_the_logs(logs, tmp_path):
-    (tmp_path / "README.md").write_text(
-        "# x\n<!-- systems:begin -->\nold\n<!-- systems:end -->\nrest\n"
-    )
+def test_the_table_of_systems_is_that_of_the_logs(logs, tmp_path):
+    page = tmp_path / "docs/predecessors.md"
+    page.parent.mkdir()
+    page.write_text("# x\n<!-- systems:begin -->\nold\n<!-- systems:end -->\nrest\n")
     paths = []
     for system in logs:
         paths.append(tmp_path / f"logs/systems/{system}_seed1337.txt")
@@ -209,11 +219,11 @@ def test_the_readme_table_of_systems_is_that_of_the_logs(logs, tmp_path):
         paths[-1].write_text(
             logs[system][0].replace("\nRUN_ID=test\n", f"\nRUN_ID={system}_seed1337\n")
         )
-    make_record.systems(paths, tmp_path)
-    readme = (tmp_path / "README.md").read_text()
-    assert "old" not in readme and readme.endswith("rest\n")
+    tables.systems(paths, tmp_path)
+    written = page.read_text()
+    assert "old" not in written and written.endswith("rest\n")
     for system, (log, *_) in logs.items():
-        row = next(line for line in readme.splitlines() if f"runs/{system}.sh" in line)
+        row = next(line for line in written.splitlines() if f"runs/{system}.sh" in line)
         for line in ("final_int", "final_ngram_exact", "final_ngram_hashed"):
             found = values(log, line)
             assert f"{float(found.get('val_bpb') or found['pseudo_bpb']):.4f}" in row
@@ -221,6 +231,6 @@ def test_the_readme_table_of_systems_is_that_of_the_logs(logs, tmp_path):
             f"{int(log.split('Total submission size')[-1].split(': ')[1].split(' ')[0]):,}" in row
         )
     (tmp_path / "logs/odd.txt").write_text("")
-    with pytest.raises(make_record.RecordError, match="odd.txt: its name says no system"):
-        make_record.systems([tmp_path / "logs/odd.txt"], tmp_path)
-    assert (tmp_path / "README.md").read_text() == readme
+    with pytest.raises(RecordError, match="odd.txt: its name says no system"):
+        tables.systems([tmp_path / "logs/odd.txt"], tmp_path)
+    assert page.read_text() == written
