@@ -180,6 +180,9 @@ class Hyperparameters:
     qat_rounding: str = setting("straight", "soft: as in 2006.09952", choices="straight soft")
     quant_bits: int = setting(6, "bits of a matrix's codes before fitting, and in QAT", 3, 8)
     fill_budget: bool = setting(True, "spend bytes that are left on codes of up to 8 bits")
+    quantizer: str = setting("gptq", "rows: each by itself, blind to inputs", choices="gptq rows")
+    gptq_reserve_seconds: float = setting(10.0, "of training, for GPTQ; at most a tenth", 0)
+    gptq_tokens: int = setting(131_072, "training tokens that GPTQ looks at, at least", 1)
 
     # Scoring
     eval_seq_len: int = setting(2048, "tokens per scoring window", 1)
@@ -211,6 +214,17 @@ class Hyperparameters:
     def head_dim(self):
         """K, the width of one head."""
         return self.model_dim // self.num_heads
+
+    @property
+    def gptq_seconds(self):
+        """Of MAX_WALLCLOCK_SECONDS, what is kept for `measure_curvature`."""
+        reserve = min(self.gptq_reserve_seconds, self.max_wallclock_seconds / 10)
+        return reserve if self.quantizer == "gptq" else 0.0
+
+    @property
+    def step_seconds(self):
+        """Most time of the training steps; 0: no limit."""
+        return self.max_wallclock_seconds - self.gptq_seconds
 
     @classmethod
     def from_env(cls, env: dict[str, str]):
@@ -850,11 +864,6 @@ class Attention(nn.Module):
         return v
 
 
-def mlp(x_ND, fc_WD, proj_DW, slope: float):
-    """leaky_relu(x fc', slope)^2 proj', the plain form of `fused_mlp` [5]."""
-    return F.linear(F.leaky_relu(F.linear(x_ND, fc_WD), slope).square(), proj_DW)
-
-
 class MLP(nn.Module):
     def __init__(self, hp):
         super().__init__()
@@ -866,11 +875,12 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD, scale_D):
         """The layer's contribution, (B, T, D), its channels times `scale`."""
-        fc_WD = self.fc.matrix(x_BTD.dtype)
-        proj_DW = self.proj.matrix(x_BTD.dtype, scale_D[:, None])
         if self.fused and has_kernels(x_BTD):
+            fc_WD = self.fc.matrix(x_BTD.dtype)
+            proj_DW = self.proj.matrix(x_BTD.dtype, scale_D[:, None])
             return fused_mlp(x_BTD.flatten(0, 1), fc_WD, proj_DW, self.slope)[0].view_as(x_BTD)
-        return mlp(x_BTD, fc_WD, proj_DW, self.slope)
+        h_BTW = F.leaky_relu(self.fc(x_BTD), self.slope).square()
+        return self.proj(h_BTW, scale_D[:, None])
 
 
 class Block(nn.Module):
@@ -1147,7 +1157,7 @@ def launch_mlp(a_MK, b_KN, z_MN, slope: float, backward: bool):
 def fused_mlp(
     x_ND: Tensor, fc_WD: Tensor, proj_DW: Tensor, slope: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(`mlp` of x, z = x fc', h = leaky_relu(z)^2): the last two are for backward."""
+    """(h proj', z = x fc', h = leaky_relu(z, slope)^2): the last two are for backward."""
     z_NW = x_ND.new_empty(len(x_ND), len(fc_WD))
     h_NW = launch_mlp(x_ND, fc_WD.mT, z_NW, slope, backward=False)
     return h_NW @ proj_DW.mT, z_NW, h_NW
@@ -1410,8 +1420,8 @@ def update(optimizers: list, clip: float):
 def training_share(step: int, seconds: float, hp):
     """How much of training is done, 0 to 1, by ITERATIONS or by the clock, whichever is further."""
     share = step / hp.iterations
-    if hp.max_wallclock_seconds:
-        share = max(share, seconds / hp.max_wallclock_seconds)
+    if hp.step_seconds:
+        share = max(share, seconds / hp.step_seconds)
     return min(share, 1.0)
 
 
@@ -1424,8 +1434,8 @@ def lr_scale(step: int, seconds: float, hp):
     if not decay and hp.warmdown_iters:
         decay = hp.warmdown_iters
         left = hp.iterations - step
-        if hp.max_wallclock_seconds and step:
-            seconds_left = hp.max_wallclock_seconds - seconds
+        if hp.step_seconds and step:
+            seconds_left = hp.step_seconds - seconds
             left = min(left, seconds_left / (seconds / step))
     if not decay:
         return 1.0
@@ -1530,6 +1540,7 @@ class Trainer:
         self.averages = build_averages(self.parameters, self.hp)
         self.loss = self.compile(training_loss)
         self.trunk = model.hidden  # a compiled one after training
+        self.curvature = {}  # of the weights that are packed, after training: for GPTQ
         self.hint = "there is no checkpoint"  # for error messages: how to go on
 
     @property
@@ -1688,7 +1699,8 @@ def read_checkpoint(path: str):
 def train(trainer):
     """Train to ITERATIONS or to MAX_WALLCLOCK_SECONDS on rank 0's clock, which is paused in
     validations; no step begins that would pass it if it took twice the average. Leaves a
-    checkpoint and the averaged weights. Collective. Stopped; UserError: the loss is not finite."""
+    checkpoint, the averaged weights and their curvature. Collective. Stopped; UserError: the loss
+    is not finite."""
     hp, ranks, log, stop = trainer.hp, trainer.ranks, trainer.log, trainer.stop
     trainer.warm_up()
     stop.patient = True  # signals wait for the loop
@@ -1715,7 +1727,7 @@ def train(trainer):
             speed = f"tok/s:{hp.train_batch_tokens * step / seconds:.0f} lr_scale:{scale:.4f}"
             log(f"{trainer.label} train_loss:{loss:.4f} {trainer.clock} {speed}")
 
-        capped = step > 0 and 0 < hp.max_wallclock_seconds < seconds * (1 + 2 / step)
+        capped = step > 0 and 0 < hp.step_seconds < seconds * (1 + 2 / step)
         is_last = capped or step >= hp.iterations
         validates = is_last or is_multiple(step, hp.val_loss_every)
         if stopped or validates or 0 < hp.checkpoint_every <= seconds - saved_at:
@@ -1741,6 +1753,8 @@ def train(trainer):
     if capped:
         log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms {trainer.label}")
     use_averages(trainer)
+    if hp.quantizer == "gptq":
+        trainer.curvature = measure_curvature(trainer)
 
 
 def set_block_order(trainer):
@@ -1803,6 +1817,9 @@ MOST_SIDE = 1 << 24  # bytes of the side stream once inflated
 MOST_TEXT = 1 << 20
 LARGEST_CODE = 127
 COARSEST = 254.0  # divides all levels; all are +-1 then
+GPTQ_BLOCK = 128  # columns
+PASS_TOKENS = 16_384  # of a rank at a time, for the curvature
+TIED_HEAD = "embed.weight as head"
 TOLERANCE = 4096  # bytes that `fit_artifact` may leave unused
 AIM = 2000  # bytes below the budget at which its search aims
 LZMA = dict(
@@ -1810,6 +1827,144 @@ LZMA = dict(
 )
 
 require_valid = partial(require, error=ValueError)
+
+
+# What errors of the weights cost
+
+
+class Curvature:
+    """Of one matrix: an error e_RC of its weights costs, to second order, half the sum over its
+    rows r of `outputs_r * e_r inputs e_r'`, in nats per token (Kronecker-factored: 1503.05671)."""
+
+    def __init__(self, inputs_CC, outputs_R):
+        self.inputs_CC = inputs_CC  # mean over tokens of x x', x what enters the matrix
+        self.outputs_R = outputs_R  # mean over tokens of the squared gradient of what leaves it
+
+    @cached_property
+    def factors(self):
+        """(order of the columns, upper Cholesky factor of the inverse of the damped moments in that
+        order), or None if there is no such factor."""
+        H_CC = self.inputs_CC.double()
+        order_C = H_CC.diagonal().argsort(descending=True)
+        H_CC = H_CC[order_C][:, order_C]
+        for damping in (0.01, 0.1, 1.0):
+            shift_C = (damping * H_CC.diagonal().mean()).expand(len(H_CC))
+            lower_CC, failed = torch.linalg.cholesky_ex(H_CC + shift_C.diag())
+            if not failed and lower_CC.isfinite().all():
+                inverse_CC = torch.cholesky_inverse(lower_CC)
+                return order_C, torch.linalg.cholesky(inverse_CC, upper=True).float()
+        return None
+
+    @cached_property
+    def steps(self):
+        """(R, 1): the rows' steps at which a bit buys the same in every row of every matrix, up to
+        a factor; powers of 2^(1/8), as few different numbers take few bytes. What a unit error of a
+        column costs, once the columns after it have made up for it, is factor_cc^-2."""
+        _, factor_CC = self.factors
+        residual = factor_CC.diagonal().double().pow(-2).mean()
+        outputs_R = self.outputs_R.double()
+        cost_R = residual * (outputs_R + 0.01 * outputs_R.mean())
+        return torch.exp2((-4 * cost_R.clamp_min(1e-30).log2()).round() / 8).float().cpu()[:, None]
+
+
+class CurvatureRecorder:
+    """Sums what `Curvature` is the mean of, over all passes through the model."""
+
+    def __init__(self, model):
+        self.model = model
+        self.sums: dict[str, list[Tensor]] = {}  # inputs' moments, squared gradients
+        self.handles = []
+        for name, module in model.named_modules():
+            if isinstance(module, MLP):
+                module.fused = False  # its kernel would go past the hooks
+            watch = {Linear: self.watch_linear, nn.Embedding: self.watch_table}.get(type(module))
+            if watch:
+                hook = partial(watch, f"{name}.weight")
+                self.handles.append(module.register_forward_hook(hook))
+
+    def add(self, name: str, place: int, x: Tensor):
+        sums = self.sums.setdefault(name, [0.0, 0.0])
+        sums[place] = sums[place] + x
+
+    def add_moments(self, name: str, x):
+        x_NC = x.detach().flatten(0, -2).float()
+        self.add(name, 0, x_NC.T @ x_NC)
+
+    def add_squares(self, name: str, g, factor=1.0):
+        self.add(name, 1, (g.flatten(0, -2).float() * factor).square().sum(0))
+
+    def watch_linear(self, name: str, module, args, y):
+        """Inputs now, gradients of y when they come. A factor multiplies an output's weights, hence
+        also their gradients."""
+        x, *factors = args
+        self.add_moments(name, x)
+        factor = factors[0].detach().flatten() if factors else 1.0
+        y.register_hook(lambda g: self.add_squares(name, g, factor))
+
+    def watch_table(self, name: str, module, args, y):
+        """A table, turned, is a matrix of one-hot inputs: a row counts as often as it is looked up,
+        and what errors of the columns cost together are moments of the gradients."""
+        self.add(name, 1, torch.bincount(args[0].flatten(), minlength=len(module.weight)))
+        y.register_hook(lambda g: self.add_moments(name, g))
+
+    def watch_pass(self, ids_BT, targets_BT):
+        """A forward and a backward pass, not compiled."""
+        model = self.model
+        head = TIED_HEAD if model.head is None else "head.weight"
+        hidden_ND = model.hidden(ids_BT).flatten(0, 1)
+        self.add_moments(head, norm(hidden_ND))
+        z_NV = model.logits(hidden_ND)
+        z_NV.register_hook(lambda g: self.add_squares(head, g))
+        token_nll(z_NV, targets_BT.flatten(), model.hp.logit_softcap).sum().backward()
+
+    def close(self):
+        """The model is as it was."""
+        for handle in self.handles:
+            handle.remove()
+        for block in self.model.blocks:
+            block.mlp.fused = self.model.hp.fused_mlp
+        self.model.zero_grad(set_to_none=True)
+
+
+def measure_curvature(trainer):
+    """{name: Curvature} of the coded weights, from the next training tokens: whole batches, at
+    least GPTQ_TOKENS, unless the time kept for it ends. It counts as training. Collective."""
+    hp, ranks = trainer.hp, trainer.ranks
+    began = perf_counter()
+    recorder = CurvatureRecorder(trainer.model)
+    tokens = 0
+    for done, (ids, targets) in enumerate(curvature_batches(trainer), 1):
+        recorder.watch_pass(ids.to(ranks.device), targets.to(ranks.device))
+        tokens += ids.numel() * ranks.world_size
+        ranks.barrier()
+        own_clock = perf_counter() - began if ranks.rank == 0 else 0.0
+        (seconds,) = ranks.sum_numbers(own_clock)
+        if 0 < hp.gptq_seconds < seconds * (1 + 2 / done):
+            break
+    recorder.close()
+
+    found = {}
+    for name, sums in sorted(recorder.sums.items()):
+        found[name] = Curvature(*(ranks.sum_over_ranks(x) / tokens for x in sums))
+    if TIED_HEAD in found:
+        table, head = found["embed.weight"], found.pop(TIED_HEAD)
+        looked_up_CC = table.inputs_CC / head.outputs_R.sum()
+        found["embed.weight"] = Curvature(head.inputs_CC + looked_up_CC, head.outputs_R)
+    dead = sum(int((c.inputs_CC.diagonal() == 0).sum()) for c in found.values())
+    trainer.progress[1] += perf_counter() - began
+    facts = f"matrices:{len(found)} dead_columns:{dead} {trainer.clock}"
+    trainer.log(f"gptq_curvature tokens:{tokens} seconds:{seconds:.1f} {facts}")
+    return found
+
+
+def curvature_batches(trainer):
+    """This rank's (ids, targets) of the batches after the last one, in small pieces."""
+    hp, loader = trainer.hp, trainer.loader
+    rows = max(1, PASS_TOKENS // hp.train_seq_len)
+    for batch in range(math.ceil(hp.gptq_tokens / hp.train_batch_tokens)):
+        for micro in range(loader.accumulation):
+            both = loader.micro_batch(trainer.steps + batch, micro)
+            yield from zip(*(part.split(rows) for part in both))
 
 
 # Codes <-> weights
@@ -1845,9 +2000,13 @@ def quantize_rows(w_RC, levels: int | Tensor):
 class RowQuantizer:
     """Rounds each row by itself, blind to the inputs of the matrix."""
 
-    def quantize(self, name: str, w_RC, levels: Tensor):
-        """(codes, steps) as of `quantize_rows`; the name is for those who know more of a matrix."""
-        return quantize_rows(w_RC, levels)
+    def __init__(self, hp):
+        self.hp = hp
+
+    def quantize(self, name: str, w_RC, coarsen: float):
+        """(codes, steps) as of `quantize_rows`, with the natural levels over `coarsen`."""
+        levels = natural_levels(name, w_RC, self.hp) / coarsen
+        return quantize_rows(w_RC, row_levels(len(w_RC), levels))
 
 
 def row_levels(rows: int, levels: float):
@@ -1855,6 +2014,76 @@ def row_levels(rows: int, levels: float):
     golden = 0.6180339887498949
     dither = torch.arange(rows, dtype=torch.float64)[:, None] * golden % 1
     return (levels + dither).floor().clamp(1, LARGEST_CODE).float()
+
+
+class GPTQ:
+    """Steps as fine as the loss asks for and no finer (reverse water-filling). The columns are
+    rounded in turn, and those to come make up for the error so far (2210.17323)."""
+
+    def __init__(self, hp, curvature: dict[str, Curvature], scale: float, carries=True):
+        self.rows = RowQuantizer(hp)
+        self.curvature = curvature
+        self.scale = scale  # of all `Curvature.steps`
+        self.carries = carries  # False: each weight is rounded by itself: as many bytes, and quick
+
+    @property
+    def draft(self):
+        return GPTQ(self.rows.hp, self.curvature, self.scale, carries=False)
+
+    def quantize(self, name: str, w_RC, coarsen: float):
+        """As RowQuantizer.quantize, which codes what has no curvature."""
+        if name not in self.curvature:
+            return self.rows.quantize(name, w_RC, coarsen)
+        step = self.curvature[name].steps * (self.scale * coarsen)
+        reach = w_RC.abs().amax(1, keepdim=True) / LARGEST_CODE
+        step = torch.maximum(step, reach).clamp_min(1e-30).bfloat16().float()
+        if not self.carries:
+            return round_to(step, w_RC), step
+        order_C, factor_CC = self.curvature[name].factors
+        w_CR = w_RC.to(factor_CC.device).T[order_C]
+        codes_CR = torch.empty_like(w_CR)
+        codes_CR[order_C] = round_in_turn(w_CR, step.to(w_CR.device)[:, 0], factor_CC)
+        return codes_CR.T.cpu().contiguous(), step
+
+
+def round_to(step: Tensor, w: Tensor):
+    return (w / step).round().clamp(-LARGEST_CODE, LARGEST_CODE)
+
+
+def build_gptq(state: dict[str, Tensor], hp, curvature: dict[str, Curvature], log):
+    """A GPTQ whose steps have RowQuantizer's geometric mean at coarsen 1. Matrices whose moments
+    have no Cholesky factor are rounded by rows; the log names them."""
+    usable = {name: c for name, c in curvature.items() if c.factors is not None}
+    for name in curvature.keys() - usable.keys():
+        log(f"warning: {name}: its inputs' moments have no Cholesky factor; rounded by rows")
+    log_ratio = 0.0
+    weights = 0
+    for name, c in usable.items():
+        w_RC = state[name].detach().float().cpu()
+        _, natural = quantize_rows(w_RC, natural_levels(name, w_RC, hp))
+        log_ratio += float((natural.log2() - c.steps.log2()).mean()) * w_RC.numel()
+        weights += w_RC.numel()
+    return GPTQ(hp, usable, 2 ** (log_ratio / max(weights, 1)))
+
+
+def round_in_turn(w_CR, step_R, factor_CC):
+    """Codes (C, R) of the columns of a matrix, here the rows of `w`, in this order. `factor`: upper
+    Cholesky factor of the inverse of the inputs' moments. Within a block each error is carried on
+    at once, beyond it by one product."""
+    w_CR = w_CR.clone()
+    codes_CR = torch.empty_like(w_CR)
+    for start in range(0, len(w_CR), GPTQ_BLOCK):
+        block = slice(start, start + GPTQ_BLOCK)
+        w = w_CR[block]
+        factor = factor_CC[block, block]
+        errors = torch.empty_like(w)
+        for c in range(len(w)):
+            codes = round_to(step_R, w[c])
+            codes_CR[start + c] = codes
+            errors[c] = (w[c] - codes * step_R) / factor[c, c]
+            w[c + 1 :].addr_(factor[c, c + 1 :], errors[c], alpha=-1)
+        w_CR[block.stop :] -= factor_CC[block, block.stop :].T @ errors
+    return codes_CR
 
 
 # Codes <-> bytes
@@ -1985,6 +2214,7 @@ class Packed:
     blob: bytes  # the container
     sizes: dict[str, int]  # its bytes, by kind of content
     error: float  # of the coded weights: norm of the difference over norm
+    weights: int  # how many were coded, at least 1
 
 
 def quantize_state(state: dict[str, Tensor], hp, coarsen: float, quantizer):
@@ -2002,7 +2232,7 @@ def quantize_state(state: dict[str, Tensor], hp, coarsen: float, quantizer):
         if not levels:
             numbers.append(w.half().numpy())
             continue
-        rounded, step = quantizer.quantize(name, w, row_levels(len(w), levels / coarsen))
+        rounded, step = quantizer.quantize(name, w, coarsen)
         codes.append(rounded.numpy())
         numbers.append(step.bfloat16().view(torch.int16).numpy())
         lost += float((rounded * step - w).square().sum(dtype=torch.float64))
@@ -2012,7 +2242,7 @@ def quantize_state(state: dict[str, Tensor], hp, coarsen: float, quantizer):
 
 def pack(state: dict[str, Tensor], hp, coarsen: float = 1.0, quantizer=None):
     """The container of a state dict, all levels divided by `coarsen`. UserError: NaN or huge."""
-    quantizer = quantizer or RowQuantizer()
+    quantizer = quantizer or RowQuantizer(hp)
     entries, codes, numbers, error = quantize_state(state, hp, coarsen, quantizer)
     freq, classes, words, coded_sizes = encode_matrices(codes)
     numbers = b"".join([freq, *classes, *numbers])
@@ -2028,7 +2258,7 @@ def pack(state: dict[str, Tensor], hp, coarsen: float = 1.0, quantizer=None):
         other = "mlp" if ".mlp." in name else "embeddings"
         sizes["attention" if ".attn." in name else other] += size
     sizes["side"] = len(blob) - sum(sizes.values())  # all that is not codes
-    return Packed(blob, sizes, error)
+    return Packed(blob, sizes, error, max(1, sum(c.size for c in codes)))
 
 
 def unpack(blob: bytes):
@@ -2111,36 +2341,47 @@ def read_tensors(entries: list[TensorEntry], numbers: bytes, words: bytes):
 def fit_artifact(state: dict[str, Tensor], hp, budget: int, quantizer=None):
     """(a container of at most `budget` bytes, facts for the log). One number divides all levels,
     found by packing to within TOLERANCE: over 1 if bytes are few; under 1, with FILL_BUDGET and up
-    to 8 bits, if some are left. UserError: even codes of +-1 take too many."""
-    count = max(1, sum(tensor.numel() for tensor in state.values()))
+    to 8 bits, if some are left. A quantiser with a quicker `draft` of itself is tried near where
+    that fits only. UserError: even codes of +-1 take too many."""
+    quantizer = quantizer or RowQuantizer(hp)
+    draft = getattr(quantizer, "draft", quantizer)
     natural = 2 ** (hp.quant_bits - 1) - 1
-    before = pack(state, hp, quantizer=quantizer).error
-    best = None  # the largest container that fits, packed with `high`
-    low, high = 1.0, COARSEST
-    if hp.fill_budget:
-        low = (natural + 1) / (2 * (LARGEST_CODE + 1))
-    coarsen = low
+    finest = (natural + 1) / (2 * (LARGEST_CODE + 1)) if hp.fill_budget else 1.0
+    before = pack(state, hp, 1.0, draft).error
+    coarsen = finest
+    for each in dict.fromkeys((draft, quantizer)):
+        pack_at = partial(pack, state, hp, quantizer=each)
+        best, coarsen = largest_that_fits(pack_at, budget, finest, coarsen)
+    if best is None:
+        raise UserError(
+            f"the artifact takes over {budget} bytes even with codes of +-1: lower NUM_LAYERS, "
+            "MODEL_DIM, MLP_MULT, VOCAB_SIZE or BIGRAM_VOCAB_SIZE"
+        )
+    count = max(1, sum(tensor.numel() for tensor in state.values()))
+    return best, (
+        f"coarsen:{coarsen:.9f} error_before:{before:.6f} error_after:{best.error:.6f} "
+        f"bits_per_parameter:{8 * len(best.blob) / count:.4f} "
+        f"levels:{min(LARGEST_CODE, natural / coarsen):.2f}"
+    )
+
+
+def largest_that_fits(pack_at: Callable, budget: int, finest: float, coarsen: float):
+    """(a container within TOLERANCE below `budget`, or the largest there is, None if none fits; its
+    coarsen), searched from `coarsen` on."""
+    best = None
+    low, high = finest, COARSEST
     while high / low > 1 + 1e-7 and (best is None or len(best.blob) <= budget - TOLERANCE):
-        packed = pack(state, hp, coarsen, quantizer)
+        packed = pack_at(coarsen)
         excess = len(packed.blob) - budget
         if excess > 0:
             low = coarsen
         else:
             high = coarsen
             best = packed
-        bits_over = (excess + AIM) * 8 / count  # of each weight
+        bits_over = (excess + AIM) * 8 / packed.weights  # of each weight
         guess = coarsen * 2 ** min(bits_over, 8)  # a bit less doubles the step
         coarsen = guess if low < guess < high else math.sqrt(low * high)
-    if best is None:
-        raise UserError(
-            f"the artifact takes over {budget} bytes even with codes of +-1: lower NUM_LAYERS, "
-            "MODEL_DIM, MLP_MULT, VOCAB_SIZE or BIGRAM_VOCAB_SIZE"
-        )
-    return best, (
-        f"coarsen:{high:.9f} error_before:{before:.6f} error_after:{best.error:.6f} "
-        f"bits_per_parameter:{8 * len(best.blob) / count:.4f} "
-        f"levels:{min(LARGEST_CODE, natural / high):.2f}"
-    )
+    return best, high
 
 
 def code_size():
@@ -2148,12 +2389,15 @@ def code_size():
     return Path(__file__).stat().st_size
 
 
-def write_artifact(model, path: Path, ranks, log):
-    """Rank 0 packs the model into `path`, with the code at most SIZE_CAP bytes. UserError."""
+def write_artifact(model, path: Path, ranks, log, curvature: dict[str, Curvature] | None = None):
+    """Rank 0 packs the model into `path`, by GPTQ where it is given a curvature, with the code at
+    most SIZE_CAP bytes. UserError."""
     if ranks.rank:
         return
     budget = SIZE_CAP - code_size()
-    packed, facts = fit_artifact(model.state_dict(), model.hp, budget, RowQuantizer())
+    state = model.state_dict()
+    quantizer = build_gptq(state, model.hp, curvature, log) if curvature else None
+    packed, facts = fit_artifact(state, model.hp, budget, quantizer)
     log(f"fit_artifact {facts}")
     sizes = " ".join(f"{part}:{size}" for part, size in packed.sizes.items())
     log(f"artifact_bytes code:{code_size()} {sizes}")
@@ -3179,7 +3423,7 @@ def run(trainer):
         train(trainer)
         began = perf_counter()
         log_validation(trainer, "final_float")  # of the weights that are packed
-        write_artifact(trainer.model, path, ranks, log)
+        write_artifact(trainer.model, path, ranks, log, trainer.curvature)
 
     trainer.trunk = trainer.compile(trainer.model.hidden)  # now: evaluation's time counts it
     size = load_artifact(trainer.model, path, ranks, log)
