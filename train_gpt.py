@@ -45,9 +45,10 @@ import sys
 import time
 import traceback
 import zlib
+from collections import defaultdict
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property, partial
 from itertools import chain, islice, pairwise, product
 from pathlib import Path
@@ -217,13 +218,12 @@ class Hyperparameters:
 
     @property
     def gptq_seconds(self):
-        """Of MAX_WALLCLOCK_SECONDS, what is kept for `measure_curvature`."""
-        reserve = min(self.gptq_reserve_seconds, self.max_wallclock_seconds / 10)
-        return reserve if self.quantizer == "gptq" else 0.0
+        """Of MAX_WALLCLOCK_SECONDS, what is kept from the steps."""
+        most = self.gptq_reserve_seconds if self.quantizer == "gptq" else 0.0
+        return min(most, self.max_wallclock_seconds / 10)
 
     @property
     def step_seconds(self):
-        """Most time of the training steps; 0: no limit."""
         return self.max_wallclock_seconds - self.gptq_seconds
 
     @classmethod
@@ -1819,7 +1819,6 @@ LARGEST_CODE = 127
 COARSEST = 254.0  # divides all levels; all are +-1 then
 GPTQ_BLOCK = 128  # columns
 PASS_TOKENS = 16_384  # of a rank at a time, for the curvature
-TIED_HEAD = "embed.weight as head"
 TOLERANCE = 4096  # bytes that `fit_artifact` may leave unused
 AIM = 2000  # bytes below the budget at which its search aims
 LZMA = dict(
@@ -1833,12 +1832,12 @@ require_valid = partial(require, error=ValueError)
 
 
 class Curvature:
-    """Of one matrix: an error e_RC of its weights costs, to second order, half the sum over its
-    rows r of `outputs_r * e_r inputs e_r'`, in nats per token (Kronecker-factored: 1503.05671)."""
+    """An error e_RC of a matrix costs, to second order, half the sum over its rows r of
+    `outputs_r * e_r inputs e_r'` nats per token (Kronecker-factored: 1503.05671)."""
 
     def __init__(self, inputs_CC, outputs_R):
-        self.inputs_CC = inputs_CC  # mean over tokens of x x', x what enters the matrix
-        self.outputs_R = outputs_R  # mean over tokens of the squared gradient of what leaves it
+        self.inputs_CC = inputs_CC  # mean of x x' over tokens, x what enters the matrix
+        self.outputs_R = outputs_R  # mean of the squared gradients of what leaves it
 
     @cached_property
     def factors(self):
@@ -1857,114 +1856,95 @@ class Curvature:
 
     @cached_property
     def steps(self):
-        """(R, 1): the rows' steps at which a bit buys the same in every row of every matrix, up to
-        a factor; powers of 2^(1/8), as few different numbers take few bytes. What a unit error of a
-        column costs, once the columns after it have made up for it, is factor_cc^-2."""
-        _, factor_CC = self.factors
-        residual = factor_CC.diagonal().double().pow(-2).mean()
+        """(R, 1), up to a factor: where a bit buys the same in every row of every matrix (reverse
+        water-filling). A unit error of column c costs factor_cc^-2 once later columns have made up
+        for it. Powers of 2^(1/8): few different numbers take few bytes."""
+        residual = self.factors[1].diagonal().double().pow(-2).mean()
         outputs_R = self.outputs_R.double()
         cost_R = residual * (outputs_R + 0.01 * outputs_R.mean())
         return torch.exp2((-4 * cost_R.clamp_min(1e-30).log2()).round() / 8).float().cpu()[:, None]
 
 
-class CurvatureRecorder:
-    """Sums what `Curvature` is the mean of, over all passes through the model."""
+def add_moments(sums: list, x):
+    x_NC = x.detach().flatten(0, -2).float()
+    sums[0] = sums[0] + x_NC.T @ x_NC
 
-    def __init__(self, model):
-        self.model = model
-        self.sums: dict[str, list[Tensor]] = {}  # inputs' moments, squared gradients
-        self.handles = []
-        for name, module in model.named_modules():
-            if isinstance(module, MLP):
-                module.fused = False  # its kernel would go past the hooks
-            watch = {Linear: self.watch_linear, nn.Embedding: self.watch_table}.get(type(module))
-            if watch:
-                hook = partial(watch, f"{name}.weight")
-                self.handles.append(module.register_forward_hook(hook))
 
-    def add(self, name: str, place: int, x: Tensor):
-        sums = self.sums.setdefault(name, [0.0, 0.0])
-        sums[place] = sums[place] + x
+def add_squares(sums: list, g, factor=1.0):
+    sums[1] = sums[1] + (g.flatten(0, -2).float() * factor).square().sum(0)
 
-    def add_moments(self, name: str, x):
-        x_NC = x.detach().flatten(0, -2).float()
-        self.add(name, 0, x_NC.T @ x_NC)
 
-    def add_squares(self, name: str, g, factor=1.0):
-        self.add(name, 1, (g.flatten(0, -2).float() * factor).square().sum(0))
+def watch(sums: list, module, args, y):
+    """A forward hook that adds to `sums` moments of the inputs and, when the gradient of y comes,
+    its squares. A table, turned, is a matrix of one-hot inputs: a row counts as often as it is
+    looked up, and errors of its columns cost by moments of the gradient."""
+    if isinstance(module, nn.Embedding):
+        sums[1] = sums[1] + torch.bincount(args[0].flatten(), minlength=len(module.weight))
+        y.register_hook(lambda g: add_moments(sums, g))
+        return
+    x, *factors = args
+    add_moments(sums, x)
+    factor = factors[0].detach().flatten() if factors else 1.0  # of the weights of an output
+    y.register_hook(lambda g: add_squares(sums, g, factor))
 
-    def watch_linear(self, name: str, module, args, y):
-        """Inputs now, gradients of y when they come. A factor multiplies an output's weights, hence
-        also their gradients."""
-        x, *factors = args
-        self.add_moments(name, x)
-        factor = factors[0].detach().flatten() if factors else 1.0
-        y.register_hook(lambda g: self.add_squares(name, g, factor))
 
-    def watch_table(self, name: str, module, args, y):
-        """A table, turned, is a matrix of one-hot inputs: a row counts as often as it is looked up,
-        and what errors of the columns cost together are moments of the gradients."""
-        self.add(name, 1, torch.bincount(args[0].flatten(), minlength=len(module.weight)))
-        y.register_hook(lambda g: self.add_moments(name, g))
-
-    def watch_pass(self, ids_BT, targets_BT):
-        """A forward and a backward pass, not compiled."""
-        model = self.model
-        head = TIED_HEAD if model.head is None else "head.weight"
-        hidden_ND = model.hidden(ids_BT).flatten(0, 1)
-        self.add_moments(head, norm(hidden_ND))
-        z_NV = model.logits(hidden_ND)
-        z_NV.register_hook(lambda g: self.add_squares(head, g))
-        token_nll(z_NV, targets_BT.flatten(), model.hp.logit_softcap).sum().backward()
-
-    def close(self):
-        """The model is as it was."""
-        for handle in self.handles:
-            handle.remove()
-        for block in self.model.blocks:
-            block.mlp.fused = self.model.hp.fused_mlp
-        self.model.zero_grad(set_to_none=True)
+@contextmanager
+def watched(model):
+    """Within, all passes add to a dictionary that this gives, name of a matrix -> `sums`."""
+    sums = defaultdict(lambda: [0.0, 0.0])
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, (Linear, nn.Embedding)):
+            hook = partial(watch, sums[f"{name}.weight"])
+            handles.append(module.register_forward_hook(hook))
+    for block in model.blocks:
+        block.mlp.fused = False  # its kernel would go past the hooks
+    yield sums
+    for block in model.blocks:
+        block.mlp.fused = model.hp.fused_mlp
+    for handle in handles:
+        handle.remove()
+    model.zero_grad(set_to_none=True)
 
 
 def measure_curvature(trainer):
     """{name: Curvature} of the coded weights, from the next training tokens: whole batches, at
     least GPTQ_TOKENS, unless the time kept for it ends. It counts as training. Collective."""
-    hp, ranks = trainer.hp, trainer.ranks
+    model, hp, ranks = trainer.model, trainer.hp, trainer.ranks
     began = perf_counter()
-    recorder = CurvatureRecorder(trainer.model)
-    tokens = 0
-    for done, (ids, targets) in enumerate(curvature_batches(trainer), 1):
-        recorder.watch_pass(ids.to(ranks.device), targets.to(ranks.device))
-        tokens += ids.numel() * ranks.world_size
-        ranks.barrier()
-        own_clock = perf_counter() - began if ranks.rank == 0 else 0.0
-        (seconds,) = ranks.sum_numbers(own_clock)
-        if 0 < hp.gptq_seconds < seconds * (1 + 2 / done):
-            break
-    recorder.close()
+    small = replace(hp, micro_batch_tokens=min(PASS_TOKENS, hp.micro_batch_tokens))
+    loader = TokenLoader(small, ranks.rank, ranks.world_size)
+    batches = math.ceil(hp.gptq_tokens / hp.train_batch_tokens)
+    with watched(model) as sums:
+        head = sums["head.weight"]
+        for done in range(batches * loader.accumulation):
+            batch, micro = divmod(done, loader.accumulation)
+            ids, targets = loader.micro_batch(trainer.steps + batch, micro)
+            hidden_ND = model.hidden(ids.to(ranks.device)).flatten(0, 1)
+            add_moments(head, norm(hidden_ND))
+            z_NV = model.logits(hidden_ND)
+            z_NV.register_hook(partial(add_squares, head))
+            targets_N = targets.to(ranks.device).flatten()
+            token_nll(z_NV, targets_N, hp.logit_softcap).sum().backward()
+            ranks.barrier()
+            own_clock = perf_counter() - began if ranks.rank == 0 else 0.0
+            (seconds,) = ranks.sum_numbers(own_clock)
+            if 0 < hp.gptq_seconds < seconds * (1 + 2 / (done + 1)):
+                break
 
+    tokens = (done + 1) * ids.numel() * ranks.world_size
     found = {}
-    for name, sums in sorted(recorder.sums.items()):
-        found[name] = Curvature(*(ranks.sum_over_ranks(x) / tokens for x in sums))
-    if TIED_HEAD in found:
-        table, head = found["embed.weight"], found.pop(TIED_HEAD)
+    for name in sorted(sums):
+        found[name] = Curvature(*(ranks.sum_over_ranks(x) / tokens for x in sums[name]))
+    if model.head is None:  # then it is the same matrix as the table
+        table, head = found["embed.weight"], found.pop("head.weight")
         looked_up_CC = table.inputs_CC / head.outputs_R.sum()
         found["embed.weight"] = Curvature(head.inputs_CC + looked_up_CC, head.outputs_R)
     dead = sum(int((c.inputs_CC.diagonal() == 0).sum()) for c in found.values())
     trainer.progress[1] += perf_counter() - began
-    facts = f"matrices:{len(found)} dead_columns:{dead} {trainer.clock}"
-    trainer.log(f"gptq_curvature tokens:{tokens} seconds:{seconds:.1f} {facts}")
+    facts = f"seconds:{seconds:.1f} matrices:{len(found)} dead_columns:{dead} {trainer.clock}"
+    trainer.log(f"gptq_curvature tokens:{tokens} {facts}")
     return found
-
-
-def curvature_batches(trainer):
-    """This rank's (ids, targets) of the batches after the last one, in small pieces."""
-    hp, loader = trainer.hp, trainer.loader
-    rows = max(1, PASS_TOKENS // hp.train_seq_len)
-    for batch in range(math.ceil(hp.gptq_tokens / hp.train_batch_tokens)):
-        for micro in range(loader.accumulation):
-            both = loader.micro_batch(trainer.steps + batch, micro)
-            yield from zip(*(part.split(rows) for part in both))
 
 
 # Codes <-> weights
@@ -2017,14 +1997,14 @@ def row_levels(rows: int, levels: float):
 
 
 class GPTQ:
-    """Steps as fine as the loss asks for and no finer (reverse water-filling). The columns are
-    rounded in turn, and those to come make up for the error so far (2210.17323)."""
+    """`Curvature.steps`; the columns are rounded in turn, and those to come make up for the error
+    so far (2210.17323)."""
 
     def __init__(self, hp, curvature: dict[str, Curvature], scale: float, carries=True):
         self.rows = RowQuantizer(hp)
         self.curvature = curvature
-        self.scale = scale  # of all `Curvature.steps`
-        self.carries = carries  # False: each weight is rounded by itself: as many bytes, and quick
+        self.scale = scale  # of all steps
+        self.carries = carries  # False: each weight by itself: about as many bytes, quickly
 
     @property
     def draft(self):
