@@ -51,6 +51,11 @@ def test_impossible_settings_are_refused_in_one_line(env, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_windows_may_follow_each_other_without_overlap():
+    hp = Hyperparameters.from_env({"EVAL_STRIDE": "512", "EVAL_SEQ_LEN": "512"})
+    assert hp.eval_stride == hp.eval_seq_len
+
+
 def test_settings_have_the_type_of_their_default():
     hp = Hyperparameters.from_env(
         {"MLP_MULT": "3.5", "VE_LAYERS": "0, 3", "TIE_EMBEDDINGS": "0", "SEED": "7"}

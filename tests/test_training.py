@@ -1,0 +1,33 @@
+"""The loop: what each step is told."""
+
+import pytest
+from test_ranks import new_trainer
+
+import train_gpt as t
+
+
+def steps_of(trainer) -> list[tuple[float, float | None]]:
+    """Train, and return (lr scale, hardness of late QAT) of each step."""
+    seen = []
+    plain = trainer.step
+
+    def step(scale, hardness):
+        seen.append((scale, None if hardness is None else float(hardness)))
+        return plain(scale, hardness)
+
+    trainer.warm_up = lambda: None
+    trainer.step = step
+    t.train(trainer)
+    return seen
+
+
+def test_late_qat_hardens_from_1_to_16_as_the_rate_falls_to_zero(corpus):
+    settings = dict(ITERATIONS=10, WARMDOWN_ITERS=8, LATE_QAT_THRESHOLD=0.5, QAT_ROUNDING="soft")
+    seen = steps_of(new_trainer(corpus, **settings))
+    expected = [1 + 15 * (1 - scale / 0.5) if scale < 0.5 else None for scale, _ in seen]
+    assert [hardness for _, hardness in seen] == [x and pytest.approx(x) for x in expected]
+
+
+def test_the_rate_falls_linearly_over_the_last_steps(corpus):
+    seen = steps_of(new_trainer(corpus, ITERATIONS=6, WARMDOWN_ITERS=4))
+    assert [scale for scale, _ in seen] == [1, 1, 1, 0.75, 0.5, 0.25]
