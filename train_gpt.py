@@ -3352,12 +3352,10 @@ def report_run(trainer, size: int, seconds: float, stride: int, nats: dict[str, 
     if hp.save_scores and "mixed" in bpb:
         log("  the text, coloured by what each token cost and what the counts saved: make view")
 
-    milliseconds = 1e3 * trainer.seconds
     result = {
         "seed": hp.seed,
         "steps": trainer.steps,
-        "step_ms": round(milliseconds / max(trainer.steps, 1), 2),
-        "train_seconds": round(milliseconds) / 1e3,
+        "train_seconds": round(1e3 * trainer.seconds) / 1e3,
         "eval_seconds": round(seconds, 1),
         "stride_tokens": stride,
         "code_bytes": code_size(),
