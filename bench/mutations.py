@@ -245,13 +245,13 @@ MUTATIONS = [
         13,
         'log.path.with_suffix(".ckpt").unlink(missing_ok=True)',
         "pass",
-        "test_script.py::test_a_run_says_everything_and_leaves_an_artifact",
+        "test_script.py::test_a_run_leaves_an_artifact_and_logs",
     ),
     Mutation(
         13,
         "gain = np.bincount(mixture.order, nll - mixture.nll) / math.log(2)",
         "gain = np.bincount(mixture.order, nll - mixture.nll)",
-        "test_script.py",
+        "test_script.py::test_the_gains_by_order_add_up_to_the_gain",
     ),
 ]
 

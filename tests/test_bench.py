@@ -65,7 +65,8 @@ def test_bench_memory():
 def test_bench_averaging_scores_every_average(corpus):
     from bench_averaging import demo_settings, one_run
 
-    assert demo_settings().model_dim == 128 and demo_settings(SEED=5).seed == 5
+    assert demo_settings().model_dim == 128
+    assert demo_settings(SEED=5).seed == 5
     hp = tiny(**corpus, AVERAGING="ema_swa", SWA_EVERY=1, SWA_THRESHOLD=1, TRAIN_LOG_EVERY=0)
     tokens = np.array(t.load_validation(hp).tokens[:400])
     results = one_run(hp, t.Validation(tokens, t.ByteCounter(hp)))
@@ -80,7 +81,9 @@ def test_bench_artifact_compares_the_coders(capsys):
     torch.manual_seed(3)
     compare(t.GPT(tiny()).state_dict(), tiny())
     out = capsys.readouterr().out
-    assert "this container, all of it" in out and "lzma -9e" in out and "Z_HUFFMAN_ONLY" in out
+    assert "this container, all of it" in out
+    assert "lzma -9e" in out
+    assert "Z_HUFFMAN_ONLY" in out
 
 
 def test_bench_step_counts_what_a_step_computes():
@@ -133,7 +136,8 @@ def test_bench_fusion_sees_what_the_kernels_save():
     tokens, W = hp.train_batch_tokens, int(hp.mlp_mult * hp.model_dim)
     assert moved["plain"] - moved["MLP kernels"] > tokens * 2 * 3 * W
     # put back
-    assert t.working_dtype(torch.zeros(1)) == torch.float32 and not t.has_kernels(torch.zeros(1))
+    assert t.working_dtype(torch.zeros(1)) == torch.float32
+    assert not t.has_kernels(torch.zeros(1))
 
 
 def test_bench_step_measures_on_a_cpu(capsys):
@@ -143,7 +147,10 @@ def test_bench_step_measures_on_a_cpu(capsys):
     measure(hp, 1, 2, print_count(hp))
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if line.startswith("as it is")).split()
-    assert float(row[3]) > 0 and row[-1] == "1.00" and "aten::mm" in out and "floor ms" in out
+    assert float(row[3]) > 0
+    assert row[-1] == "1.00"
+    assert "aten::mm" in out
+    assert "floor ms" in out
 
 
 def test_bench_step_compares_gradients_and_tiles(capsys, monkeypatch):
@@ -160,7 +167,8 @@ def test_bench_step_compares_gradients_and_tiles(capsys, monkeypatch):
     monkeypatch.setattr(t, "launch_mlp", lambda *args: tiles.append(t.MLP_TILE))
     bench_step.time_tiles(hp, torch.device("cpu"))
     rows = capsys.readouterr().out.splitlines()[2:]
-    assert "compiled plain form" in rows[0] and len(rows) == 1 + len(bench_step.TILES)
+    assert "compiled plain form" in rows[0]
+    assert len(rows) == 1 + len(bench_step.TILES)
     assert [row for row in rows if "the one in use" in row] == [rows[1]]
     assert all(tile in tiles for tile in bench_step.TILES)
 
@@ -173,7 +181,8 @@ def test_bench_eval_scores_every_stride(corpus, tmp_path, capsys):
     measure(hp, path, [8, 32], 400, 1)
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "as it is" in line]
     windows = [len(t.windows(0, 400, 32, stride)[0]) for stride in (8, 32)]
-    assert [int(row[4]) for row in rows] == windows and all(1 < float(row[8]) < 12 for row in rows)
+    assert [int(row[4]) for row in rows] == windows
+    assert all(1 < float(row[8]) < 12 for row in rows)
     assert float(rows[1][9]) == pytest.approx(float(rows[1][8]) - float(rows[0][8]), abs=1.1e-4)
 
 
@@ -187,7 +196,8 @@ def test_the_variants_of_bench_eval_score_the_same(rng, monkeypatch):
         name: score(trunk, head, tokens, 8, t.Ranks({}))[0]
         for name, (trunk, head) in variants(model, hp, on_gpu=True).items()
     }
-    assert list(found)[:2] == ["as it is", "plain"] and len(found) == 5
+    assert list(found)[:2] == ["as it is", "plain"]
+    assert len(found) == 5
     for nll in found.values():
         np.testing.assert_allclose(nll, found["plain"], rtol=1e-5, atol=1e-5)
 
@@ -195,4 +205,5 @@ def test_the_variants_of_bench_eval_score_the_same(rng, monkeypatch):
 @pytest.mark.parametrize("script", sorted((ROOT / "bench").glob("*.py")), ids=lambda p: p.name)
 def test_each_bench_says_how_it_is_used(script):
     done = run(script, "--help")
-    assert done.returncode == 0 and "usage:" in done.stdout
+    assert done.returncode == 0
+    assert "usage:" in done.stdout

@@ -14,7 +14,8 @@ from train_gpt import ByteCounter, TokenLoader, UserError, load_shard, load_vali
 def test_load_shard_is_a_memory_map_of_what_was_written(tmp_path, rng):
     tokens = rng.integers(0, 65536, 1000)
     loaded = load_shard(write_shard(tmp_path / "s.bin", tokens))
-    assert isinstance(loaded, np.memmap) and np.array_equal(loaded, tokens)
+    assert isinstance(loaded, np.memmap)
+    assert np.array_equal(loaded, tokens)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,8 @@ def test_bad_shards_are_refused_by_name(tmp_path, damage, said):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=said) as error:
         load_shard(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def stream_of(paths):
@@ -97,7 +99,8 @@ def test_a_world_size_that_does_not_divide_is_refused_with_the_nearest_that_do(c
 def test_training_shards_may_lie_elsewhere(tmp_path, corpus):
     write_shard(tmp_path / "fineweb_train_000000.bin", range(400))
     hp = tiny(**corpus, TRAIN_DATA_PATH=tmp_path)
-    assert TokenLoader(hp, 0, 1).tokens == 400 and len(load_validation(hp).tokens) == 6001
+    assert TokenLoader(hp, 0, 1).tokens == 400
+    assert len(load_validation(hp).tokens) == 6001
     with pytest.raises(UserError, match="TRAIN_DATA_PATH=.*/nowhere: no fineweb_train"):
         TokenLoader(tiny(**corpus, TRAIN_DATA_PATH=tmp_path / "nowhere"), 0, 1)
 
@@ -135,7 +138,8 @@ def test_validation_counts_its_bytes_once_and_only_when_asked(corpus):
     validation = load_validation(tiny(**corpus))
     counter, asked = validation.count_bytes, []
     validation.count_bytes = lambda tokens: (asked.append(len(tokens)), counter(tokens))[1]
-    assert validation.targets == 6000 and not asked
+    assert validation.targets == 6000
+    assert not asked
     expected = ByteCounter(tiny(**corpus))(validation.tokens)
     for _ in range(2):
         assert np.array_equal(validation.target_bytes, expected)

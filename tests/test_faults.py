@@ -90,10 +90,12 @@ def test_sigterm_ends_any_phase_at_once_and_loses_nothing(corpus, tmp_path, phas
     assert log.splitlines()[-1].startswith("error: ")
     assert "SIGTERM" in log.splitlines()[-1]
     assert sorted(p.name for p in tmp_path.glob("logs/*") if p.suffix != ".txt") == left
-    assert len(list(tmp_path.glob("*.ptz"))) == (phase == "scoring") and whole(tmp_path)
+    assert len(list(tmp_path.glob("*.ptz"))) == (phase == "scoring")
+    assert whole(tmp_path)
     if phase == "training":
         step = int(t.read_checkpoint(f"{tmp_path}/logs/test.ckpt")["progress"][0])
-        assert step >= 3 and f"step:{step}/100000: stopped by SIGTERM" in errors[0]
+        assert step >= 3
+        assert f"step:{step}/100000: stopped by SIGTERM" in errors[0]
         assert f"RESUME=logs/test.ckpt goes on from step {step}" in errors[0]
 
 
@@ -122,7 +124,8 @@ def before(trainer):
         "train_gpt.py: error: step:6/100000: stopped by SIGTERM; "
         "RESUME=logs/test.ckpt goes on from step 6\n"
     )
-    assert t.read_checkpoint(f"{tmp_path}/logs/test.ckpt")["progress"][0] == 6 and whole(tmp_path)
+    assert t.read_checkpoint(f"{tmp_path}/logs/test.ckpt")["progress"][0] == 6
+    assert whole(tmp_path)
 
 
 def test_a_signal_during_the_last_validation_is_not_lost(corpus, tmp_path, monkeypatch):
@@ -172,14 +175,16 @@ def before(trainer):  # far from the end the signal is waited for, if this machi
         errors = [
             line for line in done.stderr.splitlines() if line.startswith("train_gpt.py: error: ")
         ]
-        assert len(errors) == 1 and "error: another rank ended, see what it said" in errors[0]
+        assert len(errors) == 1
+        assert "error: another rank ended, see what it said" in errors[0]
         assert log_of(tmp_path).splitlines()[-1].startswith("error: UserError: another rank ended")
     # torchrun names the rank that was killed
     assert re.search(r"exitcode *: -9|Signal 9", done.stderr)
     before = losses(log_of(tmp_path))
     for aside in tmp_path.rglob("*.tmp"):  # SIGKILL leaves no chance to remove it; never read
         aside.unlink()
-    assert whole(tmp_path) and t.read_checkpoint(f"{tmp_path}/logs/test.ckpt")["progress"][0] >= 5
+    assert whole(tmp_path)
+    assert t.read_checkpoint(f"{tmp_path}/logs/test.ckpt")["progress"][0] >= 5
     if victim == 0:
         return  # what it left is resumed once: below
     again = run_script(tmp_path, 0, **settings, RESUME="logs/test.ckpt")
@@ -245,7 +250,8 @@ def before(trainer):
     assert done.returncode == 0, done.stderr
     assert "warning: logs/test.txt: No space left on device; the run goes on" in done.stderr
     log = log_of(small_disk)
-    assert list(losses(log)) == list(range(1, 13)) and "total_eval_time" in log
+    assert list(losses(log)) == list(range(1, 13))
+    assert "total_eval_time" in log
     assert (
         log.count("warning: logs/test.ckpt: No space left on device; free space, then RESUME") == 5
     )
@@ -290,13 +296,15 @@ t.evaluate = full
         **corpus,
         **BRIEF,
     )
-    assert done.returncode == 1 and "final_int6_sliding_window_exact" in done.stdout
+    assert done.returncode == 1
+    assert "final_int6_sliding_window_exact" in done.stdout
     assert re.fullmatch(
         r"train_gpt.py: error: logs/test.txt: no disk space for its last \d+ bytes; free some "
         "and keep what was printed",
         done.stderr.splitlines()[-1],
     )
-    assert len(list(small_disk.glob("*.ptz"))) == 1 and whole(small_disk)
+    assert len(list(small_disk.glob("*.ptz"))) == 1
+    assert whole(small_disk)
 
 
 def test_a_full_disk_at_packing_leaves_no_half_artifact_and_the_checkpoint(corpus, small_disk):
@@ -327,8 +335,10 @@ t.write_artifact = full
     assert not list(small_disk.rglob("*.tmp"))
     (small_disk / "filler").unlink()
     again = run_script(small_disk, 0, **corpus, **BRIEF, RESUME="logs/test.ckpt")
-    assert again.returncode == 0 and "train_loss" not in again.stdout, again.stderr
-    assert score_lines(again.stdout)[0] == score_lines(done.stdout)[0] and whole(small_disk)
+    assert again.returncode == 0, again.stderr
+    assert "train_loss" not in again.stdout, again.stderr
+    assert score_lines(again.stdout)[0] == score_lines(done.stdout)[0]
+    assert whole(small_disk)
 
 
 # ---- data, numbers, names
@@ -376,7 +386,8 @@ def before(trainer):
         **BRIEF,
         CHECKPOINT_EVERY=1e-9,
     )
-    assert done.returncode != 0 and done.stderr.count("train_gpt.py: error: ") == 1
+    assert done.returncode != 0
+    assert done.stderr.count("train_gpt.py: error: ") == 1
     assert (
         "train_gpt.py: error: step:6/12: the training loss is not finite; lower the learning "
         "rates; RESUME=logs/test.ckpt goes on from step 5\n"
@@ -384,7 +395,8 @@ def before(trainer):
     assert re.search(
         "^warning: model.* is not finite, so step 6 gets no checkpoint$", log_of(tmp_path), re.M
     )
-    assert t.read_checkpoint(f"{tmp_path}/logs/test.ckpt")["progress"][0] == 5 and whole(tmp_path)
+    assert t.read_checkpoint(f"{tmp_path}/logs/test.ckpt")["progress"][0] == 5
+    assert whole(tmp_path)
 
 
 def test_a_huge_learning_rate_is_stopped_with_its_step(corpus, tmp_path):
@@ -394,7 +406,8 @@ def test_a_huge_learning_rate_is_stopped_with_its_step(corpus, tmp_path):
         match=r"^step:\d+/50: the training loss is not finite; .*there is no checkpoint$",
     ):
         t.train(trainer)
-    assert trainer.steps < 10 and not list(tmp_path.iterdir())
+    assert trainer.steps < 10
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_runs_of_the_same_name_at_the_same_time_keep_both_logs(corpus, tmp_path):
@@ -415,7 +428,9 @@ def before(trainer):  # neither begins before both have a log
         "SEED=2",
     }
     for log in logs:
-        assert list(losses(log)) == list(range(1, 13)) and "total_eval_time" in log
+        assert list(losses(log)) == list(range(1, 13))
+        assert "total_eval_time" in log
         said = next(d.stdout for d in done if score_lines(d.stdout) == score_lines(log))
         assert losses(said) == losses(log)
-    assert whole(tmp_path) and not np.array_equal(*(list(losses(log).values()) for log in logs))
+    assert whole(tmp_path)
+    assert not np.array_equal(*(list(losses(log).values()) for log in logs))

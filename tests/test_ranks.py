@@ -117,7 +117,8 @@ def test_eval_only_repeats_the_digits_of_the_run(runs, scored):
     assert score_lines(log) == score_lines(log_of(runs[1][0]))[1:]  # all but the float weights
     for line in ("Serialized", "Code size", "Total submission size", "ngram_audit"):
         assert values(log, line) == values(log_of(runs[1][0]), line)
-    assert "train_loss" not in log and "train_time" not in log
+    assert "train_loss" not in log
+    assert "train_time" not in log
 
 
 def test_scores_and_counts_do_not_depend_on_the_ranks(scored, corpus):
@@ -139,7 +140,8 @@ def test_scores_and_counts_do_not_depend_on_the_ranks(scored, corpus):
 
 def test_updates_of_1_2_3_and_4_ranks_are_the_written_rule(tmp_path):
     done = finish(start_python(tmp_path, [str(ROOT / "tests/update_driver.py")], {}))
-    assert done.returncode == 0 and done.stdout.count("world_size:") == 4, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("world_size:") == 4, done.stderr
 
 
 def test_one_rank_talks_to_nobody(monkeypatch, corpus):
@@ -194,7 +196,8 @@ def test_ranks_that_disagree_are_named(corpus, tmp_path):
     }
     for name, ranks in started.items():
         first, second = (finish(process) for process in ranks)
-        assert first.returncode and second.returncode
+        assert first.returncode
+        assert second.returncode
         if name == "absent":
             assert first.stderr == "train_gpt.py: error: another rank ended, see what it said\n"
             assert second.stderr.startswith(
@@ -208,13 +211,15 @@ def test_ranks_that_disagree_are_named(corpus, tmp_path):
             assert first.stderr == f"train_gpt.py: error: {said}\n"
             started_in = {"train_gpt.py": "code", "data files": "data"}.get(name, name)
             assert said in (tmp_path / started_in / "0/logs/test.txt").read_text()
-        assert second.stderr.count("\n") == 1 and "Traceback" not in second.stderr
+        assert second.stderr.count("\n") == 1
+        assert "Traceback" not in second.stderr
         assert not list(tmp_path.rglob("*.ptz"))
 
 
 def test_a_number_of_ranks_that_does_not_divide_is_refused_with_the_nearest(corpus, tmp_path):
     done = run_script(tmp_path, 3, **corpus)
-    assert done.returncode != 0 and done.stderr.count("train_gpt.py: error: ") == 1
+    assert done.returncode != 0
+    assert done.stderr.count("train_gpt.py: error: ") == 1
     assert (
         "error: 3 ranks cannot share TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN = 16 sequences equally: "
         "start 4 or 2 ranks" in done.stderr
@@ -328,7 +333,8 @@ def test_the_clock_goes_on_where_it_was(corpus, tmp_path):
     again.restore(str(tmp_path / "run.ckpt"))
     t.train(again)
     # one more step of 250 s might pass the cap
-    assert again.steps == 4 and 1000 <= again.seconds < 1100
+    assert again.steps == 4
+    assert 1000 <= again.seconds < 1100
 
 
 def a_pickle(path: Path) -> None:
@@ -436,7 +442,9 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_digi
 ):
     cwd, stopped, settings = interrupted
     first = log_of(cwd)
-    assert stopped.returncode != 0 and not list(cwd.rglob("*.tmp")) and not list(cwd.glob("*.ptz"))
+    assert stopped.returncode != 0
+    assert not list(cwd.rglob("*.tmp"))
+    assert not list(cwd.glob("*.ptz"))
     step = int(
         re.search(
             r"^error: Stopped: step:(\d+)/14: stopped by SIGTERM; RESUME=logs/test.ckpt goes on "
@@ -445,7 +453,8 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_digi
             re.M,
         )[1]
     )
-    assert 7 < step < 14 and list(losses(first)) == list(range(1, step + 1))
+    assert 7 < step < 14
+    assert list(losses(first)) == list(range(1, step + 1))
     whole = run_script(tmp_path, 2, **settings)
     assert whole.returncode == 0, whole.stderr[-3000:]
     expected = log_of(tmp_path)
@@ -453,10 +462,12 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_digi
         done = run_script(cwd, ranks, **settings, RESUME="logs/test.ckpt")
         assert done.returncode == 0, done.stderr[-3000:]
         log = log_of(cwd, name)
-        assert values(log, "resume:logs/test.ckpt")["step"] == str(step) and "warning" not in log
+        assert values(log, "resume:logs/test.ckpt")["step"] == str(step)
+        assert "warning" not in log
         both = losses(first) | losses(log)
         if ranks == 2:
-            assert both == losses(expected) and score_lines(log) == score_lines(expected)
+            assert both == losses(expected)
+            assert score_lines(log) == score_lines(expected)
         else:
             np.testing.assert_allclose(
                 np.float64(list(both.values())),
@@ -467,7 +478,8 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_digi
                 assert float(values(log, line)["val_bpb"]) == pytest.approx(
                     float(values(expected, line)["val_bpb"]), abs=1e-4
                 )
-    assert (cwd / "logs/test.ckpt").exists() and not (cwd / "logs/test_2.ckpt").exists()
+    assert (cwd / "logs/test.ckpt").exists()
+    assert not (cwd / "logs/test_2.ckpt").exists()
 
 
 # ---- evaluate again
@@ -512,7 +524,9 @@ def test_what_scoring_compiles_is_compiled_in_its_own_time(corpus, monkeypatch):
 @pytest.mark.parametrize("setting", ["EVAL_ONLY", "RESUME"])
 def test_a_file_that_is_not_there_is_named_by_the_script(corpus, tmp_path, setting):
     done = run_script(tmp_path, 0, **corpus, **{setting: "nowhere"})
-    assert done.returncode != 0 and done.stderr.count("\n") == 1 and "nowhere: " in done.stderr
+    assert done.returncode != 0
+    assert done.stderr.count("\n") == 1
+    assert "nowhere: " in done.stderr
     assert done.stderr.startswith("train_gpt.py: error: ")
     assert "error: UserError: " in log_of(tmp_path)
 
@@ -554,7 +568,8 @@ def test_the_stride_is_the_smallest_that_fits_95_percent_of_the_budget(
     tried = fake_scoring(monkeypatch, 1.0)
     trainer.validation = t.Validation(np.zeros(100_001, np.uint16), None)
     stride, segments = t.score_in_time(trainer, 0.0)
-    assert tried == expected and stride == expected[-1]
+    assert tried == expected
+    assert stride == expected[-1]
     # each target once, of the last stride only
     assert sum(part.shape[1] for part in segments) == 100_000
     if budget:

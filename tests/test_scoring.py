@@ -21,10 +21,13 @@ def test_windows_score_every_target_once_with_enough_context(targets, length, da
     starts, first, ends = t.windows(begin, targets, T, stride)
     scored = [j for f, e in zip(first, ends) for j in range(f, e)]
     assert scored == list(range(begin, targets))  # each once, in stream order
-    assert (first < ends).all() and ends[-1] == targets  # none is empty
+    assert (first < ends).all()
+    assert ends[-1] == targets  # none is empty
     for s, f, e in list(zip(starts, first, ends))[begin == 0 :]:
         # context before the first scored
-        assert s >= 0 and e - s <= T and f - s >= min(f, T - stride)
+        assert s >= 0
+        assert e - s <= T
+        assert f - s >= min(f, T - stride)
     assert begin or starts[0] == 0 and ends[0] == T  # the stream's first window is whole
     # strides of exactly `stride`
     assert all(b - a == stride for a, b in zip(ends[:-2], ends[1:-1]))
@@ -147,7 +150,8 @@ def test_the_compiled_trunk_scores_the_many_windows_the_model_the_few_whole_ones
 
     got = collect(t.score_stream(trunk, model, tokens, 8, t.Ranks({})))
     # 4 of 35 windows at once, the first whole
-    assert set(shapes) == {((4, 32), 8)} and len(shapes) == 8
+    assert set(shapes) == {((4, 32), 8)}
+    assert len(shapes) == 8
     np.testing.assert_array_equal(got, score(model, tokens, 8))
     assert np.isfinite(collect(t.score_stream(None, model, tokens, 32, t.Ranks({})))).all()
 

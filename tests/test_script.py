@@ -3,56 +3,109 @@ with settings from the environment."""
 
 import json
 import re
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import BEFORE_STEP, ROOT, patched, run_script, tiny, values, write_shard
+from test_ranks import SCORES
 from test_scoring import score
 
 import train_gpt as t
 
+# ---- a run
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_says_everything_and_leaves_an_artifact(runs, ranks):
-    cwd, result = runs[ranks]
-    log = (cwd / "logs/test.txt").read_text()
-    assert log.startswith((ROOT / "train_gpt.py").read_text())
-    assert f"hardware:{ranks} x " in log and "attention:sdpa" in log and "torch:" in log
-    assert "NUM_LAYERS=4" in log
-    assert "VE_LAYERS=2,3" in log
-    assert len(re.findall(r"sha256:[0-9a-f]{64}", log)) == 3
-    assert "warning: NUM_LAYER is set but is no setting; did you mean NUM_LAYERS?" in result.stdout
-    line = (
-        r"^step:\d+/12 train_loss:\d+\.\d+ train_time:\d+ms step_avg:\S+ms tok/s:\d+ lr_scale:\S+$"
-    )
-    assert len(re.findall(line, log, re.M)) == 12
-    assert re.search(r"^late_qat:on step:11 lr_scale:0\.1667 bits:6 straight$", log, re.M)
-    for name in (
-        "final_float_exact",
-        "final_int6_roundtrip_exact",
-        "final_int6_sliding_window_exact",
-        "final_ngram_exact",
+
+@dataclass
+class Ran:
+    """A run on so many ranks, and what it left."""
+
+    ranks: int
+    cwd: Path
+    said: str
+    log: str
+
+
+@pytest.fixture(params=[1, 2], ids=["1 rank", "2 ranks"])
+def ran(request, runs) -> Ran:
+    cwd, result = runs[request.param]
+    return Ran(request.param, cwd, result.stdout, (cwd / "logs/test.txt").read_text())
+
+
+def test_the_log_begins_with_the_source(ran):
+    assert ran.log.startswith((ROOT / "train_gpt.py").read_text())
+
+
+def test_the_log_has_what_repeats_the_run(ran):
+    for fact in (
+        f"hardware:{ran.ranks} x ",
+        "attention:sdpa",
+        "torch:",
+        "\nNUM_LAYERS=4\n",
+        "\nVE_LAYERS=2,3\n",
     ):
-        found = values(log, name)
-        ratio = float(found["val_loss"]) / np.log(2) / float(found["val_bpb"])  # bytes per target
-        assert 1.0 < ratio < 3.0
-    assert values(log, "final_ngram_exact")["counts"] == "exact"
-    assert float(values(log, "final_ngram_exact")["val_bpb"]) < float(
-        values(log, "final_int6_sliding")["val_bpb"]
+        assert fact in ran.log
+    assert len(re.findall(r"sha256:[0-9a-f]{64}", ran.log)) == 3
+
+
+def test_a_mistyped_setting_is_pointed_out(ran):
+    assert "warning: NUM_LAYER is set but is no setting; did you mean NUM_LAYERS?" in ran.said
+
+
+def test_each_step_has_a_line(ran):
+    line = (
+        r"^step:(\d+)/12 train_loss:\d+\.\d+ train_time:\d+ms step_avg:\S+ms tok/s:\d+ "
+        r"lr_scale:\S+$"
     )
-    audit = values(log, "ngram_audit")
+    assert re.findall(line, ran.log, re.M) == [str(step) for step in range(1, 13)]
+
+
+def test_the_log_says_when_late_qat_begins(ran):
+    assert "\nlate_qat:on step:11 lr_scale:0.1667 bits:6 straight\n" in ran.log
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_score_in_nats_and_in_bits_per_byte_are_the_same(ran, name):
+    found = values(ran.log, name)
+    bytes_per_target = float(found["val_loss"]) / np.log(2) / float(found["val_bpb"])
+    said = values(ran.log, "train_tokens:")
+    exact = int(said["val_bytes"]) / int(said["val_targets"])
+    assert bytes_per_target == pytest.approx(exact, rel=1e-6)
+
+
+def test_exact_counts_lower_the_score_of_real_text(ran):
+    mixed, neural = values(ran.log, "final_ngram_exact"), values(ran.log, "final_int6_sliding")
+    assert mixed["counts"] == "exact"
+    assert float(mixed["val_bpb"]) < float(neural["val_bpb"])
+
+
+def test_the_log_has_an_audit_of_the_mixture(ran):
+    audit = values(ran.log, "ngram_audit")
     assert audit["targets"] == "6000/6000"
     assert audit["prefix"] == "6000"
     assert int(audit["recounted"]) > 0
     assert audit["mass_min"] == audit["mass_max"] == "1.000000000000"
-    blob = (cwd / "final_model.int6.ptz").read_bytes()
-    assert f"Serialized model int6+rans: {len(blob)} bytes" in log
-    total = len(blob) + len((ROOT / "train_gpt.py").read_bytes())
-    assert f"Total submission size int6+rans: {total} bytes" in log
-    for word in ("neural", "mixed", "artifact", "training", "evaluation", "logs/test.txt"):
-        assert re.search(rf"^  .*{word}", result.stdout.split("total_eval_time")[-1], re.M), word
-    assert sorted(p.name for p in cwd.iterdir()) == ["final_model.int6.ptz", "logs"]
-    assert not list(cwd.glob("logs/*.ckpt"))  # the artifact is whole
+
+
+def test_the_log_has_the_size_of_code_and_artifact(ran):
+    size = (ran.cwd / "final_model.int6.ptz").stat().st_size
+    assert f"Serialized model int6+rans: {size} bytes" in ran.log
+    total = size + (ROOT / "train_gpt.py").stat().st_size
+    assert f"Total submission size int6+rans: {total} bytes" in ran.log
+
+
+@pytest.mark.parametrize(
+    "word", ["neural", "mixed", "artifact", "training", "evaluation", "logs/test.txt"]
+)
+def test_a_run_ends_with_a_summary(ran, word):
+    assert re.search(rf"^  .*{word}", ran.said.split("total_eval_time")[-1], re.M)
+
+
+def test_a_run_leaves_an_artifact_and_logs(ran):
+    """No checkpoint: the artifact is whole."""
+    assert sorted(p.name for p in ran.cwd.iterdir()) == ["final_model.int6.ptz", "logs"]
+    assert {p.suffix for p in ran.cwd.glob("logs/*")} == {".txt"}
 
 
 def test_the_gains_by_order_add_up_to_the_gain(runs):
@@ -169,14 +222,17 @@ def test_without_counts_there_is_no_mixed_score(timed):
 )
 def test_bad_input_gets_one_line_and_leaves_no_artifact(corpus, tmp_path, broken, said):
     done = run_script(tmp_path, 0, **{**corpus, **broken})
-    assert done.returncode != 0 and re.search(said, done.stderr), done.stderr
-    assert done.stderr.startswith("train_gpt.py: error: ") and done.stderr.count("\n") == 1
+    assert done.returncode != 0, done.stderr
+    assert re.search(said, done.stderr), done.stderr
+    assert done.stderr.startswith("train_gpt.py: error: ")
+    assert done.stderr.count("\n") == 1
     assert not (tmp_path / "final_model.int6.ptz").exists()
 
 
 def test_under_torchrun_the_error_is_said_once(corpus, tmp_path):
     done = run_script(tmp_path, 2, **{**corpus, "DATA_PATH": "nowhere"})
-    assert done.returncode != 0 and done.stderr.count("train_gpt.py: error: DATA_PATH=nowhere") == 1
+    assert done.returncode != 0
+    assert done.stderr.count("train_gpt.py: error: DATA_PATH=nowhere") == 1
     assert not list(tmp_path.glob("final_model*"))
 
 
@@ -184,44 +240,66 @@ def test_a_bad_token_during_training_names_its_shard(corpus, tmp_path):
     write_shard(tmp_path / "data/fineweb_train_000000.bin", [1, 2, 3] * 500 + [999])
     write_shard(tmp_path / "data/fineweb_val_000000.bin", [1, 2, 3] * 500)
     done = run_script(tmp_path, 0, **{**corpus, "DATA_PATH": str(tmp_path / "data")})
-    assert done.returncode != 0 and "fineweb_train_000000.bin: holds token 999" in done.stderr
+    assert done.returncode != 0
+    assert "fineweb_train_000000.bin: holds token 999" in done.stderr
     assert "error: UserError" in (tmp_path / "logs/test.txt").read_text()
 
 
-def test_hashed_counts_get_no_bpb(corpus, tmp_path):
-    """The predecessors' estimator is reproduced, measured and never called a score."""
-    done = run_script(
-        tmp_path,
-        0,
-        **corpus,
-        NGRAM_COUNTS="hashed",
-        NGRAM_ALPHA="order",
-        NGRAM_BUCKETS=4096,
-        ITERATIONS=2,
-        SAVE_SCORES=1,
-    )
+# ---- the predecessors' estimator: reproduced, measured and never called a score
+
+
+@pytest.fixture(scope="module")
+def hashed(corpus, tmp_path_factory) -> tuple[str, dict[str, np.ndarray]]:
+    """(what a run said, its saved scores)."""
+    folder = tmp_path_factory.mktemp("hashed")
+    settings = dict(NGRAM_COUNTS="hashed", NGRAM_ALPHA="order", NGRAM_BUCKETS=4096)
+    done = run_script(folder, 0, **corpus, **settings, ITERATIONS=2, SAVE_SCORES=1)
     assert done.returncode == 0, done.stderr[-3000:]
-    line = values(done.stdout, "final_ngram_hashed")
-    assert float(line["mass"]) > 2 and "val_bpb" not in line and "not a probability" in done.stdout
-    valid = values(done.stdout, "final_ngram_exact")  # of exact counts, with the same weights
-    assert valid["counts"] == "exact" and valid["alpha"] == line["alpha"] == "order"
+    with np.load(folder / "logs/test_scores.npz", allow_pickle=False) as arrays:
+        return done.stdout, dict(arrays)
+
+
+def test_hashed_counts_get_no_bpb(hashed):
+    said, _ = hashed
+    line = values(said, "final_ngram_hashed")
+    assert float(line["mass"]) > 2
+    assert "val_bpb" not in line
+    assert "not a probability" in said
+
+
+def test_beside_hashed_counts_stands_the_score_of_exact_ones(hashed):
+    """With the same weights; it is what a decoder could use, and higher."""
+    said, _ = hashed
+    line, valid = values(said, "final_ngram_hashed"), values(said, "final_ngram_exact")
+    assert valid["counts"] == "exact"
+    assert valid["alpha"] == line["alpha"] == "order"
     assert float(valid["val_bpb"]) > float(line["pseudo_bpb"])
-    assert values(done.stdout, "ngram_audit")["mass_max"] == "1.000000000000"
-    with np.load(tmp_path / "logs/test_scores.npz", allow_pickle=False) as saved:
-        arrays = dict(saved)
-        assert "NGRAM_BUCKETS" in json.loads(str(arrays.pop("settings")))
-        assert {k: (v.shape, v.dtype.name) for k, v in arrays.items()} == dict.fromkeys(
-            ("nll", "entropy", "mixed"), ((6000,), "float32")
-        )
-        loss = float(values(done.stdout, "final_int6_sliding")["val_loss"])
-        assert saved["nll"].mean() == pytest.approx(loss, abs=1e-5)
+    assert values(said, "ngram_audit")["mass_max"] == "1.000000000000"
+
+
+def test_saved_scores_are_those_of_the_log(hashed):
+    said, arrays = hashed
+    of_targets = {name: (x.shape, x.dtype.name) for name, x in arrays.items() if x.ndim}
+    assert of_targets == dict.fromkeys(("nll", "entropy", "mixed"), ((6000,), "float32"))
+    for line, name in (("final_int6_sliding", "nll"), ("final_ngram_exact", "mixed")):
+        loss = float(values(said, line)["val_loss"])
+        assert arrays[name].mean() == pytest.approx(loss, abs=1e-5)
+
+
+def test_saved_scores_know_their_settings(hashed):
+    _, arrays = hashed
+    assert json.loads(str(arrays["settings"]))["NGRAM_BUCKETS"] == "4096"
+
+
+# ---- errors, the log
 
 
 def test_an_error_repeats_which_names_are_no_settings(corpus, tmp_path):
     done = run_script(
         tmp_path, 0, TOKENIZER_PATH=corpus["TOKENIZER_PATH"], DATA_PTAH=corpus["DATA_PATH"]
     )
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
     assert re.fullmatch(
         "train_gpt.py: error: DATA_PATH=.*: no fineweb_train_.*; DATA_PTAH is set but is no "
         "setting; did you mean DATA_PATH.*\n",

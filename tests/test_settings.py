@@ -48,7 +48,8 @@ from train_gpt import Hyperparameters, UserError, mistyped
 def test_impossible_settings_are_refused_in_one_line(env, said):
     with pytest.raises(UserError) as error:
         Hyperparameters.from_env(env)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_windows_may_follow_each_other_without_overlap():
@@ -87,7 +88,8 @@ def test_every_setting_is_documented_and_read_by_something():
         if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
     }
     for f in fields(Hyperparameters):
-        assert f.metadata["doc"] and f.name in read, f.name
+        assert f.metadata["doc"], f.name
+        assert f.name in read, f.name
 
 
 def test_import_does_nothing_and_needs_no_gpu_library(tmp_path):

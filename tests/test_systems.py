@@ -98,17 +98,21 @@ def test_both_numbers_are_in_the_log_and_only_the_valid_one_is_a_bpb(logs, syste
     log = logs[system][0]
     exact, hashed = values(log, "final_ngram_exact"), values(log, "final_ngram_hashed")
     assert exact["alpha"] == hashed["alpha"] == dict(order_adaptive="order").get(system, "entropy")
-    assert float(hashed["mass"]) > 1.5 and "val_bpb" not in hashed and float(exact["val_bpb"]) > 0
+    assert float(hashed["mass"]) > 1.5
+    assert "val_bpb" not in hashed
+    assert float(exact["val_bpb"]) > 0
     assert values(log, "ngram_audit")["mass_max"] == "1.000000000000"
 
 
 def test_backoff_packs_the_middle_of_ema_and_tight_swa(logs):
     log, state, arrays = logs["backoff"]
     facts = values(log, "averaging:ema_swa")
-    assert int(facts["ema_updates"]) == 12 and int(facts["swa_updates"]) >= 1
+    assert int(facts["ema_updates"]) == 12
+    assert int(facts["swa_updates"]) >= 1
     ema, swa = mean_of(arrays, "ema"), mean_of(arrays, "swa")
     assert packed_weights_are(state, arrays, {n: (ema[n] + swa[n]) / 2 for n in ema})
-    assert "late_qat:on" in log and "bits:6 straight" in log
+    assert "late_qat:on" in log
+    assert "bits:6 straight" in log
 
 
 def test_order_adaptive_is_mha_with_xsa_everywhere_wide_and_int5(logs, corpus):
@@ -141,12 +145,14 @@ def test_order_adaptive_is_mha_with_xsa_everywhere_wide_and_int5(logs, corpus):
 
 def test_order_adaptive_learns_while_it_scores(logs):
     log = logs["order_adaptive"][0]
-    assert float(values(log, "ttt:score_first")["moved"]) > 0 and "\nttt:" not in logs["backoff"][0]
+    assert float(values(log, "ttt:score_first")["moved"]) > 0
+    assert "\nttt:" not in logs["backoff"][0]
 
 
 def test_prefill_packs_swa_of_a_model_with_slope_09(logs):
     log, state, arrays = logs["prefill"]
-    assert int(values(log, "averaging:swa")["swa_updates"]) >= 1 and "\nLEAKY_SLOPE=0.9\n" in log
+    assert int(values(log, "averaging:swa")["swa_updates"]) >= 1
+    assert "\nLEAKY_SLOPE=0.9\n" in log
     assert packed_weights_are(state, arrays, mean_of(arrays, "swa"))
     losses = [
         values(logs[system][0], "step:12/12 train_loss")["train_loss"]
@@ -162,7 +168,9 @@ def test_each_script_names_its_source_and_takes_the_environment():
         ("prefill", "#806", "WARMDOWN_ITERS"),
     ):
         text = (ROOT / f"runs/{system}.sh").read_text()
-        assert source in text and f"{setting}=${{{setting}:-" in text and "Different here" in text
+        assert source in text
+        assert f"{setting}=${{{setting}:-" in text
+        assert "Different here" in text
 
 
 @pytest.mark.parametrize("hardness", [1.0, 4.0, 16.0])
@@ -221,7 +229,8 @@ def test_the_table_of_systems_is_that_of_the_logs(logs, tmp_path):
         )
     tables.systems(paths, tmp_path)
     written = page.read_text()
-    assert "old" not in written and written.endswith("rest\n")
+    assert "old" not in written
+    assert written.endswith("rest\n")
     for system, (log, *_) in logs.items():
         row = next(line for line in written.splitlines() if f"runs/{system}.sh" in line)
         for line in ("final_int", "final_ngram_exact", "final_ngram_hashed"):

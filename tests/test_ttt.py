@@ -124,7 +124,8 @@ def test_each_target_of_a_chunk_is_learned_from_once_an_epoch(stream, begin, end
             for ids, targets, weights in t.ttt_batches(
                 trainer.validation, begin, end, trainer.hp.eval_seq_len, trainer.ranks
             ):
-                assert ids.shape == targets.shape == weights.shape and len(ids)
+                assert ids.shape == targets.shape == weights.shape
+                assert len(ids)
                 for row_ids, row_targets, row in zip(ids, targets, weights):
                     used = torch.nonzero(row).flatten().tolist()
                     start = next(
@@ -136,7 +137,8 @@ def test_each_target_of_a_chunk_is_learned_from_once_an_epoch(stream, begin, end
                         tokens[start + 1 : start + 1 + len(row)], row_targets.numpy()
                     )
                     seen[[start + i for i in used]] += 1
-        assert seen[begin:end].tolist() == [1] * (end - begin) and seen.sum() == end - begin
+        assert seen[begin:end].tolist() == [1] * (end - begin)
+        assert seen.sum() == end - begin
 
 
 def test_a_chunk_of_no_bytes_teaches_nothing(stream):
@@ -156,7 +158,8 @@ def test_a_chunk_of_no_bytes_teaches_nothing(stream):
 
 
 def test_the_learning_rate_rises_threefold_then_falls_to_zero():
-    assert t.ttt_scale(0) == 1 and t.ttt_scale(1) == pytest.approx(0)
+    assert t.ttt_scale(0) == 1
+    assert t.ttt_scale(1) == pytest.approx(0)
     assert t.ttt_scale(0.3) == pytest.approx(3 * (1 + math.cos(0.3 * math.pi)) / 2)
     assert t.ttt_scale(0.15) == pytest.approx(2 * (1 + math.cos(0.15 * math.pi)) / 2)
 
