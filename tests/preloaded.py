@@ -26,14 +26,16 @@ PATHS = [path for path in sys.path if path not in ("", HERE)]  # the server's: a
 class Run:
     """`python *arguments` in `cwd`, in a fork; to its caller a subprocess.Popen."""
 
-    def __init__(self, arguments: list[str], cwd: Path, env: dict[str, str]):
+    def __init__(
+        self, arguments: list[str], cwd: Path, env: dict[str, str], has_runs: bool = False
+    ):
+        """`has_runs`: it may make a Run itself, but is not ended with this process."""
         start_server()
         self.args = [sys.executable, *arguments]
         self.said = [tempfile.NamedTemporaryFile("r") for _ in ("stdout", "stderr")]
         paths = [file.name for file in self.said]
-        # a daemon: ended with this process, should it not be waited for
         self.process = get_context("forkserver").Process(
-            target=begin, args=(arguments, str(cwd), env, paths), daemon=True
+            target=begin, args=(arguments, str(cwd), env, paths), daemon=not has_runs
         )
         self.process.start()
         self.pid = self.process.pid
