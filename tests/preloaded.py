@@ -4,6 +4,7 @@ milliseconds, not in seconds, and so do its ranks under torchrun.
 Pytest's own process is no such server, as a fork loses autograd's threads. The server is Python's
 own, of multiprocessing; it imports this module, which imports what a run would."""
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -90,6 +91,7 @@ def preload() -> None:
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads: all but one would be lost in a fork"
     gc.freeze()  # else a collection would write to pages that forks share
+    atexit.register(os._exit, 0)  # quietly: Triton's bindings would list what is never freed
 
 
 def begin(arguments: list[str], cwd: str, env: dict[str, str], paths: list[str]) -> None:
