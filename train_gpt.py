@@ -3097,7 +3097,7 @@ def block_edges(total: int):
     """0 ... `total`: blocks that grow with the stream, from 64 targets to what a cache holds."""
     edges = [0]
     while edges[-1] < total:
-        size = min(max(64, edges[-1] // 16), 1 << 16)
+        size = min(max(64, edges[-1] // 32), 1 << 16)
         edges.append(min(edges[-1] + size, total))
     return edges
 
