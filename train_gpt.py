@@ -1929,7 +1929,7 @@ def measure_curvature(trainer):
             ranks.barrier()
             own_clock = perf_counter() - began if ranks.rank == 0 else 0.0
             (seconds,) = ranks.sum_numbers(own_clock)
-            if 0 < hp.gptq_seconds < seconds * (1 + 2 / (done + 1)):
+            if hp.max_wallclock_seconds and seconds * (1 + 2 / (done + 1)) > hp.gptq_seconds:
                 break
 
     tokens = (done + 1) * ids.numel() * ranks.world_size
@@ -3097,7 +3097,7 @@ def block_edges(total: int):
     """0 ... `total`: blocks that grow with the stream, from 64 targets to what a cache holds."""
     edges = [0]
     while edges[-1] < total:
-        size = min(max(64, edges[-1] // 16), 1 << 16)
+        size = min(max(64, edges[-1] // 32), 1 << 16)
         edges.append(min(edges[-1] + size, total))
     return edges
 

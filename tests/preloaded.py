@@ -4,6 +4,7 @@ milliseconds, not in seconds, and so do its ranks under torchrun.
 Pytest's own process is no such server, as a fork loses autograd's threads. The server is Python's
 own, of multiprocessing; it imports this module, which imports what a run would."""
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -26,14 +27,16 @@ PATHS = [path for path in sys.path if path not in ("", HERE)]  # the server's: a
 class Run:
     """`python *arguments` in `cwd`, in a fork; to its caller a subprocess.Popen."""
 
-    def __init__(self, arguments: list[str], cwd: Path, env: dict[str, str]):
+    def __init__(
+        self, arguments: list[str], cwd: Path, env: dict[str, str], has_runs: bool = False
+    ):
+        """`has_runs`: it may make a Run itself, but is not ended with this process."""
         start_server()
         self.args = [sys.executable, *arguments]
         self.said = [tempfile.NamedTemporaryFile("r") for _ in ("stdout", "stderr")]
         paths = [file.name for file in self.said]
-        # a daemon: ended with this process, should it not be waited for
         self.process = get_context("forkserver").Process(
-            target=begin, args=(arguments, str(cwd), env, paths), daemon=True
+            target=begin, args=(arguments, str(cwd), env, paths), daemon=not has_runs
         )
         self.process.start()
         self.pid = self.process.pid
@@ -88,6 +91,7 @@ def preload() -> None:
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads: all but one would be lost in a fork"
     gc.freeze()  # else a collection would write to pages that forks share
+    atexit.register(os._exit, 0)  # quietly: Triton's bindings would list what is never freed
 
 
 def begin(arguments: list[str], cwd: str, env: dict[str, str], paths: list[str]) -> None:

@@ -18,6 +18,7 @@ def run(*command):
     return finish(start_python(ROOT, [str(part) for part in command], {}))
 
 
+@pytest.mark.slow  # some processes that import torch
 def test_bench_ngram(tmp_path, rng):
     shard = write_shard(tmp_path / "s.bin", np.minimum(rng.zipf(1.3, 30_000), 1000))
     done = run(ROOT / "bench/bench_ngram.py", "--tokens", 20_000, "--repeat", 1, shard)
@@ -51,6 +52,7 @@ def test_mix_study(tmp_path, rng):
     assert run(ROOT / "bench/mix_study.py", tmp_path / "absent.npz", shard).returncode != 0
 
 
+@pytest.mark.slow
 def test_bench_memory():
     """Started anew: what a fork shares would not be counted as its memory."""
     command = [str(ROOT / "bench/bench_memory.py"), "--tokens", "5000", "--ranks", "2"]

@@ -21,7 +21,7 @@ FINAL_ORDER = (0, 1, 2, 1, 2, 3)
 
 
 def test_a_share_of_training_is_that_of_steps_or_of_time_whichever_is_further():
-    hp = tiny(ITERATIONS=100, MAX_WALLCLOCK_SECONDS=50)
+    hp = tiny(ITERATIONS=100, MAX_WALLCLOCK_SECONDS=50, QUANTIZER="rows")
     found = [t.training_share(*done, hp) for done in ((0, 0.0), (40, 10.0), (40, 30.0), (90, 60.0))]
     assert found == [0, 0.4, 0.6, 1]
 
@@ -32,7 +32,7 @@ def test_warm_down_by_share_is_linear_over_the_last_part():
 
 
 def test_warm_down_by_share_follows_the_clock_where_that_ends_training():
-    hp = tiny(ITERATIONS=10**6, WARMDOWN_FRAC=0.5, MAX_WALLCLOCK_SECONDS=40)
+    hp = tiny(ITERATIONS=10**6, WARMDOWN_FRAC=0.5, MAX_WALLCLOCK_SECONDS=40, QUANTIZER="rows")
     assert [t.lr_scale(9, seconds, hp) for seconds in (20.0, 30.0, 40.0)] == [1, 0.5, 0]
 
 

@@ -203,7 +203,7 @@ def test_adamw_has_its_whole_state_before_the_first_step(rng):
 def test_lr_scale_by_steps_and_by_time():
     hp = tiny(ITERATIONS=100, WARMDOWN_ITERS=20)
     assert [t.lr_scale(s, 0, hp) for s in (0, 80, 90, 100)] == [1, 1, 0.5, 0]
-    hp = tiny(ITERATIONS=10**6, WARMDOWN_ITERS=20, MAX_WALLCLOCK_SECONDS=50)
+    hp = tiny(ITERATIONS=10**6, WARMDOWN_ITERS=20, MAX_WALLCLOCK_SECONDS=50, QUANTIZER="rows")
     assert t.lr_scale(0, 0.0, hp) == 1 and t.lr_scale(10, 10.0, hp) == 1  # 40 s = 40 steps left
     assert t.lr_scale(40, 40.0, hp) == pytest.approx(0.5)  # 10 s = 10 steps left, of 20
     assert t.lr_scale(20, 40.0, hp) == pytest.approx(0.25)  # steps of 2 s: 5 left

@@ -25,6 +25,7 @@ SMALL = {k: v for k, v in TINY.items() if k not in OWN} | dict(
     SWA_THRESHOLD=0.8,
     NGRAM_BUCKETS=65_536,
     TTT_CHUNK_TOKENS=2048,
+    EVAL_STRIDE=16,
     CHECKPOINT_EVERY=1000,
 )
 

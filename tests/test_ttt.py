@@ -6,7 +6,7 @@ import constriction
 import numpy as np
 import pytest
 import torch
-from conftest import collect, logits, run_script, tiny, values
+from conftest import BRIEF, collect, logits, run_script, tiny, values
 from reference import Predictor
 
 import train_gpt as t
@@ -166,7 +166,7 @@ def test_the_learning_rate_rises_threefold_then_falls_to_zero():
 
 def test_one_and_two_ranks_learn_the_same(corpus, tmp_path):
     settings = dict(
-        **corpus, ITERATIONS=6, TTT_EPOCHS=2, TTT_CHUNK_TOKENS=1024, TTT_LR=0.003, NGRAM_ENABLED=0
+        **corpus, ITERATIONS=6, TTT_EPOCHS=2, TTT_CHUNK_TOKENS=1024, TTT_LR=0.003, **BRIEF
     )
     results = {}
     for ranks in (1, 2):
@@ -221,9 +221,9 @@ def code(trainer, total: int, first_token: int, next_token):
 
 def test_a_decoder_that_learns_as_it_reads_restores_the_stream(corpus):
     hp = tiny(**corpus)
-    tokens = np.array(t.load_validation(hp).tokens[:1201])
+    tokens = np.array(t.load_validation(hp).tokens[:601])
     stream_bytes = t.ByteCounter(hp)(tokens)
-    settings = dict(**corpus, TTT_CHUNK_TOKENS=300)
+    settings = dict(**corpus, TTT_CHUNK_TOKENS=150)
     trainer = trainer_with(tokens, stream_bytes, **settings)
     nll, entropy = collect(t.score_and_learn(trainer, hp.eval_stride))
     mixture = t.Mixture(tokens, trainer.hp)
@@ -240,15 +240,15 @@ def test_a_decoder_that_learns_as_it_reads_restores_the_stream(corpus):
         encoder.encode(token, categorical(p))
         return token
 
-    code(trainer_with(None, stream_bytes, **settings), 1200, int(tokens[0]), encode_next)
+    code(trainer_with(None, stream_bytes, **settings), 600, int(tokens[0]), encode_next)
     words = encoder.get_compressed()
     decoder = constriction.stream.queue.RangeDecoder(words)
     restored = code(
         trainer_with(None, stream_bytes, **settings),
-        1200,
+        600,
         int(tokens[0]),
         lambda p: int(decoder.decode(categorical(p))),
     )
-    print(f"ttt: claimed:{claimed:.1f} bits coded:{32 * len(words)} bits of {1200} targets")
+    print(f"ttt: claimed:{claimed:.1f} bits coded:{32 * len(words)} bits of 600 targets")
     assert np.array_equal(restored, tokens)
     assert abs(32 * len(words) - claimed) <= 64
