@@ -77,7 +77,7 @@ def test_counts_equal_a_dictionary_cache(rng, kind, chunk, monkeypatch):
         assert np.array_equal(local_pair, want[:, 4]), (kind, n)
         assert np.array_equal(code > 0, want[:, 0] > 0)
         # what the code says of distinct continuations
-        share = (code[code > 0] - 1) // 3 % 4
+        share = (code[code > 0] - 1) // 8 % 4
         known = want[code > 0]
         assert np.array_equal(share, np.minimum(4 * (known[:, 0] - known[:, 2]) // known[:, 0], 3))
 
