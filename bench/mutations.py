@@ -244,13 +244,13 @@ MUTATIONS = [
         12,
         "return np.minimum(age, LONGEST_AGE)",
         "return age",
-        "test_ngram.py",
+        "test_mixture.py",
     ),
     Mutation(
         12,
         "abs(mass - 1) > 1e-9 or abs(nll + math.log(p)) > 1e-9",
         "abs(mass - 1) > 1e-9",
-        "test_ngram.py",
+        "test_ngram.py::test_the_audit_finds_a_rule_that_mixes_other_than_its_distribution",
     ),
     Mutation(
         13,

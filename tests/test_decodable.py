@@ -109,7 +109,7 @@ def claimed_bits(model, tokens, hp, rule=None) -> float:
     return float(mixture.nll.sum() / math.log(2))
 
 
-@pytest.mark.parametrize("alpha", ["online", "order"])
+@pytest.mark.parametrize("alpha", ["online", pytest.param("order", marks=pytest.mark.slow)])
 def test_a_decoder_restores_the_stream_from_the_claimed_number_of_bits(artifact, alpha):
     blob, hp, tokens = artifact
     hp = t.Hyperparameters(**{**vars(hp), "ngram_alpha": alpha})
@@ -124,6 +124,7 @@ def test_a_decoder_restores_the_stream_from_the_claimed_number_of_bits(artifact,
     assert np.array_equal(decode(blob, hp, words, int(tokens[0]), TOKENS - 1), tokens)
 
 
+@pytest.mark.slow
 def test_hashed_counts_cannot_keep_what_they_claim(artifact):
     """What they give to the vocabulary sums to more than 1; a coder must scale it back,
     and the claim is gone."""

@@ -173,8 +173,13 @@ def test_future_tokens_change_no_earlier_score(rng):
 
 
 def test_bits_per_byte_sums_in_float64():
-    nll = np.full(10_000_000, math.log(2), np.float32)
-    assert t.bits_per_byte(nll, np.full(10_000_000, 2, np.uint16)) == pytest.approx(0.5, abs=1e-8)
+    nll = np.array([2.0**24, 1], np.float32)  # in float32 their sum is the first
+    assert t.bits_per_byte(nll, np.array([1, 1])) * 2 * math.log(2) == 2.0**24 + 1
+
+
+def test_bits_per_byte_counts_more_bytes_than_16_bits_hold():
+    nll = np.full(2, math.log(2), np.float32)
+    assert t.bits_per_byte(nll, np.full(2, 50_000, np.uint16)) == pytest.approx(2 / 100_000)
 
 
 def test_bytes_of_the_real_fineweb_sample():
