@@ -2601,11 +2601,15 @@ def ttt_step(trainer, optimizer, tuned: list[nn.Parameter], batch):
 # exact, and are made while the GPUs score.
 
 CHUNK = 1 << 18  # positions sorted at a time, so that what a sort touches stays in the cache
-# Buckets of the online weights: a context's frequency, share of followers that were not new, how
-# far back it last came; its frequency in the document; the model's entropy in whole nats.
-BUCKETS = (8, 4, 3, 4, 6)
+# Buckets of the online weights, the finest distinction first: the model's entropy in whole nats;
+# a context's frequency in the document; its state: how far back it last came, its share of
+# followers that were not new, its frequency.
+BUCKETS = (6, 4, 3, 4, 8)
+STATES = 3 * 4 * 8
 FAR, FARTHER = 512, 2048  # tokens: what the model may still see, what it no longer sees
 OFTEN = 255  # a context that came as often in its document, or oftener, has no counts of it
+# By how often a context came in its document: never, once, 2 or 3 times, oftener; codes begin at 1.
+LOCAL_OFFSET = STATES * np.array((0, 1, 2, 2, *[3] * (OFTEN - 3))) - 1
 LARGEST_SURPRISE = 40.0  # nats; its cube is a uint16
 PRIOR_WEIGHT = 60  # targets that a level of buckets is worth to the next finer one
 ORDER_CENTERS = np.array((4.5, 4.2, 3.8, 3.5, 3.2, 3.0))  # nats, orders 2 ... 7, beyond (PR #825)
@@ -2650,10 +2654,6 @@ def floor_log2(x: ndarray):
     return (x.astype(np.float32).view(np.int32) >> 23) - 127
 
 
-# Of how often a context came in its document: never, once, 2 or 3 times, oftener.
-LOCAL_CLASS = np.minimum(floor_log2(2 * np.arange(OFTEN + 1) + 1), 3)
-
-
 def describe_contexts(t: ndarray, first: ndarray, pair: ndarray):
     """Given positions t grouped by context, and how often their token followed the context before:
     0 where the context is new, else 1 + its state, which knows the past alone: how often it came,
@@ -2666,8 +2666,8 @@ def describe_contexts(t: ndarray, first: ndarray, pair: ndarray):
     often = np.maximum(seen, 1)
     frequency = np.minimum(floor_log2(often), 7)
     share_known = 4 * known_before // often  # 0 ... 3, as a context's first follower is new
-    distance = (gap >= FAR).view(np.int8) + (gap >= FARTHER)
-    return np.where(seen, 1 + (frequency * 4 + share_known) * 3 + distance, 0)
+    distance = (gap >= FAR).astype(np.int32) + (gap >= FARTHER)
+    return np.where(seen, 1 + (distance * 4 + share_known) * 8 + frequency, 0)
 
 
 def local_ranks(document: ndarray, first: ndarray):
@@ -2976,7 +2976,7 @@ class OnlineChain:
         self.cache = Cache(tokens)
         # Targets that EM gave to each expert, by order; 1 is the cache's.
         self.credits = {n: np.zeros((3, *BUCKETS)) for n in self.orders}
-        self.credits[1] = np.zeros((2, BUCKETS[-1]))
+        self.credits[1] = np.zeros((2, BUCKETS[0]))
         self.weights = {}  # (experts, buckets) of each order, for the block mixed last
         self.log_odds = 0.0  # of the last p_n against the model, by likelihood so far
         self.begin = 0  # of the block mixed last
@@ -2985,13 +2985,13 @@ class OnlineChain:
     @staticmethod
     def entropy_bucket(entropy):
         """The model's entropy in whole nats, int64."""
-        return entropy.clip(0, BUCKETS[-1] - 1).astype(np.int64)
+        return entropy.clip(0, BUCKETS[0] - 1).astype(np.int64)
 
     @staticmethod
     def bucket(code, local, entropy_bucket):
         """The index of the weights of a context with this code, which came `local` times in the
-        document; int64, as codes are narrow."""
-        return ((code - np.int64(1)) * 4 + LOCAL_CLASS[local]) * BUCKETS[-1] + entropy_bucket
+        document."""
+        return entropy_bucket * (BUCKETS[1] * STATES) + LOCAL_OFFSET[local] + code
 
     @staticmethod
     def quotients(pair, context, local_pair, local_context):
@@ -3083,12 +3083,12 @@ def bucket_weights(credits: ndarray):
     expert, the lower order."""
     levels = [credits]
     while levels[-1].ndim > 1:
-        levels.append(levels[-1].sum(-1))
+        levels.append(levels[-1].sum(1))
     others = len(credits) - 1
     prior = np.array((0.98, *[0.02 / others] * others))
     for level in reversed(levels):
         posterior = (level + PRIOR_WEIGHT * prior) / (level.sum(0) + PRIOR_WEIGHT)
-        prior = posterior[..., None]
+        prior = posterior[:, None]
     return posterior.reshape(len(credits), -1)
 
 

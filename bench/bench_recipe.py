@@ -37,6 +37,7 @@ FEATURES = {
     "rates and decays": "MATRIX_LR SCALAR_LR TIED_EMBED_LR MUON_WD EMBED_WD ADAM_WD",
     "warm-down by share": "WARMDOWN_FRAC",
 }
+LONG_RUNS = ("rates and decays", "QK gain 5")  # chosen for thousands of steps: "without both"
 ELSEWHERE = ("BIGRAM_VOCAB_SIZE", "BIGRAM_DIM", "EMA_DECAY")  # sizes and averages: not compared
 
 
@@ -56,9 +57,13 @@ def recipes(base: t.Hyperparameters) -> dict[str, dict[str, str]]:
     preset = frontier_settings(base.num_layers)
     rows = {"defaults": {}, "frontier": preset}
     for feature, names in FEATURES.items():
-        off = names.split()
-        rows[f"without: {feature}"] = {k: v for k, v in preset.items() if k not in off}
+        rows[f"without: {feature}"] = without(preset, names)
+    rows["without both"] = without(preset, " ".join(FEATURES[f] for f in LONG_RUNS))
     return rows
+
+
+def without(preset: dict[str, str], names: str) -> dict[str, str]:
+    return {name: value for name, value in preset.items() if name not in names.split()}
 
 
 def mean_flops(hp: t.Hyperparameters) -> float:
@@ -91,6 +96,7 @@ def settings(steps: int, **changes) -> t.Hyperparameters:
         WARMDOWN_ITERS=steps * 5 // 8,
         AVERAGING="none",
         LATE_QAT_THRESHOLD=0,
+        QUANTIZER="rows",
         TRAIN_LOG_EVERY=0,
         VAL_LOSS_EVERY=0,
     )
@@ -116,7 +122,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     preset = []
     for row, changes in recipes(base).items():
-        if args.only and row.startswith("without") and row[9:] not in args.only:
+        if args.only and row.startswith("without: ") and row[9:] not in args.only:
             continue
         flops = mean_flops(settings(args.steps, **changes))
         steps = round(args.steps * first / flops) if args.equal == "flops" else args.steps

@@ -98,7 +98,7 @@ MUTATIONS = [
         3,
         "zlib.crc32(file.read(1 << 16))",
         'zlib.crc32(b"")',
-        "test_ranks.py::test_ranks_that_disagree_are_named",
+        "test_ranks.py::test_rank_0_names_the_rank_that_disagrees",
     ),
     Mutation(
         3,

@@ -23,7 +23,7 @@ class Predictor:
         # The same of the open document, emptied by each BOS, and what its tokens cost, cubed.
         self.local = {n: defaultdict(Counter) for n in orders}
         self.surprise = Counter()
-        shapes = {1: (2, t.BUCKETS[-1])} | dict.fromkeys(orders, (3, *t.BUCKETS))
+        shapes = {1: (2, t.BUCKETS[0])} | dict.fromkeys(orders, (3, *t.BUCKETS))
         self.credits = {n: np.zeros(shape) for n, shape in shapes.items()}
         self.fresh = {n: np.zeros(shape) for n, shape in shapes.items()}
         self.weights = {n: t.bucket_weights(self.credits[n]) for n in shapes}
@@ -43,7 +43,7 @@ class Predictor:
         here = self.local[n][self.context(n)].total()
         locally = 0 if here == 0 else 1 if here == 1 else 2 if here < 4 else 3
         whole_nats = int(min(max(entropy, 0), 5))
-        return ((((size * 4 + share) * 3 + distance) * 4) + locally) * 6 + whole_nats
+        return (((whole_nats * 4 + locally) * 3 + distance) * 4 + share) * 8 + size
 
     def predict(self, model: np.ndarray, entropy: float) -> np.ndarray:
         """The mixed distribution over the vocabulary, given the model's."""

@@ -90,6 +90,16 @@ def test_a_run_on_1_2_and_4_ranks_is_the_same_run(runs):
             )
 
 
+@pytest.mark.slow
+def test_a_run_from_the_command_line_is_the_run_of_a_fork(runs, corpus, tmp_path):
+    """What the other tests start begins where torch has been imported already."""
+    done = run_script(tmp_path, 2, forked=False, **corpus)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log, forked = log_of(tmp_path), log_of(runs[2][0])
+    assert losses(log) == losses(forked)
+    assert score_lines(log) == score_lines(forked)
+
+
 @pytest.fixture(scope="module")
 def scored(runs, corpus, tmp_path_factory):
     """The artifact of the run on one rank, scored again on 1 and on 3, which training would refuse:
@@ -180,40 +190,52 @@ def pair(folder: Path, both: dict, second: dict, script: Path = SCRIPT) -> list[
     return ranks
 
 
-def test_ranks_that_disagree_are_named(corpus, tmp_path):
-    """Other settings, another version of the script, other shards under the same name,
-    no shards at all."""
-    other_code = tmp_path / "train_gpt.py"
+@pytest.fixture(scope="module")
+def disagreeing(corpus, tmp_path_factory) -> dict[str, tuple[Path, list]]:
+    """What differs -> (folder, what both ranks came to): other settings, another version of the
+    script, other shards under the same name, no shards at all. All at once, as rank 1 waits."""
+    folder = tmp_path_factory.mktemp("disagreeing")
+    other_code = folder / "train_gpt.py"
     other_code.write_text(SCRIPT.read_text() + "# another version\n")
     for rank, first in (("0", 5), ("1", 6)):
-        write_shard(tmp_path / f"data/{rank}/data/fineweb_train_000000.bin", [first] * 2000)
-        write_shard(tmp_path / f"data/{rank}/data/fineweb_val_000000.bin", [5] * 2000)
+        write_shard(folder / f"data files/{rank}/data/fineweb_train_000000.bin", [first] * 2000)
+        write_shard(folder / f"data files/{rank}/data/fineweb_val_000000.bin", [5] * 2000)
     started = {
-        "settings": pair(tmp_path / "settings", corpus, dict(SEED=2)),
-        "train_gpt.py": pair(tmp_path / "code", corpus, {}, other_code),
-        "data files": pair(tmp_path / "data", dict(corpus, DATA_PATH="data"), {}),
-        "absent": pair(tmp_path / "absent", corpus, dict(DATA_PATH="nowhere")),
+        "settings": pair(folder / "settings", corpus, dict(SEED=2)),
+        "train_gpt.py": pair(folder / "train_gpt.py_", corpus, {}, other_code),
+        "data files": pair(folder / "data files", dict(corpus, DATA_PATH="data"), {}),
+        "nothing there": pair(folder / "nothing there", corpus, dict(DATA_PATH="nowhere")),
     }
-    for name, ranks in started.items():
-        first, second = (finish(process) for process in ranks)
-        assert first.returncode
-        assert second.returncode
-        if name == "absent":
-            assert first.stderr == "train_gpt.py: error: another rank ended, see what it said\n"
-            assert second.stderr.startswith(
-                "train_gpt.py: error: rank 1: DATA_PATH=nowhere: no fineweb_train"
-            )
-        else:
-            said = (
-                f"rank 1: {name} differ from rank 0's: "
-                "start the same files with the same settings everywhere"
-            )
-            assert first.stderr == f"train_gpt.py: error: {said}\n"
-            started_in = {"train_gpt.py": "code", "data files": "data"}.get(name, name)
-            assert said in (tmp_path / started_in / "0/logs/test.txt").read_text()
-        assert second.stderr.count("\n") == 1
-        assert "Traceback" not in second.stderr
-        assert not list(tmp_path.rglob("*.ptz"))
+    return {
+        name: (Path(folder, name + "_" * (name == "train_gpt.py")), [finish(r) for r in ranks])
+        for name, ranks in started.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["settings", "train_gpt.py", "data files"])
+def test_rank_0_names_the_rank_that_disagrees(disagreeing, name):
+    folder, (first, _) = disagreeing[name]
+    said = (
+        f"rank 1: {name} differ from rank 0's: "
+        "start the same files with the same settings everywhere"
+    )
+    assert first.stderr == f"train_gpt.py: error: {said}\n"
+    assert said in log_of(folder / "0")
+
+
+def test_a_rank_without_data_says_so_itself(disagreeing):
+    _, (first, second) = disagreeing["nothing there"]
+    assert first.stderr == "train_gpt.py: error: another rank ended, see what it said\n"
+    said = "train_gpt.py: error: rank 1: DATA_PATH=nowhere: no fineweb_train"
+    assert second.stderr.startswith(said)
+
+
+@pytest.mark.parametrize("name", ["settings", "train_gpt.py", "data files", "nothing there"])
+def test_ranks_that_disagree_all_end_in_one_line_and_leave_no_artifact(disagreeing, name):
+    folder, both = disagreeing[name]
+    assert [rank.returncode for rank in both] == [1, 1]
+    assert [rank.stderr.count("\n") for rank in both] == [1, 1]
+    assert not list(folder.rglob("*.ptz"))
 
 
 def test_a_number_of_ranks_that_does_not_divide_is_refused_with_the_nearest(corpus, tmp_path):
@@ -430,56 +452,77 @@ def before(trainer):
 
 @pytest.fixture(scope="module")
 def interrupted(corpus, tmp_path_factory):
-    """Two ranks, stopped by SIGTERM to torchrun: (folder, what it said, settings)."""
+    """Two ranks, stopped by SIGTERM to torchrun: (folder, what it said, settings, names of the
+    files that it left)."""
     settings = {**corpus, **STEADY, **BRIEF, "ITERATIONS": 14, "WARMDOWN_ITERS": 12}
     cwd = tmp_path_factory.mktemp("interrupted")
     done = run_script(cwd, 2, patched(cwd.with_suffix(".py"), INTERRUPT), **settings)
-    return cwd, done, settings
+    return cwd, done, settings, sorted(path.name for path in cwd.rglob("*.*"))
 
 
-def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_digits(
-    interrupted, tmp_path
-):
-    cwd, stopped, settings = interrupted
-    first = log_of(cwd)
-    assert stopped.returncode != 0
-    assert not list(cwd.rglob("*.tmp"))
-    assert not list(cwd.glob("*.ptz"))
-    step = int(
-        re.search(
-            r"^error: Stopped: step:(\d+)/14: stopped by SIGTERM; RESUME=logs/test.ckpt goes on "
-            r"from step \1$",
-            first,
-            re.M,
-        )[1]
-    )
-    assert 7 < step < 14
-    assert list(losses(first)) == list(range(1, step + 1))
-    whole = run_script(tmp_path, 2, **settings)
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    expected = log_of(tmp_path)
+@pytest.fixture(scope="module")
+def resumed(interrupted, tmp_path_factory) -> dict[int | None, str]:
+    """The logs of the run resumed on 1 and 2 ranks and, as None, of one that was not disturbed."""
+    cwd, _, settings, _ = interrupted
+    logs = {}
     for ranks, name in ((2, "test_2"), (1, "test_3")):
         done = run_script(cwd, ranks, **settings, RESUME="logs/test.ckpt")
         assert done.returncode == 0, done.stderr[-3000:]
-        log = log_of(cwd, name)
-        assert values(log, "resume:logs/test.ckpt")["step"] == str(step)
-        assert "warning" not in log
-        both = losses(first) | losses(log)
-        if ranks == 2:
-            assert both == losses(expected)
-            assert score_lines(log) == score_lines(expected)
-        else:
-            np.testing.assert_allclose(
-                np.float64(list(both.values())),
-                np.float64(list(losses(expected).values())),
-                atol=2e-4,
-            )
-            for line in SCORES[:3]:
-                assert float(values(log, line)["val_bpb"]) == pytest.approx(
-                    float(values(expected, line)["val_bpb"]), abs=1e-4
-                )
-    assert (cwd / "logs/test.ckpt").exists()
-    assert not (cwd / "logs/test_2.ckpt").exists()
+        logs[ranks] = log_of(cwd, name)
+    undisturbed = tmp_path_factory.mktemp("undisturbed")
+    done = run_script(undisturbed, 2, **settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return logs | {None: log_of(undisturbed)}
+
+
+def stopped_at(cwd: Path) -> int:
+    """The step of which the last line of the log says that a run stopped there."""
+    line = r"error: Stopped: step:(\d+)/14: stopped by SIGTERM; RESUME=logs/test.ckpt goes on from "
+    return int(re.fullmatch(line + r"step \1", log_of(cwd).splitlines()[-1])[1])
+
+
+def test_sigterm_to_torchrun_ends_training_after_the_step_with_a_checkpoint(interrupted):
+    cwd, stopped, *_ = interrupted
+    assert stopped.returncode != 0
+    step = stopped_at(cwd)
+    assert 7 < step < 14
+    assert list(losses(log_of(cwd))) == list(range(1, step + 1))
+    assert t.read_checkpoint(str(cwd / "logs/test.ckpt"))["progress"][0] == step
+
+
+def test_sigterm_to_torchrun_leaves_a_log_and_a_checkpoint_and_nothing_half_written(interrupted):
+    *_, left = interrupted
+    assert left == ["test.ckpt", "test.txt"]
+
+
+def test_a_resumed_run_goes_on_to_the_same_digits(interrupted, resumed):
+    cwd, *_ = interrupted
+    assert losses(log_of(cwd)) | losses(resumed[2]) == losses(resumed[None])
+    assert score_lines(resumed[2]) == score_lines(resumed[None])
+
+
+def test_a_run_resumed_on_another_number_of_ranks_goes_on_nearly_the_same(interrupted, resumed):
+    cwd, *_ = interrupted
+    both, expected = losses(log_of(cwd)) | losses(resumed[1]), losses(resumed[None])
+    assert list(both) == list(expected)
+    np.testing.assert_allclose(
+        np.float64(list(both.values())), np.float64(list(expected.values())), atol=2e-4
+    )
+    for line in SCORES[:3]:
+        found, undisturbed = (values(log, line)["val_bpb"] for log in (resumed[1], resumed[None]))
+        assert float(found) == pytest.approx(float(undisturbed), abs=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_resumed_run_says_from_where_and_warns_of_nothing(interrupted, resumed, ranks):
+    cwd, *_ = interrupted
+    assert values(resumed[ranks], "resume:logs/test.ckpt")["step"] == str(stopped_at(cwd))
+    assert "warning" not in resumed[ranks]
+
+
+def test_a_resumed_run_removes_its_own_checkpoint_and_not_what_it_began_from(interrupted, resumed):
+    cwd, *_ = interrupted
+    assert [path.name for path in cwd.glob("logs/*.ckpt")] == ["test.ckpt"]
 
 
 # ---- evaluate again

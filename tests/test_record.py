@@ -58,6 +58,7 @@ def good(corpus, tmp_path_factory):
             ITERATIONS=11,
             WARMDOWN_ITERS=4,
             SAVE_SCORES=1,
+            GPTQ_TOKENS=512,
         )
 
     with ThreadPoolExecutor(2) as pool:
@@ -904,7 +905,15 @@ def test_copy_makes_a_folder_that_runs(good, corpus, tmp_path, capsys):
         for path in good.rglob("*.txt")
         if path.name != "seed5.txt"
     )
-    done = run_script(made, 0, script=made / "train_gpt.py", **corpus, ITERATIONS=2, RUN_ID="again")
+    done = run_script(
+        made,
+        0,
+        script=made / "train_gpt.py",
+        **corpus,
+        ITERATIONS=2,
+        RUN_ID="again",
+        GPTQ_TOKENS=512,
+    )
     assert done.returncode == 0 and "final_ngram_exact" in done.stdout, done.stderr[-3000:]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for force in ([], ["--force"]):

@@ -58,7 +58,7 @@ function card(i) {
     count.append(make("q", "", shown(context(i)).trim() || "\u2423"), " seen ", make("b", "", group(D.context[i])),
       " \u00d7 before, followed by this token ", make("b", "", group(D.pair[i])), " \u00d7 ("
       + (100 * share).toFixed(share > 0 && share < .1 ? 1 : 0) + " %); order " + D.order[i]);
-  } else count.append("The tokens before it are new here: no context was known, the network decides.");
+  } else count.append("The tokens before it are new here: no context was known. The network decides, with learned weights also what this document has said.");
   const bytes = D.bytes[i] === 1 ? " byte" : " bytes", piece = D.piece[i] ? ", piece " + D.piece[i] : "";
   box.append(make("p", "meta", "target " + group(D.start + i) + ", " + D.bytes[i] + bytes + piece));
   $("card").replaceChildren(...box.children);
