@@ -2331,7 +2331,8 @@ def fit_artifact(state: dict[str, Tensor], hp, budget: int, quantizer=None):
     coarsen = finest
     for each in dict.fromkeys((draft, quantizer)):
         pack_at = partial(pack, state, hp, quantizer=each)
-        best, coarsen = largest_that_fits(pack_at, budget, finest, coarsen)
+        most = 100 if each is draft else 4
+        best, coarsen = largest_that_fits(pack_at, budget, finest, coarsen, most)
     if best is None:
         raise UserError(
             f"the artifact takes over {budget} bytes even with codes of +-1: lower NUM_LAYERS, "
@@ -2345,12 +2346,16 @@ def fit_artifact(state: dict[str, Tensor], hp, budget: int, quantizer=None):
     )
 
 
-def largest_that_fits(pack_at: Callable, budget: int, finest: float, coarsen: float):
-    """(a container within TOLERANCE below `budget`, or the largest there is, None if none fits; its
-    coarsen), searched from `coarsen` on."""
+def largest_that_fits(pack_at: Callable, budget: int, finest: float, coarsen: float, most: int):
+    """(a container within TOLERANCE below `budget`, or the largest of about `most`, None if none
+    fits; its coarsen), searched from `coarsen` on."""
     best = None
     low, high = finest, COARSEST
-    while high / low > 1 + 1e-7 and (best is None or len(best.blob) <= budget - TOLERANCE):
+    passes = 0
+    while high / low > 1 + 1e-7:
+        if best is not None and (len(best.blob) > budget - TOLERANCE or passes >= most):
+            break
+        passes += 1
         packed = pack_at(coarsen)
         excess = len(packed.blob) - budget
         if excess > 0:
