@@ -4,9 +4,10 @@
 # make test-all    the slow tests too, as CI does
 # make test-field  all, on torch 2.9.1, Triton 3.5.1, NumPy 1.26, in .venv-field (downloads about 3 GB)
 # make prove  a range coder and a decoder: the score is a code length, and hashed counts are none
-# make record README tables, submission.json and figures from the logs that README names; then the reviewers' checks
+# make record tables, submission.json, figures and docs/settings.md from the logs that README names; then the checks
 #             (the table of systems from logs/systems/*.txt, if there are any)
 # make check  the reviewers' checks alone
+# make view   the text of the last run, coloured by what each token cost and what the counts saved: prints the page's path
 # make lint   ruff: its checks, and its format at 100 columns
 # make bench  speed and size, as ratios measured in one run
 # make bench-gpu  kernels tested, a step and scoring timed, on a GPU (ARTIFACT=file DATA_PATH=... TOKENIZER_PATH=...)
@@ -16,9 +17,9 @@ VENV := .venv
 CONSTRAINTS := constraints.txt
 RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest tests -q -n 2 --dist worksteal --durations=8
-DEV := pytest pytest-xdist hypothesis constriction matplotlib ruff
+DEV := pytest pytest-xdist hypothesis constriction matplotlib jinja2 ruff
 
-.PHONY: demo test test-all test-field prove record check lint bench bench-gpu setup clean
+.PHONY: demo test test-all test-field prove record check view lint bench bench-gpu setup clean
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt $(CONSTRAINTS)
@@ -44,14 +45,17 @@ prove: setup
 	$(RUN) -m pytest tests/test_decodable.py -q -s
 
 record: setup
-	$(RUN) make_record.py report
-	$(if $(wildcard logs/systems/*.txt),$(RUN) make_record.py systems logs/systems/*.txt)
-	$(RUN) make_record.py settings
-	$(RUN) make_record.py plot
-	$(RUN) make_record.py check
+	$(RUN) -m record report
+	$(if $(wildcard logs/systems/*.txt),$(RUN) -m record systems logs/systems/*.txt)
+	$(RUN) -m record settings
+	$(RUN) -m record plot
+	$(RUN) -m record check
 
 check: setup
-	$(RUN) make_record.py check
+	$(RUN) -m record check
+
+view: setup
+	$(RUN) -m record view
 
 lint: setup
 	$(VENV)/bin/ruff check .

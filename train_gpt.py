@@ -45,11 +45,12 @@ import sys
 import time
 import traceback
 import zlib
+from collections import defaultdict
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property, partial
-from itertools import chain, islice, pairwise
+from itertools import chain, islice, pairwise, product
 from pathlib import Path
 from time import perf_counter
 
@@ -111,13 +112,14 @@ class Hyperparameters:
     iterations: int = setting(20_000, "most training steps", 1)
     max_wallclock_seconds: float = setting(600.0, "most training time; 0: no limit", 0)
     warmdown_iters: int = setting(3500, "final linear decay, in steps' worth of time", 0)
-    warmup_steps: int = setting(20, "untimed, to compile both graphs (>= 2); then undone", 0)
+    warmdown_frac: float = setting(0.0, "if not 0, instead: the decay's share of training", 0, 1)
+    min_lr: float = setting(0.0, "factor of all learning rates where the decay ends", 0, 1)
+    warmup_steps: int = setting(20, "untimed, to compile 2 or 4 graphs; then undone", 0)
     train_batch_tokens: int = setting(786_432, "tokens per step, over all ranks", 1)
     micro_batch_tokens: int = setting(98_304, "most tokens of one pass on one rank", 1)
     train_seq_len: int = setting(2048, "tokens per training sequence", 1)
     train_log_every: int = setting(500, "steps between train_loss lines; 0: only the first ten", 0)
     fused_mlp: bool = setting(True, "Triton kernels for the MLP, on CUDA")
-    fused_loss: bool = setting(True, "Triton kernels for loss and entropy, on CUDA")
 
     # Model
     vocab_size: int = setting(1024, "V; must equal the tokenizer's", 2, 65_536)
@@ -135,7 +137,15 @@ class Hyperparameters:
     xsa_last_n: int = setting(4, "last layers without their own value (XSA); >= L: all", 0)
     ln_scale: bool = setting(True, "scale a block's normed inputs by 1/sqrt(layer + 1)")
     unet_skips: bool = setting(True, "U-Net skips from the first half of the blocks to the second")
+    skip_gates: bool = setting(False, "blend skips in by a gate per channel instead of adding them")
+    recur_layers: tuple[int, ...] = setting((), "layers (from 0) that run twice; empty: none")
+    recur_start: float = setting(0.5, "share of training from which on they do", 0, 0.95)
+    parallel_start_layer: int = setting(0, "first layer of two residual lanes; 0: none", 0)
+    attn_gate_dims: int = setting(0, "input channels of the gate on each head's output; 0: none", 0)
     smear_enabled: bool = setting(True, "SmearGate: mix each position's input with the one before")
+    smear_crosses_bos: bool = setting(
+        True, "SmearGate mixes a document's start with the last's end"
+    )
     ve_enabled: bool = setting(True, "shared value embedding, added to the values of VE_LAYERS")
     ve_dim: int = setting(128, "width of the value embedding", 1)
     ve_layers: tuple[int, ...] = setting((9, 10), "layers (from 0) that receive it")
@@ -154,7 +164,9 @@ class Hyperparameters:
     muon_momentum_warmup_steps: int = setting(1500, "steps of linear momentum warm-up", 0)
     muon_backend_steps: int = setting(5, "Newton-Schulz steps", 1)
     muon_wd: float = setting(0.04, "Muon decoupled weight decay", 0)
+    muon_row_norm: bool = setting(False, "rows of equal norm before Newton-Schulz (MuonEq-R)")
     adam_wd: float = setting(0.04, "AdamW decoupled weight decay", 0)
+    embed_wd: float = setting(0.04, "the same, of embeddings", 0)
     beta1: float = setting(0.9, "AdamW beta1", 0, 1)
     beta2: float = setting(0.95, "AdamW beta2", 0, 1)
     adam_eps: float = setting(1e-8, "AdamW epsilon", 0)
@@ -169,6 +181,9 @@ class Hyperparameters:
     qat_rounding: str = setting("straight", "soft: as in 2006.09952", choices="straight soft")
     quant_bits: int = setting(6, "bits of a matrix's codes before fitting, and in QAT", 3, 8)
     fill_budget: bool = setting(True, "spend bytes that are left on codes of up to 8 bits")
+    quantizer: str = setting("gptq", "rows: each by itself, blind to inputs", choices="gptq rows")
+    gptq_reserve_seconds: float = setting(10.0, "of training, for GPTQ; at most a tenth", 0)
+    gptq_tokens: int = setting(131_072, "training tokens that GPTQ looks at, at least", 1)
 
     # Scoring
     eval_seq_len: int = setting(2048, "tokens per scoring window", 1)
@@ -201,6 +216,16 @@ class Hyperparameters:
         """K, the width of one head."""
         return self.model_dim // self.num_heads
 
+    @property
+    def gptq_seconds(self):
+        """Of MAX_WALLCLOCK_SECONDS, what is kept from the steps."""
+        most = self.gptq_reserve_seconds if self.quantizer == "gptq" else 0.0
+        return min(most, self.max_wallclock_seconds / 10)
+
+    @property
+    def step_seconds(self):
+        return self.max_wallclock_seconds - self.gptq_seconds
+
     @classmethod
     def from_env(cls, env: dict[str, str]):
         """Typed, checked settings; UserError names the variable, its value and what it may hold."""
@@ -209,8 +234,10 @@ class Hyperparameters:
 
     def as_env(self):
         """All settings as they would be written in the environment."""
-        values = vars(self) | {"ve_layers": ",".join(map(str, self.ve_layers))}
-        return {name.upper(): str(value) for name, value in values.items()}
+        texts = {}
+        for name, value in vars(self).items():
+            texts[name.upper()] = ",".join(map(str, value)) if type(value) is tuple else str(value)
+        return texts
 
     def __post_init__(self):
         """UserError: settings that cannot work together."""
@@ -232,6 +259,13 @@ class Hyperparameters:
             yield "MLP_MULT", "the MLP would have no units"
         if self.ve_enabled and not set(self.ve_layers) <= set(range(self.num_layers)):
             yield "VE_LAYERS", f"layers run from 0 to {self.num_layers - 1}; or set VE_ENABLED=0"
+        rising = sorted(set(self.recur_layers) & set(range(self.num_layers)))
+        if list(self.recur_layers) != rising:
+            yield "RECUR_LAYERS", f"expected rising numbers from 0 to {self.num_layers - 1}"
+        if self.parallel_start_layer >= self.num_layers:
+            yield "PARALLEL_START_LAYER", f"expected at most {self.num_layers - 1}; 0: none"
+        if self.attn_gate_dims > self.model_dim:
+            yield "ATTN_GATE_DIMS MODEL_DIM", "there are no more channels than the latter"
         if self.bigram_vocab_size == 1:
             yield "BIGRAM_VOCAB_SIZE", "expected 0 (off) or at least 2"
         over = self.train_batch_tokens % self.train_seq_len
@@ -797,6 +831,8 @@ class Attention(nn.Module):
         mixes_values = hp.vrl_enabled and layer > 0
         self.vrl_gate = nn.Parameter(torch.tensor(-1.5)) if mixes_values else None
         self.xsa = layer >= hp.num_layers - hp.xsa_last_n
+        gate = torch.zeros(H, hp.attn_gate_dims)
+        self.gate = nn.Parameter(gate) if hp.attn_gate_dims else None
         _, self.flash = find_flash_attention()
 
     def forward(self, x_BTD, scale_D, shared: Shared, last: int):
@@ -811,6 +847,9 @@ class Attention(nn.Module):
         y = causal_attention(q, k, v, self.flash)
         if self.xsa:
             y = remove_own_value(y, v[:, -last:])
+        if self.gate is not None:
+            few = x_BSD[..., : self.gate.size(1)]
+            y = y * torch.sigmoid(F.linear(few, self.gate.to(y.dtype)))[..., None]
         return self.proj(y.flatten(2), scale_D[:, None])
 
     def values(self, x_BTD, shared: Shared):
@@ -825,11 +864,6 @@ class Attention(nn.Module):
         return v
 
 
-def mlp(x_ND, fc_WD, proj_DW, slope: float):
-    """leaky_relu(x fc', slope)^2 proj', the plain form of `fused_mlp` [5]."""
-    return F.linear(F.leaky_relu(F.linear(x_ND, fc_WD), slope).square(), proj_DW)
-
-
 class MLP(nn.Module):
     def __init__(self, hp):
         super().__init__()
@@ -841,14 +875,18 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD, scale_D):
         """The layer's contribution, (B, T, D), its channels times `scale`."""
-        fc_WD = self.fc.matrix(x_BTD.dtype)
-        proj_DW = self.proj.matrix(x_BTD.dtype, scale_D[:, None])
         if self.fused and has_kernels(x_BTD):
+            fc_WD = self.fc.matrix(x_BTD.dtype)
+            proj_DW = self.proj.matrix(x_BTD.dtype, scale_D[:, None])
             return fused_mlp(x_BTD.flatten(0, 1), fc_WD, proj_DW, self.slope)[0].view_as(x_BTD)
-        return mlp(x_BTD, fc_WD, proj_DW, self.slope)
+        h_BTW = F.leaky_relu(self.fc(x_BTD), self.slope).square()
+        return self.proj(h_BTW, scale_D[:, None])
 
 
 class Block(nn.Module):
+    """Attention, then the MLP: on one residual stream or, from PARALLEL_START_LAYER on, each on its
+    own."""
+
     def __init__(self, hp, layer: int):
         super().__init__()
         D = hp.model_dim
@@ -860,13 +898,15 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(D))
         self.norm_scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
 
-    def forward(self, x_BTD, shared: Shared, last: int):
+    def attend(self, x_BTD, shared: Shared, last: int):
         """(B, `last` positions, D): all are keys and values, only these are queries."""
         dtype = x_BTD.dtype
         x = self.mix_x.to(dtype) * x_BTD + self.mix_x0.to(dtype) * shared.x0_BTD
         y = self.attn(norm(x) * self.norm_scale, self.attn_scale, shared, last)
-        x = x[:, -last:] + y
-        return x + self.mlp(norm(x) * self.norm_scale, self.mlp_scale)
+        return x[:, -last:] + y
+
+    def feed(self, x_BTD):
+        return x_BTD + self.mlp(norm(x_BTD) * self.norm_scale, self.mlp_scale)
 
 
 class NarrowEmbedding(nn.Module):
@@ -894,7 +934,7 @@ def token_nll(z_NV, targets_N, cap: float):
 
 
 def token_scores(z_NV, targets_N, cap: float):
-    """nll of the targets and entropy in nats, (2, N); the plain form of `fused_token_scores`."""
+    """nll of the targets and entropy of the predictions in nats, (2, N) float32."""
     logp_NV = log_probabilities(z_NV, cap)
     nll_N = F.nll_loss(logp_NV, targets_N, reduction="none")
     entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
@@ -917,8 +957,19 @@ INITIAL_VALUES = (  # the first row whose ending fits
 )
 
 
+def block_orders(hp):
+    """The layers in the order of passes, before RECUR_START and after it: depth recurrence runs
+    RECUR_LAYERS again once the last of them has run (PR #1204). Equal, if there are none."""
+    L = hp.num_layers
+    plain = tuple(range(L))
+    again = hp.recur_layers
+    after = again[-1] + 1 if again else L
+    return plain, plain[:after] + again + plain[after:]
+
+
 class GPT(nn.Module):
-    """`hidden` is the trunk of training and scoring; `forward` is the loss."""
+    """`hidden` is the trunk of training and scoring; `forward` is the loss. `order` is the layers
+    in the order of passes, at first as at the end of training; it is part of a compiled graph."""
 
     def __init__(self, hp):
         super().__init__()
@@ -935,7 +986,11 @@ class GPT(nn.Module):
         self.value_embed = NarrowEmbedding(V, hp.ve_dim, values, 0.1) if has_ve else None
         self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(L))
         self.skip_weights = nn.Parameter(torch.ones(L // 2, D)) if has_skips else None
+        has_gates = has_skips and hp.skip_gates
+        self.skip_gates = nn.Parameter(torch.zeros(L // 2, D)) if has_gates else None
+        self.lane_mix = nn.Parameter(torch.tensor(0.5)) if hp.parallel_start_layer else None
         self.head = None if hp.tie_embeddings else Linear(D, V)
+        _, self.order = block_orders(hp)
         for T in {hp.train_seq_len, hp.eval_seq_len}:  # else compiled code makes them at each use
             self.register_buffer(f"rope_{T}", rotary_tables(T, hp), persistent=False)
         self.initialize()
@@ -961,8 +1016,8 @@ class GPT(nn.Module):
         return (nll_N * weights_BT.ravel()).sum()
 
     def hidden(self, ids_BT, last: int | None = None):
-        """Hidden states (B, T, D), or (B, `last`, D): then the last block computes these alone."""
-        T, L = ids_BT.size(1), self.hp.num_layers
+        """Hidden states (B, T, D), or (B, `last`, D): then the last pass computes these alone."""
+        T = ids_BT.size(1)
         x = self.embedded(ids_BT)
         rope = getattr(self, f"rope_{T}", None)
         shared = Shared(x, rotary_tables(T, self.hp, x.device) if rope is None else rope)
@@ -970,15 +1025,33 @@ class GPT(nn.Module):
             ve = self.value_embed(ids_BT, x.dtype)
             shared.ve_BTGK = ve.unflatten(-1, (-1, self.hp.head_dim))
 
+        lane = None  # of the MLPs, once they have one to themselves; then x is attention's
         skips = []
-        for layer, block in enumerate(self.blocks):
-            if layer >= L // 2 and skips:
-                x = x + self.skip_weights[layer - L // 2].to(x.dtype) * skips.pop()
-            is_last = layer == L - 1
-            x = block(x, shared, last if is_last and last else T)
-            if layer < L // 2 and self.skip_weights is not None:
+        passes = len(self.order)
+        for i, layer in enumerate(self.order):
+            block = self.blocks[layer]
+            if i >= passes // 2:
+                x = self.skipped(x, skips, i - passes // 2)
+            if self.lane_mix is not None and layer == self.hp.parallel_start_layer:
+                lane = x if lane is None else lane
+            queries = last if last and i == passes - 1 else T
+            x = block.attend(x, shared, queries)
+            if lane is None:
+                x = block.feed(x)
+            else:
+                lane = block.feed(lane[:, -queries:])
+            if i < passes // 2:
                 skips.append(x)
-        return x
+        return x if lane is None else torch.lerp(lane, x, self.lane_mix.to(x.dtype))
+
+    def skipped(self, x_BTD, skips: list, i: int):
+        """`x` with the last of `skips`, which it takes, if there is an i-th weight for it."""
+        if self.skip_weights is None or i >= len(self.skip_weights):
+            return x_BTD
+        skip = self.skip_weights[i].to(x_BTD.dtype) * skips.pop()
+        if self.skip_gates is None:
+            return x_BTD + skip
+        return torch.lerp(skip, x_BTD, torch.sigmoid(self.skip_gates[i]).to(x_BTD.dtype))
 
     def embedded(self, ids_BT):
         """What enters the first block: tokens, bigrams, a share of the position before."""
@@ -988,6 +1061,8 @@ class GPT(nn.Module):
         x = norm(x).to(working_dtype(x))
         if self.smear_gate is not None:
             before = F.pad(x, (0, 0, 1, 0))[:, :-1]
+            if not self.hp.smear_crosses_bos:
+                before = before.masked_fill((ids_BT == BOS)[..., None], 0)
             x = torch.lerp(x, before, torch.sigmoid(self.smear_gate).to(x.dtype))
         return x
 
@@ -998,23 +1073,17 @@ class GPT(nn.Module):
 
     def nll(self, hidden_ND, targets_N):
         """nll of the targets in nats, (N,) float32."""
-        z_NV = self.logits(hidden_ND)
-        if self.hp.fused_loss and has_kernels(z_NV):
-            return fused_token_scores(z_NV, targets_N, self.hp.logit_softcap)[0]
-        return token_nll(z_NV, targets_N, self.hp.logit_softcap)
+        return token_nll(self.logits(hidden_ND), targets_N, self.hp.logit_softcap)
 
     def scores(self, hidden_ND, targets_N):
         """nll of the targets and entropy of the predictions in nats, (2, N) float32."""
-        z_NV = self.logits(hidden_ND)
-        if self.hp.fused_loss and has_kernels(z_NV):
-            return fused_token_scores(z_NV, targets_N, self.hp.logit_softcap)
-        return token_scores(z_NV, targets_N, self.hp.logit_softcap)
+        return token_scores(self.logits(hidden_ND), targets_N, self.hp.logit_softcap)
 
 
 # --- 5. Kernels ---------------------------------
-# What is elementwise the compiler fuses, but not into a product, and to it a loss is several passes
-# over the logits. The plain forms [4] run on a CPU, without Triton, or by a switch. torch.library
-# keeps each operation whole under torch.compile. After modded-nanogpt.
+# What is elementwise the compiler fuses, but not into the product before it: so the activation of
+# the MLP and its gradient have a kernel. The plain form [4] runs on a CPU, without Triton, or by a
+# switch. torch.library keeps an operation whole under torch.compile. After modded-nanogpt.
 
 jit = triton.jit if triton else lambda kernel: kernel
 MLP_TILE = dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=3)  # the fastest of 7 on an H200
@@ -1088,7 +1157,7 @@ def launch_mlp(a_MK, b_KN, z_MN, slope: float, backward: bool):
 def fused_mlp(
     x_ND: Tensor, fc_WD: Tensor, proj_DW: Tensor, slope: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(`mlp` of x, z = x fc', h = leaky_relu(z)^2): the last two are for backward."""
+    """(h proj', z = x fc', h = leaky_relu(z, slope)^2): the last two are for backward."""
     z_NW = x_ND.new_empty(len(x_ND), len(fc_WD))
     h_NW = launch_mlp(x_ND, fc_WD.mT, z_NW, slope, backward=False)
     return h_NW @ proj_DW.mT, z_NW, h_NW
@@ -1126,94 +1195,6 @@ def mlp_gradients(ctx, g_ND, *_):
 fused_mlp.register_autograd(mlp_gradients, setup_context=save_for_mlp_gradients)
 
 
-@jit
-def scores_kernel(
-    z_ptr,
-    target_ptr,
-    upstream_ptr,
-    out_ptr,
-    N,
-    V,
-    cap,
-    CAPPED: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    BV: tl.constexpr,
-):
-    """A row of logits in registers. Forward: out (2, N) = its nll and entropy. Backward: out (N, V)
-    = its gradient, given theirs, `upstream` (2, N)."""
-    row = tl.program_id(0).to(tl.int64)
-    v = tl.arange(0, BV)
-    z = tl.load(z_ptr + row * V + v, v < V, 0.0).to(tl.float32)
-    target = tl.load(target_ptr + row)
-
-    tanh = 2 * tl.sigmoid(2 * z / cap) - 1 if CAPPED else z
-    logits = tl.where(v < V, cap * tanh if CAPPED else z, -float("inf"))
-    logits -= tl.max(logits, 0)
-    e = tl.exp(logits)
-    total = tl.sum(e, 0)
-    p = e / total
-    logp = tl.where(v < V, logits - tl.log(total), 0.0)
-    entropy = -tl.sum(p * logp, 0)
-
-    if BACKWARD:
-        dz = tl.load(upstream_ptr + row) * (p - tl.where(v == target, 1.0, 0.0))
-        dz -= tl.load(upstream_ptr + N + row) * p * (logp + entropy)
-        tl.store(out_ptr + row * V + v, dz * (1 - tanh * tanh) if CAPPED else dz, v < V)
-    else:
-        tl.store(out_ptr + row, -tl.sum(tl.where(v == target, logp, 0.0), 0))
-        tl.store(out_ptr + N + row, entropy)
-
-
-def launch_scores(z_NV, targets_N, upstream_2N, out: Tensor, cap: float, backward: bool):
-    """Run `scores_kernel`, which fills `out`; forward reads no `upstream`."""
-    N, V = z_NV.shape
-    block = triton.next_power_of_2(V)
-    warps = min(max(block // 256, 1), 16)
-    tensors = (z_NV.contiguous(), targets_N, upstream_2N.contiguous(), out)
-    scores_kernel[(N,)](*tensors, N, V, cap or 1.0, cap > 0, backward, block, num_warps=warps)
-
-
-@torch.library.custom_op("golf::fused_token_scores", mutates_args=())
-def fused_token_scores(z_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
-    """`token_scores`, which reads the logits once and writes nothing as large."""
-    out_2N = z_NV.new_empty(2, len(z_NV), dtype=torch.float32)
-    launch_scores(z_NV, targets_N, out_2N, out_2N, cap, backward=False)
-    return out_2N
-
-
-@torch.library.custom_op("golf::fused_token_scores_backward", mutates_args=())
-def fused_token_scores_backward(
-    z_NV: Tensor, targets_N: Tensor, upstream_2N: Tensor, cap: float
-) -> Tensor:
-    """The gradient of z, given those of nll and entropy."""
-    out_NV = z_NV.new_empty(z_NV.shape)
-    launch_scores(z_NV, targets_N, upstream_2N, out_NV, cap, backward=True)
-    return out_NV
-
-
-@fused_token_scores.register_fake
-def _(z_NV, targets_N, cap):
-    return z_NV.new_empty(2, len(z_NV), dtype=torch.float32)
-
-
-@fused_token_scores_backward.register_fake
-def _(z_NV, targets_N, upstream_2N, cap):
-    return z_NV.new_empty(z_NV.shape)
-
-
-def save_for_score_gradients(ctx, inputs, output):
-    z_NV, targets_N, ctx.cap = inputs
-    ctx.save_for_backward(z_NV, targets_N)
-
-
-def score_gradients(ctx, upstream_2N):
-    z_NV, targets_N = ctx.saved_tensors
-    return fused_token_scores_backward(z_NV, targets_N, upstream_2N, ctx.cap), None, None
-
-
-fused_token_scores.register_autograd(score_gradients, setup_context=save_for_score_gradients)
-
-
 # --- 6. Optimizers ------------------------------
 # Muon (Jordan et al. 2024), whose update is the momentum made orthogonal, for matrices; AdamW for
 # the rest. One table says what a parameter is: who updates it, how fast, and with how many bits the
@@ -1244,7 +1225,7 @@ def parameter_kinds(hp):
     table_lr = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr
     return {
         "matrix": Kind(Muon, hp.matrix_lr, hp.muon_wd, hp.quant_bits),
-        "table": Kind(AdamW, table_lr, hp.adam_wd, 8),
+        "table": Kind(AdamW, table_lr, hp.embed_wd, 8),
         "head": Kind(AdamW, hp.head_lr, hp.adam_wd, 8),
         "vector": Kind(AdamW, hp.scalar_lr, hp.adam_wd, 0),
     }
@@ -1260,6 +1241,12 @@ def orthogonalize(G_SRC, steps: int):
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
     return X
+
+
+def equalize_rows(G_SRC, is_tall_S11):
+    """The matrices, each row divided by its norm or, if they are transposed, column (MuonEq-R)."""
+    rows, columns = (G_SRC.norm(dim=dim, keepdim=True) for dim in (-1, -2))
+    return G_SRC / (torch.where(is_tall_S11, columns, rows) + 1e-7)
 
 
 class SummedGradients:
@@ -1328,7 +1315,9 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault(tuple(sorted(p.shape)), []).append(p)
             for shape, same in sorted(by_shape.items()):
                 buffer = same[0].new_zeros(len(same), *shape)
-                stacks.append({**group, "params": same, "buffer": buffer})
+                is_tall = [p.size(0) > p.size(1) for p in same]
+                is_tall = torch.tensor(is_tall, device=buffer.device)[:, None, None]
+                stacks.append({**group, "params": same, "buffer": buffer, "is_tall": is_tall})
         super().__init__(stacks, {"momentum": hp.muon_momentum_warmup_start})
 
     def local_share(self, stack: Tensor):
@@ -1364,6 +1353,8 @@ class Muon(torch.optim.Optimizer):
             own_SRC = grads_SRC[: len(momentum_SRC)]  # a view, without the zeros that fill up
             momentum_SRC.mul_(group["momentum"]).add_(own_SRC)
             own_SRC.add_(momentum_SRC, alpha=group["momentum"])  # Nesterov
+            if self.hp.muon_row_norm:
+                own_SRC.copy_(equalize_rows(own_SRC, self.local_share(group["is_tall"])))
             update_SRC = orthogonalize(grads_SRC, self.hp.muon_backend_steps)
             self.arriving.append(self.ranks.all_gather(update_SRC))
 
@@ -1426,16 +1417,29 @@ def update(optimizers: list, clip: float):
         optimizer.finish_step()
 
 
+def training_share(step: int, seconds: float, hp):
+    """How much of training is done, 0 to 1, by ITERATIONS or by the clock, whichever is further."""
+    share = step / hp.iterations
+    if hp.step_seconds:
+        share = max(share, seconds / hp.step_seconds)
+    return min(share, 1.0)
+
+
 def lr_scale(step: int, seconds: float, hp):
-    """Factor of all learning rates: 1, then linearly to 0 over the last WARMDOWN_ITERS steps before
-    ITERATIONS, or before the cap at the speed so far."""
-    if not hp.warmdown_iters:
+    """Factor of all learning rates: 1, then linearly to MIN_LR over the last WARMDOWN_FRAC of
+    training or the last WARMDOWN_ITERS steps before ITERATIONS, or before the cap at the speed so
+    far."""
+    left = 1 - training_share(step, seconds, hp)
+    decay = hp.warmdown_frac
+    if not decay and hp.warmdown_iters:
+        decay = hp.warmdown_iters
+        left = hp.iterations - step
+        if hp.step_seconds and step:
+            seconds_left = hp.step_seconds - seconds
+            left = min(left, seconds_left / (seconds / step))
+    if not decay:
         return 1.0
-    left = hp.iterations - step
-    if hp.max_wallclock_seconds and step:
-        seconds_left = hp.max_wallclock_seconds - seconds
-        left = min(left, seconds_left / (seconds / step))
-    return min(1.0, max(left, 0.0) / hp.warmdown_iters)
+    return hp.min_lr + (1 - hp.min_lr) * min(1.0, max(left, 0.0) / decay)
 
 
 def muon_momentum(step: int, hp):
@@ -1536,6 +1540,7 @@ class Trainer:
         self.averages = build_averages(self.parameters, self.hp)
         self.loss = self.compile(training_loss)
         self.trunk = model.hidden  # a compiled one after training
+        self.curvature = {}  # of the weights that are packed, after training: for GPTQ
         self.hint = "there is no checkpoint"  # for error messages: how to go on
 
     @property
@@ -1589,15 +1594,21 @@ class Trainer:
         return total
 
     def warm_up(self):
-        """WARMUP_STEPS steps, undone, compile the plain and the quantised graph. Collective."""
+        """WARMUP_STEPS steps, undone, compile all graphs: without and with late QAT, of both orders
+        of blocks. Collective."""
         tensors = list(self.tensors().values())
         before = [t.clone() for t in tensors]
+        hardnesses = [None]
+        if self.hp.late_qat_threshold:
+            hardnesses.append(torch.ones((), device=self.ranks.device))
+        graphs = list(product(dict.fromkeys(block_orders(self.hp)), hardnesses))
         progress = Progress(self.log, "warm-up", self.hp.warmup_steps)
         for i in range(self.hp.warmup_steps):
-            is_quantized = self.hp.late_qat_threshold and i % 2
-            self.step(1.0, torch.ones((), device=self.ranks.device) if is_quantized else None)
+            self.model.order, hardness = graphs[i % len(graphs)]
+            self.step(1.0, hardness)
             progress(i + 1)
         torch._foreach_copy_(tensors, before)
+        self.model.order, _ = block_orders(self.hp)
         self.ranks.barrier()
 
     def validate(self):
@@ -1688,7 +1699,8 @@ def read_checkpoint(path: str):
 def train(trainer):
     """Train to ITERATIONS or to MAX_WALLCLOCK_SECONDS on rank 0's clock, which is paused in
     validations; no step begins that would pass it if it took twice the average. Leaves a
-    checkpoint and the averaged weights. Collective. Stopped; UserError: the loss is not finite."""
+    checkpoint, the averaged weights and their curvature. Collective. Stopped; UserError: the loss
+    is not finite."""
     hp, ranks, log, stop = trainer.hp, trainer.ranks, trainer.log, trainer.stop
     trainer.warm_up()
     stop.patient = True  # signals wait for the loop
@@ -1715,7 +1727,7 @@ def train(trainer):
             speed = f"tok/s:{hp.train_batch_tokens * step / seconds:.0f} lr_scale:{scale:.4f}"
             log(f"{trainer.label} train_loss:{loss:.4f} {trainer.clock} {speed}")
 
-        capped = step > 0 and 0 < hp.max_wallclock_seconds < seconds * (1 + 2 / step)
+        capped = step > 0 and 0 < hp.step_seconds < seconds * (1 + 2 / step)
         is_last = capped or step >= hp.iterations
         validates = is_last or is_multiple(step, hp.val_loss_every)
         if stopped or validates or 0 < hp.checkpoint_every <= seconds - saved_at:
@@ -1734,17 +1746,37 @@ def train(trainer):
         if is_last:
             break
 
-        if scale < hp.late_qat_threshold:
-            if hardness is None:
-                facts = f"lr_scale:{scale:.4f} bits:{hp.quant_bits} {hp.qat_rounding}"
-                log(f"late_qat:on step:{step} {facts}")
-            rising = 16 - 15 * scale / hp.late_qat_threshold  # from 1 to 16
-            hardness = torch.full((), rising, device=ranks.device)
+        set_block_order(trainer)
+        hardness = late_qat_hardness(trainer, scale, hardness)
         losses = [*losses, trainer.step(scale, hardness)][-2:]
 
     if capped:
         log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms {trainer.label}")
     use_averages(trainer)
+    if hp.quantizer == "gptq":
+        trainer.curvature = measure_curvature(trainer)
+
+
+def set_block_order(trainer):
+    """The order of blocks for the next step, by the share of training that is done."""
+    hp, model = trainer.hp, trainer.model
+    plain, recurrent = block_orders(hp)
+    recurs = training_share(trainer.steps, trainer.seconds, hp) >= hp.recur_start
+    if recurs and model.order == plain != recurrent:
+        trainer.log(f"recurrence:on step:{trainer.steps} passes:{len(recurrent)}")
+    model.order = recurrent if recurs else plain
+
+
+def late_qat_hardness(trainer, scale: float, before: Tensor | None):
+    """The hardness of soft rounding in the next step, rising from 1 to 16 as the rates fall from
+    LATE_QAT_THRESHOLD to 0, given that of the step before. None: there is no rounding."""
+    hp = trainer.hp
+    if scale >= hp.late_qat_threshold:
+        return before
+    if before is None:
+        facts = f"lr_scale:{scale:.4f} bits:{hp.quant_bits} {hp.qat_rounding}"
+        trainer.log(f"late_qat:on step:{trainer.steps} {facts}")
+    return torch.full((), 16 - 15 * scale / hp.late_qat_threshold, device=trainer.ranks.device)
 
 
 def is_multiple(step: int, every: int):
@@ -1753,7 +1785,9 @@ def is_multiple(step: int, every: int):
 
 
 def use_averages(trainer):
-    """The model gets the averaged weights, where there are any."""
+    """The model gets what is packed: the averaged weights, where there are any, and the final order
+    of blocks."""
+    _, trainer.model.order = block_orders(trainer.hp)
     weights = averaged_parameters(trainer.averages)
     if weights:
         torch._foreach_copy_(trainer.parameters, weights)
@@ -1783,6 +1817,8 @@ MOST_SIDE = 1 << 24  # bytes of the side stream once inflated
 MOST_TEXT = 1 << 20
 LARGEST_CODE = 127
 COARSEST = 254.0  # divides all levels; all are +-1 then
+GPTQ_BLOCK = 128  # columns
+PASS_TOKENS = 16_384  # of a rank at a time, for the curvature
 TOLERANCE = 4096  # bytes that `fit_artifact` may leave unused
 AIM = 2000  # bytes below the budget at which its search aims
 LZMA = dict(
@@ -1790,6 +1826,125 @@ LZMA = dict(
 )
 
 require_valid = partial(require, error=ValueError)
+
+
+# What errors of the weights cost
+
+
+class Curvature:
+    """An error e_RC of a matrix costs, to second order, half the sum over its rows r of
+    `outputs_r * e_r inputs e_r'` nats per token (Kronecker-factored: 1503.05671)."""
+
+    def __init__(self, inputs_CC, outputs_R):
+        self.inputs_CC = inputs_CC  # mean of x x' over tokens, x what enters the matrix
+        self.outputs_R = outputs_R  # mean of the squared gradients of what leaves it
+
+    @cached_property
+    def factors(self):
+        """(order of the columns, upper Cholesky factor of the inverse of the damped moments in that
+        order), or None if there is no such factor."""
+        H_CC = self.inputs_CC.double()
+        order_C = H_CC.diagonal().argsort(descending=True)
+        H_CC = H_CC[order_C][:, order_C]
+        for damping in (0.01, 0.1, 1.0):
+            shift_C = (damping * H_CC.diagonal().mean()).expand(len(H_CC))
+            lower_CC, failed = torch.linalg.cholesky_ex(H_CC + shift_C.diag())
+            if not failed and lower_CC.isfinite().all():
+                inverse_CC = torch.cholesky_inverse(lower_CC)
+                return order_C, torch.linalg.cholesky(inverse_CC, upper=True).float()
+        return None
+
+    @cached_property
+    def steps(self):
+        """(R, 1), up to a factor: where a bit buys the same in every row of every matrix (reverse
+        water-filling). A unit error of column c costs factor_cc^-2 once later columns have made up
+        for it. Powers of 2^(1/8): few different numbers take few bytes."""
+        residual = self.factors[1].diagonal().double().pow(-2).mean()
+        outputs_R = self.outputs_R.double()
+        cost_R = residual * (outputs_R + 0.01 * outputs_R.mean())
+        return torch.exp2((-4 * cost_R.clamp_min(1e-30).log2()).round() / 8).float().cpu()[:, None]
+
+
+def add_moments(sums: list, x):
+    x_NC = x.detach().flatten(0, -2).float()
+    sums[0] = sums[0] + x_NC.T @ x_NC
+
+
+def add_squares(sums: list, g, factor=1.0):
+    sums[1] = sums[1] + (g.flatten(0, -2).float() * factor).square().sum(0)
+
+
+def watch(sums: list, module, args, y):
+    """A forward hook that adds to `sums` moments of the inputs and, when the gradient of y comes,
+    its squares. A table, turned, is a matrix of one-hot inputs: a row counts as often as it is
+    looked up, and errors of its columns cost by moments of the gradient."""
+    if isinstance(module, nn.Embedding):
+        sums[1] = sums[1] + torch.bincount(args[0].flatten(), minlength=len(module.weight))
+        y.register_hook(lambda g: add_moments(sums, g))
+        return
+    x, *factors = args
+    add_moments(sums, x)
+    factor = factors[0].detach().flatten() if factors else 1.0  # of the weights of an output
+    y.register_hook(lambda g: add_squares(sums, g, factor))
+
+
+@contextmanager
+def watched(model):
+    """Within, all passes add to a dictionary that this gives, name of a matrix -> `sums`."""
+    sums = defaultdict(lambda: [0.0, 0.0])
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, (Linear, nn.Embedding)):
+            hook = partial(watch, sums[f"{name}.weight"])
+            handles.append(module.register_forward_hook(hook))
+    for block in model.blocks:
+        block.mlp.fused = False  # its kernel would go past the hooks
+    yield sums
+    for block in model.blocks:
+        block.mlp.fused = model.hp.fused_mlp
+    for handle in handles:
+        handle.remove()
+    model.zero_grad(set_to_none=True)
+
+
+def measure_curvature(trainer):
+    """{name: Curvature} of the coded weights, from the next training tokens: whole batches, at
+    least GPTQ_TOKENS, unless the time kept for it ends. It counts as training. Collective."""
+    model, hp, ranks = trainer.model, trainer.hp, trainer.ranks
+    began = perf_counter()
+    small = replace(hp, micro_batch_tokens=min(PASS_TOKENS, hp.micro_batch_tokens))
+    loader = TokenLoader(small, ranks.rank, ranks.world_size)
+    batches = math.ceil(hp.gptq_tokens / hp.train_batch_tokens)
+    with watched(model) as sums:
+        head = sums["head.weight"]
+        for done in range(batches * loader.accumulation):
+            batch, micro = divmod(done, loader.accumulation)
+            ids, targets = loader.micro_batch(trainer.steps + batch, micro)
+            hidden_ND = model.hidden(ids.to(ranks.device)).flatten(0, 1)
+            add_moments(head, norm(hidden_ND))
+            z_NV = model.logits(hidden_ND)
+            z_NV.register_hook(partial(add_squares, head))
+            targets_N = targets.to(ranks.device).flatten()
+            token_nll(z_NV, targets_N, hp.logit_softcap).sum().backward()
+            ranks.barrier()
+            own_clock = perf_counter() - began if ranks.rank == 0 else 0.0
+            (seconds,) = ranks.sum_numbers(own_clock)
+            if hp.max_wallclock_seconds and seconds * (1 + 2 / (done + 1)) > hp.gptq_seconds:
+                break
+
+    tokens = (done + 1) * ids.numel() * ranks.world_size
+    found = {}
+    for name in sorted(sums):
+        found[name] = Curvature(*(ranks.sum_over_ranks(x) / tokens for x in sums[name]))
+    if model.head is None:  # then it is the same matrix as the table
+        table, head = found["embed.weight"], found.pop("head.weight")
+        looked_up_CC = table.inputs_CC / head.outputs_R.sum()
+        found["embed.weight"] = Curvature(head.inputs_CC + looked_up_CC, head.outputs_R)
+    dead = sum(int((c.inputs_CC.diagonal() == 0).sum()) for c in found.values())
+    trainer.progress[1] += perf_counter() - began
+    facts = f"seconds:{seconds:.1f} matrices:{len(found)} dead_columns:{dead} {trainer.clock}"
+    trainer.log(f"gptq_curvature tokens:{tokens} {facts}")
+    return found
 
 
 # Codes <-> weights
@@ -1825,9 +1980,13 @@ def quantize_rows(w_RC, levels: int | Tensor):
 class RowQuantizer:
     """Rounds each row by itself, blind to the inputs of the matrix."""
 
-    def quantize(self, name: str, w_RC, levels: Tensor):
-        """(codes, steps) as of `quantize_rows`; the name is for those who know more of a matrix."""
-        return quantize_rows(w_RC, levels)
+    def __init__(self, hp):
+        self.hp = hp
+
+    def quantize(self, name: str, w_RC, coarsen: float):
+        """(codes, steps) as of `quantize_rows`, with the natural levels over `coarsen`."""
+        levels = natural_levels(name, w_RC, self.hp) / coarsen
+        return quantize_rows(w_RC, row_levels(len(w_RC), levels))
 
 
 def row_levels(rows: int, levels: float):
@@ -1835,6 +1994,76 @@ def row_levels(rows: int, levels: float):
     golden = 0.6180339887498949
     dither = torch.arange(rows, dtype=torch.float64)[:, None] * golden % 1
     return (levels + dither).floor().clamp(1, LARGEST_CODE).float()
+
+
+class GPTQ:
+    """`Curvature.steps`; the columns are rounded in turn, and those to come make up for the error
+    so far (2210.17323)."""
+
+    def __init__(self, hp, curvature: dict[str, Curvature], scale: float, carries=True):
+        self.rows = RowQuantizer(hp)
+        self.curvature = curvature
+        self.scale = scale  # of all steps
+        self.carries = carries  # False: each weight by itself: about as many bytes, quickly
+
+    @property
+    def draft(self):
+        return GPTQ(self.rows.hp, self.curvature, self.scale, carries=False)
+
+    def quantize(self, name: str, w_RC, coarsen: float):
+        """As RowQuantizer.quantize, which codes what has no curvature."""
+        if name not in self.curvature:
+            return self.rows.quantize(name, w_RC, coarsen)
+        step = self.curvature[name].steps * (self.scale * coarsen)
+        reach = w_RC.abs().amax(1, keepdim=True) / LARGEST_CODE
+        step = torch.maximum(step, reach).clamp_min(1e-30).bfloat16().float()
+        if not self.carries:
+            return round_to(step, w_RC), step
+        order_C, factor_CC = self.curvature[name].factors
+        w_CR = w_RC.to(factor_CC.device).T[order_C]
+        codes_CR = torch.empty_like(w_CR)
+        codes_CR[order_C] = round_in_turn(w_CR, step.to(w_CR.device)[:, 0], factor_CC)
+        return codes_CR.T.cpu().contiguous(), step
+
+
+def round_to(step: Tensor, w: Tensor):
+    return (w / step).round().clamp(-LARGEST_CODE, LARGEST_CODE)
+
+
+def build_gptq(state: dict[str, Tensor], hp, curvature: dict[str, Curvature], log):
+    """A GPTQ whose steps have RowQuantizer's geometric mean at coarsen 1. Matrices whose moments
+    have no Cholesky factor are rounded by rows; the log names them."""
+    usable = {name: c for name, c in curvature.items() if c.factors is not None}
+    for name in curvature.keys() - usable.keys():
+        log(f"warning: {name}: its inputs' moments have no Cholesky factor; rounded by rows")
+    log_ratio = 0.0
+    weights = 0
+    for name, c in usable.items():
+        w_RC = state[name].detach().float().cpu()
+        _, natural = quantize_rows(w_RC, natural_levels(name, w_RC, hp))
+        log_ratio += float((natural.log2() - c.steps.log2()).mean()) * w_RC.numel()
+        weights += w_RC.numel()
+    return GPTQ(hp, usable, 2 ** (log_ratio / max(weights, 1)))
+
+
+def round_in_turn(w_CR, step_R, factor_CC):
+    """Codes (C, R) of the columns of a matrix, here the rows of `w`, in this order. `factor`: upper
+    Cholesky factor of the inverse of the inputs' moments. Within a block each error is carried on
+    at once, beyond it by one product."""
+    w_CR = w_CR.clone()
+    codes_CR = torch.empty_like(w_CR)
+    for start in range(0, len(w_CR), GPTQ_BLOCK):
+        block = slice(start, start + GPTQ_BLOCK)
+        w = w_CR[block]
+        factor = factor_CC[block, block]
+        errors = torch.empty_like(w)
+        for c in range(len(w)):
+            codes = round_to(step_R, w[c])
+            codes_CR[start + c] = codes
+            errors[c] = (w[c] - codes * step_R) / factor[c, c]
+            w[c + 1 :].addr_(factor[c, c + 1 :], errors[c], alpha=-1)
+        w_CR[block.stop :] -= factor_CC[block, block.stop :].T @ errors
+    return codes_CR
 
 
 # Codes <-> bytes
@@ -1965,6 +2194,7 @@ class Packed:
     blob: bytes  # the container
     sizes: dict[str, int]  # its bytes, by kind of content
     error: float  # of the coded weights: norm of the difference over norm
+    weights: int  # how many were coded, at least 1
 
 
 def quantize_state(state: dict[str, Tensor], hp, coarsen: float, quantizer):
@@ -1982,7 +2212,7 @@ def quantize_state(state: dict[str, Tensor], hp, coarsen: float, quantizer):
         if not levels:
             numbers.append(w.half().numpy())
             continue
-        rounded, step = quantizer.quantize(name, w, row_levels(len(w), levels / coarsen))
+        rounded, step = quantizer.quantize(name, w, coarsen)
         codes.append(rounded.numpy())
         numbers.append(step.bfloat16().view(torch.int16).numpy())
         lost += float((rounded * step - w).square().sum(dtype=torch.float64))
@@ -1992,7 +2222,7 @@ def quantize_state(state: dict[str, Tensor], hp, coarsen: float, quantizer):
 
 def pack(state: dict[str, Tensor], hp, coarsen: float = 1.0, quantizer=None):
     """The container of a state dict, all levels divided by `coarsen`. UserError: NaN or huge."""
-    quantizer = quantizer or RowQuantizer()
+    quantizer = quantizer or RowQuantizer(hp)
     entries, codes, numbers, error = quantize_state(state, hp, coarsen, quantizer)
     freq, classes, words, coded_sizes = encode_matrices(codes)
     numbers = b"".join([freq, *classes, *numbers])
@@ -2008,7 +2238,7 @@ def pack(state: dict[str, Tensor], hp, coarsen: float = 1.0, quantizer=None):
         other = "mlp" if ".mlp." in name else "embeddings"
         sizes["attention" if ".attn." in name else other] += size
     sizes["side"] = len(blob) - sum(sizes.values())  # all that is not codes
-    return Packed(blob, sizes, error)
+    return Packed(blob, sizes, error, max(1, sum(c.size for c in codes)))
 
 
 def unpack(blob: bytes):
@@ -2091,36 +2321,52 @@ def read_tensors(entries: list[TensorEntry], numbers: bytes, words: bytes):
 def fit_artifact(state: dict[str, Tensor], hp, budget: int, quantizer=None):
     """(a container of at most `budget` bytes, facts for the log). One number divides all levels,
     found by packing to within TOLERANCE: over 1 if bytes are few; under 1, with FILL_BUDGET and up
-    to 8 bits, if some are left. UserError: even codes of +-1 take too many."""
-    count = max(1, sum(tensor.numel() for tensor in state.values()))
+    to 8 bits, if some are left. A quantiser with a quicker `draft` of itself is tried near where
+    that fits only. UserError: even codes of +-1 take too many."""
+    quantizer = quantizer or RowQuantizer(hp)
+    draft = getattr(quantizer, "draft", quantizer)
     natural = 2 ** (hp.quant_bits - 1) - 1
-    before = pack(state, hp, quantizer=quantizer).error
-    best = None  # the largest container that fits, packed with `high`
-    low, high = 1.0, COARSEST
-    if hp.fill_budget:
-        low = (natural + 1) / (2 * (LARGEST_CODE + 1))
-    coarsen = low
-    while high / low > 1 + 1e-7 and (best is None or len(best.blob) <= budget - TOLERANCE):
-        packed = pack(state, hp, coarsen, quantizer)
+    finest = (natural + 1) / (2 * (LARGEST_CODE + 1)) if hp.fill_budget else 1.0
+    before = pack(state, hp, 1.0, draft).error
+    coarsen = finest
+    for each in dict.fromkeys((draft, quantizer)):
+        pack_at = partial(pack, state, hp, quantizer=each)
+        most = 100 if each is draft else 4
+        best, coarsen = largest_that_fits(pack_at, budget, finest, coarsen, most)
+    if best is None:
+        raise UserError(
+            f"the artifact takes over {budget} bytes even with codes of +-1: lower NUM_LAYERS, "
+            "MODEL_DIM, MLP_MULT, VOCAB_SIZE or BIGRAM_VOCAB_SIZE"
+        )
+    count = max(1, sum(tensor.numel() for tensor in state.values()))
+    return best, (
+        f"coarsen:{coarsen:.9f} error_before:{before:.6f} error_after:{best.error:.6f} "
+        f"bits_per_parameter:{8 * len(best.blob) / count:.4f} "
+        f"levels:{min(LARGEST_CODE, natural / coarsen):.2f}"
+    )
+
+
+def largest_that_fits(pack_at: Callable, budget: int, finest: float, coarsen: float, most: int):
+    """(a container within TOLERANCE below `budget`, or the largest of about `most`, None if none
+    fits; its coarsen), searched from `coarsen` on."""
+    best = None
+    low, high = finest, COARSEST
+    passes = 0
+    while high / low > 1 + 1e-7:
+        if best is not None and (len(best.blob) > budget - TOLERANCE or passes >= most):
+            break
+        passes += 1
+        packed = pack_at(coarsen)
         excess = len(packed.blob) - budget
         if excess > 0:
             low = coarsen
         else:
             high = coarsen
             best = packed
-        bits_over = (excess + AIM) * 8 / count  # of each weight
+        bits_over = (excess + AIM) * 8 / packed.weights  # of each weight
         guess = coarsen * 2 ** min(bits_over, 8)  # a bit less doubles the step
         coarsen = guess if low < guess < high else math.sqrt(low * high)
-    if best is None:
-        raise UserError(
-            f"the artifact takes over {budget} bytes even with codes of +-1: lower NUM_LAYERS, "
-            "MODEL_DIM, MLP_MULT, VOCAB_SIZE or BIGRAM_VOCAB_SIZE"
-        )
-    return best, (
-        f"coarsen:{high:.9f} error_before:{before:.6f} error_after:{best.error:.6f} "
-        f"bits_per_parameter:{8 * len(best.blob) / count:.4f} "
-        f"levels:{min(LARGEST_CODE, natural / high):.2f}"
-    )
+    return best, high
 
 
 def code_size():
@@ -2128,12 +2374,15 @@ def code_size():
     return Path(__file__).stat().st_size
 
 
-def write_artifact(model, path: Path, ranks, log):
-    """Rank 0 packs the model into `path`, with the code at most SIZE_CAP bytes. UserError."""
+def write_artifact(model, path: Path, ranks, log, curvature: dict[str, Curvature] | None = None):
+    """Rank 0 packs the model into `path`, by GPTQ where it is given a curvature, with the code at
+    most SIZE_CAP bytes. UserError."""
     if ranks.rank:
         return
     budget = SIZE_CAP - code_size()
-    packed, facts = fit_artifact(model.state_dict(), model.hp, budget, RowQuantizer())
+    state = model.state_dict()
+    quantizer = build_gptq(state, model.hp, curvature, log) if curvature else None
+    packed, facts = fit_artifact(state, model.hp, budget, quantizer)
     log(f"fit_artifact {facts}")
     sizes = " ".join(f"{part}:{size}" for part, size in packed.sizes.items())
     log(f"artifact_bytes code:{code_size()} {sizes}")
@@ -2352,11 +2601,17 @@ def ttt_step(trainer, optimizer, tuned: list[nn.Parameter], batch):
 # exact, and are made while the GPUs score.
 
 CHUNK = 1 << 18  # positions sorted at a time, so that what a sort touches stays in the cache
-NGRAM_STATES = 8 * 4 * 2 * 2  # buckets of the online weights: the context's state ...
-GAPS = 13  # ... x how far back it last came, up to 2^24, where `floor_log2` ends ...
-ENTROPY_BUCKETS = 6  # ... x the model's entropy in whole nats
-LONGEST_AGE = 65535  # tokens of a document beyond which its age is not counted
-PRIOR_WEIGHT = 20  # targets that a level of buckets is worth to the next finer one
+# Buckets of the online weights, the finest distinction first: the model's entropy in whole nats;
+# a context's frequency in the document; its state: how far back it last came, its share of
+# followers that were not new, its frequency.
+BUCKETS = (6, 4, 3, 4, 8)
+STATES = 3 * 4 * 8
+FAR, FARTHER = 512, 2048  # tokens: what the model may still see, what it no longer sees
+OFTEN = 255  # a context that came as often in its document, or oftener, has no counts of it
+# By how often a context came in its document: never, once, 2 or 3 times, oftener; codes begin at 1.
+LOCAL_OFFSET = STATES * np.array((0, 1, 2, 2, *[3] * (OFTEN - 3))) - 1
+LARGEST_SURPRISE = 40.0  # nats; its cube is a uint16
+PRIOR_WEIGHT = 60  # targets that a level of buckets is worth to the next finer one
 ORDER_CENTERS = np.array((4.5, 4.2, 3.8, 3.5, 3.2, 3.0))  # nats, orders 2 ... 7, beyond (PR #825)
 HASH_PRIMES = np.array((36313, 27191, 51647, 81929, 131071, 175447, 209591), np.uint64)
 
@@ -2369,6 +2624,11 @@ def since_start(values: ndarray, first: ndarray):
     starts = np.flatnonzero(first)
     lengths = np.diff(starts, append=len(first))
     return values - np.repeat(values[starts], lengths)
+
+
+def sum_before(values: ndarray, first: ndarray):
+    """The sum of the values before each in its run."""
+    return since_start(np.cumsum(values) - values, first)
 
 
 def sort_runs(keys: ndarray):
@@ -2394,38 +2654,44 @@ def floor_log2(x: ndarray):
     return (x.astype(np.float32).view(np.int32) >> 23) - 127
 
 
-def describe_contexts(t: ndarray, token: ndarray, age: ndarray, first: ndarray, pair: ndarray):
-    """Given positions t grouped by context, each with its token, its age in its document and how
-    often this token followed the context before: 0 where the context is new, else 2 * (1 + bucket)
-    + [outcome: the token repeats the context's last follower]. The bucket, NGRAM_STATES x GAPS,
-    knows the past alone: how often the context came, which share of its followers was not new,
-    whether the last one repeated the one before, came in this document, and how long ago."""
-    repeats = np.append(False, token[1:] == token[:-1]) & ~first
-    last_repeated = np.append(False, repeats[:-1]) & ~first
-    gap = np.where(first, 1, np.diff(t, prepend=t[:1]))
+def describe_contexts(t: ndarray, first: ndarray, pair: ndarray):
+    """Given positions t grouped by context, and how often their token followed the context before:
+    0 where the context is new, else 1 + its state, which knows the past alone: how often it came,
+    which share of its followers was not new, how long ago it came."""
     seen = since_start(np.arange(len(t), dtype=np.int32), first)  # c(u)
     is_known = (pair > 0).astype(np.int32)
     known_before = since_start(np.cumsum(is_known, dtype=np.int32) - is_known, first)
+    gap = np.diff(t, prepend=t[:1])
 
     often = np.maximum(seen, 1)
     frequency = np.minimum(floor_log2(often), 7)
     share_known = 4 * known_before // often  # 0 ... 3, as a context's first follower is new
-    state = frequency * 4 + share_known
-    state = state * 2 + last_repeated
-    state = state * 2 + (gap <= age)
-    gap_class = np.minimum(floor_log2(gap) >> 1, GAPS - 1)
-    bucket = state * GAPS + gap_class
-    return np.where(seen, 2 * (1 + bucket) + repeats, 0)
+    distance = (gap >= FAR).astype(np.int32) + (gap >= FARTHER)
+    return np.where(seen, 1 + (distance * 4 + share_known) * 8 + frequency, 0)
+
+
+def local_ranks(document: ndarray, first: ndarray):
+    """uint8, of positions in runs, in stream order: how many of the run lie before in the same
+    document, at most OFTEN."""
+    first = first.copy()
+    first[1:] |= document[1:] != document[:-1]
+    ranks = since_start(np.arange(len(first), dtype=np.uint32), first)
+    return np.minimum(ranks, OFTEN).astype(np.uint8)
 
 
 def ngram_counts(tokens, highest: int, describe: bool = True):
-    """Yields (pair, code) per position of `tokens`, uint16, for n = 1 ... `highest`. pair[t]: how
-    many earlier positions end the same n-gram, that is c(u, v) of position t; its c(u) is the pair
-    of n - 1 at t - 1. code[t]: of `describe_contexts`, for n > 1, else 0; empty if not wanted."""
-    stream = document_ages(tokens) << 16 | tokens if describe else tokens
+    """Yields (pair, local, code) per position of `tokens`, uint16, for n = 1 ... `highest`.
+    pair[t]: how many earlier positions end the same n-gram, that is c(u, v) of position t; its c(u)
+    is the pair of n - 1 at t - 1. local[t]: the same within the document, at most OFTEN. code[t]:
+    of `describe_contexts`, from n = 2. Without `describe`, local and code are empty."""
     order, first, pair = sort_runs(tokens)
-    code = np.zeros(len(tokens) if describe else 0, np.uint16)
-    yield pair.astype(np.min_scalar_type(pair.max()), copy=False), code
+    stream = tokens
+    local = np.zeros(len(tokens) if describe else 0, np.uint8)
+    code = np.zeros(0, np.uint8)
+    if describe:
+        stream = document_numbers(tokens) << 16 | tokens
+        local[order] = local_ranks(stream[order] >> 16, first)
+    yield pair.astype(np.min_scalar_type(pair.max()), copy=False), local, code
 
     # t holds positions, grouped by the n - 1 tokens before them; `first` marks where groups start.
     # What ends the stream is followed by nothing; it is the last of its group.
@@ -2434,21 +2700,23 @@ def ngram_counts(tokens, highest: int, describe: bool = True):
     first = first[is_followed]
     for _ in range(2, highest + 1):
         pair = np.zeros(len(tokens), np.uint32)
-        code = np.zeros(len(code), np.uint16)
+        local, code = np.zeros((2, len(local)), np.uint8)
         # The next n's t and first are written over this one's, which have been read by then.
         kept = 0
         for start, stop in chunks_of_groups(first):
             place = t[start:stop]
             begins = first[start:stop]
-            token_and_age = stream[place]
-            token = token_and_age & 0xFFFF
+            document_and_token = stream[place]
             group = np.cumsum(begins, dtype=np.uint64)
-            by_token, next_begins, count = sort_runs(group << np.uint64(16) | token)
+            keys = group << np.uint64(16) | (document_and_token & 0xFFFF)
+            by_token, next_begins, count = sort_runs(keys)
             pair[place] = count
+            sorted_place = place[by_token]
             if describe:
-                code[place] = describe_contexts(place, token, token_and_age >> 16, begins, count)
+                local[sorted_place] = local_ranks(document_and_token[by_token] >> 16, next_begins)
+                code[place] = describe_contexts(place, begins, count)
 
-            following = place[by_token] + 1
+            following = sorted_place + 1
             is_alone = next_begins & np.append(next_begins[1:], True)  # its counts stay 0
             keep = ~is_alone & (following < len(tokens))
             end = kept + np.count_nonzero(keep)
@@ -2457,7 +2725,7 @@ def ngram_counts(tokens, highest: int, describe: bool = True):
             kept = end
         t = t[:kept].copy()
         first = first[:kept].copy()
-        yield pair.astype(np.min_scalar_type(pair.max()), copy=False), code
+        yield pair.astype(np.min_scalar_type(pair.max()), copy=False), local, code
 
 
 def chunks_of_groups(first: ndarray):
@@ -2471,23 +2739,22 @@ def chunks_of_groups(first: ndarray):
         yield start, stop
 
 
-def document_ages(tokens):
-    """uint32: how many tokens lie between t and the last BOS before it, at most LONGEST_AGE."""
-    opens = np.append((True, True), tokens[1:-1] == BOS)[: len(tokens)]  # the stream opens one
-    age = since_start(np.arange(len(tokens), dtype=np.uint32), opens)
-    return np.minimum(age, LONGEST_AGE)
+def document_numbers(tokens):
+    """uint64: how many BOS lie before each position. The document of that number holds it."""
+    closes = tokens == BOS
+    return np.cumsum(closes, dtype=np.uint64) - closes
 
 
 def earlier_continuations(tokens, target: int, orders: range):
-    """Yields (n, the tokens that followed the target's context of n - 1 tokens before it) for each
-    n >= 2 of `orders` that knows any: `ngram_counts`, recounted by looking at every position."""
+    """Yields (n, the positions of what followed the target's context of n - 1 tokens before it)
+    for each n >= 2 of `orders` that knows any: recounted by looking at every position."""
     t = target + 1
-    places = np.flatnonzero(tokens[: t - 1] == tokens[t - 1]) + 1  # of what followed
+    places = np.flatnonzero(tokens[: t - 1] == tokens[t - 1]) + 1
     for n in range(2, min(orders.stop, t + 2)):
         places = places[places >= n - 1]
         places = places[tokens[places - n + 1] == tokens[t - n + 1]]
         if n in orders and len(places):
-            yield n, tokens[places]
+            yield n, places
 
 
 # Counts for backoff
@@ -2516,7 +2783,7 @@ class BackoffCounts:
         """Yields (n, c(u), c(u, v)), of the targets from n - 2 on: the first with a context."""
         lower = None  # the pairs of the order below
         counts = ngram_counts(self.tokens, self.hp.ngram_order, describe=False)
-        for n, (pair, _) in enumerate(counts, start=1):
+        for n, (pair, *_) in enumerate(counts, start=1):
             if lower is not None:
                 yield n, lower[n - 2 : -1], pair[n - 1 :]
             lower = pair
@@ -2524,8 +2791,8 @@ class BackoffCounts:
     def continuations(self, target: int):
         """(c(u, v) of every v, c(u)) of a target that has an order, counted anew."""
         n = int(self.order[target])
-        ((_, followers),) = earlier_continuations(self.tokens, target, range(n, n + 1))
-        return np.bincount(followers, minlength=self.hp.vocab_size), len(followers)
+        ((_, places),) = earlier_continuations(self.tokens, target, range(n, n + 1))
+        return np.bincount(self.tokens[places], minlength=self.hp.vocab_size), len(places)
 
 
 class HashedCounts(BackoffCounts):
@@ -2632,27 +2899,85 @@ class OrderBackoff(EntropyBackoff):
         return ORDER_CENTERS[np.clip(order.astype(int) - 2, 0, len(ORDER_CENTERS) - 1)]
 
 
+class Cache:
+    """What the open document has said, each token as often as the model was surprised by it: the
+    expert S(v) / S, where S(v) sums the cubes of the nats that v cost in this document. Names and
+    terms of a document return oftener than the model expects; what it expected says nothing new."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+        self.cubes = np.zeros(len(tokens), np.uint16)  # whole numbers: sums are exact in float64
+        self.open = np.zeros(1 << 16)  # S(v) of the document in which the last block ended
+
+    @staticmethod
+    def surprise(nats):
+        """How much a token counts that cost so many."""
+        return np.rint(nats * nats * nats)
+
+    def extend(self, begin: int, end: int, model: ndarray):
+        """(S(v), S) at the targets [begin, end) and their tokens, from earlier targets alone."""
+        token = self.tokens[begin + 1 : end + 1]
+        opens = self.tokens[begin:end] == BOS  # a document
+        cubes = self.surprise(np.minimum(-np.log(model), LARGEST_SURPRISE))
+        self.cubes[begin + 1 : end + 1] = cubes
+
+        order = np.argsort(token, kind="stable")
+        by_token = token[order]
+        document = np.cumsum(opens)[order]
+        first = (by_token[1:] != by_token[:-1]) | (document[1:] != document[:-1])
+        sorted_cubes = cubes[order]
+        of_token = np.empty(len(token))
+        of_token[order] = sum_before(sorted_cubes, np.append(True, first))
+        of_all = sum_before(cubes, np.append(True, opens[1:]))
+
+        starts = np.flatnonzero(opens)
+        old = slice(starts[0] if len(starts) else None)  # the targets of the open document
+        of_token[old] += self.open[token[old]]
+        of_all[old] += self.open.sum()
+        if len(starts):
+            self.open[:] = 0
+        new = slice(starts[-1] if len(starts) else 0, None)
+        self.open += np.bincount(token[new], cubes[new], len(self.open))
+        return of_token, of_all
+
+    def distribution(self, target: int, V: int):
+        """(S(v) of every token, S) at `target`, summed anew."""
+        start = document_start(self.tokens, target)
+        known = slice(start, target + 1)
+        sums = np.bincount(self.tokens[known], self.cubes[known], V)
+        return sums, sums.sum()
+
+
 class OnlineChain:
-    """A chain over the orders that begins with the model's p. Where u, the n - 1 tokens before v,
-    has come before,
+    """A chain over the orders that begins with the model's p. First the document's `Cache`,
 
-        p_n(v) = w0 * p_{n-1}(v) + w1 * c(u, v) / c(u) + w2 * [v is what followed u last time].
+        p_1(v) = w0 * p(v) + w1 * S(v) / S,
 
-    Each bucket of contexts has weights of its own, learned by EM from strictly earlier blocks. The
-    last p_n and the model are weighed by their likelihood on all earlier targets (Bayes), which
-    over the whole stream costs at most one bit more than the better of the two.
+    then, where u, the n - 1 tokens before v, has come before,
+
+        p_n(v) = w0 * p_{n-1}(v) + w1 * c(u, v) / c(u) + w2 * d(u, v) / d(u).
+
+    c counts in the stream, d in the document; where d knows nothing, c stands in. Each bucket of
+    contexts has weights of its own, learned by EM from strictly earlier blocks. The last p_n and
+    the model are weighed by their likelihood on all earlier targets (Bayes), which over the whole
+    stream costs at most one bit more than the better of the two.
     """
+
+    fading = 0.97  # what each block leaves of what the ones before taught
 
     def __init__(self, tokens, hp):
         self.tokens = tokens
         self.hp = hp
         self.orders = range(hp.ngram_min_order, hp.ngram_order + 1)
-        counts = list(ngram_counts(tokens, hp.ngram_order))
-        self.pairs = {n: pair for n, (pair, _) in enumerate(counts, start=1)}
-        self.codes = {n: code for n, (_, code) in enumerate(counts, start=1)}
-        shape = (3, NGRAM_STATES, GAPS, ENTROPY_BUCKETS)
-        self.credits = {n: np.zeros(shape) for n in self.orders}  # targets that EM gave each expert
-        self.weights = {}  # (3, buckets) of each order, for the block mixed last
+        counts = dict(enumerate(ngram_counts(tokens, hp.ngram_order), start=1))
+        self.pairs = {n: pair for n, (pair, _, _) in counts.items()}
+        self.locals = {n: local for n, (_, local, _) in counts.items()}
+        self.codes = {n: code for n, (_, _, code) in counts.items() if n > 1}
+        self.cache = Cache(tokens)
+        # Targets that EM gave to each expert, by order; 1 is the cache's.
+        self.credits = {n: np.zeros((3, *BUCKETS)) for n in self.orders}
+        self.credits[1] = np.zeros((2, BUCKETS[0]))
+        self.weights = {}  # (experts, buckets) of each order, for the block mixed last
         self.log_odds = 0.0  # of the last p_n against the model, by likelihood so far
         self.begin = 0  # of the block mixed last
         self.trust = np.empty(0)  # in the last p_n, for each target of that block
@@ -2660,38 +2985,47 @@ class OnlineChain:
     @staticmethod
     def entropy_bucket(entropy):
         """The model's entropy in whole nats, int64."""
-        return entropy.clip(0, ENTROPY_BUCKETS - 1).astype(np.int64)
+        return entropy.clip(0, BUCKETS[0] - 1).astype(np.int64)
 
     @staticmethod
-    def bucket(code, entropy_bucket):
-        """The index of the weights of a context with this code; int64, as codes are narrow."""
-        return ((code >> 1) - 1) * np.int64(ENTROPY_BUCKETS) + entropy_bucket
+    def bucket(code, local, entropy_bucket):
+        """The index of the weights of a context with this code, which came `local` times in the
+        document."""
+        return entropy_bucket * (BUCKETS[1] * STATES) + LOCAL_OFFSET[local] + code
 
     @staticmethod
-    def parts(weights, lower, frequency, repeats):
-        """What the three experts give to p_n, which is the sum."""
-        return [w * p for w, p in zip(weights, (lower, frequency, repeats))]
+    def quotients(pair, context, local_pair, local_context):
+        """What the two counting experts give; OFTEN stands for unknown counts of the document."""
+        frequency = pair / context
+        is_known = (local_context > 0) & (local_context < OFTEN)
+        local_frequency = local_pair / np.maximum(local_context, np.uint8(1))
+        return frequency, np.where(is_known, local_frequency, frequency)
+
+    @staticmethod
+    def parts(weights, lower, experts):
+        """What `lower` and the experts give to the mixture, which is the sum."""
+        return [w * p for w, p in zip(weights, (lower, *experts))]
 
     def mix(self, begin: int, end: int, model: ndarray, entropy):
         """(p, longest order that matched) of targets [begin, end), from which it then learns."""
         p = model.copy()
         order = np.zeros(end - begin, np.uint8)
         entropy_bucket = self.entropy_bucket(entropy)
+        sums, total = self.cache.extend(begin, end, model)
+        rows = np.flatnonzero(total)
+        self.step(1, p, rows, entropy_bucket[rows], [sums[rows] / total[rows]])
         for n in self.orders:
             code = self.codes[n][begin + 1 : end + 1]
             rows = np.flatnonzero(code)
-            code = code[rows]
-            context = self.pairs[n - 1][begin:end][rows].astype(float)
-            pair = self.pairs[n][begin + 1 : end + 1][rows]
-            bucket = self.bucket(code, entropy_bucket[rows])
-            self.weights[n] = bucket_weights(self.credits[n])
-            weights = [w[bucket] for w in self.weights[n]]
-            parts = self.parts(weights, p[rows], pair / context, code & 1)
-            total = sum(parts)
-            p[rows] = total
+            context, local = (
+                counts[n - 1][begin:end][rows] for counts in (self.pairs, self.locals)
+            )
+            pair, local_pair = (
+                counts[n][begin + 1 : end + 1][rows] for counts in (self.pairs, self.locals)
+            )
+            bucket = self.bucket(code[rows], local, entropy_bucket[rows])
+            self.step(n, p, rows, bucket, self.quotients(pair, context, local_pair, local))
             order[rows] = n
-            for credit, part in zip(self.credits[n].reshape(3, -1), parts):
-                credit += np.bincount(bucket, part / total, len(credit))  # views of credits[n]
 
         log_odds = np.cumsum(np.append(self.log_odds, np.log(p / model)))
         self.log_odds = log_odds[-1]
@@ -2699,36 +3033,63 @@ class OnlineChain:
         self.trust = 1 / (1 + np.exp(-np.clip(log_odds[:-1], -500, 500)))
         return self.weigh(self.trust, p, model), order
 
+    def step(self, n: int, p: ndarray, rows: ndarray, bucket: ndarray, experts):
+        """Mix the experts into the rows of p, with weights from earlier blocks, then learn."""
+        self.weights[n] = bucket_weights(self.credits[n])
+        parts = self.parts([w[bucket] for w in self.weights[n]], p[rows], experts)
+        total = sum(parts)
+        p[rows] = total
+        self.credits[n] *= self.fading
+        for credit, part in zip(self.credits[n].reshape(len(parts), -1), parts):
+            credit += np.bincount(bucket, part / total, len(credit))  # views of credits[n]
+
     @staticmethod
     def weigh(trust, p, model):
         return trust * p + (1 - trust) * model
 
     def distribution(self, target: int, model_V, entropy):
         """p of every token at `target`, of the block mixed last; its counts are counted anew."""
+        V = len(model_V)
+        entropy_bucket = self.entropy_bucket(entropy)
         p = model_V
-        vocabulary = np.arange(len(model_V))
-        for n, followers in earlier_continuations(self.tokens, target, self.orders):
-            bucket = self.bucket(int(self.codes[n][target + 1]), self.entropy_bucket(entropy))
-            frequency = np.bincount(followers, minlength=len(model_V)) / len(followers)
-            repeats = vocabulary == followers[-1]
-            p = sum(self.parts(self.weights[n][:, bucket], p, frequency, repeats))
+        sums, total = self.cache.distribution(target, V)
+        if total:
+            p = sum(self.parts(self.weights[1][:, entropy_bucket], p, [sums / total]))
+        start = document_start(self.tokens, target)
+        for n, places in earlier_continuations(self.tokens, target, self.orders):
+            local = np.uint8(min(np.count_nonzero(places >= start), OFTEN))
+            pair, local_pair = (
+                np.bincount(self.tokens[some], minlength=V)
+                for some in (places, places[places >= start])
+            )
+            bucket = self.bucket(int(self.codes[n][target + 1]), local, entropy_bucket)
+            experts = self.quotients(pair, len(places), local_pair, local)
+            p = sum(self.parts(self.weights[n][:, bucket], p, experts))
         return self.weigh(self.trust[target - self.begin], p, model_V)
 
     def evidence(self):
-        return [*self.pairs.values(), *self.codes.values()]
+        return [*self.pairs.values(), *self.locals.values(), *self.codes.values()]
+
+
+def document_start(tokens, target: int):
+    """The position after the last BOS before the target."""
+    closes = np.flatnonzero(tokens[: target + 1] == BOS)
+    return closes[-1] + 1 if len(closes) else 0
 
 
 def bucket_weights(credits: ndarray):
-    """(3, buckets): posterior mean weights of the experts, given credits[expert, state, gap,
-    entropy]. The mean over coarser buckets is the Dirichlet prior of the finer."""
+    """(experts, buckets): posterior mean weights, given credits[expert, *BUCKETS]. The mean over
+    coarser buckets is the Dirichlet prior of the finer; where nothing was seen, 0.98 for the first
+    expert, the lower order."""
     levels = [credits]
     while levels[-1].ndim > 1:
-        levels.append(levels[-1].sum(-1))
-    prior = np.array((0.98, 0.01, 0.01))  # where nothing was seen: the lower order
+        levels.append(levels[-1].sum(1))
+    others = len(credits) - 1
+    prior = np.array((0.98, *[0.02 / others] * others))
     for level in reversed(levels):
         posterior = (level + PRIOR_WEIGHT * prior) / (level.sum(0) + PRIOR_WEIGHT)
-        prior = posterior[..., None]
-    return posterior.reshape(3, -1)
+        prior = posterior[:, None]
+    return posterior.reshape(len(credits), -1)
 
 
 RULES = {"online": OnlineChain, "entropy": EntropyBackoff, "order": OrderBackoff}
@@ -2741,7 +3102,7 @@ def block_edges(total: int):
     """0 ... `total`: blocks that grow with the stream, from 64 targets to what a cache holds."""
     edges = [0]
     while edges[-1] < total:
-        size = min(max(64, edges[-1] // 16), 1 << 16)
+        size = min(max(64, edges[-1] // 32), 1 << 16)
         edges.append(min(edges[-1] + size, total))
     return edges
 
@@ -2851,7 +3212,7 @@ def log_header(trainer):
 
 
 def report_mixture(trainer, mixture, nll, entropy, added: float):
-    """Audit the mixture, log what it did to the neural scores (nats); returns its bits per byte."""
+    """Audit the mixture, log what it did to the neural scores (nats)."""
     hp, log, target_bytes = trainer.hp, trainer.log, trainer.validation.target_bytes
     log(f"ngram_audit {mixture.audit()}")
     for low, high in pairwise(ENTROPY_EDGES):
@@ -2873,7 +3234,6 @@ def report_mixture(trainer, mixture, nll, entropy, added: float):
         f"orders:{hp.ngram_min_order}-{hp.ngram_order} counts:exact alpha:{hp.ngram_alpha} "
         f"added_time:{1e3 * added:.0f}ms"
     )
-    return bpb
 
 
 def report_hashed(trainer, nll, entropy):
@@ -2962,13 +3322,14 @@ def evaluate(trainer, size: int, began: float):
         f"val_bpb:{neural_bpb:.8f} stride:{stride} eval_time:{1e3 * (scored - scoring_began):.0f}ms"
     )
     arrays = {"nll": nll, "entropy": entropy}
-    mixed_result = "off"
+    nats = {"neural": nll}
     if counted:
         mixed.result()
         mixture = counted.result()
         added = perf_counter() - scored
-        mixed_result = f"{report_mixture(trainer, mixture, nll, entropy, added):.4f} bpb"
+        report_mixture(trainer, mixture, nll, entropy, added)
         arrays["mixed"] = mixture.nll.astype(np.float32)
+        nats["mixed"] = mixture.nll
         if hp.ngram_counts == "hashed":
             report_hashed(trainer, nll, entropy)
     if hp.save_scores:
@@ -2978,11 +3339,39 @@ def evaluate(trainer, size: int, began: float):
 
     seconds = perf_counter() - began
     log(f"total_eval_time:{seconds:.1f}s budget:{hp.eval_budget_seconds:g}s stride:{stride}")
+    report_run(trainer, size, seconds, stride, nats)
+
+
+def report_run(trainer, size: int, seconds: float, stride: int, nats: dict[str, ndarray]):
+    """End the log: a screen for people, then one line for programs, a key per number with its unit
+    in the name, rounded as in the lines above. `size`: bytes of the submission; `seconds`: of the
+    evaluation; `nats`: per target, "neural" and, unless it is off, "mixed"."""
+    hp, log, target_bytes = trainer.hp, trainer.log, trainer.validation.target_bytes
+    bpb = {name: bits_per_byte(scored, target_bytes) for name, scored in nats.items()}
+    mixed = f"{bpb['mixed']:.4f} bpb" if "mixed" in bpb else "off"
     log(
-        f"\n  neural {neural_bpb:.4f} bpb, mixed with exact counts of the past {mixed_result}\n"
+        f"\n  neural {bpb['neural']:.4f} bpb, mixed with exact counts of the past {mixed}\n"
         f"  artifact {size:,} bytes of {SIZE_CAP:,}, code included; {log.path}\n"
         f"  training {trainer.seconds:.1f} s, {trainer.steps} steps; evaluation {seconds:.1f} s"
     )
+    if hp.save_scores and "mixed" in bpb:
+        log("  the text, coloured by what each token cost and what the counts saved: make view")
+
+    result = {
+        "seed": hp.seed,
+        "steps": trainer.steps,
+        "train_seconds": round(1e3 * trainer.seconds) / 1e3,
+        "eval_seconds": round(seconds, 1),
+        "stride_tokens": stride,
+        "code_bytes": code_size(),
+        "submission_bytes": size,
+    }
+    for name, scored in nats.items():
+        result[f"{name}_nats_per_token"] = round(float(scored.mean(dtype=float)), 8)
+        result[f"{name}_bits_per_byte"] = round(float(bpb[name]), 8)
+    if "mixed" in bpb:
+        result["gain_bits_per_byte"] = round(float(bpb["neural"] - bpb["mixed"]), 8)
+    log(f"result {json.dumps(result)}", console=False)
 
 
 def log_validation(trainer, name: str):
@@ -3017,7 +3406,7 @@ def run(trainer):
         train(trainer)
         began = perf_counter()
         log_validation(trainer, "final_float")  # of the weights that are packed
-        write_artifact(trainer.model, path, ranks, log)
+        write_artifact(trainer.model, path, ranks, log, trainer.curvature)
 
     trainer.trunk = trainer.compile(trainer.model.hidden)  # now: evaluation's time counts it
     size = load_artifact(trainer.model, path, ranks, log)

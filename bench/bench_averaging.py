@@ -84,6 +84,7 @@ def main() -> None:
         WARMDOWN_ITERS=args.steps * 5 // 8,
         AVERAGING="ema_swa",
         QUANT_BITS=args.bits,
+        QUANTIZER="rows",
         TRAIN_LOG_EVERY=0,
     )
     table = {}

@@ -58,7 +58,7 @@ def variants(model: t.GPT, hp: t.Hyperparameters, on_gpu: bool) -> dict[str, tup
 
     if not on_gpu:
         return {"as it is": (model.hidden, model), "whole last block": (whole(model.hidden), model)}
-    plain_hp = dataclasses.replace(hp, fused_mlp=False, fused_loss=False)
+    plain_hp = dataclasses.replace(hp, fused_mlp=False)
     plain = t.GPT(plain_hp).to(model.embed.weight.device)
     plain.load_state_dict(model.state_dict())
     compiled, plainly = (torch.compile(m.hidden, dynamic=False) for m in (model, plain))

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """What the compiler fuses in a training step: kernels and bytes,
-with the project's own kernels off and on. No GPU.
+with the MLP's own kernels off and on. No GPU.
 
     python bench/bench_fusion.py [--list]           settings: train_gpt.py's environment variables
 
@@ -28,10 +28,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 VARIANTS = {
-    "plain": {"fused_mlp": False, "fused_loss": False},
-    "MLP kernels": {"fused_loss": False},
-    "loss kernels": {"fused_mlp": False},
-    "both": {},
+    "plain": {"fused_mlp": False},
+    "MLP kernels": {},
 }
 
 
@@ -146,7 +144,7 @@ def main() -> None:
             total += sum(own) + library
         first = first or total
         print(f"{name:14}{cells}{1e3 * total / PEAK_BYTES:>10.2f}{total / first:>9.3f}")
-        if args.list and name == "both":
+        if args.list and name == "MLP kernels":
             for phase, graph in zip(("forward", "backward"), graphs):
                 for kind, size, operations in graph:
                     print(f"  {phase:9}{kind:10}{size / tokens:>9.0f} B/token  {operations[:120]}")

@@ -7,8 +7,9 @@ in one run.
 Rows: exact counts + backoff (what NGRAM_ALPHA=entropy needs), the online mixture's counting and
 mixing, a plain dictionary that scores one token and then adds it, and chunked `np.add.at` into hash
 tables. Every measurement is a fresh process on one core (OMP_NUM_THREADS=1), so that no row sees
-another's memory. It times the call alone, not imports nor reading the stream; memory is the
-process's high-water mark (ru_maxrss). Nothing here can fail for being slow: read the ratios.
+another's memory. It times the call alone, not imports nor reading the stream, in seconds of CPU
+time, which on a busy machine says more than the clock does (each row has one thread); memory is
+the process's high-water mark (ru_maxrss). Nothing here can fail for being slow: read the ratios.
 """
 
 import argparse
@@ -99,9 +100,9 @@ def high_water() -> int:
 
 def timed(label: str, call, *args) -> tuple[tuple, object]:
     """(label, seconds, bytes) of one call, and what it returned."""
-    start = time.perf_counter()
+    start = time.process_time()
     result = call(*args)
-    return (label, time.perf_counter() - start, high_water()), result
+    return (label, time.process_time() - start, high_water()), result
 
 
 def exact_settings():
@@ -335,8 +336,8 @@ def table(path: str, sizes: list[int], repeat: int, order: int) -> None:
         ratios = ", ".join(f"{exact[size] / rate:.1f}x at {size:,}" for size in sizes)
         print(f"  {name + f' at {most:,} tokens':46} {ratios}")
     print(
-        f"Mtok/s: median of {repeat} processes (once above {ONCE:,} tokens). peak MB: the "
-        "process's high-water mark to the row's end;\n"
+        f"Mtok/s: per second of CPU time, median of {repeat} processes (once above {ONCE:,} "
+        "tokens). peak MB: the process's high-water mark to the row's end;\n"
         "at start: what Python, torch and the stream took of it. Mixing used synthetic nll "
         "(exponential, mean 2) and\n"
         "entropy (uniform 0-6). The dictionary's counts were compared with the exact ones.\n"

@@ -42,7 +42,7 @@ PLAIN = "plain, compiled"
 PEAK_FLOPS, PEAK_BYTES = 989e12, 3.35e12  # per second, H100 SXM: dense bfloat16; HBM3
 KINDS = {
     "products": ("mm", "bmm", "addmm", "fused_mlp"),
-    "loss": ("fused_token", "_log_softmax", "nll_loss", "tanh"),
+    "loss": ("_log_softmax", "nll_loss", "tanh"),
     "tables": ("embedding", "index", "gather", "scatter"),
 }
 
@@ -50,10 +50,10 @@ KINDS = {
 TILES = [
     dict(BM=m, BN=n, BK=k, num_warps=w, num_stages=s)
     for m, n, k, w, s in (
+        (128, 128, 64, 8, 3),
         (128, 256, 64, 8, 3),
         (128, 256, 64, 8, 4),
         (128, 128, 64, 4, 4),
-        (128, 128, 64, 8, 3),
         (256, 128, 64, 8, 3),
         (64, 256, 64, 4, 4),
         (128, 256, 32, 8, 4),
@@ -273,9 +273,7 @@ def variants(hp: t.Hyperparameters, ranks: t.Ranks) -> dict[str, t.Trainer]:
     found = {"as it is": trainer()}
     if found["as it is"].model.embed.weight.is_cuda:
         found |= {
-            "MLP kernels off": trainer(fused_mlp=False),
-            "loss kernels off": trainer(fused_loss=False),
-            PLAIN: trainer(fused_mlp=False, fused_loss=False),
+            PLAIN: trainer(fused_mlp=False),
         }
     if hp.compile != "0" and (hp.compile == "1" or ranks.device.type == "cuda"):
         found["not compiled"] = trainer(compile="0")

@@ -2,14 +2,16 @@
 """The score of one stream under every n-gram weight scheme, from saved scores of a model: no GPU,
 no model.
 
-    python bench/mix_study.py SCORES.npz SHARD [--tokenizer MODEL] [--vocab-size 1024]
+    python bench/mix_study.py SCORES.npz [SHARD] [--tokenizer MODEL] [--vocab-size 1024]
         [--orders 7 12 16]
 
 SCORES.npz holds `nll` and `entropy` (nats per target, float32), as a run with SAVE_SCORES=1 writes
-them, of the first targets of the stream in SHARD. Printed per scheme: bits per byte (bits per token
-without a tokenizer) of all targets and of the second half alone, when the counts know more; the
-gain over the neural model; the mixture's own audit. The gain is what this model leaves to the
-counts: a stronger one leaves less. Last, where the gain comes from.
+them, of the first targets of the stream in SHARD; or it holds that stream itself, `tokens` (uint16)
+and `bytes` per target, of any vocabulary. Printed per scheme: bits per byte (bits per token where
+nothing says the bytes) of all targets and the gain over the neural model; the gain in each third of
+the targets, in the first 60 %, on which the constants of the rule were chosen, and in the last
+40 %; the mixture's own audit. What the rule leaves out in turn says what each part is worth; the
+same targets shuffled, what it costs where the past says nothing. Last, where the gain comes from.
 """
 
 import argparse
@@ -24,16 +26,84 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt  # noqa: E402
 from train_gpt import (  # noqa: E402
     ByteCounter,
+    Cache,
     EntropyBackoff,
     HashedCounts,
     Hyperparameters,
     Mixture,
+    OnlineChain,
     UserError,
     bits_per_byte,
 )
 
 # longest gram of the schemes with fixed weights, and of the hashed row: the predecessors'
 FIXED_ORDER = 7
+CHOSEN_ON = 0.6  # share of the strong stream on which the constants of `online` were chosen
+
+
+# --- what `online` is worth without each of its parts ---------------------------------------------
+
+
+class NoCache(Cache):
+    """Knows nothing, so that the chain begins with the model's p alone."""
+
+    def extend(self, begin, end, model):
+        return np.zeros((2, end - begin))
+
+    def distribution(self, target, V):
+        return np.zeros(V), 0.0
+
+
+class CountingCache(Cache):
+    """Every token counts the same, as in Kuhn and de Mori's cache (1990)."""
+
+    @staticmethod
+    def surprise(nats):
+        return np.ones_like(nats)
+
+
+class SquaringCache(Cache):
+    @staticmethod
+    def surprise(nats):
+        return np.rint(nats * nats)
+
+
+def with_cache(kind):
+    """OnlineChain with another cache."""
+
+    def __init__(self, tokens, hp):
+        OnlineChain.__init__(self, tokens, hp)
+        self.cache = kind(tokens)
+
+    return type(kind.__name__, (OnlineChain,), {"__init__": __init__})
+
+
+class NoDocument(OnlineChain):
+    """The counts of the stream alone, from order 2."""
+
+    @staticmethod
+    def bucket(code, local, entropy_bucket):
+        return OnlineChain.bucket(code, local * 0, entropy_bucket)
+
+    @staticmethod
+    def quotients(pair, context, local_pair, local_context):
+        return pair / context, pair / context
+
+
+class NoFading(OnlineChain):
+    fading = 1.0
+
+
+LEFT_OUT = {
+    "without the cache": with_cache(NoCache),
+    "cache of counts, not of surprise": with_cache(CountingCache),
+    "cache of squares, not of cubes": with_cache(SquaringCache),
+    "without counts of the document": NoDocument,
+    "without fading": NoFading,
+}
+
+
+# --- reading --------------------------------------------------------------------------------------
 
 
 def settings(**values) -> Hyperparameters:
@@ -41,9 +111,9 @@ def settings(**values) -> Hyperparameters:
     return Hyperparameters.from_env({name.upper(): str(value) for name, value in values.items()})
 
 
-def read_scores(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """nll and entropy, nats per target; UserError: no such file, not an npz,
-    arrays missing or not alike."""
+def read_scores(path: Path) -> dict[str, np.ndarray]:
+    """nll and entropy, nats per target, and tokens and bytes where the file has them; UserError: no
+    such file, not an npz, arrays missing or not alike."""
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; a run with SAVE_SCORES=1 writes logs/<RUN_ID>_scores.npz"
@@ -56,21 +126,25 @@ def read_scores(path: Path) -> tuple[np.ndarray, np.ndarray]:
                     f"{path}: no array {' and no '.join(missing)}; it holds "
                     f"{', '.join(scores) or 'nothing'}"
                 )
-            nll, entropy = scores["nll"], scores["entropy"]
+            found = {
+                name: scores[name]
+                for name in ("nll", "entropy", "tokens", "bytes")
+                if name in scores
+            }
     except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile):
         raise UserError(f"{path}: not an npz file of plain arrays") from None
-    for name, array in (("nll", nll), ("entropy", entropy)):
-        if array.ndim != 1 or array.dtype.kind != "f" or not np.isfinite(array).all():
+    targets = found["nll"].size
+    for name, array in found.items():
+        kind, length = ("f", targets) if name in ("nll", "entropy") else ("u", targets)
+        length += name == "tokens"
+        if array.shape != (length,) or array.dtype.kind != kind or not np.isfinite(array).all():
             raise UserError(
-                f"{path}: {name} is {array.dtype} of shape {array.shape}, "
-                "expected one finite float per target"
+                f"{path}: {name} is {array.dtype} of shape {array.shape}, expected {length} finite "
+                + ("floats, one per target" if kind == "f" else "unsigned integers")
             )
-    if len(nll) != len(entropy) or len(nll) < 20:
-        raise UserError(
-            f"{path}: {len(nll)} nll and {len(entropy)} entropy: expected as many of each, "
-            "at least 20"
-        )
-    return nll, entropy
+    if targets < 20:
+        raise UserError(f"{path}: {targets} targets, expected at least 20")
+    return found
 
 
 def read_stream(path: Path, targets: int, hp: Hyperparameters) -> np.ndarray:
@@ -89,9 +163,9 @@ def read_stream(path: Path, targets: int, hp: Hyperparameters) -> np.ndarray:
     return tokens
 
 
-def mixed(tokens: np.ndarray, nll: np.ndarray, entropy: np.ndarray, hp: Hyperparameters) -> Mixture:
+def mixed(tokens, nll: np.ndarray, entropy: np.ndarray, hp: Hyperparameters, rule=None) -> Mixture:
     """The mixture of those settings, all targets scored."""
-    mixture = Mixture(tokens, hp)
+    mixture = Mixture(tokens, hp, rule and rule(tokens, hp))
     mixture.extend(nll, entropy)
     return mixture
 
@@ -115,49 +189,69 @@ def hashed_facts(counts: HashedCounts) -> str:
     return f"not a probability: its counts sum to {end:.1f} at the end, {mean:.1f} on average"
 
 
+class Table:
+    """The rows, printed as they come, and the audits, printed after them."""
+
+    def __init__(self, nll: np.ndarray, stream_bytes: np.ndarray, unit: str):
+        self.nll = nll
+        self.stream_bytes = stream_bytes
+        self.facts = []
+        N = len(nll)
+        chosen = round(CHOSEN_ON * N)
+        edges = ((0, N), (0, N // 3), (N // 3, 2 * N // 3), (2 * N // 3, N))
+        self.parts = [slice(*edge) for edge in (*edges, (0, chosen), (chosen, N))]
+        heads = ("gain", "1st third", "2nd", "3rd", "first 60 %", "last 40 %")
+        print(f"{unit:42} {'whole':>9} " + " ".join(f"{head:>10}" for head in heads))
+
+    def row(self, label: str, scored: np.ndarray, fact: str = "", pseudo: str = "") -> None:
+        """`pseudo` says why the row is no code: it has no gain."""
+        gains = []
+        for part in self.parts:
+            alone, mixed_bpb = (
+                bits_per_byte(nats[part], self.stream_bytes[part]) for nats in (self.nll, scored)
+            )
+            gains.append("-" if pseudo else f"{alone - mixed_bpb:+.5f}")
+        whole = bits_per_byte(scored, self.stream_bytes)
+        cells = " ".join(f"{gain:>10}" for gain in gains)
+        print(f"{label:42} {whole:9.5f} {cells}  {pseudo}".rstrip(), flush=True)
+        if fact:
+            self.facts.append(f"{label:42} {fact}")
+
+
 def study(tokens, nll, entropy, stream_bytes, unit: str, args) -> None:
     """Print the table, the audits, and the deciles of the online scheme with the longest grams."""
-    halves = slice(None), slice(len(nll) // 2, None)
-    neural, facts = [bits_per_byte(nll[half], stream_bytes[half]) for half in halves], []
-    print(f"{unit:42} {'whole':>9} {'gain':>9} {'2nd half':>9} {'gain':>9}")
-
-    def row(label: str, scored: np.ndarray, fact: str = "", pseudo: str = "") -> None:
-        (whole, more), (second, later) = (
-            (score, "-" if pseudo else f"{alone - score:+.5f}")
-            for score, alone in zip(
-                (bits_per_byte(scored[half], stream_bytes[half]) for half in halves), neural
-            )
-        )
-        print(
-            f"{label:42} {whole:9.5f} {more:>9} {second:9.5f} {later:>9}  {pseudo}".rstrip(),
-            flush=True,
-        )
-        facts.extend([f"{label:42} {fact}"] if fact else [])
-
-    row("neural model alone", nll)
+    table = Table(nll, stream_bytes, unit)
+    table.row("neural model alone", nll)
     fixed = dict(vocab_size=args.vocab_size, ngram_order=FIXED_ORDER)
     for label, alpha in (("α by entropy", "entropy"), ("α by order", "order")):
         mixture = mixed(tokens, nll, entropy, settings(ngram_alpha=alpha, **fixed))
-        row(f"{label}, orders 2-{FIXED_ORDER}", mixture.nll, mixture.audit())
-    for order in sorted(set(args.orders)):
-        mixture = mixed(
-            tokens,
-            nll,
-            entropy,
-            settings(ngram_alpha="online", vocab_size=args.vocab_size, ngram_order=order),
-        )
-        row(f"online, orders 2-{order}", mixture.nll, mixture.audit())
+        table.row(f"{label}, orders 2-{FIXED_ORDER}", mixture.nll, mixture.audit())
+    orders = sorted(set(args.orders))
+    for order in orders:
+        hp = settings(ngram_alpha="online", vocab_size=args.vocab_size, ngram_order=order)
+        mixture = mixed(tokens, nll, entropy, hp)
+        table.row(f"online, orders 2-{order}", mixture.nll, mixture.audit())
     best = mixture.nll
+    hp = settings(ngram_alpha="online", vocab_size=args.vocab_size, ngram_order=orders[0])
+    for label, rule in LEFT_OUT.items():
+        mixture = mixed(tokens, nll, entropy, hp, rule)
+        table.row(f"  2-{orders[0]} {label}", mixture.nll, mixture.audit())
     mixture = pseudo_mixed(
         tokens, nll, entropy, settings(ngram_alpha="entropy", ngram_counts="hashed", **fixed)
     )
-    row(
+    table.row(
         f"pseudo: hashed, α by entropy, orders 2-{FIXED_ORDER}",
         mixture.nll,
         pseudo=hashed_facts(mixture.rule.counts),
     )
-    print("\naudit (the hashed counts would fail it)", *facts, sep="\n")
-    deciles(nll, best, stream_bytes, unit, f"online, orders 2-{max(args.orders)}")
+
+    places = np.random.default_rng(0).permutation(len(nll))
+    shuffled = np.append(tokens[:1], tokens[1:][places])
+    mixture = mixed(shuffled, nll[places], entropy[places], hp)
+    gain = bits_per_byte(nll, stream_bytes) - bits_per_byte(mixture.nll, stream_bytes[places])
+    print(f"{f'online, orders 2-{orders[0]}, targets shuffled':42} {'':9} {gain:+10.5f}")
+    print("\naudit (the hashed counts would fail it)", *table.facts, sep="\n")
+    deciles(nll, best, stream_bytes, unit, f"online, orders 2-{orders[-1]}")
 
 
 def deciles(
@@ -187,7 +281,11 @@ def main() -> None:
         "scores", type=Path, metavar="SCORES.npz", help="nll and entropy per target, in nats"
     )
     parser.add_argument(
-        "shard", type=Path, metavar="SHARD", help="the token shard that begins with those targets"
+        "shard",
+        type=Path,
+        metavar="SHARD",
+        nargs="?",
+        help="the token shard that begins with those targets; not needed if SCORES.npz has tokens",
     )
     parser.add_argument(
         "--tokenizer",
@@ -206,18 +304,25 @@ def main() -> None:
     try:
         for order in args.orders:
             settings(ngram_order=order)
-        hp = settings(
-            vocab_size=args.vocab_size,
-            **dict(tokenizer_path=args.tokenizer) if args.tokenizer else {},
-        )
-        nll, entropy = read_scores(args.scores)
-        tokens = read_stream(args.shard, len(nll), hp)
-        stream_bytes = ByteCounter(hp)(tokens) if args.tokenizer else np.ones(len(nll), np.uint16)
-        unit = "bits per byte" if args.tokenizer else "bits per token (no tokenizer was given)"
-        print(
-            f"{args.scores.name} on {args.shard}: {len(nll):,} targets"
-            + (f", {stream_bytes.sum(dtype=np.int64):,} bytes" if args.tokenizer else "")
-        )
+        scores = read_scores(args.scores)
+        nll, entropy = scores["nll"], scores["entropy"]
+        if "tokens" in scores:
+            tokens, where = scores["tokens"].astype(np.uint16), "its own tokens"
+            args.vocab_size = max(args.vocab_size, int(tokens.max()) + 1)
+        elif args.shard:
+            hp = settings(vocab_size=args.vocab_size)
+            tokens, where = read_stream(args.shard, len(nll), hp), str(args.shard)
+        else:
+            raise UserError(f"{args.scores}: holds no tokens: name the SHARD that was scored")
+        unit, stream_bytes = "bits per byte", scores.get("bytes")
+        if args.tokenizer:
+            hp = settings(vocab_size=args.vocab_size, tokenizer_path=args.tokenizer)
+            stream_bytes = ByteCounter(hp)(tokens)
+        elif stream_bytes is None:
+            unit, stream_bytes = "bits per token (bytes unknown)", np.ones(len(nll), np.uint8)
+        total = stream_bytes.sum(dtype=np.int64)
+        said = f", {total:,} bytes" if unit == "bits per byte" else ""
+        print(f"{args.scores.name} on {where}: {len(nll):,} targets{said}")
         study(tokens, nll, entropy, stream_bytes, unit, args)
     except UserError as error:
         raise SystemExit(f"mix_study: {error}") from None

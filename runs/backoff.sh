@@ -15,5 +15,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export AVERAGING=${AVERAGING:-ema_swa} EMA_DECAY=${EMA_DECAY:-0.997} SWA_EVERY=${SWA_EVERY:-50}
 export QUANT_BITS=${QUANT_BITS:-6} LATE_QAT_THRESHOLD=${LATE_QAT_THRESHOLD:-0.15}
+export QUANTIZER=${QUANTIZER:-rows}   # as the PR: each row by itself
 export NGRAM_ALPHA=${NGRAM_ALPHA:-entropy} NGRAM_COUNTS=${NGRAM_COUNTS:-hashed}
 source runs/common.sh

@@ -18,7 +18,10 @@ export WARMDOWN_ITERS=${WARMDOWN_ITERS:-250} TRAIN_LOG_EVERY=${TRAIN_LOG_EVERY:-
 export AVERAGING=${AVERAGING:-none} EMA_DECAY=${EMA_DECAY:-0.95}
 export SWA_EVERY=${SWA_EVERY:-5} MUON_MOMENTUM=${MUON_MOMENTUM:-0.95}
 export MUON_MOMENTUM_WARMUP_STEPS=${MUON_MOMENTUM_WARMUP_STEPS:-100}
+# two seconds of the clock for GPTQ: so small a model leaves bytes for codes of 8 bits, and gains little by it
+export GPTQ_TOKENS=${GPTQ_TOKENS:-16384} GPTQ_RESERVE_SECONDS=${GPTQ_RESERVE_SECONDS:-2}
 export TIED_EMBED_LR=${TIED_EMBED_LR:-0.03}
 export EVAL_SEQ_LEN=${EVAL_SEQ_LEN:-256} EVAL_STRIDE=${EVAL_STRIDE:-64} VAL_BATCH_SIZE=${VAL_BATCH_SIZE:-16384}
+export SAVE_SCORES=${SAVE_SCORES:-1}   # for `make view`: the text, coloured by what each token cost
 
 source runs/common.sh

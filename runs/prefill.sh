@@ -13,5 +13,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export LEAKY_SLOPE=${LEAKY_SLOPE:-0.9} AVERAGING=${AVERAGING:-swa} WARMDOWN_ITERS=${WARMDOWN_ITERS:-3000}
+export QUANTIZER=${QUANTIZER:-rows}   # as the PR: each row by itself
 export NGRAM_ALPHA=${NGRAM_ALPHA:-entropy} NGRAM_COUNTS=${NGRAM_COUNTS:-hashed}
 source runs/common.sh

@@ -13,9 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_gpt as t  # noqa: E402
 
-NUMBERS = dict(
-    M="i32", N="i32", K="i32", V="i32", stride_k="i32", stride_n="i32", slope="fp32", cap="fp32"
-)
+NUMBERS = dict(M="i32", N="i32", K="i32", stride_k="i32", stride_n="i32", slope="fp32")
 
 
 def compiled(
@@ -54,14 +52,3 @@ for backward in (False, True):
             num_stages=tile["num_stages"],
         )
         print(architecture, "mlp_kernel", shared)
-    for capped in (False, True):
-        pointers = dict(z_ptr="*bf16", target_ptr="*i64", upstream_ptr="*fp32")
-        pointers["out_ptr"] = "*bf16" if backward else "*fp32"
-        shared = compiled(
-            t.scores_kernel,
-            90,
-            pointers,
-            dict(CAPPED=capped, BACKWARD=backward, BV=1024),
-            num_warps=4,
-        )
-        print(90, "scores_kernel", shared)

@@ -61,6 +61,7 @@ TINY = dict(  # a model with every feature on that takes milliseconds
     TRAIN_LOG_EVERY=1,
     LATE_QAT_THRESHOLD=0.3,
     MAX_WALLCLOCK_SECONDS=0,
+    GPTQ_TOKENS=1024,
     EMA_DECAY=0.9,
     TIED_EMBED_LR=0.01,
     RUN_ID="test",

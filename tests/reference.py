@@ -20,10 +20,13 @@ class Predictor:
         # context -> [(position, token), ...]
         self.followed = {n: defaultdict(list) for n in orders}
         self.counts = {n: defaultdict(Counter) for n in orders}  # context -> token -> how often
-        shape = (3, t.NGRAM_STATES, t.GAPS, t.ENTROPY_BUCKETS)
-        self.credits = {n: np.zeros(shape) for n in orders}
-        self.fresh = {n: np.zeros(shape) for n in orders}
-        self.weights = {n: t.bucket_weights(self.credits[n]) for n in orders}
+        # The same of the open document, emptied by each BOS, and what its tokens cost, cubed.
+        self.local = {n: defaultdict(Counter) for n in orders}
+        self.surprise = Counter()
+        shapes = {1: (2, t.BUCKETS[0])} | dict.fromkeys(orders, (3, *t.BUCKETS))
+        self.credits = {n: np.zeros(shape) for n, shape in shapes.items()}
+        self.fresh = {n: np.zeros(shape) for n, shape in shapes.items()}
+        self.weights = {n: t.bucket_weights(self.credits[n]) for n in shapes}
         self.log_odds = 0.0  # of the mixture against the model
 
     def context(self, n):
@@ -35,14 +38,12 @@ class Predictor:
         size = min(len(past).bit_length() - 1, 7)
         distinct = len(self.counts[n][self.context(n)])
         share = min(4 * (len(past) - distinct) // len(past), 3)
-        repeated = len(past) > 1 and past[-1][1] == past[-2][1]
-        position = len(self.stream)
-        begun = max((i for i, token in enumerate(self.stream) if token == t.BOS), default=0)
-        here = position - past[-1][0] <= min(position - 1 - begun, 65535)
-        gap = min(((position - past[-1][0]).bit_length() - 1) // 2, t.GAPS - 1)
-        state = ((size * 4 + share) * 2 + repeated) * 2 + here
-        whole_nats = int(min(max(entropy, 0), t.ENTROPY_BUCKETS - 1))
-        return (state * t.GAPS + gap) * t.ENTROPY_BUCKETS + whole_nats
+        gap = len(self.stream) - past[-1][0]
+        distance = sum(gap >= tokens for tokens in (512, 2048))
+        here = self.local[n][self.context(n)].total()
+        locally = 0 if here == 0 else 1 if here == 1 else 2 if here < 4 else 3
+        whole_nats = int(min(max(entropy, 0), 5))
+        return (((whole_nats * 4 + locally) * 3 + distance) * 4 + share) * 8 + size
 
     def predict(self, model: np.ndarray, entropy: float) -> np.ndarray:
         """The mixed distribution over the vocabulary, given the model's."""
@@ -50,19 +51,29 @@ class Predictor:
         if self.hp.ngram_alpha != "online":
             return self.predict_backoff(model, entropy)
         p = model
+        if self.surprise.total():
+            p = self.level(1, int(min(max(entropy, 0), 5)), p, [self.quotient(self.surprise)])
         for n in range(2, self.hp.ngram_order + 1):
             past = self.followed[n][self.context(n)] if self.context(n) is not None else []
             if past and n >= self.hp.ngram_min_order:
-                bucket = self.bucket(n, past, entropy)
-                counted, last = np.zeros_like(p), np.zeros_like(p)
-                for v, c in self.counts[n][self.context(n)].items():
-                    counted[v] = c / len(past)
-                last[past[-1][1]] = 1
-                parts = [w * q for w, q in zip(self.weights[n][:, bucket], (p, counted, last))]
-                p = sum(parts)
-                self.levels.append((n, bucket, parts, p))
+                counted = self.quotient(self.counts[n][self.context(n)])
+                here = self.local[n][self.context(n)]
+                known = 0 < here.total() < 255
+                experts = [counted, self.quotient(here) if known else counted]
+                p = self.level(n, self.bucket(n, past, entropy), p, experts)
         self.top, trust = p, 1 / (1 + math.exp(-min(max(self.log_odds, -500), 500)))
         return trust * p + (1 - trust) * model
+
+    def quotient(self, counts: Counter) -> np.ndarray:
+        p = np.zeros_like(self.model)
+        p[list(counts)] = list(counts.values())
+        return p / counts.total()
+
+    def level(self, n, bucket, p, experts) -> np.ndarray:
+        """One link of the chain; what each expert gave is kept until the token is known."""
+        parts = [w * q for w, q in zip(self.weights[n][:, bucket], (p, *experts))]
+        self.levels.append((n, bucket, parts, sum(parts)))
+        return sum(parts)
 
     def predict_backoff(self, model, entropy):
         self.top = model
@@ -86,17 +97,24 @@ class Predictor:
     def learn(self, token: int) -> None:
         """Only now the token is seen."""
         for n, bucket, parts, p in self.levels:
-            for expert in range(3):
-                self.fresh[n].reshape(3, -1)[expert, bucket] += parts[expert][token] / p[token]
+            for expert, part in enumerate(parts):
+                self.fresh[n].reshape(len(parts), -1)[expert, bucket] += part[token] / p[token]
         if self.hp.ngram_alpha == "online":
             self.log_odds += math.log(self.top[token] / self.model[token])
         for n in range(2, self.hp.ngram_order + 1):
             if self.context(n) is not None:
                 self.followed[n][self.context(n)].append((len(self.stream), token))
                 self.counts[n][self.context(n)][token] += 1
+                self.local[n][self.context(n)][token] += 1
+        nats = float(np.float32(-math.log(self.model[token])))  # as scores are kept
+        self.surprise[token] += round(min(nats, 40) ** 3)
         self.stream.append(token)
+        if token == t.BOS:
+            self.surprise.clear()
+            for counts in self.local.values():
+                counts.clear()
         if len(self.stream) - 1 in self.edges:
             for n in self.credits:
-                self.credits[n] += self.fresh[n]
+                self.credits[n] = 0.97 * self.credits[n] + self.fresh[n]
                 self.fresh[n][:] = 0
                 self.weights[n] = t.bucket_weights(self.credits[n])

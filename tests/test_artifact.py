@@ -113,9 +113,9 @@ def test_levels_by_kind():
 
 
 class Signs:
-    """Codes of +-1 times the mean magnitude of the row, whatever the levels."""
+    """Codes of +-1 times the mean magnitude of the row, however coarse."""
 
-    def quantize(self, name, w_RC, levels):
+    def quantize(self, name, w_RC, coarsen):
         step = w_RC.abs().mean(1, keepdim=True).clamp_min(1e-30).bfloat16().float()
         return torch.where(w_RC < 0, -1.0, 1.0), step
 
@@ -140,12 +140,12 @@ def test_the_budget_is_kept_with_another_quantiser(rng):
 
 
 def test_the_quantiser_is_told_each_matrix_by_its_name(rng):
-    told, rows = [], t.RowQuantizer()
+    told, rows = [], t.RowQuantizer(tiny())
 
     class Telling:
-        def quantize(self, name, w_RC, levels):
+        def quantize(self, name, w_RC, coarsen):
             told.append(name)
-            return rows.quantize(name, w_RC, levels)
+            return rows.quantize(name, w_RC, coarsen)
 
     model = noisy_model(tiny())
     packed = t.pack(model.state_dict(), model.hp, 1.0, Telling())

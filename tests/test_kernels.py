@@ -1,7 +1,6 @@
 """Kernels against float64 references: in Triton's interpreter,
 or on the GPU where there is one (see conftest.py)."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -14,8 +13,8 @@ from conftest import ROOT, collect, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import make_record
 import train_gpt as t
+from record.tables import settings_page
 
 if t.triton is None:
     pytest.skip("no Triton for this platform", allow_module_level=True)
@@ -143,81 +142,6 @@ def test_mlp_kernel_writes_nothing_outside_of_its_matrix(rng, small_tiles):
     assert (guard[19:] == 7).all() and not (guard[:19] == 7).any()
 
 
-# --- loss -----------------------------------------------------------------------------------------
-
-
-def check_scores(z, targets, cap, upstream):
-    found, exact = t.fused_token_scores(z, targets, cap), z.detach().double().requires_grad_()
-    logp = torch.log_softmax(cap * torch.tanh(exact / cap) if cap else exact, -1)
-    wanted = -logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
-    # both are differences of logits and of logarithms of sums, whatever is left of them
-    size = (cap or z.detach().abs().max()) + np.log(z.size(1))
-    for name, a, b in zip(("nll", "entropy"), found, wanted):
-        assert a.dtype == torch.float32
-        assert_near(a, b, (32 if CUDA else 8) * torch.finfo(a.dtype).eps, name, size)
-    (a,), (b,) = (
-        gradients(found, z, torch.stack(upstream)),
-        gradients(wanted, exact, [u.double() for u in upstream]),
-    )
-    assert a.dtype == z.dtype
-    assert_near(a, b, EPS[z.dtype] / 2 + 2e-6, "dz", size=max(u.abs().max() for u in upstream))
-
-
-@settings(max_examples=10, deadline=None)
-@given(
-    st.integers(1, 9),
-    st.integers(2, 300),
-    st.sampled_from([0.0, 30.0, 1.5]),
-    st.sampled_from([0.01, 3.0, 100.0]),
-    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    st.integers(0, 2**32 - 1),
-)
-def test_scores_of_any_size_equal_float64(N, V, cap, scale, dtype, seed):
-    torch.manual_seed(seed)
-    z, targets = random(N, V, dtype=dtype, scale=scale), torch.randint(0, V, (N,), device=DEVICE)
-    check_scores(z, targets, cap, [torch.randn(N, device=DEVICE) for _ in range(2)])
-
-
-@pytest.mark.parametrize("V", [1024, 5000, 65_536])
-def test_scores_of_large_vocabularies(rng, V):
-    z, targets = random(2, V, scale=5.0), torch.tensor([0, V - 1], device=DEVICE)
-    check_scores(z, targets, 30.0, [torch.randn(2, device=DEVICE) for _ in range(2)])
-
-
-@pytest.mark.parametrize("cap", [0.0, 30.0])
-@pytest.mark.parametrize("value", [0.0, 1e4, -1e4, 3e38])
-def test_scores_of_extreme_logits_are_finite(cap, value):
-    """One logit far from the others, as target and not."""
-    z = torch.zeros(2, 7, device=DEVICE)
-    z[:, 3] = value
-    z.requires_grad_()
-    nll, entropy = t.fused_token_scores(z, torch.tensor([3, 5], device=DEVICE), cap)
-    expected = t.token_scores(z.detach(), torch.tensor([3, 5], device=DEVICE), cap)[0]
-    same = entropy[0] - entropy[1]
-    (dz,) = gradients(nll.sum() + entropy.sum(), z, None)
-    assert all(v.isfinite().all() for v in (nll, entropy, dz))
-    assert not same.any()
-    assert (entropy >= -1e-6).all()
-    torch.testing.assert_close(nll, expected, rtol=1e-6, atol=1e-5)
-
-
-def test_scores_of_uniform_logits_are_the_logarithm_of_the_vocabulary():
-    z, targets = torch.ones(3, 600, device=DEVICE), torch.arange(3, device=DEVICE)
-    nll, entropy = t.fused_token_scores(z, targets, 30.0)
-    torch.testing.assert_close(nll, torch.full_like(nll, np.log(600)))
-    torch.testing.assert_close(entropy, nll)
-
-
-@pytest.mark.filterwarnings("ignore:Input #")
-def test_gradcheck_of_the_loss(rng):
-    """Finite differences of float32 sums: coarse,
-    but they know nothing of any formula for the gradient."""
-    z, targets = random(3, 11), torch.randint(0, 11, (3,), device=DEVICE)
-    assert torch.autograd.gradcheck(
-        lambda z: t.fused_token_scores(z, targets, 5.0), z, eps=1e-2, atol=2e-3, rtol=2e-3
-    )
-
-
 @pytest.mark.filterwarnings("ignore:Input #")
 def test_gradcheck_of_the_mlp(rng, small_tiles):
     """Inputs and steps are multiples of 1/64, which TF32, a GPU's float32 product, holds exactly:
@@ -246,7 +170,7 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     kernels = {name for name in vars(t) if name.endswith("_kernel")}
-    assert {name for _, name, _ in rows} == kernels and len(rows) == 8
+    assert {name for _, name, _ in rows} == kernels and len(rows) == 4
     assert all(
         int(shared) <= {"90": 232_448, "89": 101_376}[architecture]
         for architecture, _, shared in rows
@@ -260,14 +184,9 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
 def test_opcheck_of_every_op(rng, small_tiles):
     """Schemas, fake results and autograd registrations, as torch.library checks them."""
     x, fc, proj, z = random(7, 5), random(6, 5), random(5, 6), random(7, 6).detach()
-    logits = random(7, 11)
-    targets = torch.randint(0, 11, (7,), device=DEVICE)
-    grads = torch.randn(2, 7, device=DEVICE)
     cases = [
         (t.fused_mlp, (x, fc, proj, 0.5)),
         (t.fused_mlp_backward, (random(7, 5).detach(), proj.detach(), z, 0.5)),
-        (t.fused_token_scores, (logits, targets, 30.0)),
-        (t.fused_token_scores_backward, (logits.detach(), targets, grads, 30.0)),
     ]
     ops = {v for v in vars(t).values() if isinstance(v, torch._library.custom_ops.CustomOpDef)}
     assert {op for op, _ in cases} == ops, "an op without a case here"
@@ -279,31 +198,28 @@ def test_the_record_tools_leave_the_ops_to_the_loaded_kernels(rng, kernels_on, m
     """A second load of the script would register them anew, without the interpreter."""
     with monkeypatch.context() as elsewhere:  # as under other tests
         elsewhere.delenv("TRITON_INTERPRET", raising=False)
-        make_record.settings_table(ROOT / "train_gpt.py")
+        settings_page(ROOT / "train_gpt.py")
     t.fused_mlp(random(7, 5), random(6, 5), random(5, 6), 0.5)
-    assert kernels_on["mlp"] == 1
+    assert kernels_on == [t.mlp_kernel.kernel]
 
 
-class Counted:
-    """A kernel that counts its launches: kernel[grid](...)."""
+class Watched:
+    """A kernel that notes its launches: kernel[grid](...)."""
 
-    def __init__(self, kernel, launches, name):
-        self.kernel, self.launches, self.name = kernel, launches, name
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid):
-        self.launches[self.name] += 1
+        self.launches.append(self.kernel)
         return self.kernel[grid]
 
 
 @pytest.fixture
 def kernels_on(monkeypatch, small_tiles):
-    """The model takes the kernels' way, on the CPU too; counts the launches."""
-    launches = {"mlp": 0, "scores": 0}
+    """The model takes the kernel's way, on the CPU too; its launches."""
+    launches = []
     monkeypatch.setattr(t, "has_kernels", lambda x: True)
-    for name in launches:
-        monkeypatch.setattr(
-            t, f"{name}_kernel", Counted(getattr(t, f"{name}_kernel"), launches, name)
-        )
+    monkeypatch.setattr(t, "mlp_kernel", Watched(t.mlp_kernel, launches))
     return launches
 
 
@@ -317,7 +233,6 @@ def small_model(**changes):
 
 
 def without_kernels(model):
-    model.hp = dataclasses.replace(model.hp, fused_loss=False)
     for block in model.blocks:
         block.mlp.fused = False
     return model
@@ -339,9 +254,9 @@ def test_the_model_with_kernels_equals_the_model_without(rng, kernels_on):
     model, ids, targets = small_model()
     loss = model(ids, targets)
     found = torch.autograd.grad(loss, list(model.parameters()))
-    assert kernels_on == {"mlp": 4, "scores": 2}  # forward and backward, two layers
+    assert len(kernels_on) == 4  # forward and backward, two layers
     plain = without_kernels(model)(ids, targets)
-    assert kernels_on == {"mlp": 4, "scores": 2}
+    assert len(kernels_on) == 4
     expected = torch.autograd.grad(plain, list(model.parameters()))
     sizes = sizes_of_gradients(model, ids, targets)
     eps = 0.02 if CUDA else 1e-5
@@ -350,11 +265,10 @@ def test_the_model_with_kernels_equals_the_model_without(rng, kernels_on):
         assert_near(a, b, 4 * eps, name, size)
 
 
-@pytest.mark.parametrize("switch, off", [("FUSED_MLP", "mlp"), ("FUSED_LOSS", "scores")])
-def test_each_switch_turns_its_kernel_off(rng, kernels_on, switch, off):
-    model, ids, targets = small_model(**{switch: 0})
+def test_the_switch_turns_the_kernel_off(rng, kernels_on):
+    model, ids, targets = small_model(FUSED_MLP=0)
     model(ids, targets).backward()
-    assert [name for name, launches in kernels_on.items() if not launches] == [off]
+    assert not kernels_on
 
 
 def test_scoring_with_kernels_equals_scoring_without(rng, kernels_on, monkeypatch):
@@ -364,7 +278,7 @@ def test_scoring_with_kernels_equals_scoring_without(rng, kernels_on, monkeypatc
     monkeypatch.setattr(t, "has_kernels", lambda x: False)
     plain = collect(t.score_stream(model.hidden, model, tokens, 8, ranks))
     np.testing.assert_allclose(found, plain, rtol=2e-4, atol=2e-5)
-    assert kernels_on["scores"] and kernels_on["mlp"]
+    assert kernels_on
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -385,7 +299,6 @@ def test_compiled_graphs_keep_the_ops_and_do_not_break(rng, kernels_on):
     found = torch.autograd.grad(loss, list(model.parameters()))
     plain = t.training_loss(model, ids, targets, None)
     assert sum("golf.fused_mlp" in name for name in seen) == 2
-    assert sum("golf.fused_token" in name for name in seen) == 1
     expected = torch.autograd.grad(plain, list(model.parameters()))
     sizes = sizes_of_gradients(without_kernels(model), ids, targets)
     assert_near(loss, plain, 1e-5 if not CUDA else 0.02)

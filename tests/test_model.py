@@ -61,8 +61,20 @@ def plain_attention(m, x_TD, hp, ve_TGK, v_first_TGK, layer):
             if layer >= hp.num_layers - hp.xsa_last_n:
                 own = v[i, g] / v[i, g].norm()
                 y = y - (y @ own) * own
+            if hp.attn_gate_dims:
+                y = y * torch.sigmoid(m.gate[h] @ x_TD[i, : hp.attn_gate_dims])
             out[i, h] = y
     return out.reshape(T, H * K) @ m.proj.weight.T, v_own
+
+
+def plain_order(hp):
+    """Depth recurrence: 0 ... 5, 4, 5, 6 ... 10 for RECUR_LAYERS=4,5 of 11 layers."""
+    order = []
+    for layer in range(hp.num_layers):
+        order.append(layer)
+        if hp.recur_layers and layer == hp.recur_layers[-1]:
+            order += hp.recur_layers
+    return order
 
 
 def plain_forward(model, ids):
@@ -79,7 +91,11 @@ def plain_forward(model, ids):
     if hp.smear_enabled:
         gate = torch.sigmoid(model.smear_gate)
         x = torch.stack(
-            [(1 - gate) * x[i] + gate * (x[i - 1] if i else 0 * x[i]) for i in range(T)]
+            [
+                (1 - gate) * x[i]
+                + gate * (x[i - 1] if i and (hp.smear_crosses_bos or ids[i] != 1) else 0 * x[i])
+                for i in range(T)
+            ]
         )
     ve = None
     if hp.ve_enabled and hp.ve_layers:
@@ -87,20 +103,30 @@ def plain_forward(model, ids):
             model.value_embed.table.weight[ids] @ model.value_embed.proj.weight.T
         ) * model.value_embed.scale
         ve = ve.view(T, hp.num_kv_heads, hp.head_dim)
-    x0, v_first, stack = x, None, []
-    for layer, m in enumerate(model.blocks):
-        if hp.unet_skips and layer >= L // 2 and stack:
-            x = x + model.skip_weights[layer - L // 2] * stack.pop()
+    x0, v_first, stack, order = x, None, [], plain_order(hp)
+    lanes = None
+    for i, layer in enumerate(order):
+        m, weight = model.blocks[layer], i - len(order) // 2
+        if hp.unet_skips and 0 <= weight < L // 2:
+            skip = model.skip_weights[weight] * stack.pop()
+            gate = torch.sigmoid(model.skip_gates[weight]) if hp.skip_gates else None
+            x = x + skip if gate is None else gate * x + (1 - gate) * skip
+        if hp.parallel_start_layer and layer >= hp.parallel_start_layer and lanes is None:
+            lanes = x
         c = 1 / math.sqrt(layer + 1) if hp.ln_scale else 1.0
         x = m.mix_x * x + m.mix_x0 * x0
         y, v = plain_attention(m.attn, rms(x) * c, hp, ve, v_first, layer)
-        v_first = v if layer == 0 else v_first
+        v_first = v if v_first is None else v_first
         x = x + m.attn_scale * y
-        hidden = (rms(x) * c) @ m.mlp.fc.weight.T
+        read = x if lanes is None else lanes
+        hidden = (rms(read) * c) @ m.mlp.fc.weight.T
         hidden = torch.where(hidden > 0, hidden, hp.leaky_slope * hidden) ** 2
-        x = x + m.mlp_scale * (hidden @ m.mlp.proj.weight.T)
-        if layer < L // 2:
+        written = read + m.mlp_scale * (hidden @ m.mlp.proj.weight.T)
+        x, lanes = (written, None) if lanes is None else (x, written)
+        if weight < 0:
             stack.append(x)
+    if lanes is not None:
+        x = model.lane_mix * x + (1 - model.lane_mix) * lanes
     return rms(x) @ (model.embed.weight if hp.tie_embeddings else model.head.weight).T
 
 
@@ -133,13 +159,38 @@ SWITCHES = [
     dict(NUM_LAYERS=1, VE_LAYERS="0", XSA_LAST_N=1),
     dict(MLP_MULT=3.5),
     dict(ROPE_BASE=500),
+    dict(RECUR_LAYERS="1,2"),
+    dict(RECUR_LAYERS="0", NUM_LAYERS=3, VE_LAYERS="2"),
+    dict(RECUR_LAYERS="3"),
+    dict(PARALLEL_START_LAYER=2),
+    dict(PARALLEL_START_LAYER=1, RECUR_LAYERS="1,2"),
+    dict(SKIP_GATES=1),
+    dict(ATTN_GATE_DIMS=12),
+    dict(SMEAR_CROSSES_BOS=0),
 ]
 
+# All that PR #1435 adds to the design, at the size of the tests
+FRONTIER = dict(
+    RECUR_LAYERS="1,2",
+    PARALLEL_START_LAYER=3,
+    SKIP_GATES=1,
+    ATTN_GATE_DIMS=12,
+    SMEAR_CROSSES_BOS=0,
+    XSA_LAST_N=4,
+    MLP_MULT=4,
+    VRL_ENABLED=0,
+    LEAKY_SLOPE=0.3,
+    QK_GAIN_INIT=5,
+)
 
-@pytest.mark.parametrize("switch", SWITCHES, ids=lambda s: ",".join(s) or "defaults")
+
+@pytest.mark.parametrize(
+    "switch", [*SWITCHES, FRONTIER], ids=lambda s: ",".join(list(s)[:3]) or "defaults"
+)
 def test_every_feature_equals_its_plain_reading(rng, in_float64, switch):
     model = randomize(t.GPT(tiny(**switch)))
     ids = torch.from_numpy(rng.integers(0, 300, (2, 7)))
+    ids[0, 3] = t.BOS
     hidden, cap = model.hidden(ids), model.hp.logit_softcap
     for row, row_hidden in zip(ids, hidden):
         z = plain_forward(model, row.tolist())
@@ -162,7 +213,8 @@ def test_every_switch_changes_the_model(switch):
         },
         strict=False,
     )
-    ids = torch.arange(12).view(1, 12) * 7
+    ids = torch.arange(12).view(1, 12) * 7 + 1  # the first is a BOS
+    ids[0, 5] = t.BOS
     found, changed = (logits(model, model.hidden(ids)) for model in (base, other))
     assert not torch.allclose(found, changed, rtol=0, atol=1e-6)
 
@@ -188,9 +240,10 @@ def test_rope_base_grows_beyond_1024_positions(rng, in_float64):
         )
 
 
-def test_a_changed_token_changes_no_earlier_logit(rng):
+@pytest.mark.parametrize("switches", [{}, FRONTIER], ids=["defaults", "frontier"])
+def test_a_changed_token_changes_no_earlier_logit(rng, switches):
     """Causality of the whole model, bit for bit, at every position."""
-    model = randomize(t.GPT(tiny())).float()
+    model = randomize(t.GPT(tiny(**switches))).float()
     ids = torch.from_numpy(rng.integers(0, 300, (1, 20)))
     before = logits(model, model.hidden(ids))
     for position in range(20):
@@ -217,8 +270,13 @@ def test_a_weighted_loss_is_the_weighted_sum_over_the_targets(rng):
     torch.testing.assert_close(model(x, y, weights), (nll * weights.flatten()).sum())
 
 
-def test_the_last_positions_alone_are_those_of_all(rng, in_float64):
-    model = randomize(t.GPT(tiny(XSA_LAST_N=4)))
+@pytest.mark.parametrize(
+    "switches",
+    [dict(XSA_LAST_N=4), FRONTIER, dict(RECUR_LAYERS="3"), dict(PARALLEL_START_LAYER=1)],
+    ids=lambda s: ",".join(list(s)[:1]),
+)
+def test_the_last_positions_alone_are_those_of_all(rng, in_float64, switches):
+    model = randomize(t.GPT(tiny(**switches)))
     ids = torch.from_numpy(rng.integers(0, 300, (2, 20)))
     whole = model.hidden(ids)
     for last in (1, 7, 20):
@@ -263,8 +321,36 @@ def test_defaults_are_the_design():
     assert model.skip_weights.shape == (5, 512) and p["blocks.0.attn.q_gain"].tolist() == [1.5] * 8
 
 
-def test_gradients_reach_every_parameter(rng):
-    model = randomize(t.GPT(tiny())).float()
+def test_recurrence_runs_its_layers_again_after_the_last_of_them():
+    plain, recurrent = t.block_orders(t.Hyperparameters(recur_layers=(4, 5)))
+    assert (plain, recurrent) == (tuple(range(11)), (0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9, 10))
+
+
+def test_without_recurrence_both_orders_are_one():
+    assert len(set(t.block_orders(t.Hyperparameters()))) == 1
+
+
+def test_recurrence_adds_no_parameters():
+    counts = [
+        sum(p.numel() for p in t.GPT(tiny(RECUR_LAYERS=layers)).parameters())
+        for layers in ("", "1,2")
+    ]
+    assert counts[0] == counts[1]
+
+
+def test_the_plain_order_is_the_model_without_recurrence(rng):
+    torch.manual_seed(1)
+    model = randomize(t.GPT(tiny(RECUR_LAYERS="1,2"))).float()
+    torch.manual_seed(1)
+    plain = randomize(t.GPT(tiny())).float()
+    model.order, _ = t.block_orders(model.hp)
+    ids = torch.from_numpy(rng.integers(0, 300, (2, 9)))
+    assert torch.equal(model.hidden(ids), plain.hidden(ids))
+
+
+@pytest.mark.parametrize("switches", [{}, FRONTIER], ids=["defaults", "frontier"])
+def test_gradients_reach_every_parameter(rng, switches):
+    model = randomize(t.GPT(tiny(**switches))).float()
     x, y = (torch.from_numpy(rng.integers(0, 300, (4, 16))) for _ in range(2))
     model(x, y).backward()
     for name, p in model.named_parameters():

@@ -34,24 +34,34 @@ def stream_of(kind, rng, length):
 
 
 def dictionary_counts(tokens, highest):
-    """Per target and order: (c(u), c(u, v), distinct continuations), before the target is added."""
+    """Per target and order, before the target is added: (c(u), c(u, v), distinct continuations, and
+    of the open document, which a BOS ends, c(u), c(u, v))."""
     counts, rows = {n: defaultdict(Counter) for n in range(2, highest + 1)}, []
+    local = {n: defaultdict(Counter) for n in range(2, highest + 1)}
     for i in range(1, len(tokens)):
         row = {}
         for n, contexts in counts.items():
             if i >= n - 1:
-                seen = contexts[tuple(tokens[i - n + 1 : i])]
-                row[n] = sum(seen.values()), seen[tokens[i]], sum(c > 0 for c in seen.values())
+                seen, here = (c[tuple(tokens[i - n + 1 : i])] for c in (contexts, local[n]))
+                row[n] = (
+                    *(seen.total(), seen[tokens[i]], sum(c > 0 for c in seen.values())),
+                    *(min(here.total(), 255), min(here[tokens[i]], 255)),
+                )
                 seen[tokens[i]] += 1
+                here[tokens[i]] += 1
         rows.append(row)
+        if tokens[i] == t.BOS:
+            local = {n: defaultdict(Counter) for n in local}
     return rows
 
 
 def production_counts(tokens, highest):
-    """The same from ngram_counts: c(u) is the previous order's pair count, one position earlier."""
-    levels = [(pair.copy(), code.copy()) for pair, code in t.ngram_counts(tokens, highest)]
+    """The same from ngram_counts: c(u) is the previous order's pair count, one position earlier.
+    Yields (n, c(u), c(u, v), code, c(u) and c(u, v) of the document)."""
+    levels = list(t.ngram_counts(tokens, highest))
     for n in range(2, highest + 1):
-        yield n, levels[n - 2][0][:-1], levels[n - 1][0][1:], levels[n - 1][1][1:]
+        (context, local_context, _), (pair, local_pair, code) = levels[n - 2], levels[n - 1]
+        yield n, context[:-1], pair[1:], code[1:], local_context[:-1], local_pair[1:]
 
 
 @pytest.mark.parametrize("chunk", [1, 50, 1 << 18])
@@ -60,12 +70,14 @@ def test_counts_equal_a_dictionary_cache(rng, kind, chunk, monkeypatch):
     monkeypatch.setattr(t, "CHUNK", chunk)  # whatever is refined at a time
     tokens = stream_of(kind, rng, 700)
     expected = dictionary_counts(tokens.tolist(), 12)
-    for n, context, pair, code in production_counts(tokens, 12):
-        want = np.array([row.get(n, (0, 0, 0)) for row in expected])
+    for n, context, pair, code, local_context, local_pair in production_counts(tokens, 12):
+        want = np.array([row.get(n, (0,) * 5) for row in expected])
         assert np.array_equal(context, want[:, 0]) and np.array_equal(pair, want[:, 1]), (kind, n)
+        assert np.array_equal(local_context, want[:, 3]), (kind, n)
+        assert np.array_equal(local_pair, want[:, 4]), (kind, n)
         assert np.array_equal(code > 0, want[:, 0] > 0)
         # what the code says of distinct continuations
-        share = ((code[code > 0] >> 1) - 1) // t.GAPS // 4 % 4
+        share = (code[code > 0] - 1) // 8 % 4
         known = want[code > 0]
         assert np.array_equal(share, np.minimum(4 * (known[:, 0] - known[:, 2]) // known[:, 0], 3))
 
@@ -74,16 +86,19 @@ def test_counts_equal_a_dictionary_cache(rng, kind, chunk, monkeypatch):
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=60), st.integers(2, 16))
 def test_counts_equal_a_dictionary_cache_on_any_stream(tokens, highest):
     expected = dictionary_counts(tokens, highest)
-    for n, context, pair, _ in production_counts(np.array(tokens, np.uint16), highest):
-        assert [row.get(n, (0, 0, 0))[:2] for row in expected] == list(zip(context, pair))
+    for n, *counts in production_counts(np.array(tokens, np.uint16), highest):
+        context, pair, _, *local = counts
+        want = [row.get(n, (0,) * 5) for row in expected]
+        assert [row[:2] + row[3:] for row in want] == list(zip(context, pair, *local))
 
 
 def test_counts_on_real_text(corpus):
     tokens = np.array(t.load_validation(tiny(**corpus)).tokens)
     expected = dictionary_counts(tokens.tolist(), 7)
-    for n, context, pair, _ in production_counts(tokens, 7):
-        want = np.array([row.get(n, (0, 0, 0)) for row in expected])
+    for n, context, pair, _, *local in production_counts(tokens, 7):
+        want = np.array([row.get(n, (0,) * 5) for row in expected])
         assert np.array_equal(context, want[:, 0]) and np.array_equal(pair, want[:, 1])
+        assert np.array_equal(np.stack(local, 1), want[:, 3:])
 
 
 @pytest.mark.parametrize("lowest, highest, least", [(2, 7, 2), (3, 5, 1), (2, 2, 1), (4, 16, 3)])
@@ -135,7 +150,7 @@ SCHEMES = [
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: "-".join(map(str, s.values())))
-@pytest.mark.parametrize("kind", ["zipf", "noisy_copies", "documents"])
+@pytest.mark.parametrize("kind", ["zipf", "noisy_copies", "documents", "one_token"])
 def test_the_mixture_is_what_a_decoder_would_predict_and_sums_to_one(rng, kind, scheme):
     """Token by token against the dictionary predictor: the same probability of each target, from a
     distribution that was complete before the target was seen."""
@@ -220,6 +235,41 @@ def test_the_longest_known_context_of_each_target_is_kept(rng, scheme):
     assert np.array_equal(mixture.order, longest)
 
 
+def test_the_cache_of_a_document_is_the_sum_of_what_its_tokens_cost(rng, monkeypatch):
+    """Against a loop, whatever the blocks: from earlier targets of the same document alone."""
+    tokens, V = stream_of("documents", rng, 900), 300
+    nats = rng.exponential(3, 899)
+    cache, got, summed = t.Cache(tokens), [], []
+    for begin, end in itertools.pairwise([0, 1, 2, 40, 41, 300, 899]):
+        got.append(np.stack(cache.extend(begin, end, np.exp(-nats[begin:end]))))
+        sums, total = cache.distribution(end - 1, V)
+        summed.append((sums[tokens[end]], total, sums.sum()))
+    want, seen = [], Counter()
+    for token, cost in zip(tokens[1:].tolist(), nats):
+        want.append((seen[token], seen.total()))
+        seen[token] += round(-(math.log(math.exp(-cost)) ** 3))
+        if token == t.BOS:
+            seen.clear()
+    assert np.array_equal(np.concatenate(got, 1).T, want)
+    ends = [0, 1, 39, 40, 299, 898]
+    assert summed == [(*want[i], want[i][1]) for i in ends]
+
+
+def test_a_token_dearer_than_the_largest_surprise_fits_the_cache(rng):
+    tokens = stream_of("zipf", rng, 50)
+    cache = t.Cache(tokens)
+    cache.extend(0, 49, np.full(49, 1e-300))
+    assert cache.cubes[1:].min() == t.LARGEST_SURPRISE**3 == cache.cubes.max()
+
+
+def test_a_document_says_more_than_the_stream(rng):
+    """Each document repeats words of its own: what counts of the stream alone cannot know."""
+    words = rng.integers(2, 300, (40, 8))
+    tokens = np.concatenate([[t.BOS, *rng.choice(w, 100)] for w in words]).astype(np.uint16)
+    nll = np.full(len(tokens) - 1, math.log(300))
+    assert mixed(tokens, nll, nll, tiny()).mean() < 0.55 * math.log(300)
+
+
 def test_scores_that_are_not_finite_stop_the_mixture(rng):
     tokens = stream_of("zipf", rng, 300)
     _, nll, entropy = model_of(tokens, rng, 300)
@@ -294,6 +344,10 @@ def test_the_fixed_weight_is_the_written_one():
         ),
         (
             lambda m: m.rule.codes[3].__setitem__(slice(0, 40), 9),
+            "targets the counts of a prefix differ",
+        ),
+        (
+            lambda m: m.rule.locals[1].__setitem__(slice(0, 40), 9),
             "targets the counts of a prefix differ",
         ),
     ],

@@ -53,6 +53,42 @@ def test_muon_step_is_the_written_rule(rng):
         torch.testing.assert_close(p.detach(), w)
 
 
+def test_equal_rows_are_those_of_the_matrix_and_not_of_its_stack(rng):
+    """A stack holds tall matrices transposed: their rows are its columns."""
+    wide, tall = torch.randn(4, 8), torch.randn(8, 4)
+    stack = torch.stack((wide, tall.T))
+    found = t.equalize_rows(stack, torch.tensor([False, True])[:, None, None])
+    torch.testing.assert_close(found[0], wide / wide.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(found[1].T, tall / tall.norm(dim=1, keepdim=True))
+
+
+def test_muon_with_equal_rows_is_the_written_rule(rng):
+    hp = tiny(MUON_ROW_NORM=1)
+    params = [torch.nn.Parameter(torch.randn(s)) for s in ((8, 4), (4, 8))]
+    before = [p.detach().clone() for p in params]
+    muon = t.Muon([dict(params=params, lr=0.1, initial_lr=0.1, weight_decay=0.0)], hp, ALONE)
+    muon.schedule(0, 1.0)
+    momentum = t.muon_momentum(0, hp)
+    updates = []
+    for p in params:
+        p.grad = torch.randn_like(p)
+        update = (1 + momentum) * p.grad
+        updates.append(t.orthogonalize(update / update.norm(dim=1, keepdim=True), 5))
+    t.update([muon], clip=0)
+    for p, w, update in zip(params, before, updates):
+        rate = 0.1 * math.sqrt(max(1, p.size(0) / p.size(1)))
+        torch.testing.assert_close(p.detach(), w - rate * update)
+
+
+def test_embeddings_have_a_weight_decay_of_their_own():
+    model = t.GPT(tiny(ADAM_WD=0.02, EMBED_WD=0.09))
+    _, adam = t.build_optimizers(model, model.hp, ALONE)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decays = {names[id(p)]: g["weight_decay"] for g in adam.param_groups for p in g["params"]}
+    tables = {name for name, decay in decays.items() if decay == 0.09}
+    assert tables == {"embed.weight", "bigram.table.weight", "value_embed.table.weight"}
+
+
 @pytest.mark.parametrize("tied", [0, 1])
 def test_each_parameter_has_the_right_optimizer(tied):
     model = t.GPT(tiny(TIE_EMBEDDINGS=tied))
@@ -167,7 +203,7 @@ def test_adamw_has_its_whole_state_before_the_first_step(rng):
 def test_lr_scale_by_steps_and_by_time():
     hp = tiny(ITERATIONS=100, WARMDOWN_ITERS=20)
     assert [t.lr_scale(s, 0, hp) for s in (0, 80, 90, 100)] == [1, 1, 0.5, 0]
-    hp = tiny(ITERATIONS=10**6, WARMDOWN_ITERS=20, MAX_WALLCLOCK_SECONDS=50)
+    hp = tiny(ITERATIONS=10**6, WARMDOWN_ITERS=20, MAX_WALLCLOCK_SECONDS=50, QUANTIZER="rows")
     assert t.lr_scale(0, 0.0, hp) == 1 and t.lr_scale(10, 10.0, hp) == 1  # 40 s = 40 steps left
     assert t.lr_scale(40, 40.0, hp) == pytest.approx(0.5)  # 10 s = 10 steps left, of 20
     assert t.lr_scale(20, 40.0, hp) == pytest.approx(0.25)  # steps of 2 s: 5 left

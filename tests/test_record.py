@@ -1,7 +1,10 @@
-"""make_record.py: logs in; table, JSON, verdicts and the folder for records/ out.
-Three tiny runs serve all tests."""
+"""The record tools: logs in; tables, JSON, verdicts and the folder for records/ out. Three tiny
+runs serve all tests."""
 
+import ast
 import dataclasses
+import graphlib
+import inspect
 import json
 import os
 import re
@@ -15,8 +18,13 @@ import pytest
 import torch
 from conftest import ROOT, collect, run_script
 
-import make_record as m
 import train_gpt as t
+from record import checks, probe
+from record.__main__ import main
+from record.folder import Folder, load_script
+from record.log import RULE, Log, RecordError, parse_log
+from record.run import LIMITS, read_run, seed_of
+from record.tables import settings_page
 
 SEEDS = 11, 2, 303
 SAID = [
@@ -42,7 +50,15 @@ def good(corpus, tmp_path_factory):
 
     def run(seed: int):
         return run_script(
-            folder, 0, **corpus, SEED=seed, RUN_ID=f"seed{seed}", ITERATIONS=11, WARMDOWN_ITERS=4
+            folder,
+            0,
+            **corpus,
+            SEED=seed,
+            RUN_ID=f"seed{seed}",
+            ITERATIONS=11,
+            WARMDOWN_ITERS=4,
+            SAVE_SCORES=1,
+            GPTQ_TOKENS=512,
         )
 
     with ThreadPoolExecutor(2) as pool:
@@ -55,7 +71,7 @@ def good(corpus, tmp_path_factory):
         "# Tiny\n\n<!-- results:begin -->\nold\n<!-- results:end -->\n\n![loss](logs/figure.png)\n"
     )
     (folder / "logs/seed5.txt").write_text("another experiment, which nobody reports\n")
-    assert m.main(["report", *logs_of(folder), "--folder", str(folder), *SAID]) == 0
+    assert main(["report", *logs_of(folder), "--folder", str(folder), *SAID]) == 0
     return folder
 
 
@@ -82,33 +98,40 @@ def edit_json(folder, **changes) -> None:
 
 
 def failing(folder) -> dict[str, str]:
-    return {finding.name: finding.evidence for finding in m.check(folder) if not finding.passed}
+    return {
+        finding.name: finding.evidence for finding in checks.check(folder) if not finding.passed
+    }
 
 
 # --- parsing ---
 
 
 def test_the_parser_knows_every_line_of_a_log(good):
-    log = m.parse_log(good / "logs/seed2.txt")
+    log = parse_log(good / "logs/seed2.txt")
     assert log.name == "seed2" and log.source == (ROOT / "train_gpt.py").read_text()
     assert log.settings["SEED"] == "2" and log.settings["VE_LAYERS"] == "2,3"
     whole = log.path.read_text().split("\n")
     assert all(whole[no - 1] == text for no, text in log.lines)
     assert [step.step for step in log.train_steps] == list(range(1, 12))
-    assert log.train_steps[0].seconds > 0
-    assert log.validations[-1].step == 11 and log.validations[-1].bpb > 0
+    assert log.train_steps[0].seconds("train_time") > 0
+    assert log.validations[-1].step == 11 and log.validations[-1].number("val_bpb") > 0
     assert log.find("hardware:")["hardware"].startswith("1 x ")
     assert log.find("hardware:").number("threads") == 1
-    assert log.find("final_ngram_exact").number("val_bpb") == m.read_run(log).val_bpb
+    assert log.find("final_ngram_exact").number("val_bpb") == read_run(log).mixed_bits_per_byte
     with pytest.raises(
-        m.RecordError,
+        RecordError,
         match=rf"seed2.txt:{log.lines[-1][0]}: the log ends without a line 'nothing:'",
     ):
         log.find("nothing:")
     with pytest.raises(
-        m.RecordError, match=rf"seed2.txt:{log.find('ngram_audit').no}: .*expected absent:"
+        RecordError, match=rf"seed2.txt:{log.find('ngram_audit').no}: .*expected absent:"
     ):
         log.find("ngram_audit").number("absent")
+
+
+def test_a_log_ends_with_a_screen_for_people_and_a_line_for_programs(good):
+    *_, view, result = (text for _, text in parse_log(good / "logs/seed2.txt").lines)
+    assert (view.endswith("make view"), result.split()[0]) == (True, "result")
 
 
 def test_the_parser_reads_newer_and_older_lines(tmp_path):
@@ -127,41 +150,50 @@ artifact_bytes code:48123 side:100 embeddings:7 matrices:9
 eval_budget projected:700.5s stride:96
 total_eval_time:12.3s budget:600s stride:96
 """)
-    log = m.parse_log(path)
-    assert log.source == "" and log.settings == {} and m.seed_of(log) == 1337
-    assert [(step.step, step.lr_scale) for step in log.train_steps] == [(501, 0.8123), (1000, None)]
-    assert log.validations == [m.Validation(6, 1000, 85.01, 2.0469, 1.2123)]
+    log = parse_log(path)
+    assert log.source == "" and log.settings == {} and seed_of(log) == 1337
+    assert [(step.step, step.get("lr_scale")) for step in log.train_steps] == [
+        (501, "0.8123"),
+        (1000, None),
+    ]
+    (validation,) = log.validations
+    assert (validation.no, validation.step, validation.seconds("train_time")) == (6, 1000, 85.01)
+    assert (validation.number("val_loss"), validation.number("val_bpb")) == (2.0469, 1.2123)
     assert log.find("resume:")["resume"] == "logs/a b.ckpt"
     assert log.find("warning:")["warning"].endswith("NUM_LAYERS?")
     assert [line.number("gain") for line in log.all("ngram_order")] == [0.1, -0.2]
     assert log.find("calibration")["entropy"] == "0-1"
     assert log.find("artifact_bytes").number("embeddings") == 7
-    assert m.eval_seconds(log) == (12.3, f"{path}:13")
+    assert LIMITS["eval_time"].read(log) == (12.3, f"{path}:13")
 
 
 def test_times_are_read_in_the_unit_they_are_written_in(tmp_path):
     path = tmp_path / "run.txt"
 
-    def log(*lines: str) -> m.Log:
+    def log(*lines: str) -> Log:
         path.write_text("\n".join(lines) + "\n")
-        return m.parse_log(path)
+        return parse_log(path)
 
     assert [
         log(f"t:{text}").find("t:").seconds("t") for text in ("700s", "700000ms", "0.5s", "85.88ms")
     ] == [700, 700, 0.5, 0.08588]
     for text in ("700", "700 bytes", "700min", "soon", "nans"):
-        with pytest.raises(m.RecordError, match=r"run.txt:1: found 't:"):
+        with pytest.raises(RecordError, match=r"run.txt:1: found 't:"):
             log(f"t:{text}").find("t:").seconds("t")
     training = log(
         "step:9/9 train_loss:2.3 train_time:699s lr_scale:1",
         "step:9/9 val_loss:2 val_bpb:1.2 train_time:700s",
         "stopping_early: wallclock_cap train_time:690000ms step:9/9",
     )
-    assert m.train_seconds(training)[0] == training.validations[0].seconds == 700
-    assert training.train_steps[0].seconds == 699
-    assert m.eval_seconds(log("total_eval_time:700000ms"))[0] == 700
-    assert m.eval_seconds(log("final_int6_ngram val_bpb:0.9 eval_time:895s"))[0] == 895
-    assert m.eval_seconds(
+    assert (
+        LIMITS["train_time"].read(training)[0]
+        == training.validations[0].seconds("train_time")
+        == 700
+    )
+    assert training.train_steps[0].seconds("train_time") == 699
+    assert LIMITS["eval_time"].read(log("total_eval_time:700000ms"))[0] == 700
+    assert LIMITS["eval_time"].read(log("final_int6_ngram val_bpb:0.9 eval_time:895s"))[0] == 895
+    assert LIMITS["eval_time"].read(
         log(
             "final_int6_x val_bpb:1.1 eval_time:100s",
             "final_int6_x_exact eval_time:100s",
@@ -169,8 +201,8 @@ def test_times_are_read_in_the_unit_they_are_written_in(tmp_path):
         )
     ) == (800, f"{path}:2,3: sum of eval_time")
     for line in ("total_eval_time:700", "total_eval_time:12min", "legal_ttt eval_time:700"):
-        with pytest.raises(m.RecordError, match="expected a (time in ms or s|number) after"):
-            m.eval_seconds(log(line))
+        with pytest.raises(RecordError, match="expected a (time in ms or s|number) after"):
+            LIMITS["eval_time"].read(log(line))
 
 
 # --- report ---
@@ -234,10 +266,10 @@ def test_a_report_is_the_same_bytes_each_time(good, folder, capsys):
     for name in ("README.md", "submission.json"):
         assert (folder / name).read_bytes() == (good / name).read_bytes()
     # names and date as in the JSON
-    assert m.main(["report", *reversed(logs_of(folder)), "--folder", str(folder)]) == 0
+    assert main(["report", *reversed(logs_of(folder)), "--folder", str(folder)]) == 0
     for name in ("README.md", "submission.json"):
         assert (folder / name).read_bytes() == (good / name).read_bytes()
-    assert m.main(["report", "--folder", str(folder)]) == 0  # the logs that README's table links to
+    assert main(["report", "--folder", str(folder)]) == 0  # the logs that README's table links to
     assert (folder / "README.md").read_bytes() == (good / "README.md").read_bytes()
     assert "bpb over seeds 2, 11, 303" in capsys.readouterr().out and not list(folder.glob(".*"))
 
@@ -247,7 +279,7 @@ def test_seeds_may_lie_at_other_paths(folder):
     log = folder / "logs/seed2.txt"
     for name in ("DATA_PATH", "TRAIN_DATA_PATH", "TOKENIZER_PATH", "CHECKPOINT_EVERY"):
         edit(log, f"^{name}=.*", f"{name}=60")
-    assert m.main(["report", "--folder", str(folder)]) == 0
+    assert main(["report", "--folder", str(folder)]) == 0
 
 
 def renamed(folder):
@@ -282,7 +314,7 @@ def twice(folder):
 
 def two_runs(folder):
     path = folder / "logs/seed2.txt"
-    path.write_text(path.read_text() + path.read_text().split(m.RULE + "\n")[1])
+    path.write_text(path.read_text() + path.read_text().split(RULE + "\n")[1])
 
 
 def changed(pattern, new, name="logs/seed2.txt"):
@@ -391,6 +423,21 @@ REFUSED = [
         r"seed2.txt:\d+: the log ends without a line 'data:tok",
     ),
     (
+        "a result that the lines do not say",
+        changed(r'^(result .*"mixed_bits_per_byte": )', r"\g<1>1"),
+        r"seed2.txt:\d+: .*mixed_bits_per_byte is 1\d+\.\d+, but the lines above it say",
+    ),
+    (
+        "a result with a number left out",
+        changed(r'^(result .*)"steps": \d+, ', r"\1"),
+        r"seed2.txt:\d+: .*steps is missing, but the lines above it say 11",
+    ),
+    (
+        "a result that is no JSON",
+        changed(r"^result .*", "result {"),
+        r"seed2.txt:\d+: .*expected JSON with seed, steps",
+    ),
+    (
         "no text",
         lambda f: (f / "logs/seed2.txt").write_bytes(b"\xff\xfe"),
         r"seed2.txt: byte 0 is not UTF-8",
@@ -420,22 +467,27 @@ REFUSED = [
 def test_what_cannot_be_true_is_refused(folder, capsys, spoil, said):
     spoil(folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert m.main(["report", *logs_of(folder), "--folder", str(folder)]) == 1
+    assert main(["report", *logs_of(folder), "--folder", str(folder)]) == 1
     error = capsys.readouterr().err
     assert (
-        error.startswith("make_record.py: error: ")
-        and error.count("\n") == 1
-        and re.search(said, error)
+        error.startswith("record: error: ") and error.count("\n") == 1 and re.search(said, error)
     ), error
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_log_elsewhere_and_a_bad_date_are_refused(folder, good, capsys):
-    assert m.main(["report", *logs_of(good), "--folder", str(folder)]) == 1
+    assert main(["report", *logs_of(good), "--folder", str(folder)]) == 1
     assert "expected a log inside the submission; copy it into" in capsys.readouterr().err
     for date in ("today", "2026-13-99", "20261121", "2026-W47-6"):
-        assert m.main(["report", *logs_of(folder), "--folder", str(folder), "--date", date]) == 1
+        assert main(["report", *logs_of(folder), "--folder", str(folder), "--date", date]) == 1
         assert f"found the date '{date}', expected YYYY-MM-DD" in capsys.readouterr().err
+
+
+def test_a_log_of_an_older_script_needs_no_result(folder):
+    in_every_log("^result .*\n", "")(folder)
+    before = (folder / "submission.json").read_bytes()
+    assert main(["report", "--folder", str(folder)]) == 0
+    assert (folder / "submission.json").read_bytes() == before
 
 
 # --- check ---
@@ -444,9 +496,9 @@ def test_a_log_elsewhere_and_a_bad_date_are_refused(folder, good, capsys):
 def test_check_passes_on_a_good_folder(good, monkeypatch, capsys):
     before = sorted(good.rglob("*"))
     monkeypatch.chdir(good)
-    status, found = m.main(["check", "--json"]), json.loads(capsys.readouterr().out)
+    status, found = main(["check", "--json"]), json.loads(capsys.readouterr().out)
     assert status == 0 and found["passed"], found
-    assert {row["name"] for row in found["checks"]} == set(m.CHECKS)
+    assert {row["name"] for row in found["checks"]} == set(checks.CHECKS)
     assert all(row["evidence"] for row in found["checks"])
     assert sorted(good.rglob("*")) == before  # leaves nothing behind
 
@@ -460,7 +512,7 @@ def flash_first(folder):
 
 
 def one_seed_less(folder):
-    assert m.main(["report", *logs_of(folder)[1:], "--folder", str(folder)]) == 0
+    assert main(["report", *logs_of(folder)[1:], "--folder", str(folder)]) == 0
 
 
 def in_every_log(pattern, new):
@@ -485,15 +537,15 @@ def with_systems(folder):
         shutil.copy(folder / f"logs/seed{seed}.txt", path)
         edit(path, "^RUN_ID=.*", f"RUN_ID={path.stem}")
         edit(path, "^(final_ngram_exact)", r"final_ngram_hashed pseudo_bpb:0.5 mass:44.0\n\1")
-    edit(folder / "README.md", r"\Z", "\n<!-- systems:begin -->\n<!-- systems:end -->\n")
-    assert (
-        m.main(["systems", *map(str, folder.glob("logs/systems/*")), "--folder", str(folder)]) == 0
-    )
+    (folder / "docs").mkdir()
+    page = "# Predecessors\n\n<!-- systems:begin -->\n<!-- systems:end -->\n"
+    (folder / "docs/predecessors.md").write_text(page)
+    assert main(["systems", *map(str, folder.glob("logs/systems/*")), "--folder", str(folder)]) == 0
 
 
 def other_system(folder):
     with_systems(folder)
-    edit(folder / "README.md", r"^(\| `runs/backoff.sh` .*)\*0.5000\*", r"\1*0.4999*")
+    edit(folder / "docs/predecessors.md", r"^(\| `runs/backoff.sh` .*)\*0.5000\*", r"\1*0.4999*")
 
 
 DEFECTS = [  # what is spoilt, which check must see it, what it must say
@@ -531,12 +583,17 @@ DEFECTS = [  # what is spoilt, which check must see it, what it must say
     (
         other_system,
         "readme",
-        r"README.md:\d+: found '\| `runs/backoff.sh`.*0.4999.*`make_record.py systems`",
+        r"predecessors.md:\d+: found '\| `runs/backoff.sh`.*0.4999.*`python -m record systems`",
     ),
     (changed(r"^!\[loss.*", "", "README.md"), "figures", "README.md: shows no figures"),
     (one_seed_less, "seeds", "2 seeds .*expected at least 3"),
     (lambda f: (f / "requirements.txt").unlink(), "files", "requirements.txt is missing"),
     (lambda f: (f / "logs/figure.png").unlink(), "figures", "logs/figure.png"),
+    (
+        lambda f: edit(f / "README.md", r"\Z", "[more](docs/more.md)\n"),
+        "files",
+        "README.md links to docs/more.md, which is missing",
+    ),
     (
         lambda f: edit(f / "submission.json", r'("val_bpb": \d\.\d+)\d', r"\g<1>0" + "1"),
         "json",
@@ -614,21 +671,18 @@ DEFECTS = [  # what is spoilt, which check must see it, what it must say
 )
 def test_each_seeded_defect_is_caught(folder, spoil, name, said, monkeypatch):
     spoil(folder)
-    if name not in ("imports", "parameters"):  # what no running script is needed for
-        monkeypatch.setattr(
-            m, "run_probe", lambda *args: dict.fromkeys(("imports", *m.PROBES), [True, "0"])
-        )
-    found = failing(folder)
-    assert name in found and re.search(said, found[name]), found
+    monkeypatch.setattr(checks, "CHECKS", {name: checks.CHECKS[name]})
+    assert re.search(said, failing(folder)[name])
 
 
 def test_a_table_of_systems_is_checked_where_its_logs_lie(folder, capsys):
     with_systems(folder)
-    assert "the systems table is that of 2 logs" in m.check_readme(m.Folder(folder))
+    assert "the systems table is that of 2 logs" in checks.check_readme(Folder(folder))
     log, other = (
         folder / f"logs/systems/{name}.txt" for name in ("backoff_seed11", "prefill_seed2")
     )
-    before, was = (folder / "README.md").read_bytes(), other.read_text()
+    page = folder / "docs/predecessors.md"
+    before, was = page.read_bytes(), other.read_text()
     for spoil, said in (
         (
             ("^MAX_WALLCLOCK_SECONDS=.*", "MAX_WALLCLOCK_SECONDS=30"),
@@ -643,9 +697,9 @@ def test_a_table_of_systems_is_checked_where_its_logs_lie(folder, capsys):
         ),
     ):
         edit(other, *spoil)
-        assert m.main(["systems", str(log), str(other), "--folder", str(folder)]) == 1
+        assert main(["systems", str(log), str(other), "--folder", str(folder)]) == 1
         assert re.search(said, capsys.readouterr().err)
-        assert (folder / "README.md").read_bytes() == before
+        assert page.read_bytes() == before
         other.write_text(was)
 
 
@@ -657,8 +711,8 @@ def test_a_json_of_four_digits_is_in_the_right_units(tmp_path):
     for loss, holds in ((0.9185, True), (0.9, False)):
         (tmp_path / "submission.json").write_text(json.dumps(dict(val_loss=loss, val_bpb=0.5440)))
         try:
-            assert "bytes per token" in m.check_units_of_json(m.Folder(tmp_path)) and holds
-        except m.RecordError as error:
+            assert "bytes per token" in checks.check_units_of_json(Folder(tmp_path)) and holds
+        except RecordError as error:
             assert not holds and "in other units" in str(error)
 
 
@@ -737,18 +791,18 @@ SCORE_STREAM = t.score_stream
 )
 def test_the_probes_catch_what_is_no_code(monkeypatch, name, part, broken, said):
     settings = dict(TTT_EPOCHS="3", TTT_LR="0.01") if part == "score_and_learn" else {}
-    assert m.PROBES[name](t, settings)
+    assert probe.PROBES[name](t, settings)
     monkeypatch.setattr(t, part, broken)
-    with pytest.raises(m.RecordError, match=said):
-        m.PROBES[name](t, settings)
+    with pytest.raises(RecordError, match=said):
+        probe.PROBES[name](t, settings)
 
 
 def test_the_probes_learn_as_the_run_did_and_count_exactly():
-    probed = m.Probed(
+    probed = probe.Probed(
         t, dict(NGRAM_COUNTS="hashed", TTT_EPOCHS="3", TTT_LR="0.01", TTT_CHUNK_TOKENS="32768")
     )
     assert (probed.hp.ngram_counts, probed.hp.ttt_epochs, probed.hp.ttt_lr) == ("exact", 1, 0.01)
-    tokens, still = probed.stream(200), m.Probed(t, {})
+    tokens, still = probed.stream(200), probe.Probed(t, {})
     still.model = probed.model
     learned, untrained = probed.neural(tokens)[0], still.neural(tokens)[0]
     far = np.abs(learned - untrained)
@@ -782,7 +836,7 @@ final_int6_sliding_window val_loss:1.8953 val_bpb:1.1225 stride:64 eval_time:102
 final_int6_sliding_window_exact val_loss:1.89533097 val_bpb:1.12252473
 final_int6_ngram val_loss:1.6280 val_bpb:0.9642 eval_time:895000ms
 """)
-    assert m.main(["check", str(tmp_path)]) == 1
+    assert main(["check", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     for line in (
         r"FAIL files requirements.txt is missing",
@@ -806,8 +860,9 @@ final_int6_ngram val_loss:1.6280 val_bpb:0.9642 eval_time:895000ms
 
 def test_the_command_line_speaks_to_people(tmp_path, capsys):
     done = subprocess.run(
-        [sys.executable, ROOT / "make_record.py", "check", "nowhere"],
+        [sys.executable, "-m", "record", "check", "nowhere"],
         cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
@@ -815,21 +870,21 @@ def test_the_command_line_speaks_to_people(tmp_path, capsys):
         1,
         "",
         (
-            "make_record.py: error: nowhere: no such folder, "
+            "record: error: nowhere: no such folder, "
             "expected one with train_gpt.py and submission.json\n"
         ),
     )
     for command in ([], ["report"], ["check"], ["plot"], ["view"], ["copy"]):
         with pytest.raises(SystemExit) as left:
-            m.main([*command, "--help"])
-        assert left.value.code == 0 and "make_record.py" in capsys.readouterr().out
+            main([*command, "--help"])
+        assert left.value.code == 0 and "python -m record" in capsys.readouterr().out
 
 
 # --- copy ---
 
 
 def test_copy_makes_a_folder_that_runs(good, corpus, tmp_path, capsys):
-    assert m.main(["copy", str(tmp_path), "--folder", str(good), "--name", "My Run!"]) == 0
+    assert main(["copy", str(tmp_path), "--folder", str(good), "--name", "My Run!"]) == 0
     made = tmp_path / "records/track_non_record_16mb/2026-11-21_My_Run"
     assert str(made) in capsys.readouterr().out
     assert sorted(
@@ -850,45 +905,70 @@ def test_copy_makes_a_folder_that_runs(good, corpus, tmp_path, capsys):
         for path in good.rglob("*.txt")
         if path.name != "seed5.txt"
     )
-    done = run_script(made, 0, script=made / "train_gpt.py", **corpus, ITERATIONS=2, RUN_ID="again")
+    done = run_script(
+        made,
+        0,
+        script=made / "train_gpt.py",
+        **corpus,
+        ITERATIONS=2,
+        RUN_ID="again",
+        GPTQ_TOKENS=512,
+    )
     assert done.returncode == 0 and "final_ngram_exact" in done.stdout, done.stderr[-3000:]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for force in ([], ["--force"]):
         assert (
-            m.main(["copy", str(tmp_path), "--folder", str(good), "--name", "My Run!", *force]) == 1
+            main(["copy", str(tmp_path), "--folder", str(good), "--name", "My Run!", *force]) == 1
         )
         assert "exists already and is left as it is" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_copy_takes_what_the_readme_and_its_pages_link_to(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "CHECKS", {"files": checks.check_files})
+    (folder / "docs").mkdir()
+    (folder / "logs/gpu").mkdir()
+    (folder / "logs/gpu/a.txt").write_text("a log\n")
+    (folder / "docs/deep.md").write_text("[back](../README.md#tiny) [log](../logs/gpu/a.txt)\n")
+    (folder / "docs/unlinked.md").write_text("nobody leads here\n")
+    (folder / "docs/more.md").write_text(
+        "[deep](deep.md) [out](../../x) [web](https://example.org/x.md) [here](#top)\n"
+    )
+    edit(folder / "README.md", r"\Z", "[more](docs/more.md#part)\n")
+    (tmp_path / "dest").mkdir()
+    assert main(["copy", str(tmp_path / "dest"), "--folder", str(folder)]) == 0
+    made = next((tmp_path / "dest/records").glob("*/*"))
+    found = {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()}
+    assert found >= {"docs/more.md", "docs/deep.md", "logs/gpu/a.txt", "logs/figure.png"}
+    assert "docs/unlinked.md" not in found
 
 
 def test_copy_refuses_what_check_refuses(folder, tmp_path, capsys):
     edit_json(folder, bytes_total=8622077, track="10min_16mb")
     (tmp_path / "dest").mkdir()
     command = ["copy", str(tmp_path / "dest"), "--folder", str(folder), "--date", "2026-12-01"]
-    assert m.main(command) == 1
+    assert main(command) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "not made, 3 checks failed: hardware: submission.json:7: track" in error
     assert not list((tmp_path / "dest").iterdir())
-    assert m.main([*command, "--force"]) == 0
+    assert main([*command, "--force"]) == 0
     assert (
         "21 of 24 checks passed: not ready: hardware, json, json_bytes" in capsys.readouterr().out
     )
     assert (
         tmp_path / "dest/records/track_10min_16mb/2026-12-01_Tiny_a_test/submission.json"
     ).exists()
-    assert m.main(["copy", str(tmp_path / "nowhere"), "--folder", str(folder)]) == 1
+    assert main(["copy", str(tmp_path / "nowhere"), "--folder", str(folder)]) == 1
     capsys.readouterr()
-    assert m.main(["copy", "/proc", "--folder", str(folder)]) == 1
-    assert re.fullmatch(
-        r"make_record.py: error: /proc: [^\n]+ was not made\n", capsys.readouterr().err
-    )
+    assert main(["copy", "/proc", "--folder", str(folder)]) == 1
+    assert re.fullmatch(r"record: error: /proc: [^\n]+ was not made\n", capsys.readouterr().err)
 
 
 def test_a_copy_says_the_date_of_its_folder(good, tmp_path, capsys):
-    assert m.main(["copy", str(tmp_path), "--folder", str(good), "--date", "2026-02-30"]) == 1
+    assert main(["copy", str(tmp_path), "--folder", str(good), "--date", "2026-02-30"]) == 1
     assert "found the date '2026-02-30'" in capsys.readouterr().err
-    assert m.main(["copy", str(tmp_path), "--folder", str(good), "--date", "2026-12-01"]) == 0
+    assert main(["copy", str(tmp_path), "--folder", str(good), "--date", "2026-12-01"]) == 0
     path = tmp_path / "records/track_non_record_16mb/2026-12-01_Tiny_a_test/submission.json"
     made = json.loads(path.read_text())
     assert made == {**json.loads((good / "submission.json").read_text()), "date": "2026-12-01"}
@@ -926,7 +1006,7 @@ def test_launch_scripts_use_the_python_of_make(tmp_path, gpus, ranks):
             in done.stdout
         )
     assert done.stdout.splitlines()[-1].startswith(
-        ".venv/bin/python make_record.py systems logs/systems/backoff_seed"
+        ".venv/bin/python -m record systems logs/systems/backoff_seed"
     )
 
 
@@ -938,7 +1018,7 @@ def test_make_record_does_without_logs_of_systems(tmp_path):
         done = subprocess.run(
             ["make", "-n", "record"], cwd=tmp_path, capture_output=True, text=True
         )
-        steps.append(re.findall(r"^\S+ make_record.py (.*)", done.stdout, re.M))
+        steps.append(re.findall(r"^\S+ -m record (.*)", done.stdout, re.M))
         (tmp_path / "logs/systems").mkdir(parents=True, exist_ok=True)
         (tmp_path / "logs/systems/backoff_seed1.txt").touch()
     assert steps == [
@@ -947,19 +1027,46 @@ def test_make_record_does_without_logs_of_systems(tmp_path):
     ]
 
 
-def test_the_readme_lists_every_setting_as_the_script_has_it():
-    before, between, _ = m.split_readme(ROOT / "README.md", "settings")
-    assert between == f"\n{m.settings_table(ROOT / 'train_gpt.py')}\n", (
-        "run `make_record.py settings`"
+def test_the_record_tools_import_each_other_in_one_direction():
+    imports = {}
+    for path in (ROOT / "record").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT / "record").with_suffix("").parts)
+        nodes = ast.walk(ast.parse(path.read_text()))
+        froms = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level]
+        found = [[node.module] if node.module else [a.name for a in node.names] for node in froms]
+        imports[name.removesuffix(".__init__")] = set(sum(found, []))
+    assert list(graphlib.TopologicalSorter(imports).static_order())
+
+
+def test_the_readme_is_at_most_200_lines():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_the_readme_leads_to_what_is_there():
+    links = Folder(ROOT).links
+    assert links and not [path for path in links if not path.exists()]
+
+
+def test_the_page_of_settings_is_that_of_the_script():
+    page = settings_page(ROOT / "train_gpt.py")
+    assert (ROOT / "docs/settings.md").read_text() == page, "run `make record`"
+
+
+def test_the_page_of_settings_lists_each_once_under_the_script_s_headings():
+    page = settings_page(ROOT / "train_gpt.py")
+    names = re.findall(r"^\| `(\w+)` \|", page, re.M)
+    assert names == [field.name.upper() for field in dataclasses.fields(t.Hyperparameters)]
+    headings = re.findall(
+        r"^    # ([A-Z].*)\n    \w+: ", inspect.getsource(t.Hyperparameters), re.M
     )
-    assert between.count("\n| `") == len(dataclasses.fields(t.Hyperparameters))
+    assert re.findall("^## (.*)", page, re.M) == headings
 
 
 def test_the_settings_table_of_another_script_than_the_loaded_one_is_refused(tmp_path):
     script = tmp_path / "train_gpt.py"
     script.write_text("raise SystemExit('this was loaded')\n")
-    with pytest.raises(m.RecordError, match="expected one script per process"):
-        m.settings_table(script)
+    with pytest.raises(RecordError, match="expected one script per process"):
+        settings_page(script)
 
 
 def test_a_script_that_cannot_be_loaded_leaves_no_module(tmp_path, monkeypatch):
@@ -967,11 +1074,12 @@ def test_a_script_that_cannot_be_loaded_leaves_no_module(tmp_path, monkeypatch):
     script = tmp_path / "train_gpt.py"
     script.write_text("1 / 0\n")
     with pytest.raises(ZeroDivisionError):
-        m.load_script(script)
+        load_script(script)
     assert "train_gpt" not in sys.modules
 
 
-def test_a_record_whose_readme_says_it_is_none_is_refused(folder):
+def test_a_record_whose_readme_says_it_is_none_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(checks, "CHECKS", {"hardware": checks.check_hardware})
     in_every_log("^hardware:.* threads", "hardware:8 x NVIDIA H100 threads")(folder)
     edit_json(folder, track="10min_16mb")
     (folder / "README.md").write_text("This is no record.\n" + (folder / "README.md").read_text())

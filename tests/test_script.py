@@ -171,7 +171,8 @@ def timed(corpus, tmp_path_factory) -> str:
         patched(folder.with_suffix(".py"), STEADY_CLOCK),
         **corpus,
         ITERATIONS=100_000,
-        MAX_WALLCLOCK_SECONDS=2.99,
+        MAX_WALLCLOCK_SECONDS=3.29,
+        GPTQ_RESERVE_SECONDS=0.3,
         WARMDOWN_ITERS=30,
         TRAIN_LOG_EVERY=0,
         VAL_LOSS_EVERY=20,
@@ -185,7 +186,8 @@ def timed(corpus, tmp_path_factory) -> str:
 
 
 def test_no_step_begins_that_would_pass_the_cap_if_it_took_twice_the_average(timed):
-    """73 steps are 2.92 s, 74 and one more 3.00. Validations, a second each, do not count."""
+    """73 steps are 2.92 s, 74 and one more 3.00. Validations, a second each, do not count. The
+    cap is that of 3.29 s less what is kept for GPTQ."""
     assert "stopping_early: wallclock_cap train_time:2920ms step:73/100000\n" in timed
 
 

@@ -39,6 +39,10 @@ from train_gpt import Hyperparameters, UserError, mistyped
             "NGRAM_ORDER=7: hashed counts need alpha entropy or order, order <= 7",
         ),
         ({"NGRAM_BUCKETS": "1000"}, "NGRAM_BUCKETS=1000: expected a power of two, such as 1024"),
+        ({"RECUR_LAYERS": "4,11"}, "RECUR_LAYERS=4,11: expected rising numbers from 0 to 10"),
+        ({"RECUR_LAYERS": "5,4"}, "RECUR_LAYERS=5,4: expected rising numbers from 0 to 10"),
+        ({"PARALLEL_START_LAYER": "11"}, "PARALLEL_START_LAYER=11: expected at most 10; 0: none"),
+        ({"ATTN_GATE_DIMS": "513"}, "ATTN_GATE_DIMS=513, MODEL_DIM=512: there are no more"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(env, said):

@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPT, TINY, finish, start_python, tiny, torchrun, values
 
-import make_record
 import train_gpt as t
+from record import tables
+from record.log import RecordError
 
 # what a script itself sets is left to it
 OWN = ("NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "XSA_LAST_N", "LATE_QAT_THRESHOLD", "EMA_DECAY")
@@ -87,7 +88,7 @@ def mean_of(arrays, name) -> dict[str, np.ndarray]:
     return {n: arrays[f"{name}.{i + 1}"] for i, n in enumerate(order)}
 
 
-@pytest.mark.parametrize("system", ["backoff", "order_adaptive", "prefill"])
+@pytest.mark.parametrize("system", ["backoff", "order_adaptive", "prefill", "frontier"])
 def test_without_a_gpu_a_launch_script_starts_two_ranks(system, tmp_path):
     arguments, _ = launched(system, tmp_path)
     assert arguments == [*torchrun(2), str(SCRIPT)]
@@ -216,10 +217,10 @@ def test_soft_qat_trains_on_what_it_computes(corpus):
     assert abs(losses[1.0] - losses[None]) < abs(losses[200.0] - losses[None]) + 1e-4
 
 
-def test_the_readme_table_of_systems_is_that_of_the_logs(logs, tmp_path):
-    (tmp_path / "README.md").write_text(
-        "# x\n<!-- systems:begin -->\nold\n<!-- systems:end -->\nrest\n"
-    )
+def test_the_table_of_systems_is_that_of_the_logs(logs, tmp_path):
+    page = tmp_path / "docs/predecessors.md"
+    page.parent.mkdir()
+    page.write_text("# x\n<!-- systems:begin -->\nold\n<!-- systems:end -->\nrest\n")
     paths = []
     for system in logs:
         paths.append(tmp_path / f"logs/systems/{system}_seed1337.txt")
@@ -227,12 +228,12 @@ def test_the_readme_table_of_systems_is_that_of_the_logs(logs, tmp_path):
         paths[-1].write_text(
             logs[system][0].replace("\nRUN_ID=test\n", f"\nRUN_ID={system}_seed1337\n")
         )
-    make_record.systems(paths, tmp_path)
-    readme = (tmp_path / "README.md").read_text()
-    assert "old" not in readme
-    assert readme.endswith("rest\n")
+    tables.systems(paths, tmp_path)
+    written = page.read_text()
+    assert "old" not in written
+    assert written.endswith("rest\n")
     for system, (log, *_) in logs.items():
-        row = next(line for line in readme.splitlines() if f"runs/{system}.sh" in line)
+        row = next(line for line in written.splitlines() if f"runs/{system}.sh" in line)
         for line in ("final_int", "final_ngram_exact", "final_ngram_hashed"):
             found = values(log, line)
             assert f"{float(found.get('val_bpb') or found['pseudo_bpb']):.4f}" in row
@@ -240,6 +241,6 @@ def test_the_readme_table_of_systems_is_that_of_the_logs(logs, tmp_path):
             f"{int(log.split('Total submission size')[-1].split(': ')[1].split(' ')[0]):,}" in row
         )
     (tmp_path / "logs/odd.txt").write_text("")
-    with pytest.raises(make_record.RecordError, match="odd.txt: its name says no system"):
-        make_record.systems([tmp_path / "logs/odd.txt"], tmp_path)
-    assert (tmp_path / "README.md").read_text() == readme
+    with pytest.raises(RecordError, match="odd.txt: its name says no system"):
+        tables.systems([tmp_path / "logs/odd.txt"], tmp_path)
+    assert page.read_text() == written

@@ -1,0 +1,217 @@
+#!/usr/bin/env python3
+"""What rounding costs at equal bytes: bits per byte after the round trip, each quantiser.
+
+    python bench/bench_quantizer.py [--seeds 1337 42 7] [--steps 300] [--bits 3 4 5 6]
+    python bench/bench_quantizer.py --weights W0.npz W1.npz --data DIR [--held-out DIR]
+
+Without --weights: models of the demo's settings, trained on the built-in corpus for --steps steps,
+one per seed. With it: a model of the default shapes, its weights by name in these npz files, DIR
+holding the training shards (for the curvature) and the stream to score (--held-out: of another
+folder). The bytes are those of the container that `rows` makes with codes of so many bits (tables
+too); each quantiser then fits its own container to them. `rise` is the mean difference to the float
+model on the same targets, with its standard error; KL, the mean divergence from the float model's
+predictions, is what the rise would be on endless text that the float model predicts as well as can
+be, and far less noisy. `predicted`: by the curvature. `grid`: GPTQ's steps, each weight rounded by
+itself; `carry`: the steps of `rows`, GPTQ's errors carried on.
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+import prepare_demo  # noqa: E402
+
+import train_gpt as t  # noqa: E402
+
+DEMO = dict(  # runs/demo.sh, by steps instead of a clock
+    num_layers=5,
+    model_dim=128,
+    num_heads=4,
+    num_kv_heads=2,
+    ve_layers=(3, 4),
+    ve_dim=32,
+    xsa_last_n=2,
+    bigram_vocab_size=1024,
+    bigram_dim=32,
+    train_batch_tokens=2048,
+    train_seq_len=256,
+    eval_seq_len=256,
+    warmdown_iters=250,
+    averaging="none",
+    muon_momentum=0.95,
+    muon_momentum_warmup_steps=100,
+    tied_embed_lr=0.03,
+)
+
+
+class Carry(t.GPTQ):
+    """The steps of RowQuantizer, GPTQ's rounding."""
+
+    @property
+    def draft(self):
+        return self.rows
+
+    def quantize(self, name, w_RC, coarsen):
+        codes, step = self.rows.quantize(name, w_RC, coarsen)
+        if name in self.curvature:
+            order, factor = self.curvature[name].factors
+            codes[:, order] = t.round_in_turn(w_RC.T[order], step[:, 0], factor).T
+        return codes, step
+
+
+def demo_model(seed: int, steps: int, tokens: int):
+    """(a trainer, its curvature measured, after `steps` steps of the demo; seconds)."""
+    prepare_demo.main(ROOT / "data")
+    hp = t.Hyperparameters(
+        data_path=str(ROOT / "data/datasets/demo_sp1024"),
+        tokenizer_path=str(ROOT / "data/tokenizers/demo_1024_bpe.model"),
+        seed=seed,
+        iterations=steps,
+        max_wallclock_seconds=0,
+        warmup_steps=0,
+        train_log_every=0,
+        gptq_tokens=tokens,
+        **DEMO,
+    )
+    trainer = new_trainer(hp)
+    t.train(trainer)
+    return trainer
+
+
+def given_model(args):
+    """A trainer of the default shapes with the given weights, its curvature measured."""
+    hp = t.Hyperparameters(
+        data_path=args.held_out or args.data,
+        train_data_path=args.data,
+        tokenizer_path=args.tokenizer,
+        max_wallclock_seconds=0,
+        train_batch_tokens=args.length,
+        train_seq_len=args.length,
+        eval_seq_len=args.length,
+        gptq_tokens=args.tokens,
+    )
+    trainer = new_trainer(hp)
+    state = {}
+    for path in args.weights:
+        with np.load(path, allow_pickle=False) as arrays:
+            state |= {name: torch.from_numpy(arrays[name]).float() for name in arrays}
+    trainer.model.load_state_dict(state)
+    trainer.curvature = t.measure_curvature(trainer)
+    return trainer
+
+
+def new_trainer(hp):
+    """On one rank, silent; it never validates."""
+    torch.manual_seed(hp.seed)
+    validation = t.load_validation(hp)
+    trainer = t.Trainer(
+        t.GPT(hp), t.TokenLoader(hp, 0, 1), validation, t.Ranks({}), t.RunLog(), t.StopSignal()
+    )
+    trainer.validate = lambda: (0.0, 0.0)
+    return trainer
+
+
+@torch.inference_mode()
+def predictions(model, windows) -> torch.Tensor:
+    """(targets, V) float16 log-probabilities of all positions of the windows (count, T + 1)."""
+    cap = model.hp.logit_softcap
+    parts = []
+    for ids in windows.split(8192 // windows.size(1)):
+        hidden = model.hidden(ids[:, :-1]).flatten(0, 1)
+        parts.append(t.log_probabilities(model.logits(hidden), cap).half())
+    return torch.cat(parts)
+
+
+def held_out_windows(trainer, targets: int):
+    """(windows (count, T + 1) spread over the stream, bytes of their targets)."""
+    T = trainer.hp.eval_seq_len
+    stream = trainer.validation.tokens
+    count = min(targets // T, (len(stream) - 1) // T)
+    starts = [i * (len(stream) - T - 1) // max(1, count - 1) for i in range(count)]
+    windows = np.stack([stream[s : s + T + 1] for s in starts])
+    counted = t.ByteCounter(trainer.hp)
+    return torch.from_numpy(windows.astype(np.int64)), sum(int(counted(w).sum()) for w in windows)
+
+
+def cost(state, curvature, back) -> float:
+    """Nats per token that the curvature predicts."""
+    total = 0.0
+    for name, c in curvature.items():
+        e = (back[name] - state[name]).double()
+        total += float((c.outputs_R.double() * ((e @ c.inputs_CC.double()) * e).sum(1)).sum()) / 2
+    return total
+
+
+def compare(label: str, trainer, args) -> None:
+    """One line per width and quantiser."""
+    model, curvature = trainer.model, trainer.curvature
+    state = {name: w.clone() for name, w in model.state_dict().items()}
+    windows, text_bytes = held_out_windows(trainer, args.targets)
+    targets = windows[:, 1:].reshape(-1, 1)
+    reference = predictions(model, windows)
+    nats = -reference.float().gather(1, targets)
+    per_byte = len(nats) / math.log(2) / text_bytes
+    print(
+        f"{label}: {sum(w.numel() for w in state.values()):,} parameters, float "
+        f"{float(nats.mean()) * per_byte:.4f} bpb on {len(nats):,} targets",
+        flush=True,
+    )
+    for bits in args.bits:
+        hp = t.Hyperparameters(**{**vars(model.hp), "quant_bits": bits, "fill_budget": True})
+        budget = len(t.pack(state, hp).blob) + t.AIM
+        gptq = t.build_gptq(state, hp, curvature, print)
+        carry = Carry(hp, curvature, 1.0)
+        quantizers = dict(rows=carry.rows, grid=gptq.draft, carry=carry, gptq=gptq)
+        for name in args.quantizers:
+            began = time.perf_counter()
+            packed, _ = t.fit_artifact(state, hp, budget, quantizers[name])
+            seconds = time.perf_counter() - began
+            back = t.unpack(packed.blob)
+            model.load_state_dict(back)
+            found = predictions(model, windows).float()
+            expected = reference.float()
+            kl = (expected.exp() * (expected - found)).sum(1) * per_byte
+            rise = (expected - found).gather(1, targets)[:, 0] * per_byte
+            noise = len(rise) ** -0.5
+            print(
+                f"  {bits} bits {name:5} {len(packed.blob):>10,} bytes  rise {rise.mean():+.6f} "
+                f"+- {rise.std() * noise:.6f}  KL {kl.mean():.6f} +- {kl.std() * noise:.6f} bpb  "
+                f"predicted {cost(state, curvature, back) * per_byte:.6f}  "
+                f"error {packed.error:.4f}  {seconds:.1f} s",
+                flush=True,
+            )
+    model.load_state_dict(state)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 42, 7])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--bits", type=int, nargs="+", default=[3, 4, 5, 6])
+    parser.add_argument("--targets", type=int, default=60_000, help="held-out targets, at most")
+    parser.add_argument("--tokens", type=int, default=32_768, help="training tokens GPTQ looks at")
+    parser.add_argument("--quantizers", nargs="+", default=["rows", "grid", "carry", "gptq"])
+    parser.add_argument("--weights", nargs="+")
+    parser.add_argument("--data")
+    parser.add_argument("--held-out")
+    parser.add_argument("--tokenizer")
+    parser.add_argument("--length", type=int, default=1024, help="tokens per window of --weights")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.weights:
+        compare("given weights", given_model(args), args)
+        return
+    for seed in args.seeds:
+        compare(f"seed {seed}", demo_model(seed, args.steps, args.tokens), args)
+
+
+if __name__ == "__main__":
+    main()

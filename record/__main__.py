@@ -1,0 +1,160 @@
+"""The command line: `python -m record report | check | plot | view | copy | systems | settings`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+
+from . import __doc__ as purpose
+from .log import RecordError, first_difference, read_text
+from .tables import PERSONAL, TRACKS
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m record",
+        description=purpose,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(run, folder: str = "") -> argparse.ArgumentParser:
+        """The parser of the command that `run` does and describes, with its submission's name."""
+        name, text = run.__name__.removeprefix("run_"), " ".join(run.__doc__.split())
+        one = commands.add_parser(name, help=text, description=text)
+        one.set_defaults(run=run)
+        if folder:
+            optional = {} if folder.startswith("--") else dict(nargs="?")
+            said = "the submission (default: here)"
+            one.add_argument(folder, type=Path, default=Path("."), help=said, **optional)
+        return one
+
+    one = command(run_report, "--folder")
+    said = "logs/<RUN_ID>.txt, inside the folder (default: those that README's table links to)"
+    one.add_argument("logs", nargs="*", type=Path, metavar="LOG", help=said)
+    for key, text in PERSONAL.items():
+        choices = TRACKS if key == "track" else None
+        said = f"{text} (default: as in submission.json)"
+        one.add_argument(f"--{key.replace('_', '-')}", help=said, choices=choices)
+    one = command(run_check, "folder")
+    one.add_argument("--json", action="store_true", help="print the findings as JSON")
+    command(run_plot, "folder")
+    one = command(run_view)
+    said = "logs/<RUN_ID>_scores.npz of SAVE_SCORES=1 (default: that of the last run)"
+    one.add_argument("scores", nargs="?", type=Path, metavar="SCORES.npz", help=said)
+    one.add_argument("--out", type=Path, help="the page (default: beside the scores)")
+    one.add_argument("--start", type=int, help="first target shown (default: where much happens)")
+    one.add_argument("--tokens", type=int, default=4000, help="targets shown (default: 4000)")
+    one = command(run_copy, "--folder")
+    said = "a checkout of the challenge's repository"
+    one.add_argument("dest", type=Path, metavar="DEST", help=said)
+    one.add_argument("--date", help="YYYY-MM-DD (default: as in submission.json)")
+    one.add_argument("--name", help="(default: as in submission.json)")
+    one.add_argument("--force", action="store_true", help="copy even if a check fails")
+    one = command(run_systems, "--folder")
+    one.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="<system>_seed<seed>.txt")
+    command(run_settings, "--folder")
+    return parser
+
+
+def warn(text: str) -> None:
+    print(f"record: warning: {text}", file=sys.stderr)
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Write README's results table and submission.json from one log per seed."""
+    from .tables import report
+
+    flags = {key: getattr(args, key) for key in PERSONAL}
+    runs = report(args.logs, args.folder, flags)
+    script = args.folder / "train_gpt.py"
+    if script.exists() and (no := first_difference(runs[0].log.source, read_text(script))):
+        warn(f"{script}:{no}: differs from the source in the logs; check will fail")
+    score = fmean(run.mixed_bits_per_byte for run in runs)
+    seeds = ", ".join(str(run.seed) for run in runs)
+    written = f"{args.folder / 'README.md'} and {args.folder / 'submission.json'}"
+    print(f"{written}: {score:.4f} bpb over seeds {seeds}")
+    return 0
+
+
+def run_systems(args: argparse.Namespace) -> int:
+    """Write the table of the launch scripts' systems."""
+    from .tables import SYSTEMS_PAGE, systems
+
+    runs = systems(args.logs, args.folder)
+    counts = ", ".join(f"{name} ({len(same)} seeds)" for name, same in runs.items())
+    print(f"{args.folder / SYSTEMS_PAGE}: {counts}")
+    return 0
+
+
+def run_settings(args: argparse.Namespace) -> int:
+    """Write the page of environment variables."""
+    from .tables import settings
+
+    print(settings(args.folder))
+    return 0
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Judge a submission as a reviewer would: on a CPU, without data, in under a minute. Exit
+    status 1 if a check fails."""
+    from .checks import check, summary
+
+    findings = check(args.folder)
+    passed = all(finding.passed for finding in findings)
+    if args.json:
+        found = dict(folder=str(args.folder), passed=passed, checks=list(map(asdict, findings)))
+        print(json.dumps(found, indent=2))
+    else:
+        for finding in findings:
+            print(f"{'PASS' if finding.passed else 'FAIL'} {finding.name} {finding.evidence}")
+        print(summary(findings))
+    return 0 if passed else 1
+
+
+def run_plot(args: argparse.Namespace) -> int:
+    """Draw the figures from the reported logs into logs/ and show them on their pages."""
+    from .figures import plot, show
+
+    written, skipped = plot(args.folder)
+    print(*written, *skipped, sep="\n")
+    for problem in show(args.folder):
+        warn(problem)
+    return 0
+
+
+def run_view(args: argparse.Namespace) -> int:
+    """Make an HTML page of the scored text, coloured by what the mixture saved."""
+    from .view import last_scores, view
+
+    scores = args.scores or last_scores(Path("."))
+    print(view(scores, args.out, args.start, args.tokens))
+    return 0
+
+
+def run_copy(args: argparse.Namespace) -> int:
+    """Make DEST/records/<track>/<date>_<Name>/ of exactly the submission's files and what its
+    README links to, if check passes."""
+    from .checks import summary
+    from .copy import copy
+
+    target, findings = copy(args.folder, args.dest, args.date, args.name, args.force)
+    print(f"{target}\n{summary(findings)}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments().parse_args(argv)
+    try:
+        return args.run(args)
+    except RecordError as error:
+        print(f"record: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""The parts of a submission folder: what is read of it, and how it is written."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import sys
+from functools import cached_property
+from pathlib import Path
+
+from .log import Log, RecordError, parse_log, read_text, require
+from .run import Run, read_runs
+
+FILES = "train_gpt.py", "README.md", "submission.json", "requirements.txt"
+IMAGES = {".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp"}
+LINKS = re.compile(
+    r"""\]\(\s*([^)\s]+)|<(?:img|source|a)\b[^>]*?\b(?:src|srcset|href)=["']([^"'\s]+)"""
+)
+
+
+class Folder:
+    """A submission folder; each part is read when first asked for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.readme = path / "README.md"
+
+    @cached_property
+    def script(self) -> str:
+        return read_text(self.path / "train_gpt.py")
+
+    @cached_property
+    def submission(self) -> dict:
+        return read_json(self.path / "submission.json")
+
+    @cached_property
+    def logs(self) -> list[Log]:
+        """The logs that README's table links to; without such a table, all that look like one."""
+        patterns = "logs/*.txt", "logs/*.log", "*.log", "*.txt"
+        paths = self.linked_logs() or [
+            path
+            for pattern in patterns
+            for path in sorted(self.path.glob(pattern))
+            if not path.name.startswith(("requirements", "constraints"))
+        ]
+        problem = (
+            "has no logs, expected one per seed, linked from README's results table; make it by "
+            "`python -m record report`"
+        )
+        require(paths, f"{self.path}: {problem}")
+        return [parse_log(path) for path in paths]
+
+    def linked_logs(self) -> list[Path]:
+        try:
+            _, between, _ = split_page(self.readme, "results")
+        except RecordError:
+            return []
+        paths = [self.path / link for link in re.findall(r"^\| \[\d+\]\(([^)]+)\)", between, re.M)]
+        return [path for path in paths if inside(path, self.path)]
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        return read_runs(self.logs)
+
+    @cached_property
+    def systems_logs(self) -> list[Path]:
+        return sorted(self.path.glob("logs/systems/*.txt"))
+
+    @cached_property
+    def links(self) -> dict[Path, Path]:
+        """Local path -> page: what README links to or shows, and the pages that it links to."""
+        found, pages = {}, [self.readme]
+        for page in pages:  # grows
+            for either in LINKS.findall(read_text(page)):
+                link = "".join(either).split("#")[0]
+                if not link or ":" in link:
+                    continue
+                path = Path(os.path.normpath(page.parent / link))
+                if path not in found and path.resolve().is_relative_to(self.path.resolve()):
+                    found[path] = page
+                    if path.suffix == ".md" and path.is_file() and path not in pages:
+                        pages.append(path)
+        return found
+
+    def figures(self) -> list[Path]:
+        """Local images that README, or a page it links to, shows."""
+        return [path for path in self.links if path.suffix.lower() in IMAGES]
+
+
+def inside(path: Path, folder: Path) -> str:
+    """`path` as seen from `folder`. RecordError: it is elsewhere."""
+    path, root = path.resolve(), folder.resolve()
+    require(
+        path.is_relative_to(root),
+        f"{path}: is not in {folder}, expected a log inside the submission; copy it into "
+        f"{folder / 'logs'}",
+    )
+    return path.relative_to(root).as_posix()
+
+
+def read_json(path: Path) -> dict:
+    require(path.exists(), f"{path}: does not exist; make it by `python -m record report`")
+    text = read_text(path, "JSON; mend it, or remove it and make it by `report`")
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecordError(
+            f"{path}:{error.lineno}: {error.msg}, expected JSON; mend it, or remove it and make it "
+            "by `report`"
+        ) from None
+    problem = f"found {type(found).__name__}, expected a JSON object"
+    require(isinstance(found, dict), f"{path}:1: {problem}")
+    return found
+
+
+def split_page(path: Path, part: str) -> tuple[str, str, str]:
+    """A page up to and with the first marker of `part`, what is between, from the second marker
+    on."""
+    text, begin, end = read_text(path), f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
+    before, _, rest = text.partition(begin)
+    between, _, after = rest.partition(end)
+    require(
+        (text.count(begin), text.count(end), rest.count(end)) == (1, 1, 1),
+        f"{path}: found {text.count(begin)} x {begin} and {text.count(end)} x {end}, expected each "
+        f"once, in this order; put them where the {part} belong",
+    )
+    return before + begin, between, end + after
+
+
+def with_part(path: Path, part: str, content: str) -> str:
+    """The page with `content` between the markers of `part`."""
+    before, _, after = split_page(path, part)
+    return f"{before}\n{content}\n{after}"
+
+
+def write_all(texts: dict[Path, str]) -> None:
+    """Write every file aside, then rename: none is ever half-written."""
+    asides = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
+    try:
+        for path, text in texts.items():
+            asides[path].write_bytes(text.encode())
+        for path, aside in asides.items():
+            aside.replace(path)
+    except OSError as error:
+        raise RecordError(
+            f"{error.filename}: {error.strerror}; nothing of it was changed"
+        ) from None
+    finally:
+        for aside in asides.values():
+            aside.unlink(missing_ok=True)
+
+
+def load_script(script: Path):
+    """`script` as the module train_gpt: the one that is loaded already, if it is the same text. A
+    second load would register torch.library's operators anew, under whoever uses the first."""
+    loaded = sys.modules.get("train_gpt")
+    if loaded is None:
+        spec = importlib.util.spec_from_file_location("train_gpt", script)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["train_gpt"] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules["train_gpt"]
+            raise
+        return module
+    require(
+        Path(loaded.__file__).read_bytes() == script.read_bytes(),
+        f"{script}: differs from {loaded.__file__}, which this process has loaded; expected one "
+        "script per process",
+    )
+    return loaded

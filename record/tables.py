@@ -1,0 +1,320 @@
+"""README's results, the table of systems, the page of settings and submission.json: functions of
+the logs, of the script, and of what a person says about the submission."""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import inspect
+import json
+import math
+import re
+from dataclasses import fields
+from pathlib import Path
+from statistics import fmean, stdev
+
+from .fill import fill
+from .folder import Folder, inside, load_script, read_json, with_part, write_all
+from .log import Log, parse_log, require
+from .run import LEAST_SEEDS, LIMITS, Run, data_lines, read_runs, read_systems
+
+SYSTEMS_PAGE = Path("docs/predecessors.md")
+SETTINGS_PAGE = Path("docs/settings.md")
+TRACKS = "10min_16mb", "non_record_16mb"
+PERSONAL = {  # what no log knows: --help text of the flag
+    "author": "who made it",
+    "github_id": "GitHub account",
+    "name": "title of the submission",
+    "blurb": "one or two sentences on what it does",
+    "date": "of the submission, YYYY-MM-DD",
+    "track": f"{' or '.join(TRACKS)}",
+}
+COLUMNS = (  # heading, number of a run, how it is written
+    ("step_avg", "step_ms", "{:.2f} ms"),
+    ("steps", "steps", "{:,.0f}"),
+    ("neural bpb", "neural_bits_per_byte", "{:.5f}"),
+    ("**mixed bpb**", "mixed_bits_per_byte", "**{:.5f}**"),
+    ("gain", "gain_bits_per_byte", "{:.5f}"),
+    ("eval s", "eval_seconds", "{:.1f}"),
+    ("artifact bytes", "submission_bytes", "{:,.0f}"),
+)
+
+
+# --- what runs have in common ---
+
+
+def common(runs: list[Run], prefix: str, key: str) -> str:
+    """What the logs say after `key`: one text, or the different ones joined."""
+    return "; ".join(sorted({run.log.find(prefix)[key] for run in runs}))
+
+
+def hardware(runs: list[Run]) -> str:
+    return common(runs, "hardware:", "hardware")
+
+
+def data_facts(runs: list[Run]) -> dict[str, str | int]:
+    """What was trained and scored on: folder and first file of each part, its SHA-256, tokens,
+    targets, bytes."""
+    *parts, header = data_lines(runs[0].log)
+    facts = {}
+    for line in parts:
+        facts[line["data"]] = "/".join(Path(line["first"]).parts[-2:])
+        facts[f"{line['data']}_sha256"] = line["sha256"]
+    sizes = "train_tokens", "val_targets", "val_bytes"
+    return facts | {key: int(header.number(key)) for key in sizes}
+
+
+# --- tables ---
+
+
+def results_table(runs: list[Run], folder: Path) -> str:
+    """The table between README's markers: a row per seed, linked to its log; mean; sample standard
+    deviation."""
+    columns = [[getattr(run, name) for run in runs] for _, name, _ in COLUMNS]
+    spread = [stdev(column) if len(runs) > 1 else None for column in columns]
+    names = [f"[{run.seed}]({inside(run.log.path, folder)})" for run in runs]
+    rows = zip([*names, "mean", "std"], [*zip(*columns), map(fmean, columns), spread])
+    forms = [form for _, _, form in COLUMNS]
+    facts, cap = data_facts(runs), LIMITS["artifact"].most
+    budget = float(runs[0].log.setting("MAX_WALLCLOCK_SECONDS"))
+    return fill(
+        "table.md",
+        heads=["Seed", *(heading for heading, _, _ in COLUMNS)],
+        rows=[
+            [name, *("-" if v is None else form.format(v) for form, v in zip(forms, values))]
+            for name, values in rows
+        ],
+        caption=f"Measured on {hardware(runs)} with torch {common(runs, 'python:', 'torch')}; "
+        f"{facts['val']}: {facts['val_targets']:,} targets, {facts['val_bytes']:,} bytes; training "
+        f"{f'at most {budget:g} s' if budget else 'no limit'} of wall-clock "
+        f"({max(run.train_seconds for run in runs):.1f} s used), scoring stride "
+        f"{', '.join(map(str, sorted({run.stride_tokens for run in runs})))}. Largest submission: "
+        f"{max(run.submission_bytes for run in runs):,} of {cap:,} bytes, code included. bpb: bits "
+        "per byte; std: sample standard deviation over the seeds.",
+    )
+
+
+def systems_table(systems: dict[str, list[Run]]) -> str:
+    """A row per system: means over its seeds, and the sample standard deviation of the mixed
+    bpb. A system that counts nothing by hashes has no pseudo score."""
+    rows = []
+    for name, runs in systems.items():
+        bpbs = [run.mixed_bits_per_byte for run in runs]
+        pseudo = mass = "-"
+        if all(run.log.has("final_ngram_hashed") for run in runs):
+            hashed = [run.log.find("final_ngram_hashed") for run in runs]
+            pseudo = f"*{fmean(line.number('pseudo_bpb') for line in hashed):.4f}*"
+            mass = f"{fmean(line.number('mass') for line in hashed):.1f}"
+        rows.append(
+            (
+                f"`runs/{name}.sh`",
+                ", ".join(str(run.seed) for run in runs),
+                f"{fmean(run.neural_bits_per_byte for run in runs):.4f}",
+                f"**{fmean(bpbs):.4f}**",
+                f"{stdev(bpbs):.4f}" if len(runs) > 1 else "-",
+                pseudo,
+                mass,
+                f"{fmean(run.submission_bytes for run in runs):,.0f}",
+                f"{fmean(run.train_seconds for run in runs):.1f}",
+                f"{fmean(run.eval_seconds for run in runs):.1f}",
+            )
+        )
+    every_run = [run for runs in systems.values() for run in runs]
+    facts = data_facts(every_run)
+    return fill(
+        "table.md",
+        heads=[
+            *("System", "seeds", "neural bpb", "**mixed bpb**, exact counts", "std"),
+            *("hashed, *not a bpb*", "its mass", "artifact bytes", "train s", "eval s"),
+        ],
+        rows=rows,
+        caption=f"Measured on {hardware(every_run)}; {facts['val']}: {facts['val_targets']:,} "
+        "targets. Hashed: what the pull request's method reports; its counts sum to the mass over "
+        "the vocabulary, not 1.",
+    )
+
+
+def settings_page(script: Path) -> str:
+    """Every environment variable of `script`, its default, range and meaning, from its
+    Hyperparameters, under the headings that stand there as comments."""
+    settings = load_script(script).Hyperparameters
+    source, defaults = inspect.getsource(settings), settings().as_env()
+    titles = dict(re.findall(r"^\n? {4}# ([A-Z].*)\n {4}(\w+):", source, re.M))
+    groups, heads = [], {first: title for title, first in titles.items()}
+    for field in fields(settings):
+        if field.name in heads or not groups:
+            groups.append((heads.get(field.name, "Settings"), []))
+        low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
+        if choices or low is None:
+            span = ", ".join(choices)
+        else:
+            span = f"from {low:,}" if high == math.inf else f"{low:,} to {high:,}"
+        name = field.name.upper()
+        groups[-1][1].append((name, defaults[name], span, field.metadata["doc"]))
+    return fill("settings.md", groups=groups) + "\n"
+
+
+# --- submission.json ---
+
+
+def compliance(runs: list[Run]) -> dict[str, bool]:
+    """The rules, each decided by what the logs say; a fact that is missing makes it false."""
+    logs, audits = [run.log for run in runs], [run.audit for run in runs]
+    holds = {
+        limit.rule: all(limit.read(log)[0] <= limit.most for log in logs)
+        for limit in LIMITS.values()
+    }
+    masses = [audit.number(key) for audit in audits for key in ("mass_min", "mass_max")]
+    return holds | dict(
+        three_seeds=len({run.seed for run in runs}) >= LEAST_SEEDS,
+        same_code=len({log.source for log in logs}) == 1,
+        exact_counts=all(log.find("final_ngram_exact").get("counts") == "exact" for log in logs),
+        each_target_scored_once=not any(map(unscored, logs)),
+        distribution_sums_to_one=all(audit.number("enumerated") > 0 for audit in audits)
+        and all(abs(mass - 1) <= 1e-9 for mass in masses),
+        scored_before_update=all(map(score_first, logs))
+        and all(audit.number(key) > 0 for audit in audits for key in ("recounted", "prefix")),
+        no_pickle=not any(unsafe_reading(log.source) for log in logs),
+    )
+
+
+def unscored(log: Log) -> str:
+    """Why the log does not show that each target is scored once; empty: it does."""
+    targets = str(int(log.find("train_tokens:").number("val_targets")))
+    audit = log.find("ngram_audit")
+    if audit["targets"] != f"{targets}/{targets}":
+        expected = f"{targets}/{targets} (val_targets of the header)"
+        return f"{audit.place}: targets:{audit['targets']}, expected {expected}"
+    for line in log.all("scored "):
+        if (line["targets"], line["of"]) != (targets, targets):
+            return f"{line.place}: {line.text!r}, expected targets:{targets} of:{targets}"
+    return ""
+
+
+def score_first(log: Log) -> bool:
+    """Test-time training says in its `ttt:` lines that it scores before it learns; without lines it
+    must be off."""
+    if lines := log.all("ttt:"):
+        return any("score_first" in line.text for line in lines)
+    return log.settings.get("TTT_EPOCHS", "0") == "0"
+
+
+UNSAFE_MODULES = "pickle cPickle dill cloudpickle marshal shelve joblib".split()  # noqa: SIM905
+
+
+def unsafe_reading(source: str) -> str:
+    """The first thing in `source` that could run code from a file: pickle, torch.load, eval; empty:
+    none."""
+    try:
+        nodes = ast.walk(ast.parse(source))
+    except (SyntaxError, ValueError) as error:
+        return f"it is not Python: {error}"
+    for node in nodes:
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        if any(name.split(".")[0] in UNSAFE_MODULES for name in names):
+            return f"line {node.lineno} imports {names[0]}"
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            options = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            if (
+                called in ("eval", "exec", "__import__")
+                or options.get("allow_pickle") == "True"
+                or called == "torch.load"
+                and options.get("weights_only") != "True"
+            ):
+                return f"line {node.lineno} calls {ast.unparse(node)[:80]}"
+    return ""
+
+
+def submission(runs: list[Run], said: dict[str, str]) -> dict:
+    """submission.json: what a person said, and the numbers of the runs."""
+    bpbs = [run.mixed_bits_per_byte for run in runs]
+    return {
+        **{key: said[key] for key in PERSONAL},
+        "val_bpb": round(fmean(bpbs), 8),
+        "val_bpb_std": round(stdev(bpbs), 8) if len(runs) > 1 else None,
+        "val_loss": round(fmean(run.mixed_nats_per_token for run in runs), 8),
+        "seeds": [run.seed for run in runs],
+        "seed_results": {
+            str(run.seed): dict(
+                val_loss=run.mixed_nats_per_token,
+                val_bpb=run.mixed_bits_per_byte,
+                artifact_bytes=run.submission_bytes,
+                steps=run.steps,
+                step_avg_ms=run.step_ms,
+                eval_time_s=run.eval_seconds,
+            )
+            for run in runs
+        },
+        "bytes_total": max(run.submission_bytes for run in runs),
+        "bytes_code": runs[0].code_bytes,
+        "hardware": hardware(runs),
+        "pytorch_version": common(runs, "python:", "torch"),
+        "data": data_facts(runs),
+        "compliance": compliance(runs),
+    }
+
+
+def personal_facts(folder: Path, flags: dict[str, str | None]) -> dict[str, str]:
+    """Author, name, date, ... of the flags, else of the folder's submission.json. RecordError: one
+    is missing."""
+    path = folder / "submission.json"
+    said = read_json(path) if path.exists() else {}
+    said |= {key: value for key, value in flags.items() if value is not None}
+    for key, meaning in PERSONAL.items():
+        require(
+            isinstance(said.get(key), str) and said[key].strip(),
+            f"{path}: has no {key!r} ({meaning}); give `report --{key.replace('_', '-')}`",
+        )
+    try:
+        is_date = datetime.date.fromisoformat(said["date"]).isoformat() == said["date"]
+    except ValueError:
+        is_date = False
+    problem = f"found the date {said['date']!r}, expected YYYY-MM-DD; give `report --date`"
+    require(is_date, f"{path}: {problem}")
+    problem = f"found the track {said['track']!r}, expected {PERSONAL['track']}"
+    require(said["track"] in TRACKS, f"{path}: {problem}; give `report --track`")
+    return {key: said[key] for key in PERSONAL}
+
+
+def as_json(found: dict) -> str:
+    return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+
+
+# --- what the commands write ---
+
+
+def report(paths: list[Path], folder: Path, flags: dict[str, str | None]) -> list[Run]:
+    """Rewrites README's table and submission.json in `folder` from logs, by default those that the
+    table links to. RecordError: nothing is written."""
+    readme = folder / "README.md"
+    with_part(readme, "results", "")  # has it the markers?
+    paths = paths or Folder(folder).linked_logs()
+    problem = "its results table links to no logs; name one LOG per seed"
+    require(paths, f"{readme}: {problem}")
+    runs = read_runs([parse_log(path) for path in paths])
+    found = submission(runs, personal_facts(folder, flags))
+    page = with_part(readme, "results", results_table(runs, folder))
+    write_all({readme: page, folder / "submission.json": as_json(found)})
+    return runs
+
+
+def systems(paths: list[Path], folder: Path) -> dict[str, list[Run]]:
+    """Rewrites the table of systems from logs named <system>_seed<seed>.txt. RecordError: nothing
+    is written."""
+    page = folder / SYSTEMS_PAGE
+    with_part(page, "systems", "")
+    runs = read_systems([parse_log(path) for path in paths])
+    write_all({page: with_part(page, "systems", systems_table(runs))})
+    return runs
+
+
+def settings(folder: Path) -> Path:
+    """Rewrites the page of environment variables; returns its path."""
+    page = folder / SETTINGS_PAGE
+    write_all({page: settings_page(folder / "train_gpt.py")})
+    return page
