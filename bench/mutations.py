@@ -170,8 +170,8 @@ MUTATIONS = [
     ),
     Mutation(
         8,
-        "rising = 16 - 15 * scale / hp.late_qat_threshold",
-        "rising = 16 * scale / hp.late_qat_threshold",
+        "16 - 15 * scale / hp.late_qat_threshold",
+        "16 * scale / hp.late_qat_threshold",
         "test_training.py",
     ),
     Mutation(
@@ -242,8 +242,8 @@ MUTATIONS = [
     ),
     Mutation(
         12,
-        "return np.minimum(age, LONGEST_AGE)",
-        "return age",
+        "return np.cumsum(closes, dtype=np.uint64) - closes",
+        "return np.cumsum(closes, dtype=np.uint64)",
         "test_mixture.py",
     ),
     Mutation(

@@ -126,7 +126,10 @@ def one_run(folder: Path, rng) -> tuple[list[str], list[str]]:
             extra = dict(EVAL_ONLY="final_model.int6.ptz")
         elif saved:
             extra = dict(RESUME=saved[-1].relative_to(folder))
-        begun, process = len(logs(folder)), start_script(folder, ranks, **{**SETTINGS, **extra})
+        begun, process = (
+            len(logs(folder)),
+            start_script(folder, ranks, forked=False, **{**SETTINGS, **extra}),
+        )
         blow = disturb(process, folder, begun, rng) if blows else ""
         done = finish(process, 200)
         at = re.findall(r"^step:(\d+)/", logs(folder)[-1], re.M) if blow and logs(folder) else []
@@ -167,7 +170,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as top:
         folder = Path(top) / "undisturbed"
         folder.mkdir()
-        done = finish(start_script(folder, 1, **SETTINGS))
+        done = finish(start_script(folder, 1, forked=False, **SETTINGS))
         if done.returncode:
             sys.exit(done.stderr)
         expected = float(values(logs(folder)[0], FINAL)["val_bpb"])

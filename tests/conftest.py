@@ -251,14 +251,15 @@ def children(process: Run | subprocess.Popen) -> list[int]:
     return []
 
 
-def workers(process: Run) -> dict[int, int]:
+def workers(process: Run | subprocess.Popen) -> dict[int, int]:
     """rank -> process id, of the ranks that this torchrun started."""
     found = {}
     for pid in children(process):
-        with contextlib.suppress(OSError):
-            name = Path(f"/proc/{pid}/comm").read_text().split()
-            if name[0] == "rank":
-                found[int(name[1])] = pid
+        with contextlib.suppress(OSError):  # it has just ended
+            forked = re.match(r"rank (\d+)", Path(f"/proc/{pid}/comm").read_text())
+            started = re.search(r"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_text())
+            if forked or started:
+                found[int((forked or started)[1])] = pid
     return found
 
 
