@@ -48,7 +48,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cache, cached_property, partial
 from itertools import chain, islice, pairwise, product
 from pathlib import Path
@@ -1907,19 +1907,27 @@ def watched(model):
     model.zero_grad(set_to_none=True)
 
 
+def curvature_passes(trainer):
+    """Yields this rank's (ids, targets) of the batches after the last step, PASS_TOKENS at a time,
+    by the loader that has the shards open: they may be gone by now."""
+    hp, loader = trainer.hp, trainer.loader
+    rows = max(1, PASS_TOKENS // hp.train_seq_len)
+    for batch in range(math.ceil(hp.gptq_tokens / hp.train_batch_tokens)):
+        for micro in range(loader.accumulation):
+            ids, targets = loader.micro_batch(trainer.steps + batch, micro)
+            yield from zip(ids.split(rows), targets.split(rows))
+
+
 def measure_curvature(trainer):
     """{name: Curvature} of the coded weights, from the next training tokens: whole batches, at
     least GPTQ_TOKENS, unless the time kept for it ends. It counts as training. Collective."""
     model, hp, ranks = trainer.model, trainer.hp, trainer.ranks
     began = perf_counter()
-    small = replace(hp, micro_batch_tokens=min(PASS_TOKENS, hp.micro_batch_tokens))
-    loader = TokenLoader(small, ranks.rank, ranks.world_size)
-    batches = math.ceil(hp.gptq_tokens / hp.train_batch_tokens)
+    tokens = 0
     with watched(model) as sums:
         head = sums["head.weight"]
-        for done in range(batches * loader.accumulation):
-            batch, micro = divmod(done, loader.accumulation)
-            ids, targets = loader.micro_batch(trainer.steps + batch, micro)
+        for done, (ids, targets) in enumerate(curvature_passes(trainer), start=1):
+            tokens += ids.numel() * ranks.world_size
             hidden_ND = model.hidden(ids.to(ranks.device)).flatten(0, 1)
             add_moments(head, norm(hidden_ND))
             z_NV = model.logits(hidden_ND)
@@ -1929,10 +1937,9 @@ def measure_curvature(trainer):
             ranks.barrier()
             own_clock = perf_counter() - began if ranks.rank == 0 else 0.0
             (seconds,) = ranks.sum_numbers(own_clock)
-            if hp.max_wallclock_seconds and seconds * (1 + 2 / (done + 1)) > hp.gptq_seconds:
+            if hp.max_wallclock_seconds and seconds * (1 + 2 / done) > hp.gptq_seconds:
                 break
 
-    tokens = (done + 1) * ids.numel() * ranks.world_size
     found = {}
     for name in sorted(sums):
         found[name] = Curvature(*(ranks.sum_over_ranks(x) / tokens for x in sums[name]))
