@@ -2709,6 +2709,7 @@ def ngram_counts(tokens, highest: int, describe: bool = True):
     is_followed = order < len(tokens) - 1
     t = order[is_followed].astype(np.uint32) + 1
     first = first[is_followed]
+    del order, is_followed  # 62M tokens: 0.6 GB
     for _ in range(2, highest + 1):
         pair = np.zeros(len(tokens), np.uint32)
         local, code = np.zeros((2, len(local)), np.uint8)

@@ -136,8 +136,10 @@ def online_row(tokens: np.ndarray, highest: int) -> list[tuple]:
     hp, rng = train_gpt.Hyperparameters(ngram_alpha="online", **longest), np.random.default_rng(0)
     name = f"online mixture, orders {hp.ngram_min_order}-{hp.ngram_order}"
     counting, mixture = timed(f"{name}: counting", train_gpt.Mixture, tokens, hp)
-    nll = rng.standard_exponential(len(tokens) - 1, np.float32) * np.float32(2)
-    entropy = rng.random(len(tokens) - 1, np.float32) * np.float32(6)
+    nll = rng.standard_exponential(len(tokens) - 1, np.float32)
+    nll *= 2  # in place: a run has no copy of its scores either
+    entropy = rng.random(len(tokens) - 1, np.float32)
+    entropy *= 6
     mixing, _ = timed(f"{name}: mixing", mixture.extend, nll, entropy)
     return [counting, mixing]
 

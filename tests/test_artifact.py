@@ -131,7 +131,7 @@ def test_another_quantiser_makes_the_codes(rng):
 
 
 def test_the_budget_is_kept_with_another_quantiser(rng):
-    state = {"a.weight": heavy_tailed(400, 300)}
+    state = {"a.weight": heavy_tailed(200, 150)}
     budget = len(t.pack(state, tiny(), 1.0, Signs()).blob)
     packed, facts = t.fit_artifact(state, tiny(), budget, Signs())
     assert set(t.unpack(packed.blob)["a.weight"].sign().unique().tolist()) == {-1.0, 1.0}, facts
@@ -293,7 +293,7 @@ def test_with_a_repaired_checksum_damage_is_refused_or_harmless(rng):
     """An attacker can repair the checksum: then the result is a clear error,
     or finite weights of checked shapes."""
     blob, refused = pack(noisy_model(tiny(NUM_LAYERS=2, VE_LAYERS="1")).state_dict(), tiny()), 0
-    for i in range(240):
+    for i in range(120):
         body = bytearray(blob[len(t.MAGIC) + 32 :])
         at = int(rng.integers(0, len(body) if i % 2 else 2500))
         body[at] ^= 1 << int(rng.integers(0, 8))
@@ -303,7 +303,7 @@ def test_with_a_repaired_checksum_damage_is_refused_or_harmless(rng):
         except ValueError as error:
             assert str(error).startswith("artifact: ")
             refused += 1
-    assert refused > 120
+    assert refused > 60
 
 
 @pytest.mark.parametrize(
@@ -364,18 +364,17 @@ def test_a_decompression_bomb_is_refused_without_being_inflated():
 # ---- the budget
 
 
-@pytest.mark.parametrize("bits", [5, 6])
-def test_forced_over_lands_within_4_kb_below_the_budget(rng, bits):
-    model = noisy_model(tiny(MODEL_DIM=128, QUANT_BITS=bits, NUM_LAYERS=6))
-    natural = len(pack(model.state_dict(), model.hp))
-    for share in (0.97, 0.7, 0.4):
-        packed, facts = t.fit_artifact(model.state_dict(), model.hp, int(natural * share))
-        blob = packed.blob
-        assert int(natural * share) - 4096 < len(blob) <= int(natural * share), facts
-        told = dict(fact.split(":") for fact in facts.split())
-        assert float(told["coarsen"]) > 1
-        assert float(told["error_after"]) > float(told["error_before"]) > 0
-        assert pack(t.unpack(blob), model.hp, told_exactly(blob, model, told)) == blob
+@pytest.mark.parametrize("bits, share", [(5, 0.97), (6, 0.7), (5, 0.4)])
+def test_forced_over_lands_within_4_kb_below_the_budget(rng, bits, share):
+    model = noisy_model(tiny(MODEL_DIM=128, QUANT_BITS=bits))
+    budget = int(len(pack(model.state_dict(), model.hp)) * share)
+    packed, facts = t.fit_artifact(model.state_dict(), model.hp, budget)
+    blob = packed.blob
+    assert budget - 4096 < len(blob) <= budget, facts
+    told = dict(fact.split(":") for fact in facts.split())
+    assert float(told["coarsen"]) > 1
+    assert float(told["error_after"]) > float(told["error_before"]) > 0
+    assert pack(t.unpack(blob), model.hp, told_exactly(blob, model, told)) == blob
 
 
 def told_exactly(blob, model, told):
@@ -411,7 +410,7 @@ def test_what_is_left_is_spent(rng, packed_levels):
 )
 def test_adversarial_weights_never_go_over(seed, share, kind):
     rng = np.random.default_rng(seed)
-    shape = (60, 300)
+    shape = (30, 150)
     w = dict(
         signs=rng.choice([-1.0, 1.0], shape),
         uniform=rng.uniform(-1, 1, shape),
@@ -513,7 +512,7 @@ def test_late_qat_changes_the_forward_of_a_compiled_module_and_recompiles_nothin
         return graph.forward
 
     # of 3 bits, so that rounding changes the loss by far more than float32 does
-    model = t.GPT(tiny(NUM_LAYERS=2, VE_LAYERS="1", QUANT_BITS=3))
+    model = t.GPT(tiny(NUM_LAYERS=1, VE_LAYERS="0", QUANT_BITS=3))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
@@ -548,7 +547,7 @@ def test_late_qat_is_one_graph(rng, rounding):
         graphs.append(graph)
         return graph.forward
 
-    model = noisy_model(tiny(NUM_LAYERS=2, VE_LAYERS="1", QAT_ROUNDING=rounding))
+    model = noisy_model(tiny(NUM_LAYERS=1, VE_LAYERS="0", QAT_ROUNDING=rounding))
     loss = torch.compile(t.training_loss, dynamic=False, fullgraph=True, backend=counting_backend)
     ids = torch.from_numpy(rng.integers(0, 300, (2, 9)))
     x, y = ids[:, :-1], ids[:, 1:]
@@ -559,6 +558,7 @@ def test_late_qat_is_one_graph(rng, rounding):
     assert len(graphs) == 1
 
 
+@pytest.mark.slow  # 27 million weights
 def test_a_model_of_the_default_size_lands_at_the_cap(tmp_path, rng):
     """27 million heavy-tailed weights, over the cap at 6 bits: the file ends within 10 KB below it,
     never above."""

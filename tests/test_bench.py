@@ -124,6 +124,7 @@ def test_bench_step_counts_what_a_step_computes():
     assert again["forward", "products"][0] == found["forward", "products"][0]
 
 
+@pytest.mark.slow  # the compiler's own schedule
 def test_bench_fusion_sees_what_the_kernels_save():
     """Of the plain form the compiler writes and reads again what the kernels keep in registers."""
     from bench_fusion import VARIANTS, schedule

@@ -455,6 +455,7 @@ def test_keys_pointer_and_lists_lead_to_the_same_card(browser, run, tmp_path):
     assert browser.errors == []
 
 
+@pytest.mark.slow  # what a software renderer draws
 @pytest.mark.parametrize("width, height", [(1000, 700), (390, 844)])
 def test_screenshots_light_and_dark_wide_and_narrow(browser, run, tmp_path, width, height):
     from matplotlib.image import imread

@@ -154,6 +154,7 @@ def test_gradcheck_of_the_mlp(rng, small_tiles):
     )
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
     """Triton's compiler refuses what its interpreter takes; and each tile must fit a
     multiprocessor's shared memory."""

@@ -221,9 +221,9 @@ def code(trainer, total: int, first_token: int, next_token):
 
 def test_a_decoder_that_learns_as_it_reads_restores_the_stream(corpus):
     hp = tiny(**corpus)
-    tokens = np.array(t.load_validation(hp).tokens[:601])
+    tokens = np.array(t.load_validation(hp).tokens[:301])
     stream_bytes = t.ByteCounter(hp)(tokens)
-    settings = dict(**corpus, TTT_CHUNK_TOKENS=150)
+    settings = dict(**corpus, TTT_CHUNK_TOKENS=100)
     trainer = trainer_with(tokens, stream_bytes, **settings)
     nll, entropy = collect(t.score_and_learn(trainer, hp.eval_stride))
     mixture = t.Mixture(tokens, trainer.hp)
@@ -240,15 +240,15 @@ def test_a_decoder_that_learns_as_it_reads_restores_the_stream(corpus):
         encoder.encode(token, categorical(p))
         return token
 
-    code(trainer_with(None, stream_bytes, **settings), 600, int(tokens[0]), encode_next)
+    code(trainer_with(None, stream_bytes, **settings), 300, int(tokens[0]), encode_next)
     words = encoder.get_compressed()
     decoder = constriction.stream.queue.RangeDecoder(words)
     restored = code(
         trainer_with(None, stream_bytes, **settings),
-        600,
+        300,
         int(tokens[0]),
         lambda p: int(decoder.decode(categorical(p))),
     )
-    print(f"ttt: claimed:{claimed:.1f} bits coded:{32 * len(words)} bits of 600 targets")
+    print(f"ttt: claimed:{claimed:.1f} bits coded:{32 * len(words)} bits of 300 targets")
     assert np.array_equal(restored, tokens)
     assert abs(32 * len(words) - claimed) <= 64

@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""Does `make test` pass each time? The suite again and again, and what failed.
+
+    python bench/repeat_suite.py [--runs 10] [--loaded] [--fresh] [--append table.md] [-- ...]
+
+--loaded: beside two processes that load two cores; --fresh: other random numbers in each run
+(FRESH=1; the row says which); --beside: what else the machine does, in words, for the table; after
+-- what pytest is given instead of -m "not slow". A row of a markdown table per run, appended to a
+file if wished; the whole output of a run that failed is kept, and the row says where. Exit status 1
+if one failed.
+"""
+
+import argparse
+import contextlib
+import datetime
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAD = "| begun | revision | beside it | FRESH | passed | failed | seconds | which failed |"
+SUITE = "tests", "-q", "-n", "2", "--dist", "worksteal"
+
+
+def spin() -> None:
+    """Loads one core until it is ended."""
+    while True:
+        sum(range(1_000_000))
+
+
+@contextlib.contextmanager
+def load(processes: int):
+    """So many busy processes beside what runs inside."""
+    spinning = [multiprocessing.Process(target=spin, daemon=True) for _ in range(processes)]
+    for process in spinning:
+        process.start()
+    try:
+        yield
+    finally:
+        for process in spinning:
+            process.kill()
+
+
+def revision() -> str:
+    """The commit, with a + if files differ from it."""
+    words = "git", "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def run_suite(extra: list[str], beside: str, fresh: bool) -> tuple[str, bool]:
+    """One run of the suite: its row, and whether it passed."""
+    begun, start = datetime.datetime.now(), time.monotonic()
+    env = {**os.environ, "FRESH": "1" if fresh else "0"}
+    command = [sys.executable, "-m", "pytest", *SUITE, *(extra or ["-m", "not slow"])]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    seconds = time.monotonic() - start
+    said = done.stdout + done.stderr
+    counts = {word: number for number, word in re.findall(r"(\d+) (passed|failed|error)", said)}
+    number = re.search(r"^FRESH=(\d+)", said, re.M)
+    failed = re.findall(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", said, re.M)
+    if done.returncode:
+        with tempfile.NamedTemporaryFile("w", prefix="suite_", suffix=".txt", delete=False) as kept:
+            kept.write(said)
+        failed.append(f"(status {done.returncode}: {kept.name})")
+    cells = (
+        f"{begun:%Y-%m-%d %H:%M}",
+        revision(),
+        beside,
+        number[1] if number else "",
+        counts.get("passed", "0"),
+        str(int(counts.get("failed", 0)) + int(counts.get("error", 0))),
+        f"{seconds:.0f}",
+        " ".join(failed),
+    )
+    return f"| {' | '.join(cells)} |", done.returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--loaded", action="store_true", help="two busy processes beside the suite")
+    parser.add_argument("--fresh", action="store_true", help="FRESH=1")
+    parser.add_argument("--beside", default="", help="in words: what else the machine is doing")
+    parser.add_argument("--append", type=Path, help="a file that gets the rows too")
+    parser.add_argument("extra", nargs="*", help='pytest\'s; without: -m "not slow"')
+    args = parser.parse_args()
+    beside = args.beside or ("two busy processes" if args.loaded else "nothing")
+    rows, passed = [HEAD, re.sub("[^|]+", "---", HEAD)], 0
+    if args.append and args.append.exists():
+        rows = []  # it has the head
+    for line in rows:
+        print(line, flush=True)
+    with load(2 if args.loaded else 0):
+        for _ in range(args.runs):
+            row, ok = run_suite(args.extra, beside, args.fresh)
+            passed += ok
+            print(row, flush=True)
+            if args.append:
+                with args.append.open("a") as file:
+                    file.writelines(line + "\n" for line in [*rows, row])
+                rows = []
+    print(f"\n{passed} of {args.runs} runs passed")
+    return int(passed < args.runs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
