@@ -10,6 +10,7 @@ import json
 import math
 import re
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -202,6 +203,7 @@ def score_first(log: Log) -> bool:
 UNSAFE_MODULES = "pickle cPickle dill cloudpickle marshal shelve joblib".split()  # noqa: SIM905
 
 
+@lru_cache  # a check asks of each log, which are of one script
 def unsafe_reading(source: str) -> str:
     """The first thing in `source` that could run code from a file: pickle, torch.load, eval; empty:
     none."""
