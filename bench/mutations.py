@@ -148,7 +148,7 @@ MUTATIONS = [
         6,
         "left = min(left, seconds_left / (seconds / step))",
         "left = seconds_left / (seconds / step)",
-        "test_optimizer.py::test_lr_scale_by_steps_and_by_time",
+        "test_optimizer.py",
     ),
     Mutation(
         6,

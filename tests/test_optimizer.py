@@ -210,6 +210,11 @@ def test_lr_scale_by_steps_and_by_time():
     assert t.lr_scale(60, 51.0, hp) == 0
 
 
+def test_rates_fall_to_the_last_step_however_much_time_is_left():
+    hp = tiny(ITERATIONS=100, WARMDOWN_ITERS=20, MAX_WALLCLOCK_SECONDS=10_000, QUANTIZER="rows")
+    assert [t.lr_scale(s, float(s), hp) for s in (80, 90, 100)] == [1, 0.5, 0]
+
+
 def test_muon_momentum_warms_up():
     hp = tiny()
     assert [round(t.muon_momentum(s, hp), 4) for s in (0, 750, 1500, 9000)] == [
@@ -230,6 +235,12 @@ def test_averages_are_the_means_they_claim(rng):
     expected = (torch.stack(snapshots) * (weights / weights.sum())[:, None, None]).sum(0)
     torch.testing.assert_close(ema.mean[0], expected)
     torch.testing.assert_close(swa.mean[0], torch.stack(snapshots).mean(0))
+
+
+def test_swa_takes_each_swa_every_step_near_the_end():
+    hp = tiny(SWA_EVERY=3, SWA_THRESHOLD=0.2)
+    taken = [step for step in range(1, 10) if t.takes_snapshot("swa", step, 0.1, hp)]
+    assert taken == [3, 6, 9]
 
 
 def test_long_running_ema_is_the_plain_recursion(rng):
