@@ -150,67 +150,107 @@ def cost(state, curvature, back) -> float:
     return total
 
 
-def compare(label: str, trainer, args) -> None:
-    """One line per width and quantiser."""
-    model, curvature = trainer.model, trainer.curvature
-    state = {name: w.clone() for name, w in model.state_dict().items()}
-    windows, text_bytes = held_out_windows(trainer, args.targets)
-    targets = windows[:, 1:].reshape(-1, 1)
-    reference = predictions(model, windows)
-    nats = -reference.float().gather(1, targets)
-    per_byte = len(nats) / math.log(2) / text_bytes
+class Judge:
+    """What rounded weights cost on held-out windows, in bits per byte against the float model."""
+
+    def __init__(self, trainer, targets: int):
+        self.trainer = trainer
+        self.state = {name: w.clone() for name, w in trainer.model.state_dict().items()}
+        self.windows, text_bytes = held_out_windows(trainer, targets)
+        self.targets = self.windows[:, 1:].reshape(-1, 1)
+        self.reference = predictions(trainer.model, self.windows)
+        nats = -self.reference.float().gather(1, self.targets)
+        self.per_byte = len(nats) / math.log(2) / text_bytes  # bits per byte of a nat per token
+        self.bpb = float(nats.mean()) * self.per_byte
+
+    def __call__(self, back: dict):
+        """(KL divergence, rise of the score) of each target."""
+        model = self.trainer.model
+        model.load_state_dict(back)
+        found = predictions(model, self.windows).float()
+        model.load_state_dict(self.state)
+        expected = self.reference.float()
+        kl = (expected.exp() * (expected - found)).sum(1)
+        rise = (expected - found).gather(1, self.targets)[:, 0]
+        return kl * self.per_byte, rise * self.per_byte
+
+    def predicted(self, back: dict):
+        """By the curvature."""
+        return cost(self.state, self.trainer.curvature, back) * self.per_byte
+
+
+def introduce(label: str, judge: Judge) -> None:
+    weights = sum(w.numel() for w in judge.state.values())
+    targets = len(judge.targets)
     print(
-        f"{label}: {sum(w.numel() for w in state.values()):,} parameters, float "
-        f"{float(nats.mean()) * per_byte:.4f} bpb on {len(nats):,} targets",
+        f"{label}: {weights:,} parameters, float {judge.bpb:.4f} bpb on {targets:,} targets",
         flush=True,
     )
+
+
+def budget_of(bits: int, state: dict, hp):
+    """(settings, bytes of the container that `rows` makes with codes of so many bits)."""
+    hp = t.Hyperparameters(**{**vars(hp), "quant_bits": bits, "fill_budget": True})
+    return hp, len(t.pack(state, hp).blob)
+
+
+def compare(label: str, trainer, args) -> None:
+    """One line per width and quantiser."""
+    judge = Judge(trainer, args.targets)
+    introduce(label, judge)
     for bits in args.bits:
-        hp = t.Hyperparameters(**{**vars(model.hp), "quant_bits": bits, "fill_budget": True})
-        budget = len(t.pack(state, hp).blob) + t.AIM
-        gptq = t.build_gptq(state, hp, curvature, print)
-        carry = Carry(hp, curvature, 1.0)
+        hp, size = budget_of(bits, judge.state, trainer.hp)
+        gptq = t.build_gptq(judge.state, hp, trainer.curvature, print)
+        carry = Carry(hp, trainer.curvature, 1.0)
         quantizers = dict(rows=carry.rows, grid=gptq.draft, carry=carry, gptq=gptq)
         for name in args.quantizers:
             began = time.perf_counter()
-            packed, _ = t.fit_artifact(state, hp, budget, quantizers[name])
+            packed, _ = t.fit_artifact(judge.state, hp, size + t.AIM, quantizers[name])
             seconds = time.perf_counter() - began
             back = t.unpack(packed.blob)
-            model.load_state_dict(back)
-            found = predictions(model, windows).float()
-            expected = reference.float()
-            kl = (expected.exp() * (expected - found)).sum(1) * per_byte
-            rise = (expected - found).gather(1, targets)[:, 0] * per_byte
+            kl, rise = judge(back)
             noise = len(rise) ** -0.5
             print(
                 f"  {bits} bits {name:5} {len(packed.blob):>10,} bytes  rise {rise.mean():+.6f} "
                 f"+- {rise.std() * noise:.6f}  KL {kl.mean():.6f} +- {kl.std() * noise:.6f} bpb  "
-                f"predicted {cost(state, curvature, back) * per_byte:.6f}  "
+                f"predicted {judge.predicted(back):.6f}  "
                 f"error {packed.error:.4f}  {seconds:.1f} s",
                 flush=True,
             )
-    model.load_state_dict(state)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def trainers(args):
+    """Yields (label, trainer) of the models that the options name."""
+    if args.weights:
+        yield "given weights", given_model(args)
+        return
+    for seed in args.seeds:
+        yield f"seed {seed}", demo_model(seed, args.steps, args.tokens)
+
+
+def options(description: str):
+    """A parser of what both this bench and quantizer_study.py need."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 42, 7])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4, 5, 6])
     parser.add_argument("--targets", type=int, default=60_000, help="held-out targets, at most")
     parser.add_argument("--tokens", type=int, default=32_768, help="training tokens GPTQ looks at")
-    parser.add_argument("--quantizers", nargs="+", default=["rows", "grid", "carry", "gptq"])
     parser.add_argument("--weights", nargs="+")
     parser.add_argument("--data")
     parser.add_argument("--held-out")
     parser.add_argument("--tokenizer")
     parser.add_argument("--length", type=int, default=1024, help="tokens per window of --weights")
+    return parser
+
+
+def main() -> None:
+    parser = options(__doc__.split("\n\n")[0])
+    parser.add_argument("--quantizers", nargs="+", default=["rows", "grid", "carry", "gptq"])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.weights:
-        compare("given weights", given_model(args), args)
-        return
-    for seed in args.seeds:
-        compare(f"seed {seed}", demo_model(seed, args.steps, args.tokens), args)
+    for label, trainer in trainers(args):
+        compare(label, trainer, args)
 
 
 if __name__ == "__main__":

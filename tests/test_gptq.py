@@ -1,5 +1,8 @@
 """GPTQ: what it rounds, against the textbook; where its steps come from; how it gets there."""
 
+import lzma
+
+import numpy as np
 import pytest
 import torch
 from conftest import tiny
@@ -96,6 +99,43 @@ def test_at_equal_bytes_the_weighted_error_is_at_most_half_that_of_rows(matrices
         assert len(packed.blob) <= budget
         lost.append(sum(weighted_error(curvature[n], w, back[n], 1.0) for n, w in state.items()))
     assert lost[1] < 0.5 * lost[0]
+
+
+@pytest.mark.parametrize("bits", [3, 7, 8])
+def test_the_file_is_the_codes_of_gptq_at_every_width(matrices, bits):
+    state, curvature = matrices
+    gptq = gptq_of(state, tiny(QUANT_BITS=bits), curvature)
+    back = t.unpack(t.pack(state, gptq.rows.hp, 1.0, gptq).blob)
+    for name, w in state.items():
+        codes, step = gptq.quantize(name, w, 1.0)
+        assert torch.equal(back[name], codes * step), name
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_with_codes_to_spare_the_weighted_error_is_still_below_that_of_rows(matrices, bits):
+    """Steps are then held back by the largest code, and rows' are fine already."""
+    state, curvature = matrices
+    hp = tiny(QUANT_BITS=bits)
+    budget = len(t.pack(state, hp).blob)
+    lost = []
+    for quantizer in (t.RowQuantizer(hp), gptq_of(state, hp, curvature)):
+        packed, _ = t.fit_artifact(state, hp, budget, quantizer)
+        back = t.unpack(packed.blob)
+        lost.append(sum(weighted_error(curvature[n], w, back[n], 1.0) for n, w in state.items()))
+    assert lost[1] < lost[0]
+
+
+def test_codes_of_gptq_take_less_than_their_zeroth_order_entropy(rng):
+    """By 1.5 %, all that decodes them counted (as the file of `rows` does, bench_artifact.py)."""
+    w = torch.randn(700, 400)
+    curvature = {"a.weight": t.Curvature(correlated(400).float(), torch.logspace(-2, 2, 700))}
+    codes, _ = gptq_of({"a.weight": w}, tiny(), curvature).quantize("a.weight", w, 1.5)
+    codes = codes.numpy().astype(np.int8)
+    freq, classes, words, _ = t.encode_matrices([codes])
+    side = lzma.compress(b"".join([freq, *classes]), **t.LZMA)
+    p = np.unique(codes, return_counts=True)[1] / codes.size
+    entropy = -(p * np.log2(p)).sum() * codes.size / 8
+    assert len(side) + len(words) < 0.985 * entropy
 
 
 def test_natural_steps_are_those_of_rows_on_average(matrices):
