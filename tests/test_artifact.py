@@ -174,6 +174,14 @@ def test_rans_restores_any_symbols_with_any_tables(count, tables, seed, spread):
     assert (freq[table.astype(int) * 256 + symbols] > 0).all()
 
 
+def test_rans_restores_a_symbol_that_is_one_in_forty_thousand():
+    """Its share of 2^14 rounds to 0."""
+    symbols = np.zeros(40_000, np.uint8)
+    symbols[12_345] = 7
+    freq, coded = t.rans_encode(symbols.astype(np.int16))
+    assert np.array_equal(t.rans_decode(coded, np.zeros_like(symbols), freq), symbols)
+
+
 def test_rans_is_close_to_the_entropy(rng):
     symbols = np.clip(np.rint(rng.normal(128, 9, 1_000_000)), 0, 255).astype(np.uint8)
     p = np.bincount(symbols) / len(symbols)
@@ -287,6 +295,14 @@ def test_a_thousand_corruptions_are_all_refused(rng):
         with pytest.raises(ValueError, match="^artifact: ") as error:
             t.unpack(bytes(damaged))
         assert "\n" not in str(error.value)
+
+
+def test_a_whole_file_under_the_checksum_of_another_is_refused():
+    """Nothing else is wrong with it."""
+    one, other = (pack(noisy_model(tiny()).state_dict(), tiny()) for _ in range(2))
+    begin = len(t.MAGIC) + 32
+    with pytest.raises(ValueError, match="SHA-256 differs"):
+        t.unpack(other[:begin] + one[begin:])
 
 
 def test_with_a_repaired_checksum_damage_is_refused_or_harmless(rng):
