@@ -242,8 +242,8 @@ MUTATIONS = [
     ),
     Mutation(
         12,
-        "return np.cumsum(closes, dtype=np.uint64) - closes",
-        "return np.cumsum(closes, dtype=np.uint64)",
+        "return np.cumsum(closes, dtype=np.uint32) - closes",
+        "return np.cumsum(closes, dtype=np.uint32)",
         "test_mixture.py",
     ),
     Mutation(
