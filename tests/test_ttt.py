@@ -162,6 +162,7 @@ def test_the_learning_rate_rises_threefold_then_falls_to_zero():
     assert t.ttt_scale(1) == pytest.approx(0)
     assert t.ttt_scale(0.3) == pytest.approx(3 * (1 + math.cos(0.3 * math.pi)) / 2)
     assert t.ttt_scale(0.15) == pytest.approx(2 * (1 + math.cos(0.15 * math.pi)) / 2)
+    assert t.ttt_scale(0.6) == pytest.approx(3 * (1 + math.cos(0.6 * math.pi)) / 2)  # no more
 
 
 def test_one_and_two_ranks_learn_the_same(corpus, tmp_path):
