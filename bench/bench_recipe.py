@@ -2,20 +2,30 @@
 """What does each feature of the frontier preset give? bpb with each of them off in turn.
 
     python bench/bench_recipe.py [--steps 250] [--seeds 1 2 3] [--equal steps|flops]
-        [--only FEATURE ...]
+        [--base frontier|network] [--only FEATURE ...] [--append FILE]
 
 The demo model on the built-in corpus (runs/demo.sh), or with DATA_PATH and other settings in the
 environment a model and corpus of yours; the features of runs/frontier.sh, those that name layers at
-the same depth of that model. Each row is trained with the same batches and seeds, for a fixed
-number of steps or, with --equal flops, for as many as the defaults' FLOPs buy: depth recurrence
-and a wider MLP cost time. Scored: the last float weights, validation stream, windows without
-overlap. A difference is that to the whole preset, by pairs of seeds: mean and standard error.
+the same depth of that model. They go off from the whole preset or, with --base network, from it
+without the rates and the gain that are chosen for thousands of steps. Each row is trained with the
+same batches and seeds, for a fixed number of steps or, with --equal flops, for as many as the
+defaults' FLOPs buy: depth recurrence and a wider MLP cost time. Scored: the last float weights,
+validation stream, windows without overlap. A difference is that to the base, by pairs of seeds:
+mean and standard error.
+
+--append keeps each run in FILE as soon as it ends, a line of JSON: its bpb, and its settings that
+are not the script's defaults. A run that is in FILE is not repeated, so a table that was stopped
+goes on, and tables may share runs. Begin another file when train_gpt.py has changed.
 """
 
 import argparse
+import json
 import os
 import re
 import statistics
+import sys
+import time
+from pathlib import Path
 
 import torch
 from bench_averaging import ROOT, bpb, demo_settings, prepare_demo, t
@@ -37,7 +47,7 @@ FEATURES = {
     "rates and decays": "MATRIX_LR SCALAR_LR TIED_EMBED_LR MUON_WD EMBED_WD ADAM_WD",
     "warm-down by share": "WARMDOWN_FRAC",
 }
-LONG_RUNS = ("rates and decays", "QK gain 5")  # chosen for thousands of steps: "without both"
+LONG_RUNS = ("rates and decays", "QK gain 5")  # chosen for thousands of steps
 ELSEWHERE = ("BIGRAM_VOCAB_SIZE", "BIGRAM_DIM", "EMA_DECAY")  # sizes and averages: not compared
 
 
@@ -52,13 +62,17 @@ def frontier_settings(layers: int) -> dict[str, str]:
     return {name: value for name, value in found.items() if name not in ELSEWHERE}
 
 
-def recipes(base: t.Hyperparameters) -> dict[str, dict[str, str]]:
-    """Row -> settings beside those of `base`."""
-    preset = frontier_settings(base.num_layers)
-    rows = {"defaults": {}, "frontier": preset}
+def recipes(model: t.Hyperparameters, base: str) -> dict[str, dict[str, str]]:
+    """Row -> settings beside those of `model`."""
+    preset = frontier_settings(model.num_layers)
+    network = without(preset, " ".join(FEATURES[feature] for feature in LONG_RUNS))
+    whole = {"frontier": preset, "network": network}[base]
+    rows = {"defaults": {}, base: whole}
     for feature, names in FEATURES.items():
-        rows[f"without: {feature}"] = without(preset, names)
-    rows["without both"] = without(preset, " ".join(FEATURES[f] for f in LONG_RUNS))
+        if without(whole, names) != whole:
+            rows[f"without: {feature}"] = without(whole, names)
+    if base == "frontier":
+        rows["without both"] = network
     return rows
 
 
@@ -105,40 +119,87 @@ def settings(steps: int, **changes) -> t.Hyperparameters:
     return demo_settings(**given, **(fixed | changes))
 
 
+def unusual(hp: t.Hyperparameters) -> dict[str, str]:
+    """The settings that are not the script's defaults."""
+    usual = t.Hyperparameters().as_env()
+    return {name: value for name, value in hp.as_env().items() if value != usual[name]}
+
+
+def kept_runs(file: Path | None) -> list[dict]:
+    """All but a last line that was cut short."""
+    if not file or not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+
+
+def train_once(hp: t.Hyperparameters, file: Path | None) -> float:
+    """bits per byte, from the file if they are there."""
+    settings = unusual(hp)
+    for run in kept_runs(file):
+        if run["settings"] == settings:
+            return run["bpb"]
+    found = train(hp)
+    if file:
+        with file.open("a") as lines:
+            lines.write(json.dumps({"bpb": found, "settings": settings}) + "\n")
+    return found
+
+
+def mean_and_error(values: list[float]) -> str:
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.4f}{error}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=250, help="of the defaults")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--equal", choices=["steps", "flops"], default="steps")
+    parser.add_argument(
+        "--base",
+        choices=["frontier", "network"],
+        default="frontier",
+        help="from what features go off: the whole preset, or it without " + ", ".join(LONG_RUNS),
+    )
     parser.add_argument("--only", nargs="+", help="features, of which a row is shown")
+    parser.add_argument("--append", type=Path, metavar="FILE", help="keeps runs, repeats none")
     args = parser.parse_args()
     if "DATA_PATH" not in os.environ:
         prepare_demo.main(ROOT / "data")
-    base = settings(args.steps)
-    first = mean_flops(base)
-    sizes = f"{base.num_layers} layers, width {base.model_dim}, {args.steps} steps of "
-    print(f"{sizes}{base.train_batch_tokens:,} tokens, seeds {args.seeds}, equal {args.equal}\n")
-    print("| | parameters | GFLOP/step | steps | bpb | std | to the preset |")
+    rows = {
+        row: changes
+        for row, changes in recipes(settings(args.steps), args.base).items()
+        if not args.only or not row.startswith("without: ") or row[9:] in args.only
+    }
+    flops = {row: mean_flops(settings(args.steps, **changes)) for row, changes in rows.items()}
+    steps = {
+        row: round(args.steps * flops["defaults"] / flops[row])
+        if args.equal == "flops"
+        else args.steps
+        for row in rows
+    }
+    found = {row: [] for row in rows}
+    for seed in args.seeds:  # seed by seed: a table that is stopped has whole pairs
+        for row, changes in rows.items():
+            began = time.process_time()
+            found[row].append(train_once(settings(steps[row], **changes, SEED=seed), args.append))
+            took = time.process_time() - began
+            print(f"{row}, seed {seed}: {found[row][-1]:.4f}, {took:.0f} s", file=sys.stderr)
+    model = settings(args.steps)
+    print(
+        f"{model.num_layers} layers, width {model.model_dim}, {args.steps} steps of "
+        f"{model.train_batch_tokens:,} tokens, seeds {args.seeds}, equal {args.equal}\n"
+    )
+    print(f"| | parameters | GFLOP/step | steps | bpb | std | to {args.base} |")
     print("|---|---|---|---|---|---|---|")
-    preset = []
-    for row, changes in recipes(base).items():
-        if args.only and row.startswith("without: ") and row[9:] not in args.only:
-            continue
-        flops = mean_flops(settings(args.steps, **changes))
-        steps = round(args.steps * first / flops) if args.equal == "flops" else args.steps
-        found = [train(settings(steps, **changes, SEED=seed)) for seed in args.seeds]
-        preset = found if row == "frontier" else preset
-        pairs = [a - b for a, b in zip(found, preset)]
-        several = len(found) > 1
-        spread = f"{statistics.stdev(found):.4f}" if several else "-"
-        error = f" ± {statistics.stdev(pairs) / len(pairs) ** 0.5:.4f}" if pairs and several else ""
-        to_preset = f"{statistics.mean(pairs):+.4f}{error}" if pairs else ""
-        hp = settings(steps, **changes)
-        parameters = sum(p.numel() for p in t.GPT(hp).parameters())
+    for row, changes in rows.items():
+        parameters = sum(p.numel() for p in t.GPT(settings(1, **changes)).parameters())
+        spread = f"{statistics.stdev(found[row]):.4f}" if len(args.seeds) > 1 else "-"
+        pairs = [a - b for a, b in zip(found[row], found[args.base])]
         print(
-            f"| {row} | {parameters:,} | {flops / 1e9:.1f} | {steps} "
-            f"| {statistics.mean(found):.4f} | {spread} | {to_preset} |",
-            flush=True,
+            f"| {row} | {parameters:,} | {flops[row] / 1e9:.1f} | {steps[row]} "
+            f"| {statistics.mean(found[row]):.4f} | {spread} "
+            f"| {mean_and_error(pairs) if row != args.base else ''} |"
         )
 
 
