@@ -2,7 +2,7 @@
 """What does each feature of the frontier preset give? bpb with each of them off in turn.
 
     python bench/bench_recipe.py [--steps 250] [--seeds 1 2 3] [--equal steps|flops]
-        [--base frontier|network] [--only FEATURE ...] [--append FILE]
+        [--base frontier|network] [--only FEATURE ...] [--halves] [--append FILE]
 
 The demo model on the built-in corpus (runs/demo.sh), or with DATA_PATH and other settings in the
 environment a model and corpus of yours; the features of runs/frontier.sh, those that name layers at
@@ -12,6 +12,12 @@ same batches and seeds, for a fixed number of steps or, with --equal flops, for 
 defaults' FLOPs buy: depth recurrence and a wider MLP cost time. Scored: the last float weights,
 validation stream, windows without overlap. A difference is that to the base, by pairs of seeds:
 mean and standard error.
+
+--halves tells many features apart by few runs: each is on in half of them, in other company every
+time (a Hadamard matrix: of any two features, all four combinations come equally often), so every
+run counts for every feature. Each second seed has on what the one before had off, which keeps
+features that help each other out of the differences. These are least squares, their errors from
+what features that add up do not explain.
 
 --append keeps each run in FILE as soon as it ends, a line of JSON: its bpb, and its settings that
 are not the script's defaults. A run that is in FILE is not repeated, so a table that was stopped
@@ -27,13 +33,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from bench_averaging import ROOT, bpb, demo_settings, prepare_demo, t
 from bench_step import count
 
 # what is off in a row: the settings that go back to the defaults
 FEATURES = {
-    "depth recurrence": "RECUR_LAYERS",
+    "depth recurrence": "RECUR_LAYERS RECUR_START",
     "parallel lanes": "PARALLEL_START_LAYER",
     "skip gates": "SKIP_GATES",
     "attention-output gate": "ATTN_GATE_DIMS",
@@ -78,6 +85,14 @@ def recipes(model: t.Hyperparameters, base: str) -> dict[str, dict[str, str]]:
 
 def without(preset: dict[str, str], names: str) -> dict[str, str]:
     return {name: value for name, value in preset.items() if name not in names.split()}
+
+
+def halves(features: int) -> list[tuple[bool, ...]]:
+    """Runs x features, on or off: Paley's matrix, from the squares modulo a prime."""
+    prime = next(p for p in (3, 7, 11, 19) if p >= features)
+    squares = {i * i % prime for i in range(prime)}
+    runs = [tuple((run + i) % prime in squares for i in range(features)) for run in range(prime)]
+    return [*runs, (False,) * features]
 
 
 def mean_flops(hp: t.Hyperparameters) -> float:
@@ -150,6 +165,63 @@ def mean_and_error(values: list[float]) -> str:
     return f"{statistics.mean(values):+.4f}{error}"
 
 
+def steps_of(changes: dict[str, str], args) -> int:
+    """As many as args.steps, or as their FLOPs buy."""
+    if args.equal == "steps":
+        return args.steps
+    flops, first = (mean_flops(settings(args.steps, **c)) for c in (changes, {}))
+    return round(args.steps * first / flops)
+
+
+def one_row(row: str, changes: dict[str, str], seed: int, args) -> float:
+    began = time.process_time()
+    found = train_once(settings(steps_of(changes, args), **changes, SEED=seed), args.append)
+    took = time.process_time() - began
+    print(f"{row}, seed {seed}: {found:.4f}, {took:.0f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def one_at_a_time(rows: dict[str, dict[str, str]], args) -> None:
+    found = {row: [] for row in rows}
+    for seed in args.seeds:  # seed by seed: a table that is stopped has whole pairs
+        for row, changes in rows.items():
+            found[row].append(one_row(row, changes, seed, args))
+    print(f"| | parameters | GFLOP/step | steps | bpb | std | to {args.base} |")
+    print("|---|---|---|---|---|---|---|")
+    for row, changes in rows.items():
+        hp = settings(args.steps, **changes)
+        parameters = sum(p.numel() for p in t.GPT(hp).parameters())
+        spread = f"{statistics.stdev(found[row]):.4f}" if len(args.seeds) > 1 else "-"
+        pairs = [a - b for a, b in zip(found[row], found[args.base])]
+        print(
+            f"| {row} | {parameters:,} | {mean_flops(hp) / 1e9:.1f} | {steps_of(changes, args)} "
+            f"| {statistics.mean(found[row]):.4f} | {spread} "
+            f"| {mean_and_error(pairs) if row != args.base else ''} |"
+        )
+
+
+def each_on_in_half(rows: dict[str, dict[str, str]], args) -> None:
+    features, whole = [row[9:] for row in rows if row.startswith("without: ")], rows[args.base]
+    observed, bpbs = [], []
+    for i, seed in enumerate(args.seeds):
+        for design in halves(len(features)):
+            off = [on == bool(i % 2) for on in design]
+            names = " ".join(FEATURES[f] for f, is_off in zip(features, off) if is_off)
+            row = "".join("01"[not is_off] for is_off in off)
+            observed.append([*off, *(seed == other for other in args.seeds)])
+            bpbs.append(one_row(row, without(whole, names), seed, args))
+    x, y = np.array(observed, float), np.array(bpbs)
+    differences = np.linalg.lstsq(x, y, rcond=None)[0]
+    left = y - x @ differences
+    freedom = len(y) - x.shape[1]
+    variance = left @ left / freedom if freedom else float("nan")
+    errors = np.sqrt(variance * np.diag(np.linalg.inv(x.T @ x)))
+    print(f"{len(y)} runs, mean {y.mean():.4f}, standard deviation left {variance**0.5:.4f}\n")
+    print("| off | bpb |\n|---|---|")
+    for feature, difference, error in zip(features, differences, errors):
+        print(f"| {feature} | {difference:+.4f} ± {error:.4f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=250, help="of the defaults")
@@ -162,6 +234,7 @@ def main() -> None:
         help="from what features go off: the whole preset, or it without " + ", ".join(LONG_RUNS),
     )
     parser.add_argument("--only", nargs="+", help="features, of which a row is shown")
+    parser.add_argument("--halves", action="store_true", help="each feature on in half of the runs")
     parser.add_argument("--append", type=Path, metavar="FILE", help="keeps runs, repeats none")
     args = parser.parse_args()
     if "DATA_PATH" not in os.environ:
@@ -171,36 +244,12 @@ def main() -> None:
         for row, changes in recipes(settings(args.steps), args.base).items()
         if not args.only or not row.startswith("without: ") or row[9:] in args.only
     }
-    flops = {row: mean_flops(settings(args.steps, **changes)) for row, changes in rows.items()}
-    steps = {
-        row: round(args.steps * flops["defaults"] / flops[row])
-        if args.equal == "flops"
-        else args.steps
-        for row in rows
-    }
-    found = {row: [] for row in rows}
-    for seed in args.seeds:  # seed by seed: a table that is stopped has whole pairs
-        for row, changes in rows.items():
-            began = time.process_time()
-            found[row].append(train_once(settings(steps[row], **changes, SEED=seed), args.append))
-            took = time.process_time() - began
-            print(f"{row}, seed {seed}: {found[row][-1]:.4f}, {took:.0f} s", file=sys.stderr)
     model = settings(args.steps)
     print(
         f"{model.num_layers} layers, width {model.model_dim}, {args.steps} steps of "
         f"{model.train_batch_tokens:,} tokens, seeds {args.seeds}, equal {args.equal}\n"
     )
-    print(f"| | parameters | GFLOP/step | steps | bpb | std | to {args.base} |")
-    print("|---|---|---|---|---|---|---|")
-    for row, changes in rows.items():
-        parameters = sum(p.numel() for p in t.GPT(settings(1, **changes)).parameters())
-        spread = f"{statistics.stdev(found[row]):.4f}" if len(args.seeds) > 1 else "-"
-        pairs = [a - b for a, b in zip(found[row], found[args.base])]
-        print(
-            f"| {row} | {parameters:,} | {flops[row] / 1e9:.1f} | {steps[row]} "
-            f"| {statistics.mean(found[row]):.4f} | {spread} "
-            f"| {mean_and_error(pairs) if row != args.base else ''} |"
-        )
+    (each_on_in_half if args.halves else one_at_a_time)(rows, args)
 
 
 if __name__ == "__main__":
