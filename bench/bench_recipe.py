@@ -141,10 +141,10 @@ def unusual(hp: t.Hyperparameters) -> dict[str, str]:
 
 
 def kept_runs(file: Path | None) -> list[dict]:
-    """All but a last line that was cut short."""
+    """All but what was cut short."""
     if not file or not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}}")]
 
 
 def train_once(hp: t.Hyperparameters, file: Path | None) -> float:
@@ -155,8 +155,8 @@ def train_once(hp: t.Hyperparameters, file: Path | None) -> float:
             return run["bpb"]
     found = train(hp)
     if file:
-        with file.open("a") as lines:
-            lines.write(json.dumps({"bpb": found, "settings": settings}) + "\n")
+        with file.open("a") as lines:  # a new line first: the last one may have been cut short
+            lines.write("\n" + json.dumps({"bpb": found, "settings": settings}))
     return found
 
 
