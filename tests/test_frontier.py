@@ -13,6 +13,7 @@ from test_ttt import plain_scores, scores_of, trainer_with
 import train_gpt as t
 
 RECURRENT = dict(RECUR_LAYERS="1,2", RECUR_START=0.5, ITERATIONS=8, WARMUP_STEPS=0)
+PRESET = FRONTIER | RECURRENT | dict(MUON_ROW_NORM=1, EMBED_WD=0.09, WARMDOWN_FRAC=0.667)
 PLAIN_ORDER = (0, 1, 2, 3)
 FINAL_ORDER = (0, 1, 2, 1, 2, 3)
 
@@ -119,10 +120,10 @@ def test_after_warm_up_no_change_of_order_or_rounding_compiles(rng):
 
 
 def test_a_run_resumed_after_recurrence_began_ends_in_the_same_bits(corpus, tmp_path, orders):
-    whole = new_trainer(corpus, tmp_path / "run.txt", **RECURRENT)
+    whole = new_trainer(corpus, tmp_path / "run.txt", **PRESET)
     t.train(whole)
     expected = state(whole)
-    stopped = new_trainer(corpus, tmp_path / "run.txt", **RECURRENT)
+    stopped = new_trainer(corpus, tmp_path / "run.txt", **PRESET)
     step = t.Trainer.step
 
     def stop_in_the_sixth(scale, hardness):
@@ -133,7 +134,7 @@ def test_a_run_resumed_after_recurrence_began_ends_in_the_same_bits(corpus, tmp_
     stopped.step = stop_in_the_sixth
     with pytest.raises(t.Stopped):
         t.train(stopped)
-    resumed = new_trainer(corpus, **RECURRENT)
+    resumed = new_trainer(corpus, **PRESET)
     resumed.restore(str(tmp_path / "run.ckpt"))
     orders.clear()
     t.train(resumed)
