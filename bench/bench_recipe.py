@@ -2,28 +2,45 @@
 """What does each feature of the frontier preset give? bpb with each of them off in turn.
 
     python bench/bench_recipe.py [--steps 250] [--seeds 1 2 3] [--equal steps|flops]
-        [--only FEATURE ...]
+        [--base frontier|network] [--only FEATURE ...] [--halves] [--append FILE]
 
 The demo model on the built-in corpus (runs/demo.sh), or with DATA_PATH and other settings in the
 environment a model and corpus of yours; the features of runs/frontier.sh, those that name layers at
-the same depth of that model. Each row is trained with the same batches and seeds, for a fixed
-number of steps or, with --equal flops, for as many as the defaults' FLOPs buy: depth recurrence
-and a wider MLP cost time. Scored: the last float weights, validation stream, windows without
-overlap. A difference is that to the whole preset, by pairs of seeds: mean and standard error.
+the same depth of that model. They go off from the whole preset or, with --base network, from it
+without the rates and the gain that are chosen for thousands of steps. Each row is trained with the
+same batches and seeds, for a fixed number of steps or, with --equal flops, for as many as the
+defaults' FLOPs buy: depth recurrence and a wider MLP cost time. Scored: the last float weights,
+validation stream, windows without overlap. A difference is that to the base, by pairs of seeds:
+mean and standard error.
+
+--halves tells many features apart by few runs: each is on in half of them, in other company every
+time (a Hadamard matrix: of any two features, all four combinations come equally often), so every
+run counts for every feature. Each second seed has on what the one before had off, which keeps
+features that help each other out of the differences. These are least squares, their errors from
+what features that add up do not explain.
+
+--append keeps each run in FILE as soon as it ends, a line of JSON: its bpb, and its settings that
+are not the script's defaults. A run that is in FILE is not repeated, so a table that was stopped
+goes on, and tables may share runs. Begin another file when train_gpt.py has changed.
 """
 
 import argparse
+import json
 import os
 import re
 import statistics
+import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import torch
 from bench_averaging import ROOT, bpb, demo_settings, prepare_demo, t
 from bench_step import count
 
 # what is off in a row: the settings that go back to the defaults
 FEATURES = {
-    "depth recurrence": "RECUR_LAYERS",
+    "depth recurrence": "RECUR_LAYERS RECUR_START",
     "parallel lanes": "PARALLEL_START_LAYER",
     "skip gates": "SKIP_GATES",
     "attention-output gate": "ATTN_GATE_DIMS",
@@ -37,7 +54,7 @@ FEATURES = {
     "rates and decays": "MATRIX_LR SCALAR_LR TIED_EMBED_LR MUON_WD EMBED_WD ADAM_WD",
     "warm-down by share": "WARMDOWN_FRAC",
 }
-LONG_RUNS = ("rates and decays", "QK gain 5")  # chosen for thousands of steps: "without both"
+LONG_RUNS = ("rates and decays", "QK gain 5")  # chosen for thousands of steps
 ELSEWHERE = ("BIGRAM_VOCAB_SIZE", "BIGRAM_DIM", "EMA_DECAY")  # sizes and averages: not compared
 
 
@@ -52,18 +69,30 @@ def frontier_settings(layers: int) -> dict[str, str]:
     return {name: value for name, value in found.items() if name not in ELSEWHERE}
 
 
-def recipes(base: t.Hyperparameters) -> dict[str, dict[str, str]]:
-    """Row -> settings beside those of `base`."""
-    preset = frontier_settings(base.num_layers)
-    rows = {"defaults": {}, "frontier": preset}
+def recipes(model: t.Hyperparameters, base: str) -> dict[str, dict[str, str]]:
+    """Row -> settings beside those of `model`."""
+    preset = frontier_settings(model.num_layers)
+    network = without(preset, " ".join(FEATURES[feature] for feature in LONG_RUNS))
+    whole = {"frontier": preset, "network": network}[base]
+    rows = {"defaults": {}, base: whole}
     for feature, names in FEATURES.items():
-        rows[f"without: {feature}"] = without(preset, names)
-    rows["without both"] = without(preset, " ".join(FEATURES[f] for f in LONG_RUNS))
+        if without(whole, names) != whole:
+            rows[f"without: {feature}"] = without(whole, names)
+    if base == "frontier":
+        rows["without both"] = network
     return rows
 
 
 def without(preset: dict[str, str], names: str) -> dict[str, str]:
     return {name: value for name, value in preset.items() if name not in names.split()}
+
+
+def halves(features: int) -> list[tuple[bool, ...]]:
+    """Runs x features, on or off: Paley's matrix, from the squares modulo a prime."""
+    prime = next(p for p in (3, 7, 11, 19) if p >= features)
+    squares = {i * i % prime for i in range(prime)}
+    runs = [tuple((run + i) % prime in squares for i in range(features)) for run in range(prime)]
+    return [*runs, (False,) * features]
 
 
 def mean_flops(hp: t.Hyperparameters) -> float:
@@ -105,41 +134,122 @@ def settings(steps: int, **changes) -> t.Hyperparameters:
     return demo_settings(**given, **(fixed | changes))
 
 
+def unusual(hp: t.Hyperparameters) -> dict[str, str]:
+    """The settings that are not the script's defaults."""
+    usual = t.Hyperparameters().as_env()
+    return {name: value for name, value in hp.as_env().items() if value != usual[name]}
+
+
+def kept_runs(file: Path | None) -> list[dict]:
+    """All but what was cut short."""
+    if not file or not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}}")]
+
+
+def train_once(hp: t.Hyperparameters, file: Path | None) -> float:
+    """bits per byte, from the file if they are there."""
+    settings = unusual(hp)
+    for run in kept_runs(file):
+        if run["settings"] == settings:
+            return run["bpb"]
+    found = train(hp)
+    if file:
+        with file.open("a") as lines:  # a new line first: the last one may have been cut short
+            lines.write("\n" + json.dumps({"bpb": found, "settings": settings}))
+    return found
+
+
+def mean_and_error(values: list[float]) -> str:
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.4f}{error}"
+
+
+def steps_of(changes: dict[str, str], args) -> int:
+    """As many as args.steps, or as their FLOPs buy."""
+    if args.equal == "steps":
+        return args.steps
+    flops, first = (mean_flops(settings(args.steps, **c)) for c in (changes, {}))
+    return round(args.steps * first / flops)
+
+
+def one_row(row: str, changes: dict[str, str], seed: int, args) -> float:
+    began = time.process_time()
+    found = train_once(settings(steps_of(changes, args), **changes, SEED=seed), args.append)
+    took = time.process_time() - began
+    print(f"{row}, seed {seed}: {found:.4f}, {took:.0f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def one_at_a_time(rows: dict[str, dict[str, str]], args) -> None:
+    found = {row: [] for row in rows}
+    for seed in args.seeds:  # seed by seed: a table that is stopped has whole pairs
+        for row, changes in rows.items():
+            found[row].append(one_row(row, changes, seed, args))
+    print(f"| | parameters | GFLOP/step | steps | bpb | std | to {args.base} |")
+    print("|---|---|---|---|---|---|---|")
+    for row, changes in rows.items():
+        hp = settings(args.steps, **changes)
+        parameters = sum(p.numel() for p in t.GPT(hp).parameters())
+        spread = f"{statistics.stdev(found[row]):.4f}" if len(args.seeds) > 1 else "-"
+        pairs = [a - b for a, b in zip(found[row], found[args.base])]
+        print(
+            f"| {row} | {parameters:,} | {mean_flops(hp) / 1e9:.1f} | {steps_of(changes, args)} "
+            f"| {statistics.mean(found[row]):.4f} | {spread} "
+            f"| {mean_and_error(pairs) if row != args.base else ''} |"
+        )
+
+
+def each_on_in_half(rows: dict[str, dict[str, str]], args) -> None:
+    features, whole = [row[9:] for row in rows if row.startswith("without: ")], rows[args.base]
+    observed, bpbs = [], []
+    for i, seed in enumerate(args.seeds):
+        for design in halves(len(features)):
+            off = [on == bool(i % 2) for on in design]
+            names = " ".join(FEATURES[f] for f, is_off in zip(features, off) if is_off)
+            row = "".join("01"[not is_off] for is_off in off)
+            observed.append([*off, *(seed == other for other in args.seeds)])
+            bpbs.append(one_row(row, without(whole, names), seed, args))
+    x, y = np.array(observed, float), np.array(bpbs)
+    differences = np.linalg.lstsq(x, y, rcond=None)[0]
+    left = y - x @ differences
+    freedom = len(y) - x.shape[1]
+    variance = left @ left / freedom if freedom else float("nan")
+    errors = np.sqrt(variance * np.diag(np.linalg.inv(x.T @ x)))
+    print(f"{len(y)} runs, mean {y.mean():.4f}, standard deviation left {variance**0.5:.4f}\n")
+    print("| off | bpb |\n|---|---|")
+    for feature, difference, error in zip(features, differences, errors):
+        print(f"| {feature} | {difference:+.4f} ± {error:.4f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=250, help="of the defaults")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--equal", choices=["steps", "flops"], default="steps")
+    parser.add_argument(
+        "--base",
+        choices=["frontier", "network"],
+        default="frontier",
+        help="from what features go off: the whole preset, or it without " + ", ".join(LONG_RUNS),
+    )
     parser.add_argument("--only", nargs="+", help="features, of which a row is shown")
+    parser.add_argument("--halves", action="store_true", help="each feature on in half of the runs")
+    parser.add_argument("--append", type=Path, metavar="FILE", help="keeps runs, repeats none")
     args = parser.parse_args()
     if "DATA_PATH" not in os.environ:
         prepare_demo.main(ROOT / "data")
-    base = settings(args.steps)
-    first = mean_flops(base)
-    sizes = f"{base.num_layers} layers, width {base.model_dim}, {args.steps} steps of "
-    print(f"{sizes}{base.train_batch_tokens:,} tokens, seeds {args.seeds}, equal {args.equal}\n")
-    print("| | parameters | GFLOP/step | steps | bpb | std | to the preset |")
-    print("|---|---|---|---|---|---|---|")
-    preset = []
-    for row, changes in recipes(base).items():
-        if args.only and row.startswith("without: ") and row[9:] not in args.only:
-            continue
-        flops = mean_flops(settings(args.steps, **changes))
-        steps = round(args.steps * first / flops) if args.equal == "flops" else args.steps
-        found = [train(settings(steps, **changes, SEED=seed)) for seed in args.seeds]
-        preset = found if row == "frontier" else preset
-        pairs = [a - b for a, b in zip(found, preset)]
-        several = len(found) > 1
-        spread = f"{statistics.stdev(found):.4f}" if several else "-"
-        error = f" ± {statistics.stdev(pairs) / len(pairs) ** 0.5:.4f}" if pairs and several else ""
-        to_preset = f"{statistics.mean(pairs):+.4f}{error}" if pairs else ""
-        hp = settings(steps, **changes)
-        parameters = sum(p.numel() for p in t.GPT(hp).parameters())
-        print(
-            f"| {row} | {parameters:,} | {flops / 1e9:.1f} | {steps} "
-            f"| {statistics.mean(found):.4f} | {spread} | {to_preset} |",
-            flush=True,
-        )
+    rows = {
+        row: changes
+        for row, changes in recipes(settings(args.steps), args.base).items()
+        if not args.only or not row.startswith("without: ") or row[9:] in args.only
+    }
+    model = settings(args.steps)
+    print(
+        f"{model.num_layers} layers, width {model.model_dim}, {args.steps} steps of "
+        f"{model.train_batch_tokens:,} tokens, seeds {args.seeds}, equal {args.equal}\n"
+    )
+    (each_on_in_half if args.halves else one_at_a_time)(rows, args)
 
 
 if __name__ == "__main__":

@@ -249,6 +249,80 @@ def test_quantizer_study_rows(corpus, capsys):
     assert [line.split()[2] for line in lines] == rows
 
 
+@pytest.mark.parametrize("features", [1, 3, 11, 13])
+def test_any_two_features_are_on_together_in_a_quarter_of_the_runs(features):
+    from bench_recipe import halves
+
+    on = np.array(halves(features), int)
+    together = on.T @ on
+    expected = len(on) / 4 * (np.ones((features, features)) + np.eye(features))
+    np.testing.assert_array_equal(together, expected)
+
+
+@pytest.fixture
+def recipe_bench(monkeypatch):
+    """bench_recipe, in which a run trains nothing: each feature that is off costs its place in the
+    list, in hundredths of a bit, and a seed a tenth. And the runs that were trained."""
+    import bench_recipe
+
+    trained = []
+
+    def train(hp):
+        trained.append(hp)
+        usual, hundredths = t.Hyperparameters().as_env(), 0
+        for place, names in enumerate(bench_recipe.FEATURES.values()):
+            off = all(hp.as_env()[name] == usual[name] for name in names.split()[:1])
+            hundredths += place * off
+        return 2 + hundredths / 100 + hp.seed / 10
+
+    monkeypatch.setattr(bench_recipe, "train", train)
+    monkeypatch.setattr(bench_recipe, "mean_flops", lambda hp: 1e9)
+    monkeypatch.setattr(bench_recipe.prepare_demo, "main", lambda folder: None)
+    monkeypatch.delenv("DATA_PATH", raising=False)
+
+    def start(*options):
+        monkeypatch.setattr(sys, "argv", ["bench_recipe.py", "--steps", "8", *options])
+        bench_recipe.main()
+
+    return start, trained
+
+
+FEW = ("--seeds", "1", "2", "--base", "network", "--only", "skip gates", "leaky slope 0.3")
+
+
+@pytest.mark.parametrize("design", [(), ("--halves",)])
+def test_bench_recipe_finds_what_each_feature_gives(recipe_bench, capsys, design):
+    start, _ = recipe_bench
+    start(*FEW, *design)
+    out = capsys.readouterr().out
+    assert re.findall(r"(skip gates|slope 0.3) \|.* (\S+) ± 0.0000", out) == [
+        ("skip gates", "+0.0200"),
+        ("slope 0.3", "+0.0900"),
+    ]
+
+
+def test_bench_recipe_repeats_no_run_that_a_file_has(recipe_bench, tmp_path, capsys):
+    start, trained = recipe_bench
+    options = *FEW, "--append", str(tmp_path / "runs.jsonl")
+    start(*options)
+    first, count = capsys.readouterr().out, len(trained)
+    start(*options)
+    assert (capsys.readouterr().out, len(trained)) == (first, count)
+
+
+@pytest.mark.parametrize("characters", [1, 9])
+def test_bench_recipe_repeats_once_a_run_whose_line_was_cut(recipe_bench, tmp_path, characters):
+    start, trained = recipe_bench
+    file = tmp_path / "runs.jsonl"
+    options = *FEW, "--append", str(file)
+    start(*options)
+    file.write_text(file.read_text()[:-characters])
+    count = len(trained)
+    start(*options)
+    start(*options)
+    assert len(trained) == count + 1
+
+
 @pytest.mark.parametrize("script", sorted((ROOT / "bench").glob("*.py")), ids=lambda p: p.name)
 def test_each_bench_says_how_it_is_used(script):
     done = run(script, "--help")

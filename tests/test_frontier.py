@@ -1,18 +1,19 @@
 """The frontier preset in training: schedules, depth recurrence that begins in the middle, the
-launch script on one and two ranks. What its features compute: test_model.py, test_optimizer.py."""
+launch script on one and four ranks. What its features compute: test_model.py, test_optimizer.py."""
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, finish, start_python, tiny, values
 from test_model import FRONTIER, randomize
-from test_ranks import assert_same, new_trainer, state
+from test_ranks import assert_same, losses, new_trainer, state
 from test_systems import launched
 from test_ttt import plain_scores, scores_of, trainer_with
 
 import train_gpt as t
 
 RECURRENT = dict(RECUR_LAYERS="1,2", RECUR_START=0.5, ITERATIONS=8, WARMUP_STEPS=0)
+PRESET = FRONTIER | RECURRENT | dict(MUON_ROW_NORM=1, EMBED_WD=0.09, WARMDOWN_FRAC=0.667)
 PLAIN_ORDER = (0, 1, 2, 3)
 FINAL_ORDER = (0, 1, 2, 1, 2, 3)
 
@@ -120,10 +121,10 @@ def test_after_warm_up_no_change_of_order_or_rounding_compiles(rng):
 
 
 def test_a_run_resumed_after_recurrence_began_ends_in_the_same_bits(corpus, tmp_path, orders):
-    whole = new_trainer(corpus, tmp_path / "run.txt", **RECURRENT)
+    whole = new_trainer(corpus, tmp_path / "run.txt", **PRESET)
     t.train(whole)
     expected = state(whole)
-    stopped = new_trainer(corpus, tmp_path / "run.txt", **RECURRENT)
+    stopped = new_trainer(corpus, tmp_path / "run.txt", **PRESET)
     step = t.Trainer.step
 
     def stop_in_the_sixth(scale, hardness):
@@ -134,7 +135,7 @@ def test_a_run_resumed_after_recurrence_began_ends_in_the_same_bits(corpus, tmp_
     stopped.step = stop_in_the_sixth
     with pytest.raises(t.Stopped):
         t.train(stopped)
-    resumed = new_trainer(corpus, **RECURRENT)
+    resumed = new_trainer(corpus, **PRESET)
     resumed.restore(str(tmp_path / "run.ckpt"))
     orders.clear()
     t.train(resumed)
@@ -177,7 +178,7 @@ def run_frontier(folder, corpus, ranks: int) -> str:
 @pytest.fixture(scope="module")
 def logs(corpus, tmp_path_factory):
     """ranks -> log."""
-    return {n: run_frontier(tmp_path_factory.mktemp(f"ranks{n}"), corpus, n) for n in (1, 2)}
+    return {n: run_frontier(tmp_path_factory.mktemp(f"ranks{n}"), corpus, n) for n in (1, 4)}
 
 
 def test_the_preset_turns_every_feature_on(logs):
@@ -198,7 +199,12 @@ def test_the_preset_runs_its_layers_again_in_the_second_half(logs):
     assert values(logs[1], "recurrence:on")["passes"] == "6"
 
 
-def test_two_ranks_score_the_preset_as_one_does(logs):
+def test_four_ranks_train_the_preset_as_one_does(logs):
+    one, four = (np.float64(list(losses(logs[ranks]).values())) for ranks in (1, 4))
+    np.testing.assert_allclose(one, four, rtol=0, atol=2e-4)
+
+
+def test_four_ranks_score_the_preset_as_one_does(logs):
     for name in ("final_float", "final_int6_roundtrip", "final_int6_sliding", "final_ngram"):
-        one, two = (float(values(logs[n], name)["val_bpb"]) for n in (1, 2))
-        assert np.isclose(one, two, rtol=0, atol=1e-4), name
+        one, four = (float(values(logs[ranks], name)["val_bpb"]) for ranks in (1, 4))
+        assert np.isclose(one, four, rtol=0, atol=1e-4), name
