@@ -1820,7 +1820,7 @@ COARSEST = 254.0  # divides all levels; all are +-1 then
 GPTQ_BLOCK = 128  # columns
 PASS_TOKENS = 16_384  # of a rank at a time, for the curvature
 TOLERANCE = 4096  # bytes that `fit_artifact` may leave unused
-AIM = 2000  # bytes below the budget at which its search aims
+AIM = 2000  # bytes below the budget at which its search aims first
 LZMA = dict(
     format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=1 << 20, pb=0)]
 )
@@ -2359,18 +2359,21 @@ def largest_that_fits(pack_at: Callable, budget: int, finest: float, coarsen: fl
     best = None
     low, high = finest, COARSEST
     passes = 0
+    aim = AIM
     while high / low > 1 + 1e-7:
         if best is not None and (len(best.blob) > budget - TOLERANCE or passes >= most):
             break
         passes += 1
         packed = pack_at(coarsen)
         excess = len(packed.blob) - budget
+        bits_over = (excess + aim) * 8 / packed.weights  # of each weight
         if excess > 0:
             low = coarsen
+            aim *= 2  # steps are bfloat16, so that a size comes in jumps
         else:
             high = coarsen
+            aim = AIM
             best = packed
-        bits_over = (excess + AIM) * 8 / packed.weights  # of each weight
         guess = coarsen * 2 ** min(bits_over, 8)  # a bit less doubles the step
         coarsen = guess if low < guess < high else math.sqrt(low * high)
     return best, high
