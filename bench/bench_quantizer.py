@@ -17,39 +17,11 @@ itself; `carry`: the steps of `rows`, GPTQ's errors carried on.
 
 import argparse
 import math
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-
-import prepare_demo  # noqa: E402
-
-import train_gpt as t  # noqa: E402
-
-DEMO = dict(  # runs/demo.sh, by steps instead of a clock
-    num_layers=5,
-    model_dim=128,
-    num_heads=4,
-    num_kv_heads=2,
-    ve_layers=(3, 4),
-    ve_dim=32,
-    xsa_last_n=2,
-    bigram_vocab_size=1024,
-    bigram_dim=32,
-    train_batch_tokens=2048,
-    train_seq_len=256,
-    eval_seq_len=256,
-    warmdown_iters=250,
-    averaging="none",
-    muon_momentum=0.95,
-    muon_momentum_warmup_steps=100,
-    tied_embed_lr=0.03,
-)
+from bench_averaging import ROOT, demo_settings, prepare_demo, t
 
 
 class Carry(t.GPTQ):
@@ -68,18 +40,15 @@ class Carry(t.GPTQ):
 
 
 def demo_model(seed: int, steps: int, tokens: int):
-    """(a trainer, its curvature measured, after `steps` steps of the demo; seconds)."""
+    """A trainer after `steps` steps of runs/demo.sh, its curvature measured."""
     prepare_demo.main(ROOT / "data")
-    hp = t.Hyperparameters(
-        data_path=str(ROOT / "data/datasets/demo_sp1024"),
-        tokenizer_path=str(ROOT / "data/tokenizers/demo_1024_bpe.model"),
-        seed=seed,
-        iterations=steps,
-        max_wallclock_seconds=0,
-        warmup_steps=0,
-        train_log_every=0,
-        gptq_tokens=tokens,
-        **DEMO,
+    hp = demo_settings(
+        SEED=seed,
+        ITERATIONS=steps,
+        MAX_WALLCLOCK_SECONDS=0,
+        WARMUP_STEPS=0,
+        TRAIN_LOG_EVERY=0,
+        GPTQ_TOKENS=tokens,
     )
     trainer = new_trainer(hp)
     t.train(trainer)

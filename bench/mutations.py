@@ -1,4 +1,4 @@
-"""Do the tests notice? 40 defects of one line each, put into train_gpt.py one at a time.
+"""Do the tests notice? 42 defects of one line each, put into train_gpt.py one at a time.
 
     python bench/mutations.py            all; about ten minutes on two idle cores
     python bench/mutations.py 7 12       these

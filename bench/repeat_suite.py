@@ -90,20 +90,22 @@ def main() -> int:
     parser.add_argument("extra", nargs="*", help='pytest\'s; without: -m "not slow"')
     args = parser.parse_args()
     beside = args.beside or ("two busy processes" if args.loaded else "nothing")
-    rows, passed = [HEAD, re.sub("[^|]+", "---", HEAD)], 0
-    if args.append and args.append.exists():
-        rows = []  # it has the head
-    for line in rows:
+    passed = 0
+
+    def tell(line: str) -> None:
         print(line, flush=True)
+        if args.append:
+            with args.append.open("a") as file:
+                file.write(line + "\n")
+
+    if not (args.append and args.append.exists()):  # else the file has the head
+        tell(HEAD)
+        tell(re.sub("[^|]+", "---", HEAD))
     with load(2 if args.loaded else 0):
         for _ in range(args.runs):
             row, ok = run_suite(args.extra, beside, args.fresh)
+            tell(row)
             passed += ok
-            print(row, flush=True)
-            if args.append:
-                with args.append.open("a") as file:
-                    file.writelines(line + "\n" for line in [*rows, row])
-                rows = []
     print(f"\n{passed} of {args.runs} runs passed")
     return int(passed < args.runs)
 

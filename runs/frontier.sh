@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Ours: the best public network of the challenge without eval-time training (PR #1435, 1.0980 bpb neural), which is PR
 # #889's plus depth recurrence, two residual lanes, skip gates, MuonEq-R and other rates; the attention-output gate and the
-# SmearGate of later records; wider, for the bytes that #1435 leaves; exact counts with learned weights.
+# SmearGate of later records; finer steps, for the bytes that #1435 leaves; exact counts with learned weights.
 #   bash runs/frontier.sh; SEED=42 bash runs/frontier.sh; every setting likewise. TTT_EPOCHS=3: learns while it scores.
 # Needs FineWeb under DATA_PATH and TOKENIZER_PATH; one rank per GPU.
 set -euo pipefail
