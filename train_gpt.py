@@ -695,14 +695,15 @@ def load_validation(hp):
 
 
 def fingerprint(hp):
-    """(name, bytes, CRC-32 of the first 64 KB) of every data file."""
+    """(name, bytes, CRC-32 of the first and last 64 KB) of every data file."""
     paths = [Path(hp.tokenizer_path), *find_shards("val", hp)]
     if not hp.eval_only:
         paths += find_shards("train", hp)
     facts = []
     for path in paths:
-        with path.open("rb") as file:
-            facts.append((path.name, path.stat().st_size, zlib.crc32(file.read(1 << 16))))
+        data = np.memmap(path, np.uint8, "r")
+        crc = zlib.crc32(data[-(1 << 16) :], zlib.crc32(data[: 1 << 16]))
+        facts.append((path.name, len(data), crc))
     return facts
 
 
@@ -1602,11 +1603,12 @@ class Trainer:
         if self.hp.late_qat_threshold:
             hardnesses.append(torch.ones((), device=self.ranks.device))
         graphs = list(product(dict.fromkeys(block_orders(self.hp)), hardnesses))
-        progress = Progress(self.log, "warm-up", self.hp.warmup_steps)
+        progress = Progress(self.log, "warm-up", len(graphs))
         for i in range(self.hp.warmup_steps):
             self.model.order, hardness = graphs[i % len(graphs)]
             self.step(1.0, hardness)
-            progress(i + 1)
+            if i < len(graphs):
+                progress(i + 1)
         torch._foreach_copy_(tensors, before)
         self.model.order, _ = block_orders(self.hp)
         self.ranks.barrier()
@@ -3315,8 +3317,8 @@ def evaluate(trainer, size: int, began: float):
     log_validation(trainer, f"final_int{hp.quant_bits}_roundtrip")
 
     scoring_began = perf_counter()
-    progress = Progress(log, "scoring", validation.targets)
     stride, segments = score_in_time(trainer, began)
+    progress = Progress(log, "scoring", validation.targets)  # from here on nothing compiles
     scores_2N = np.empty((2, 0 if ranks.rank else validation.targets), np.float32)
     done = 0
     for segment in segments:

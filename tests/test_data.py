@@ -8,7 +8,14 @@ import pytest
 import sentencepiece as spm
 from conftest import tiny, write_shard
 
-from train_gpt import ByteCounter, TokenLoader, UserError, load_shard, load_validation
+from train_gpt import (
+    ByteCounter,
+    TokenLoader,
+    UserError,
+    fingerprint,
+    load_shard,
+    load_validation,
+)
 
 
 def test_load_shard_is_a_memory_map_of_what_was_written(tmp_path, rng):
@@ -103,6 +110,18 @@ def test_training_shards_may_lie_elsewhere(tmp_path, corpus):
     assert len(load_validation(hp).tokens) == 6001
     with pytest.raises(UserError, match="TRAIN_DATA_PATH=.*/nowhere: no fineweb_train"):
         TokenLoader(tiny(**corpus, TRAIN_DATA_PATH=tmp_path / "nowhere"), 0, 1)
+
+
+@pytest.mark.parametrize("token", [0, 1000, -1000, -1])
+def test_ranks_see_where_a_file_differs_from_rank_0s(tmp_path, corpus, rng, token):
+    """At its beginning and at its end: a file that was cut and filled up has the right size."""
+    tokens = rng.integers(2, 300, 100_000)
+    shard = write_shard(tmp_path / "fineweb_train_000000.bin", tokens)
+    hp = tiny(**corpus | dict(TRAIN_DATA_PATH=tmp_path))
+    before = fingerprint(hp)
+    tokens[token] ^= 1
+    write_shard(shard, tokens)
+    assert fingerprint(hp) != before
 
 
 def test_a_token_outside_the_vocabulary_is_refused(tmp_path):

@@ -97,6 +97,23 @@ def test_warm_up_runs_each_graph_that_training_may_need(corpus, monkeypatch):
     ]
 
 
+def test_warm_up_reports_how_many_graphs_are_compiled(corpus, monkeypatch):
+    """The other steps take no time: counted, they would promise a wait that never comes."""
+    done, totals = [], []
+
+    class Counted:
+        def __init__(self, log, label, total):
+            totals.append(total)
+
+        def __call__(self, count):
+            done.append(count)
+
+    monkeypatch.setattr(t, "Progress", Counted)
+    monkeypatch.setattr(t.Trainer, "step", lambda *_: None)
+    new_trainer(corpus, **RECURRENT | dict(WARMUP_STEPS=20)).warm_up()
+    assert (done, totals) == ([1, 2, 3, 4], [4])
+
+
 def test_after_warm_up_no_change_of_order_or_rounding_compiles(rng):
     """Order and rounding are arguments of four graphs, all made before the clock starts."""
     torch.compiler.reset()
