@@ -182,7 +182,7 @@ class Hyperparameters:
     quant_bits: int = setting(6, "bits of a matrix's codes before fitting, and in QAT", 3, 8)
     fill_budget: bool = setting(True, "spend bytes that are left on codes of up to 8 bits")
     quantizer: str = setting("gptq", "rows: each by itself, blind to inputs", choices="gptq rows")
-    gptq_reserve_seconds: float = setting(10.0, "of training, for GPTQ; at most a tenth", 0)
+    gptq_reserve_seconds: float = setting(4.0, "of training, for GPTQ; at most a tenth", 0)
     gptq_tokens: int = setting(131_072, "training tokens that GPTQ looks at, at least", 1)
 
     # Scoring
