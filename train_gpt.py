@@ -33,7 +33,6 @@ from __future__ import annotations
 import concurrent.futures
 import difflib
 import hashlib
-import importlib
 import json
 import lzma
 import math
@@ -49,7 +48,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from itertools import chain, islice, pairwise, product
 from pathlib import Path
 from time import perf_counter
@@ -182,8 +181,8 @@ class Hyperparameters:
     quant_bits: int = setting(6, "bits of a matrix's codes before fitting, and in QAT", 3, 8)
     fill_budget: bool = setting(True, "spend bytes that are left on codes of up to 8 bits")
     quantizer: str = setting("gptq", "rows: each by itself, blind to inputs", choices="gptq rows")
-    gptq_reserve_seconds: float = setting(4.0, "of training, for GPTQ; at most a tenth", 0)
-    gptq_tokens: int = setting(131_072, "training tokens that GPTQ looks at, at least", 1)
+    gptq_reserve_seconds: float = setting(4.0, "of training, for GPTQ; at most a tenth", 0.1)
+    gptq_tokens: int = setting(131_072, "training tokens for GPTQ, in whole batches", 1)
 
     # Scoring
     eval_seq_len: int = setting(2048, "tokens per scoring window", 1)
@@ -275,6 +274,8 @@ class Hyperparameters:
             yield "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN", rule
         if self.eval_stride > self.eval_seq_len:
             yield "EVAL_STRIDE EVAL_SEQ_LEN", "targets would go unscored"
+        if self.eval_only and self.resume:
+            yield "EVAL_ONLY RESUME", "the weights are those of one file"
         if self.ngram_min_order > self.ngram_order:
             yield "NGRAM_MIN_ORDER NGRAM_ORDER", "no order is left"
         if self.ngram_counts == "hashed" and (self.ngram_alpha == "online" or self.ngram_order > 7):
@@ -746,11 +747,13 @@ class Linear(nn.Linear):
 
 
 def rotary_tables(T: int, hp, device=None):
-    """cos and sin, (2, T, 1, ROPE_DIMS/2); beyond 1024 positions the base grows (NTK-aware)."""
+    """cos and sin, (2, T, 1, ROPE_DIMS/2); beyond 1024 positions the base grows (NTK-aware), in
+    windows shorter than training's as there."""
     r = hp.rope_dims
     base = hp.rope_base
-    if T > 1024 and r > 2:
-        base *= (T / 1024) ** (r / (r - 2))
+    span = max(T, hp.train_seq_len)
+    if span > 1024 and r > 2:
+        base *= (span / 1024) ** (r / (r - 2))
     frequency = base ** -(torch.arange(0, r, 2, dtype=torch.float32, device=device) / max(r, 1))
     position = torch.arange(T, dtype=torch.float32, device=device)
     angle = torch.outer(position, frequency)[:, None, :]
@@ -777,11 +780,13 @@ def remove_own_value(y_BTHK, v_BTGK):
 
 @cache
 def find_flash_attention():
-    """(name, function) of the fastest attention that is installed; ("sdpa", None): torch's."""
-    for version, module, capability in ((3, "flash_attn_interface", 9), (2, "flash_attn", 8)):
-        with suppress(ImportError):
-            if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= capability:
-                return f"flash_attention_{version}", importlib.import_module(module).flash_attn_func
+    """(name, function) of FlashAttention 3 if it is installed and this is a Hopper GPU, for which
+    it is made; ("sdpa", None): torch's own, which outruns version 2 there."""
+    with suppress(ImportError):
+        if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
+            from flash_attn_interface import flash_attn_func
+
+            return "flash_attention_3", flash_attn_func
     return "sdpa", None
 
 
@@ -934,14 +939,6 @@ def token_nll(z_NV, targets_N, cap: float):
     return F.nll_loss(log_probabilities(z_NV, cap), targets_N, reduction="none")
 
 
-def token_scores(z_NV, targets_N, cap: float):
-    """nll of the targets and entropy of the predictions in nats, (2, N) float32."""
-    logp_NV = log_probabilities(z_NV, cap)
-    nll_N = F.nll_loss(logp_NV, targets_N, reduction="none")
-    entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
-    return torch.stack((nll_N, entropy_N))
-
-
 def log_probabilities(z_NV, cap: float):
     """Log-softmax in float32 of cap * tanh(z / cap), or of z if cap is 0."""
     z_NV = z_NV.float()
@@ -1078,7 +1075,10 @@ class GPT(nn.Module):
 
     def scores(self, hidden_ND, targets_N):
         """nll of the targets and entropy of the predictions in nats, (2, N) float32."""
-        return token_scores(self.logits(hidden_ND), targets_N, self.hp.logit_softcap)
+        logp_NV = log_probabilities(self.logits(hidden_ND), self.hp.logit_softcap)
+        nll_N = F.nll_loss(logp_NV, targets_N, reduction="none")
+        entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
+        return torch.stack((nll_N, entropy_N))
 
 
 # --- 5. Kernels ---------------------------------
@@ -1209,7 +1209,7 @@ class Kind:
     optimizer: type
     lr: float
     weight_decay: float
-    bits: int  # of its codes in the artifact; 0: not coded, float16
+    bits: int  # of its codes before fitting; 0: not coded, float16
 
 
 def parameter_kind(name: str):
@@ -1503,7 +1503,7 @@ def soft_round(x: Tensor, hardness: Tensor):
 
 
 def fake_quantized(model, hardness: Tensor):
-    """The matrices as the artifact will hold them [9], with straight-through gradients, or soft."""
+    """The matrices rounded by rows to QUANT_BITS [9], with straight-through gradients, or soft."""
     weights = {}
     for name, p in model.named_parameters():
         levels = natural_levels(name, p, model.hp)
@@ -1595,16 +1595,17 @@ class Trainer:
         return total
 
     def warm_up(self):
-        """WARMUP_STEPS steps, undone, compile all graphs: without and with late QAT, of both orders
-        of blocks. Collective."""
+        """WARMUP_STEPS steps, undone, compile all graphs, at least one each: without and with late
+        QAT, of both orders of blocks. Collective."""
         tensors = list(self.tensors().values())
         before = [t.clone() for t in tensors]
         hardnesses = [None]
         if self.hp.late_qat_threshold:
             hardnesses.append(torch.ones((), device=self.ranks.device))
         graphs = list(product(dict.fromkeys(block_orders(self.hp)), hardnesses))
+        steps = self.hp.warmup_steps and max(self.hp.warmup_steps, len(graphs))
         progress = Progress(self.log, "warm-up", len(graphs))
-        for i in range(self.hp.warmup_steps):
+        for i in range(steps):
             self.model.order, hardness = graphs[i % len(graphs)]
             self.step(1.0, hardness)
             if i < len(graphs):
@@ -1692,6 +1693,7 @@ def read_checkpoint(path: str):
     """All arrays of a NumPy archive; UserError: no such file, or cut or damaged."""
     try:
         with np.load(path, allow_pickle=False) as archive:
+            require(not archive.zip.testzip(), "damaged")  # NumPy reads only some
             return dict(archive)
     except Exception as error:  # of many types: damage shows in NumPy, zipfile, zlib, struct ...
         reason = getattr(error, "strerror", None) or "no whole checkpoint"
@@ -1700,9 +1702,9 @@ def read_checkpoint(path: str):
 
 def train(trainer):
     """Train to ITERATIONS or to MAX_WALLCLOCK_SECONDS on rank 0's clock, which is paused in
-    validations; no step begins that would pass it if it took twice the average. Leaves a
-    checkpoint, the averaged weights and their curvature. Collective. Stopped; UserError: the loss
-    is not finite."""
+    validations but not in checkpoints; no step begins that would pass it if it took twice the
+    average. Leaves a checkpoint, the averaged weights and their curvature. Collective. Stopped;
+    UserError: the loss is not finite."""
     hp, ranks, log, stop = trainer.hp, trainer.ranks, trainer.log, trainer.stop
     trainer.warm_up()
     stop.patient = True  # signals wait for the loop
@@ -1718,6 +1720,7 @@ def train(trainer):
         seconds, stopped, diverged = ranks.sum_numbers(own_clock, bool(stop.name), diverged)
         trainer.progress[1] = seconds
         step = trainer.steps
+        set_block_order(trainer)
         scale = lr_scale(step, seconds, hp)
         require(
             not diverged,
@@ -1748,7 +1751,6 @@ def train(trainer):
         if is_last:
             break
 
-        set_block_order(trainer)
         hardness = late_qat_hardness(trainer, scale, hardness)
         losses = [*losses, trainer.step(scale, hardness)][-2:]
 
@@ -1760,7 +1762,7 @@ def train(trainer):
 
 
 def set_block_order(trainer):
-    """The order of blocks for the next step, by the share of training that is done."""
+    """The order of blocks from here on, by the share of training that is done."""
     hp, model = trainer.hp, trainer.model
     plain, recurrent = block_orders(hp)
     recurs = training_share(trainer.steps, trainer.seconds, hp) >= hp.recur_start
@@ -1771,10 +1773,10 @@ def set_block_order(trainer):
 
 def late_qat_hardness(trainer, scale: float, before: Tensor | None):
     """The hardness of soft rounding in the next step, rising from 1 to 16 as the rates fall from
-    LATE_QAT_THRESHOLD to 0, given that of the step before. None: there is no rounding."""
+    LATE_QAT_THRESHOLD to 0. None: there is no rounding. `before`: that of the last step."""
     hp = trainer.hp
     if scale >= hp.late_qat_threshold:
-        return before
+        return None
     if before is None:
         facts = f"lr_scale:{scale:.4f} bits:{hp.quant_bits} {hp.qat_rounding}"
         trainer.log(f"late_qat:on step:{trainer.steps} {facts}")
@@ -1793,7 +1795,7 @@ def use_averages(trainer):
     weights = averaged_parameters(trainer.averages)
     if weights:
         torch._foreach_copy_(trainer.parameters, weights)
-    used = trainer.hp.averaging if weights else "none"
+    used = "_".join(name for name, a in trainer.averages.items() if a.count) or "none"
     counts = " ".join(f"{name}_updates:{a.count}" for name, a in trainer.averages.items())
     size = sum(p.numel() for p in trainer.parameters)
     trainer.log(f"averaging:{used} {counts} parameters:{size}")
@@ -1844,14 +1846,14 @@ class Curvature:
     @cached_property
     def factors(self):
         """(order of the columns, upper Cholesky factor of the inverse of the damped moments in that
-        order), or None if there is no such factor."""
+        order), or None if there is no such factor or a moment is not finite."""
         H_CC = self.inputs_CC.double()
         order_C = H_CC.diagonal().argsort(descending=True)
         H_CC = H_CC[order_C][:, order_C]
         for damping in (0.01, 0.1, 1.0):
             shift_C = (damping * H_CC.diagonal().mean()).expand(len(H_CC))
             lower_CC, failed = torch.linalg.cholesky_ex(H_CC + shift_C.diag())
-            if not failed and lower_CC.isfinite().all():
+            if not failed and lower_CC.isfinite().all() and self.outputs_R.isfinite().all():
                 inverse_CC = torch.cholesky_inverse(lower_CC)
                 return order_C, torch.linalg.cholesky(inverse_CC, upper=True).float()
         return None
@@ -1972,9 +1974,9 @@ def quantize_rows(w_RC, levels: int | Tensor):
     (GPTQ-lite); quantising the result again changes nothing."""
     w = w_RC.float()
     last = w.size(-1) - 1
-    ranks = [last - round(q * last) for q in (1.0, 0.998, 0.994)]  # 0: the largest magnitude
-    largest = w.abs().topk(max(ranks) + 1).values
-    clips = largest[:, ranks].T[..., None]
+    places = [last - round(q * last) for q in (1.0, 0.998, 0.994)]  # 0: the largest magnitude
+    largest = w.abs().topk(max(places) + 1).values
+    clips = largest[:, places].T[..., None]
     steps = (clips / levels).clamp_min(1e-30).bfloat16().float()
 
     def codes(step: Tensor):
@@ -2041,10 +2043,10 @@ def round_to(step: Tensor, w: Tensor):
 
 def build_gptq(state: dict[str, Tensor], hp, curvature: dict[str, Curvature], log):
     """A GPTQ whose steps have RowQuantizer's geometric mean at coarsen 1. Matrices whose moments
-    have no Cholesky factor are rounded by rows; the log names them."""
+    cannot be used are rounded by rows; the log names them."""
     usable = {name: c for name, c in curvature.items() if c.factors is not None}
     for name in curvature.keys() - usable.keys():
-        log(f"warning: {name}: its inputs' moments have no Cholesky factor; rounded by rows")
+        log(f"warning: {name}: its moments have no Cholesky factor; rounded by rows")
     log_ratio = 0.0
     weights = 0
     for name, c in usable.items():
@@ -2336,7 +2338,7 @@ def fit_artifact(state: dict[str, Tensor], hp, budget: int, quantizer=None):
     draft = getattr(quantizer, "draft", quantizer)
     natural = 2 ** (hp.quant_bits - 1) - 1
     finest = (natural + 1) / (2 * (LARGEST_CODE + 1)) if hp.fill_budget else 1.0
-    before = pack(state, hp, 1.0, draft).error
+    *_, before = quantize_state(state, hp, 1.0, draft)
     coarsen = finest
     for each in dict.fromkeys((draft, quantizer)):
         pack_at = partial(pack, state, hp, quantizer=each)
@@ -2468,10 +2470,10 @@ def score_stream(
     batches = 1
     while done < count:
         # Each rank fills in the targets of its windows; the sum over the ranks has them all.
-        stop = min(done + batches * batch * ranks.world_size, count)
-        _, (offset, *_), (*_, segment_end) = spans[:, done:stop]
+        until = min(done + batches * batch * ranks.world_size, count)
+        _, (offset, *_), (*_, segment_end) = spans[:, done:until]
         scores_2N = torch.zeros(2, segment_end - offset, device=ranks.device)
-        own = np.array_split(spans[:, done:stop], ranks.world_size, axis=1)[ranks.rank]
+        own = np.array_split(spans[:, done:until], ranks.world_size, axis=1)[ranks.rank]
         for i in range(0, own.shape[1], batch):
             some = own[:, i : i + batch]
             if count > batch:
@@ -2483,7 +2485,7 @@ def score_stream(
         if ranks.rank:
             scores_2N = scores_2N[:, :0]
         yield scores_2N.cpu().numpy().copy()  # a view would keep the whole alive
-        done = stop
+        done = until
         batches = min(2 * batches, SEGMENT_BATCHES)
 
 
@@ -2579,6 +2581,8 @@ def score_and_learn(trainer, stride: int):
             segments = score_stream(trainer.trunk, model, validation.tokens, stride, ranks, part)
             yield np.concatenate(list(segments), 1)
             if end == total:
+                moved = sum((a - b).square().sum() for a, b in zip(weights, initial)).sqrt()
+                trainer.log(f"ttt:score_first epochs:{hp.ttt_epochs} moved:{moved:.4f}")
                 return
 
             torch._foreach_copy_(live, weights)
@@ -2590,8 +2594,6 @@ def score_and_learn(trainer, stride: int):
             torch._foreach_copy_(weights, live)
             torch._foreach_copy_(live, mean)
     finally:
-        moved = sum((a - b).square().sum() for a, b in zip(weights, initial)).sqrt()
-        trainer.log(f"ttt:score_first epochs:{hp.ttt_epochs} moved:{moved:.4f}")
         torch._foreach_copy_(live, initial)
 
 
@@ -2757,7 +2759,8 @@ def chunks_of_groups(first: ndarray):
 
 
 def document_numbers(tokens):
-    """uint32: how many BOS lie before each position. The document of that number holds it."""
+    """uint32: how many BOS lie before each position: so a BOS, as a target, still belongs to the
+    document before it."""
     closes = tokens == BOS
     return np.cumsum(closes, dtype=np.uint32) - closes
 
@@ -2817,19 +2820,15 @@ class HashedCounts(BackoffCounts):
     other: a token that never followed may own a bucket that others have filled. What the quotients
     sum to over the vocabulary is the mass: they are no probabilities. A diagnostic."""
 
-    kept_order = 0
-
     def levels(self):
         for n in range(2, self.hp.ngram_order + 1):
             context, pair = (sort_runs(b)[2] for b in hash_buckets(self.tokens, n, self.hp))
             yield n, context, np.minimum(context, pair)
 
+    @lru_cache(1)  # noqa: B019
     def buckets(self, n: int):
-        """`hash_buckets` of the whole stream; those of the last order asked for are kept."""
-        if self.kept_order != n:
-            self.kept_order = n
-            self.kept_buckets = hash_buckets(self.tokens, n, self.hp)
-        return self.kept_buckets
+        """`hash_buckets` of the whole stream."""
+        return hash_buckets(self.tokens, n, self.hp)
 
     def continuations(self, target: int):
         n = int(self.order[target])
@@ -3191,7 +3190,7 @@ class Mixture:
 # --- 13. main -----------------------------------
 # Train -> average -> fit and pack -> write -> read back -> score -> mix -> report.
 
-FALLBACK_STRIDES = (96, 128, 256)
+FALLBACK_STRIDES = (96, 128, 256, 512, 1024, 2048)
 ENTROPY_EDGES = (0, 0.5, 1, 1.5, 2, 3, 4, 5, math.inf)  # nats, of the calibration table
 
 
@@ -3268,27 +3267,17 @@ def report_hashed(trainer, nll, entropy):
     )
 
 
-def extend_mixture(counted: concurrent.futures.Future, scores_2N):
-    """Mix what can be mixed, once counted. What fails in one call fails in the next again."""
-    counted.result().extend(*scores_2N)
-
-
-def begin_scoring(trainer, stride: int):
-    """The segments of the final score, by weights that learn on the way if TTT_EPOCHS says so."""
-    if trainer.hp.ttt_epochs:
-        return score_and_learn(trainer, stride)
-    tokens = trainer.validation.tokens
-    return score_stream(trainer.trunk, trainer.model, tokens, stride, trainer.ranks)
-
-
 def score_in_time(trainer, began: float):
     """(stride, segments) of the first of EVAL_STRIDE and wider ones that, at the speed of its third
     segment, ends within 95 % of EVAL_BUDGET_SECONDS after `began`, or of the last. Collective."""
-    hp, targets = trainer.hp, trainer.validation.targets
+    hp, tokens, targets = trainer.hp, trainer.validation.tokens, trainer.validation.targets
     wider = [s for s in FALLBACK_STRIDES if hp.eval_stride < s <= hp.eval_seq_len]
     strides = [hp.eval_stride, *wider]
     for stride in strides:
-        segments = begin_scoring(trainer, stride)
+        if hp.ttt_epochs:
+            segments = score_and_learn(trainer, stride)
+        else:
+            segments = score_stream(trainer.trunk, trainer.model, tokens, stride, trainer.ranks)
         held = list(islice(segments, 2))  # the first ones compile
         third_began = perf_counter()
         held += islice(segments, 1)
@@ -3327,7 +3316,8 @@ def evaluate(trainer, size: int, began: float):
         done = end
         progress(done)
         if counted:
-            mixed = worker.submit(extend_mixture, counted, scores_2N[:, :done])
+            # what fails in one call fails in the next again
+            mixed = worker.submit(lambda part: counted.result().extend(*part), scores_2N[:, :done])
     if ranks.rank:
         return  # the rest is rank 0's
 
@@ -3349,14 +3339,17 @@ def evaluate(trainer, size: int, began: float):
         nats["mixed"] = mixture.nll
         if hp.ngram_counts == "hashed":
             report_hashed(trainer, nll, entropy)
-    if hp.save_scores:
-        settings = json.dumps(hp.as_env())
-        path = log.path.with_name(f"{log.path.stem}_scores.npz")
-        replace_file(path, lambda file: np.savez(file, settings=settings, **arrays))
 
     seconds = perf_counter() - began
     log(f"total_eval_time:{seconds:.1f}s budget:{hp.eval_budget_seconds:g}s stride:{stride}")
     report_run(trainer, size, seconds, stride, nats)
+    if hp.save_scores:
+        settings = json.dumps(hp.as_env())
+        path = log.path.with_name(f"{log.path.stem}_scores.npz")
+        try:
+            replace_file(path, lambda file: np.savez(file, settings=settings, **arrays))
+        except UserError as error:
+            log(f"warning: {error}")
 
 
 def report_run(trainer, size: int, seconds: float, stride: int, nats: dict[str, ndarray]):

@@ -341,6 +341,16 @@ t.write_artifact = full
     assert whole(small_disk)
 
 
+def test_scores_that_cannot_be_written_cost_no_result(corpus, tmp_path):
+    (tmp_path / "logs/test_scores.npz").mkdir(parents=True)
+    done = run_script(tmp_path, 0, **corpus, **BRIEF, SAVE_SCORES=1)
+    assert done.returncode == 0, done.stderr
+    log = log_of(tmp_path)
+    assert "warning: logs/test_scores.npz: Is a directory" in log
+    assert "\nresult {" in log
+    assert whole(tmp_path)
+
+
 # ---- data, numbers, names
 
 

@@ -114,6 +114,13 @@ def test_warm_up_reports_how_many_graphs_are_compiled(corpus, monkeypatch):
     assert (done, totals) == ([1, 2, 3, 4], [4])
 
 
+def test_warm_up_runs_each_graph_though_its_steps_are_fewer(corpus, monkeypatch):
+    steps = []
+    monkeypatch.setattr(t.Trainer, "step", lambda *_: steps.append(1))
+    new_trainer(corpus, **RECURRENT | dict(WARMUP_STEPS=1)).warm_up()
+    assert len(steps) == 4
+
+
 def test_after_warm_up_no_change_of_order_or_rounding_compiles(rng):
     """Order and rounding are arguments of four graphs, all made before the clock starts."""
     torch.compiler.reset()
@@ -158,6 +165,19 @@ def test_a_run_resumed_after_recurrence_began_ends_in_the_same_bits(corpus, tmp_
     t.train(resumed)
     assert_same(expected, state(resumed))
     assert orders == 2 * [FINAL_ORDER]
+
+
+def test_a_resumed_run_validates_by_the_order_that_it_trained(corpus, tmp_path):
+    def validated(trainer):
+        orders = []
+        trainer.validate = lambda: orders.append(trainer.model.order) or (0.0, 0.0)
+        t.train(trainer)
+        return orders
+
+    assert validated(new_trainer(corpus, tmp_path / "run.txt", **PRESET)) == [FINAL_ORDER]
+    resumed = new_trainer(corpus, **PRESET)
+    resumed.restore(str(tmp_path / "run.ckpt"))
+    assert validated(resumed) == [FINAL_ORDER]
 
 
 def test_an_artifact_keeps_all_that_the_preset_learns():

@@ -199,6 +199,17 @@ def test_without_a_cholesky_factor_a_matrix_is_rounded_by_rows(rng, bad):
     assert all(map(torch.equal, found, expected))
 
 
+def test_with_gradients_that_are_not_finite_a_matrix_is_rounded_by_rows(rng):
+    state, outputs = {"a.weight": torch.randn(8, 30)}, torch.ones(8)
+    outputs[3] = float("nan")
+    curvature, lines = {"a.weight": t.Curvature(correlated(30).float(), outputs)}, []
+    gptq = t.build_gptq(state, tiny(), curvature, lines.append)
+    assert len(lines) == 1 and "a.weight" in lines[0] and "rounded by rows" in lines[0]
+    found = gptq.quantize("a.weight", state["a.weight"], 1.3)
+    expected = t.RowQuantizer(tiny()).quantize("a.weight", state["a.weight"], 1.3)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_few_passes_of_gptq_find_what_fits(matrices, monkeypatch):
     """Drafts, which carry nothing on, find the steps first."""
     rounded, plain = [], t.round_in_turn

@@ -240,6 +240,12 @@ def test_rope_base_grows_beyond_1024_positions(rng, in_float64):
         )
 
 
+@pytest.mark.parametrize("T", [100, 1024, 1500])
+def test_a_window_shorter_than_trainings_has_its_rope(T):
+    hp = tiny(TRAIN_SEQ_LEN=2048, TRAIN_BATCH_TOKENS=2048)
+    assert torch.equal(t.rotary_tables(T, hp), t.rotary_tables(2048, hp)[:, :T])
+
+
 @pytest.mark.parametrize("switches", [{}, FRONTIER], ids=["defaults", "frontier"])
 def test_a_changed_token_changes_no_earlier_logit(rng, switches):
     """Causality of the whole model, bit for bit, at every position."""

@@ -157,6 +157,18 @@ def test_a_chunk_of_no_bytes_teaches_nothing(stream):
     )
 
 
+def test_only_a_stream_scored_to_its_end_is_reported(stream):
+    """A stride that would take too long is given up after a few chunks."""
+    trainer, lines = trainer_with(*stream), []
+    trainer.log = lines.append
+    tried = t.score_and_learn(trainer, 8)
+    next(tried)
+    tried.close()
+    assert lines == []
+    list(t.score_and_learn(trainer, 8))
+    assert [line.split()[0] for line in lines] == ["ttt:score_first"]
+
+
 def test_the_learning_rate_rises_threefold_then_falls_to_zero():
     assert t.ttt_scale(0) == 1
     assert t.ttt_scale(1) == pytest.approx(0)
