@@ -97,7 +97,7 @@ MUTATIONS = [
     Mutation(
         3,
         "crc = zlib.crc32(data[-(1 << 16) :], zlib.crc32(data[: 1 << 16]))",
-        'crc = 0',
+        "crc = 0",
         "test_ranks.py::test_rank_0_names_the_rank_that_disagrees",
     ),
     Mutation(
@@ -107,7 +107,10 @@ MUTATIONS = [
         "test_scoring.py::test_bits_per_byte_sums_in_float64",
     ),
     Mutation(
-        4, "base *= (span / 1024) ** (r / (r - 2))", "base *= (span / 1024) ** (r / r)", "test_model.py"
+        4,
+        "base *= (span / 1024) ** (r / (r - 2))",
+        "base *= (span / 1024) ** (r / r)",
+        "test_model.py",
     ),
     Mutation(4, ".tril(T - S)", ".tril(T - S + 1)", "test_model.py"),
     Mutation(
