@@ -121,6 +121,7 @@ def test_warm_up_runs_each_graph_though_its_steps_are_fewer(corpus, monkeypatch)
     assert len(steps) == 4
 
 
+@pytest.mark.slow
 def test_after_warm_up_no_change_of_order_or_rounding_compiles(rng):
     """Order and rounding are arguments of four graphs, all made before the clock starts."""
     torch.compiler.reset()
