@@ -8,7 +8,7 @@
 #             (the table of systems from logs/systems/*.txt, if there are any)
 # make check  the reviewers' checks alone
 # make view   the text of the last run, coloured by what each token cost and what the counts saved: prints the page's path
-# make lint   ruff: its checks, and its format at 100 columns
+# make lint   ruff: its checks, and its format at 100 columns; a warning if train_gpt.py has over 160,000 bytes
 # make bench  speed and size, as ratios measured in one run
 # make bench-gpu  kernels tested, a step and scoring timed, on a GPU (ARTIFACT=file DATA_PATH=... TOKENIZER_PATH=...)
 # Each target sets up what it needs in .venv; nothing outside this folder changes.
@@ -60,6 +60,8 @@ view: setup
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	@size=$$(wc -c < train_gpt.py); [ $$size -le 160000 ] || \
+	    echo "warning: train_gpt.py has $$size bytes, more than 160,000: is all of it worth reading?"
 
 bench: setup
 	for b in bench/bench_*.py; do $(RUN) $$b || exit 1; done

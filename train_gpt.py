@@ -101,7 +101,7 @@ class Hyperparameters:
     train_data_path: str = setting("", "another folder for the training shards; empty: DATA_PATH")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece")
     run_id: str = setting("", "name of logs/<RUN_ID>.txt; empty: date, time and seed")
-    seed: int = setting(1337, "seed of the initial weights", 0)
+    seed: int = setting(1337, "seed of the initial weights and of the order of batches", 0)
     eval_only: str = setting("", "score this final_model.int6.ptz and train nothing")
     resume: str = setting("", "go on from this logs/<RUN_ID>.ckpt")
     checkpoint_every: float = setting(0.0, "seconds; 0: at validations and SIGTERM only", 0)
@@ -530,7 +530,7 @@ def replace_file(path: Path, write: Callable):
 
 # --- 3. Data ------------------------------------
 # A shard is 256 little-endian int32 (20240520, 1, count, 0 ...), then `count` uint16 tokens. The
-# loader has no state: batch k is a function of k, the same tokens whatever the number of ranks.
+# loader has no state: batch k is the same tokens at any number of ranks, and after a RESUME.
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
@@ -576,10 +576,22 @@ def check_tokens(tokens, vocab_size: int, source: str | Path):
     return tokens
 
 
+def window_starts(tokens: int, length: int, seed: int, epoch: int):
+    """Where each training window of an epoch starts in a circular stream of `tokens` tokens, int64,
+    in the order in which they are read. The stream is cut into windows of `length` from a random
+    place on, and the windows are put in a random order: both differ from epoch to epoch. Reading
+    neighbouring windows in consecutive steps instead costs 0.04 to 0.19 bpb in small runs."""
+    rng = np.random.default_rng((seed, epoch))
+    phase = rng.integers(tokens)
+    window = rng.permutation(max(1, tokens // length))
+    return (phase + window * length) % tokens
+
+
 class TokenLoader:
-    """All training shards as one circular stream, read in lanes: sequence i of S starts at i/S of
-    it and goes on by T tokens a step, so that a batch holds S places. Rank r has the r-th share of
-    the sequences, in `accumulation` micro-batches of `rows` each."""
+    """All training shards as one circular stream, cut into windows of TRAIN_SEQ_LEN tokens that are
+    read in a random order, each once per epoch. Batch k is the k-th group of windows in that order:
+    a function of k and SEED. Rank r trains on the r-th share of a batch's sequences, in
+    `accumulation` micro-batches of `rows` sequences each."""
 
     def __init__(self, hp, rank: int, world_size: int):
         self.hp = hp
@@ -588,6 +600,9 @@ class TokenLoader:
         self.shards = [load_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.tokens = int(self.ends[-1])
+        self.windows = max(1, self.tokens // hp.train_seq_len)  # in an epoch
+        draw = partial(window_starts, self.tokens, hp.train_seq_len, hp.seed)
+        self.epoch_starts = lru_cache(2)(draw)  # two: a batch may reach into the next epoch
         self.sequences = hp.train_batch_tokens // hp.train_seq_len
 
         fits = [n for n in range(1, self.sequences + 1) if self.sequences % n == 0]
@@ -601,6 +616,11 @@ class TokenLoader:
         most = max(1, hp.micro_batch_tokens // hp.train_seq_len)
         self.rows = max(n for n in range(1, min(most, self.share) + 1) if self.share % n == 0)
         self.accumulation = self.share // self.rows
+
+    def start(self, sequence: int):
+        """Where the `sequence`-th training sequence of the run starts in the stream."""
+        epoch, place = divmod(sequence, self.windows)
+        return int(self.epoch_starts(epoch)[place])
 
     def span(self, start: int, count: int):
         """`count` tokens of the circular stream from `start` on, as int64."""
@@ -619,9 +639,8 @@ class TokenLoader:
     def micro_batch(self, step: int, micro: int):
         """This rank's inputs and targets of a micro-batch of `step`: (B, T) int64, on the CPU."""
         T = self.hp.train_seq_len
-        first = self.rank * self.share + micro * self.rows
-        lane_starts = [i * self.tokens // self.sequences for i in range(first, first + self.rows)]
-        ids = np.stack([self.span(start + step * T, T + 1) for start in lane_starts])
+        first = step * self.sequences + self.rank * self.share + micro * self.rows
+        ids = np.stack([self.span(self.start(i), T + 1) for i in range(first, first + self.rows)])
         ids = torch.from_numpy(ids)
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
@@ -3400,6 +3419,7 @@ def prepare(hp, ranks, log, stop):
             "train_gpt.py": Path(__file__).read_bytes(),
             "settings": hp,
             "torch": torch.__version__,
+            "NumPy": np.__version__,  # draws the order of the training windows
             "data files": fingerprint(hp),
         }
     )

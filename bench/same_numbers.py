@@ -145,7 +145,7 @@ def write_data(folder: Path) -> str:
         np.fromfile(demo / f"fineweb_{part}_000000.bin", "<u2", offset=1024)
         for part in ("train", "val")
     )
-    border = len(train) // TRAIN_SHARDS + 3000  # a lane of the loader crosses it
+    border = len(train) // TRAIN_SHARDS + 3000  # a window of the loader crosses it
     shards = dict(train_000000=train[:border], train_000001=train[border:])
     for name, tokens in {**shards, "val_000000": val[: TARGETS + 1]}.items():
         header[2] = len(tokens)

@@ -15,6 +15,7 @@ from train_gpt import (
     fingerprint,
     load_shard,
     load_validation,
+    window_starts,
 )
 
 
@@ -55,38 +56,83 @@ def stream_of(paths):
     return np.concatenate([load_shard(p) for p in paths])
 
 
+def batches(hp, world_size: int, steps) -> np.ndarray:
+    """(steps, sequences, T + 1): the tokens of each step's batch, from all ranks."""
+    loaders = [TokenLoader(hp, rank, world_size) for rank in range(world_size)]
+    found = []
+    for step in steps:
+        parts = [ld.micro_batch(step, m) for ld in loaders for m in range(ld.accumulation)]
+        x, y = (np.concatenate([part[i].numpy() for part in parts]) for i in (0, 1))
+        found.append(np.concatenate((x, y[:, -1:]), 1))
+        assert np.array_equal(x[:, 1:], y[:, :-1])
+    return np.stack(found)
+
+
+def numbered(folder, tokens: int, shards: int = 3, **changes):
+    """Settings for a training stream in which token i is i: so a batch shows what was read."""
+    for i, part in enumerate(np.array_split(np.arange(tokens), shards)):
+        write_shard(folder / f"fineweb_train_{i:06d}.bin", part)
+    return tiny(DATA_PATH=folder, VOCAB_SIZE=65_536, **changes)
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8, 16])
+@pytest.mark.parametrize("micro", [32, 64, 512])
+def test_a_batch_is_the_same_at_any_number_of_ranks_and_micro_batches(corpus, world_size, micro):
+    steps = (0, 1, 7, 1000)
+    shared = batches(tiny(**corpus, MICRO_BATCH_TOKENS=micro), world_size, steps)
+    assert np.array_equal(shared, batches(tiny(**corpus), 1, steps))
+
+
+@pytest.mark.parametrize("micro, rows", [(32, 1), (64, 2), (512, 8), (1, 1)])
+def test_a_micro_batch_holds_at_most_the_tokens_that_were_asked_for(corpus, micro, rows):
+    loader = TokenLoader(tiny(**corpus, MICRO_BATCH_TOKENS=micro), 1, 2)
+    assert (loader.rows, loader.accumulation) == (rows, 8 // rows)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_ranks_share_each_global_batch_without_overlap(corpus, world_size):
-    """Whatever the number of ranks and of micro-batches, batch k is the same lanes of the stream,
-    in order."""
-    for micro in (32, 64, 512):
-        hp = tiny(**corpus, MICRO_BATCH_TOKENS=micro)
-        loaders = [TokenLoader(hp, r, world_size) for r in range(world_size)]
-        stream = stream_of(loaders[0].paths)
-        T = hp.train_seq_len
-        S = hp.train_batch_tokens // hp.train_seq_len
-        for step in (0, 1, 7, 1000):
-            parts = [ld.micro_batch(step, m) for ld in loaders for m in range(ld.accumulation)]
-            x, y = (np.concatenate([p[i].numpy() for p in parts]) for i in (0, 1))
-            starts = np.arange(S) * len(stream) // S + step * T
-            at = (starts[:, None] + np.arange(T)) % len(stream)
-            assert np.array_equal(x, stream[at])
-            assert np.array_equal(y, stream[(at + 1) % len(stream)])
-            assert len(np.unique(at)) == hp.train_batch_tokens
-            assert all(p[0].numel() <= max(micro, T) for p in parts)
+def test_an_epoch_reads_each_window_once(tmp_path, world_size):
+    """Five steps of 16 windows are an epoch. The windows do not overlap, so that each token is read
+    once, and those after the last whole window are left out."""
+    hp = numbered(tmp_path, 5 * 16 * 32 + 7)
+    for epoch in range(3):
+        ids = batches(hp, world_size, range(5 * epoch, 5 * epoch + 5))[:, :, :-1]
+        assert len(np.unique(ids)) == ids.size == 5 * 16 * 32
 
 
-def test_lanes_read_everything_once_before_anything_twice(tmp_path):
-    write_shard(tmp_path / "fineweb_train_000000.bin", np.arange(16 * 32 * 5) % 500)
-    loader = TokenLoader(tiny(DATA_PATH=tmp_path), 0, 1)
-    seen = []
-    loader.span = lambda start, count: (
-        seen.extend(range(start, start + count - 1)),
-        np.zeros(count),
-    )[1]
-    for step in range(5):
-        loader.micro_batch(step, 0)
-    assert sorted(seen) == list(range(16 * 32 * 5))
+def test_a_window_is_a_run_of_the_circular_stream_across_shards_and_its_end(tmp_path):
+    ids = batches(numbered(tmp_path, 5 * 16 * 32 + 7), 1, range(10)).reshape(-1, 33)
+    assert np.array_equal((ids[:, :1] + np.arange(33)) % (5 * 16 * 32 + 7), ids)
+
+
+def test_an_epoch_may_end_within_a_batch(tmp_path):
+    """90 windows: the sixth batch reads the epoch's last 10 and the next epoch's first 6."""
+    ids = batches(numbered(tmp_path, 90 * 32), 1, range(12))[:, :, :-1].reshape(-1, 32)
+    for epoch in (ids[:90], ids[90:180]):
+        assert len(np.unique(epoch)) == 90 * 32
+
+
+def test_epochs_differ_in_order_and_in_phase():
+    first, second, other_seed = (
+        window_starts(100_003, 32, seed, epoch) for seed, epoch in ((1, 0), (1, 1), (2, 0))
+    )
+    for other in (second, other_seed):
+        assert np.mean(first == other) < 0.01
+        assert np.min(first % 32) != np.min(other % 32)  # at most two remainders in an epoch
+
+
+@pytest.mark.parametrize("epoch", range(3))
+def test_windows_read_one_after_the_other_are_as_far_apart_as_chance_has_it(epoch):
+    """In a random order of n windows two in a row are n/3 windows apart on the mean; the mean of
+    n - 1 such distances has a standard error of about n / sqrt(18 n)."""
+    n = 20_000
+    window = window_starts(n * 64, 64, 1337, epoch) // 64
+    distance = np.abs(np.diff(window)).mean()
+    assert abs(distance - n / 3) < 5 * n / (18 * n) ** 0.5
+
+
+def test_a_stream_shorter_than_a_window_is_read_round_and_round(tmp_path):
+    ids = batches(numbered(tmp_path, 20), 1, range(3)).reshape(-1, 33)
+    assert np.array_equal((ids[:, :1] + np.arange(33)) % 20, ids)
 
 
 def test_the_stream_wraps_at_its_end(tmp_path, rng):

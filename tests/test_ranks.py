@@ -59,20 +59,6 @@ def score_lines(log: str) -> list[str]:
 # ---- equal whatever the number of ranks
 
 
-def test_batches_of_any_number_of_ranks_are_those_of_one(corpus):
-    hp = tiny(**corpus, MICRO_BATCH_TOKENS=64)
-
-    def batch(world_size, step):
-        loaders = [t.TokenLoader(hp, rank, world_size) for rank in range(world_size)]
-        parts = [ld.micro_batch(step, micro) for ld in loaders for micro in range(ld.accumulation)]
-        return [torch.cat(side) for side in zip(*parts)]
-
-    for step in (0, 1, 5, 300):
-        whole = batch(1, step)
-        for world_size in (2, 4, 8, 16):
-            assert all(map(torch.equal, batch(world_size, step), whole))
-
-
 def test_a_run_on_1_2_and_4_ranks_is_the_same_run(runs):
     logs = {ranks: log_of(cwd) for ranks, (cwd, _) in runs.items()}
     for ranks in set(runs) - {1}:
