@@ -72,7 +72,7 @@ class OneRank:
         self.device = torch.device("cpu")
 
     def __getattr__(self, name: str):
-        # sum_over_ranks, broadcast, barrier, ...: one rank's is all
+        # sum_over_ranks, from_rank0, ...: one rank's is all
         return lambda *args: args[0] if args else None
 
 
@@ -138,18 +138,20 @@ class Probed:
         return np.concatenate(some)[:size].astype(np.uint16)
 
     def neural(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(nll, entropy) in nats of the targets, by the script's score_stream or, with TTT, its
+        """(nll, entropy) in nats of the targets, by the script's score or, with TTT, its
         score_and_learn."""
         module, stride = self.module, self.hp.eval_stride
+        scorer = module.Scorer(self.model, module.block_passes(self.hp)[1])
         if self.hp.ttt_epochs:
             validation = module.Validation(
                 tokens, lambda stream: np.ones(len(stream) - 1, np.uint16)
             )
-            silent = module.RunLog(), module.StopSignal()  # without a name: no file, nothing said
-            trainer = module.Trainer(self.model, None, validation, OneRank(), *silent)
-            segments = module.score_and_learn(trainer, stride)
+            silent = module.RunLog()  # without a name it writes no file and prints nothing
+            segments = module.score_and_learn(
+                scorer, module.training_loss, validation, stride, OneRank(), silent
+            )
         else:
-            segments = module.score_stream(self.model.hidden, self.model, tokens, stride, OneRank())
+            segments = module.score(scorer, tokens, stride, OneRank())
         nll, entropy = (np.concatenate(parts) for parts in list(zip(*segments))[:2])
         require(len(nll) == len(tokens) - 1, f"{len(nll)} scores for {len(tokens) - 1} targets")
         return nll, entropy
@@ -224,7 +226,7 @@ class Bigram:
 
         self.hp, self.embed = hp, torch.nn.Embedding.from_pretrained(table)
 
-    def hidden(self, ids, last=0):
+    def hidden(self, ids, passes, last=0):
         return self.embed(ids[:, -last:])
 
     def scores(self, rows, targets):
@@ -245,7 +247,7 @@ def probe_once(module, settings: dict[str, str]) -> str:
         size, length = int(probed.rng.integers(2, 400)), int(probed.rng.integers(1, 100))
         stride, tokens = int(probed.rng.integers(1, length + 1)), probed.stream(size)
         model = Bigram(replace(probed.hp, eval_seq_len=length, eval_stride=stride), table)
-        segments = module.score_stream(model.hidden, model, tokens, stride, OneRank())
+        segments = module.score(module.Scorer(model, ()), tokens, stride, OneRank())
         nll = np.concatenate([segment[0] for segment in segments])
         known = -table.log_softmax(-1).numpy()[tokens[:-1].astype(int), tokens[1:].astype(int)]
         probed.require(

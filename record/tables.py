@@ -147,7 +147,7 @@ def settings_page(script: Path) -> str:
             groups.append((heads.get(field.name, "Settings"), []))
         low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
         if choices or low is None:
-            span = ", ".join(choices)
+            span = ", ".join(choices() if choices else [])
         else:
             span = f"from {low:,}" if high == math.inf else f"{low:,} to {high:,}"
         name = field.name.upper()
