@@ -5,7 +5,7 @@ import lzma
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from helpers import tiny
 
 import train_gpt as t
 

@@ -6,20 +6,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import logits, tiny
+from helpers import FRONTIER, logits, randomize, tiny
 
 import train_gpt as t
-
-
-def randomize(model):
-    """Give every parameter a value that matters, so that zero-initialised paths are tested too."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(
-                torch.randn_like(p)
-                * (0.3 / max(1, p.shape[-1] if p.ndim else 1) ** 0.5 if p.ndim == 2 else 0.2)
-            )
-    return model.double()
 
 
 def rms(x):
@@ -168,20 +157,6 @@ SWITCHES = [
     dict(ATTN_GATE_DIMS=12),
     dict(SMEAR_CROSSES_BOS=0),
 ]
-
-# All that PR #1435 adds to the design, at the size of the tests
-FRONTIER = dict(
-    RECUR_LAYERS="1,2",
-    PARALLEL_START_LAYER=3,
-    SKIP_GATES=1,
-    ATTN_GATE_DIMS=12,
-    SMEAR_CROSSES_BOS=0,
-    XSA_LAST_N=4,
-    MLP_MULT=4,
-    VRL_ENABLED=0,
-    LEAKY_SLOPE=0.3,
-    QK_GAIN_INIT=5,
-)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
-from conftest import ROOT, tiny
+from helpers import ROOT, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Predictor

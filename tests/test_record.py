@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, collect, run_script
+from helpers import ROOT, collect, run_script
 
 import train_gpt as t
 from record import checks, probe
