@@ -1,4 +1,4 @@
-"""The model against a plain second reading of DESIGN section 4: loops, no tricks;
+"""The model against the same formulas written with loops and without tricks;
 and causality of the whole."""
 
 import math
@@ -67,7 +67,7 @@ def plain_order(hp):
 
 
 def plain_forward(model, ids):
-    """DESIGN section 4, one sentence after the other, for one sequence; without the softcap."""
+    """What the model is defined to compute, part by part, for one sequence; without the softcap."""
     hp, T, L = model.hp, len(ids), model.hp.num_layers
     x = model.embed.weight[ids]
     if hp.bigram_vocab_size:
