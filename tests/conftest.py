@@ -22,7 +22,7 @@ import train_gpt  # noqa: F401
 
 os.environ.pop("TRITON_INTERPRET", None)
 pytest.register_assert_rewrite("helpers")
-from helpers import FRESH, SHUFFLE, run_script, seed_of, write_shard  # noqa: E402
+from helpers import FRESH, SECTIONS, SHUFFLE, run_script, seed_of, write_shard  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -33,10 +33,25 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("tests")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--section", help=f"only the tests of one of {', '.join(SECTIONS)}")
+
+
 @pytest.hookimpl(tryfirst=True)  # before hypothesis' own plugin reads the option
 def pytest_configure(config):
+    if config.option.section not in (None, *SECTIONS):
+        known = ", ".join(SECTIONS)
+        raise pytest.UsageError(f"T={config.option.section}: expected one of {known}")
     if FRESH and config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = FRESH
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With --section, test files that are not of it are not even imported."""
+    name = collection_path.stem.removeprefix("test_")
+    is_test = collection_path.stem != name
+    if is_test and config.option.section and name not in SECTIONS[config.option.section].split():
+        return True
 
 
 @pytest.hookimpl(trylast=True)

@@ -20,6 +20,26 @@ from tests.preloaded import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# What `make test T=<section>` runs: a section of train_gpt.py, or a folder beside it -> test files
+SECTIONS = {
+    "settings": "settings",
+    "runtime": "runtime ranks ranks_of_hosts",
+    "data": "data",
+    "model": "model frontier",
+    "kernels": "kernels",
+    "rounding": "artifact gptq",
+    "optimizers": "optimizer ranks",
+    "training": "training optimizer frontier ranks",
+    "curvature": "gptq",
+    "artifact": "artifact gptq",
+    "scoring": "scoring",
+    "ttt": "ttt",
+    "mixture": "mixture ngram decodable",
+    "run": "script faults ranks systems",
+    "record": "record figures",
+    "bench": "bench",  # studies/ and tools/ too
+}
+
 # --- random numbers and the order of tests --------------------------------------------------------
 
 

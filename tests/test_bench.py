@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, finish, start_python, tiny, write_shard
+from helpers import ROOT, SECTIONS, finish, start_python, tiny, write_shard
 
 import train_gpt as t
 from tools import common
@@ -320,6 +320,17 @@ def test_the_recipe_study_repeats_once_a_run_whose_line_was_cut(recipe_study, tm
     start(*options)
     start(*options)
     assert len(trained) == count + 1
+
+
+def test_each_test_file_belongs_to_a_section():
+    names = {name for names in SECTIONS.values() for name in names.split()}
+    assert names == {path.stem[5:] for path in (ROOT / "tests").glob("test_*.py")}
+
+
+def test_an_unknown_section_is_refused_in_one_line_with_those_that_there_are():
+    done = run("pytest", "tests", "--section=mixtures", "--collect-only")
+    assert done.returncode == 4
+    assert "ERROR: T=mixtures: expected one of settings, runtime, " in done.stderr
 
 
 PROGRAMS = [
