@@ -1,6 +1,8 @@
 # make demo   train, pack, reload, score and mix on a corpus built from this Python's documentation; no download, no GPU
 # make test   the suite, with the same random numbers each time; FRESH=1 draws new ones, FRESH=<seed> those again;
-#             SHUFFLE=1 another order of files and tests, SHUFFLE=<seed> that again
+#             SHUFFLE=1 another order of files and tests, SHUFFLE=<seed> that again; T=<section> only the tests of one
+#             section of train_gpt.py: settings runtime data model kernels rounding optimizers training curvature
+#             artifact scoring ttt mixture run; or T=record, T=bench
 # make test-all    the slow tests too, as CI does
 # make test-field  all, on torch 2.9.1, Triton 3.5.1, NumPy 1.26, in .venv-field (downloads about 3 GB)
 # make prove  a range coder and a decoder: the score is a code length, and hashed counts are none
@@ -9,14 +11,15 @@
 # make check  the reviewers' checks alone
 # make view   the text of the last run, coloured by what each token cost and what the counts saved: prints the page's path
 # make lint   ruff: its checks, and its format at 100 columns; a warning if train_gpt.py has over 160,000 bytes
-# make bench  speed and size, as ratios measured in one run
+# make bench  speed and size, as ratios measured in one run; python -m bench.step and so on: one of them, with options
 # make bench-gpu  kernels tested, a step and scoring timed, on a GPU (ARTIFACT=file DATA_PATH=... TOKENIZER_PATH=...)
 # Each target sets up what it needs in .venv; nothing outside this folder changes.
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
 RUN := $(VENV)/bin/python
-PYTEST := $(RUN) -m pytest tests -q -n 2 --dist worksteal --durations=8
+PYTEST := $(RUN) -m pytest tests -q -n 2 --dist worksteal --durations=8 $(if $(T),--section=$(T))
+BENCHES := $(filter-out __init__,$(basename $(notdir $(wildcard bench/*.py))))
 DEV := pytest pytest-xdist hypothesis constriction matplotlib jinja2 ruff
 
 .PHONY: demo test test-all test-field prove record check view lint bench bench-gpu setup clean
@@ -64,14 +67,14 @@ lint: setup
 	    echo "warning: train_gpt.py has $$size bytes, more than 160,000: is all of it worth reading?"
 
 bench: setup
-	for b in bench/bench_*.py; do $(RUN) $$b || exit 1; done
+	for b in $(BENCHES); do $(RUN) -m bench.$$b || exit 1; done
 
 bench-gpu: setup
 	$(RUN) data/prepare_demo.py
 	$(RUN) -m pytest tests/test_kernels.py -q
-	$(RUN) bench/bench_step.py
+	$(RUN) -m bench.step
 	DATA_PATH=$${DATA_PATH:-data/datasets/demo_sp1024} TOKENIZER_PATH=$${TOKENIZER_PATH:-data/tokenizers/demo_1024_bpe.model} \
-	    $(RUN) bench/bench_eval.py $(ARTIFACT)
+	    $(RUN) -m bench.scoring $(ARTIFACT)
 
 clean:
 	rm -rf .venv .venv-field data/datasets data/tokenizers final_model.*

@@ -1,17 +1,12 @@
-"""Compiles every kernel for GPUs that are not here: python tests/compile_kernels.py. Prints
+"""Compiles every kernel for GPUs that are not here: python -m tests.compile_kernels. Prints
 architecture, kernel, bytes of shared memory; what Triton's interpreter takes and its compiler does
 not, fails. A process of its own, for it is not interpreted."""
-
-import sys
-from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import train_gpt as t  # noqa: E402
+import train_gpt as t
 
 NUMBERS = dict(M="i32", N="i32", K="i32", stride_k="i32", stride_n="i32", slope="fp32")
 

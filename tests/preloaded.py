@@ -19,9 +19,11 @@ from multiprocessing import forkserver, get_context
 from pathlib import Path
 from unittest import mock
 
-HERE = str(Path(__file__).resolve().parent)
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 MODULES = "sentencepiece", "triton", "torch.distributed.run", "torch._dynamo", "torch.testing"
-PATHS = [path for path in sys.path if path not in ("", HERE)]  # the server's: a new Python's
+# of a new Python: the server's without those by which it or pytest finds this repository
+PATHS = [path for path in sys.path if path not in ("", str(TESTS), str(ROOT))]
 
 
 class Run:
@@ -72,7 +74,7 @@ def start_server() -> None:
     own."""
     env = {
         "PRELOAD": "1",
-        "PYTHONPATH": HERE,
+        "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }

@@ -33,8 +33,8 @@ class Predictor:
         return tuple(self.stream[len(self.stream) - n + 1 :]) if len(self.stream) >= n - 1 else None
 
     def bucket(self, n, past, entropy):
-        """What DESIGN calls features: of the context's past and the model's entropy,
-        never of the target."""
+        """The class of contexts whose weights are used: a function of the context's past and of
+        the model's entropy, never of the target."""
         size = min(len(past).bit_length() - 1, 7)
         distinct = len(self.counts[n][self.context(n)])
         share = min(4 * (len(past) - distinct) // len(past), 3)

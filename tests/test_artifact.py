@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from helpers import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

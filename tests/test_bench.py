@@ -1,4 +1,4 @@
-"""The benches run: small sizes, no timing, the printed rows are there."""
+"""bench/, studies/ and tools/ run: small sizes, no timing, the printed rows are there."""
 
 import dataclasses
 import re
@@ -7,21 +7,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, finish, start_python, tiny, write_shard
+from helpers import ROOT, SECTIONS, finish, start_python, tiny, write_shard
 
 import train_gpt as t
+from tools import common
 
-sys.path.insert(0, str(ROOT / "bench"))
 
-
-def run(*command):
-    return finish(start_python(ROOT, [str(part) for part in command], {}))
+def run(module: str, *options):
+    """`python -m module` with these options."""
+    return finish(start_python(ROOT, ["-m", module, *map(str, options)], {}))
 
 
 @pytest.mark.slow  # some processes that import torch
 def test_bench_ngram(tmp_path, rng):
     shard = write_shard(tmp_path / "s.bin", np.minimum(rng.zipf(1.3, 30_000), 1000))
-    done = run(ROOT / "bench/bench_ngram.py", "--tokens", 20_000, "--repeat", 1, shard)
+    done = run("bench.ngram", "--tokens", 20_000, "--repeat", 1, shard)
     assert done.returncode == 0, done.stderr
     for row in (
         "exact counts + backoff",
@@ -34,12 +34,12 @@ def test_bench_ngram(tmp_path, rng):
     assert "DIFFERS" not in done.stdout
 
 
-def test_mix_study(tmp_path, rng):
+def test_the_mixture_study(tmp_path, rng):
     tokens = np.minimum(rng.zipf(1.3, 3000), 1000)
     shard, scores = write_shard(tmp_path / "s.bin", tokens), tmp_path / "scores.npz"
     nll = rng.exponential(3, 2000).astype(np.float32)
     np.savez(scores, nll=nll, entropy=nll)
-    done = run(ROOT / "bench/mix_study.py", scores, shard, "--orders", 3)
+    done = run("studies.mixture", scores, shard, "--orders", 3)
     assert done.returncode == 0, done.stderr
     for row in (
         "neural model alone",
@@ -49,13 +49,13 @@ def test_mix_study(tmp_path, rng):
         "mass_min:1.000000000000",
     ):
         assert row in done.stdout
-    assert run(ROOT / "bench/mix_study.py", tmp_path / "absent.npz", shard).returncode != 0
+    assert run("studies.mixture", tmp_path / "absent.npz", shard).returncode != 0
 
 
 @pytest.mark.slow
 def test_bench_memory():
     """Started anew: what a fork shares would not be counted as its memory."""
-    command = [str(ROOT / "bench/bench_memory.py"), "--tokens", "5000", "--ranks", "2"]
+    command = ["-m", "bench.memory", "--tokens", "5000", "--ranks", "2"]
     done = finish(start_python(ROOT, command, {}, forked=False))
     assert done.returncode == 0, done.stderr
     tokens, _, total, first, other, _ = done.stdout.splitlines()[-1].strip("| ").split(" | ")
@@ -64,11 +64,11 @@ def test_bench_memory():
     assert float(total.split()[0].replace(",", "")) > 100
 
 
-def test_bench_averaging_scores_every_average(corpus):
-    from bench_averaging import demo_settings, one_run
+def test_the_averaging_study_scores_every_average(corpus):
+    from studies.averaging import one_run
 
-    assert demo_settings().model_dim == 128
-    assert demo_settings(SEED=5).seed == 5
+    assert common.demo_settings().model_dim == 128
+    assert common.demo_settings(SEED=5).seed == 5
     hp = tiny(**corpus, AVERAGING="ema_swa", SWA_EVERY=1, SWA_THRESHOLD=1, TRAIN_LOG_EVERY=0)
     tokens = np.array(t.load_validation(hp).tokens[:400])
     results = one_run(hp, t.Validation(tokens, t.ByteCounter(hp)))
@@ -78,7 +78,7 @@ def test_bench_averaging_scores_every_average(corpus):
 
 
 def test_bench_artifact_compares_the_coders(capsys):
-    from bench_artifact import compare
+    from bench.artifact import compare
 
     torch.manual_seed(3)
     compare(t.GPT(tiny()).state_dict(), tiny())
@@ -91,10 +91,8 @@ def test_bench_artifact_compares_the_coders(capsys):
 def test_bench_step_counts_what_a_step_computes():
     """Products: 2 FLOPs per weight and token forwards, twice that backwards;
     attention: half of T x T, two products."""
-    from bench_step import count
-
     hp = tiny(MICRO_BATCH_TOKENS=256)
-    found, tokens = count(hp), hp.train_batch_tokens
+    found, tokens = common.count_step(hp), hp.train_batch_tokens
     # embed: as head
     used = [
         p.numel()
@@ -107,7 +105,7 @@ def test_bench_step_counts_what_a_step_computes():
         found["forward", "attention"][0]
         == 2 * hp.num_layers * hp.model_dim * hp.train_seq_len * tokens
     )
-    off = count(tiny(MICRO_BATCH_TOKENS=256, FUSED_MLP=0))
+    off = common.count_step(tiny(MICRO_BATCH_TOKENS=256, FUSED_MLP=0))
     # leaky_relu, then square: bfloat16 in and out
     mlp = hp.num_layers * tokens * int(hp.mlp_mult * hp.model_dim)
     assert off["forward", "elementwise"][1] - found["forward", "elementwise"][1] >= 2 * 2 * 2 * mlp
@@ -120,14 +118,14 @@ def test_bench_step_counts_what_a_step_computes():
     )
     assert found["optimizer", "elementwise"][1] > 7 * 4 * adamw
     assert found["optimizer", "products"][0] > 0
-    again = count(tiny(MICRO_BATCH_TOKENS=512))  # the same step in fewer passes
+    again = common.count_step(tiny(MICRO_BATCH_TOKENS=512))  # the same step in fewer passes
     assert again["forward", "products"][0] == found["forward", "products"][0]
 
 
 @pytest.mark.slow  # the compiler's own schedule
 def test_bench_fusion_sees_what_the_kernels_save():
     """Of the plain form the compiler writes and reads again what the kernels keep in registers."""
-    from bench_fusion import VARIANTS, schedule
+    from bench.fusion import VARIANTS, schedule
 
     hp, moved = tiny(NUM_LAYERS=1, VE_ENABLED=0, XSA_LAST_N=0), {}
     for name in ("plain", "MLP kernels"):
@@ -144,7 +142,7 @@ def test_bench_fusion_sees_what_the_kernels_save():
 
 
 def test_bench_step_measures_on_a_cpu(capsys):
-    from bench_step import measure, print_count
+    from bench.step import measure, print_count
 
     hp = tiny(COMPILE=0)
     measure(hp, 1, 2, print_count(hp))
@@ -159,26 +157,26 @@ def test_bench_step_measures_on_a_cpu(capsys):
 def test_bench_step_compares_gradients_and_tiles(capsys, monkeypatch):
     """What it does on a GPU, on a CPU: the model without kernels,
     the MLP's kernel by a stand-in."""
-    import bench_step
+    from bench import step
 
     hp, tiles = tiny(NUM_LAYERS=1, VE_ENABLED=0, XSA_LAST_N=0), []
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: f)
-    bench_step.check_gradients(hp, torch.device("cpu"))
+    step.check_gradients(hp, torch.device("cpu"))
     out = capsys.readouterr().out
     assert float(re.search(r"largest (\S+)", out)[1]) < 1e-4
     assert "torch.float32 against float32" in out
     monkeypatch.setattr(t, "launch_mlp", lambda *args: tiles.append(t.MLP_TILE))
-    bench_step.time_tiles(hp, torch.device("cpu"))
+    step.time_tiles(hp, torch.device("cpu"))
     rows = capsys.readouterr().out.splitlines()[2:]
     assert "compiled plain form" in rows[0]
-    assert len(rows) == 1 + len(bench_step.TILES)
+    assert len(rows) == 1 + len(step.TILES)
     in_use = "{BM}x{BN}x{BK} warps {num_warps} stages {num_stages}".format(**t.MLP_TILE)
     assert [row.split("  ")[0] for row in rows if "the one in use" in row] == [in_use]
-    assert all(tile in tiles for tile in bench_step.TILES)
+    assert all(tile in tiles for tile in step.TILES)
 
 
-def test_bench_eval_scores_every_stride(corpus, tmp_path, capsys):
-    from bench_eval import measure
+def test_bench_scoring_scores_every_stride(corpus, tmp_path, capsys):
+    from bench.scoring import measure
 
     hp, path = tiny(**corpus), tmp_path / "m.ptz"
     path.write_bytes(t.pack(t.GPT(hp).state_dict(), hp).blob)
@@ -190,14 +188,14 @@ def test_bench_eval_scores_every_stride(corpus, tmp_path, capsys):
     assert float(rows[1][9]) == pytest.approx(float(rows[1][8]) - float(rows[0][8]), abs=1.1e-4)
 
 
-def test_the_variants_of_bench_eval_score_the_same(rng, monkeypatch):
-    from bench_eval import score, variants
+def test_the_variants_of_bench_scoring_score_the_same(rng, monkeypatch):
+    from bench.scoring import variants
 
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: f)
     hp, tokens = tiny(), rng.integers(0, 300, 100).astype(np.uint16)
     model = t.GPT(hp)
     found = {
-        name: score(trunk, head, tokens, 8, t.Ranks({}))[0]
+        name: common.score(head, tokens, 8, trunk)
         for name, (trunk, head) in variants(model, hp, on_gpu=True).items()
     }
     assert list(found)[:2] == ["as it is", "plain"]
@@ -213,8 +211,8 @@ def factor_of(columns: int):
     return curvature.factors[1]
 
 
-def test_quantizer_study_of_one_path_is_gptq(rng):
-    from quantizer_study import Machine, search
+def test_the_roundings_study_of_one_path_is_gptq(rng):
+    from studies.roundings import Machine, search
 
     w_CR, step_R, factor_CC = torch.randn(150, 20), torch.rand(20) + 0.1, factor_of(150)
     found = search(w_CR, step_R, torch.ones(20), factor_CC, Machine(1))
@@ -222,9 +220,9 @@ def test_quantizer_study_of_one_path_is_gptq(rng):
 
 
 @pytest.mark.parametrize("states", [4, 8, 16])
-def test_quantizer_study_trellis_decodes_to_a_dB_less(rng, states):
+def test_the_roundings_study_s_trellis_decodes_to_a_dB_less(rng, states):
     """Of a fine step: 0.9 dB at least of the 1.53 dB that there are (Ungerboeck 1982)."""
-    from quantizer_study import Machine, search
+    from studies.roundings import Machine, search
 
     machine = Machine(states)
     w_CR = 6 * torch.randn(300, 50)
@@ -234,16 +232,15 @@ def test_quantizer_study_trellis_decodes_to_a_dB_less(rng, states):
     assert 0.703 / 12 < error < 10**-0.09 / 12
 
 
-def test_quantizer_study_rows(corpus, capsys):
-    from bench_quantizer import Judge, new_trainer
-    from quantizer_study import Study
+def test_the_roundings_study_prints_its_rows(corpus, capsys):
+    from studies.quantizers import Judge
+    from studies.roundings import Study
 
-    trainer = new_trainer(tiny(**corpus))
+    model = common.new_model(tiny(**corpus))
     with torch.no_grad():
-        for p in trainer.model.parameters():
+        for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    trainer.curvature = t.measure_curvature(trainer)
-    study = Study(Judge(trainer, 500), r"blocks\.3\.mlp", 4, None)
+    study = Study(Judge(model, common.curvature_of(model), 500), r"blocks\.3\.mlp", 4, None)
     rows = ["gptq", "sdclip-grid", "beam2:0.06", "trellis4-columns"]
     for row in rows:
         study.print_row(row)
@@ -253,7 +250,7 @@ def test_quantizer_study_rows(corpus, capsys):
 
 @pytest.mark.parametrize("features", [1, 3, 11, 13])
 def test_any_two_features_are_on_together_in_a_quarter_of_the_runs(features):
-    from bench_recipe import halves
+    from studies.recipe import halves
 
     on = np.array(halves(features), int)
     together = on.T @ on
@@ -262,29 +259,29 @@ def test_any_two_features_are_on_together_in_a_quarter_of_the_runs(features):
 
 
 @pytest.fixture
-def recipe_bench(monkeypatch):
-    """bench_recipe, in which a run trains nothing: each feature that is off costs its place in the
-    list, in hundredths of a bit, and a seed a tenth. And the runs that were trained."""
-    import bench_recipe
+def recipe_study(monkeypatch):
+    """studies.recipe, in which a run trains nothing: each feature that is off costs its place in
+    the list, in hundredths of a bit, and a seed a tenth. And the runs that were trained."""
+    from studies import recipe
 
     trained = []
 
     def train(hp):
         trained.append(hp)
         usual, hundredths = t.Hyperparameters().as_env(), 0
-        for place, names in enumerate(bench_recipe.FEATURES.values()):
+        for place, names in enumerate(recipe.FEATURES.values()):
             off = all(hp.as_env()[name] == usual[name] for name in names.split()[:1])
             hundredths += place * off
         return 2 + hundredths / 100 + hp.seed / 10
 
-    monkeypatch.setattr(bench_recipe, "train", train)
-    monkeypatch.setattr(bench_recipe, "mean_flops", lambda hp: 1e9)
-    monkeypatch.setattr(bench_recipe.prepare_demo, "main", lambda folder: None)
+    monkeypatch.setattr(recipe, "train", train)
+    monkeypatch.setattr(recipe, "mean_flops", lambda hp: 1e9)
+    monkeypatch.setattr(common, "make_demo_corpus", lambda: None)
     monkeypatch.delenv("DATA_PATH", raising=False)
 
     def start(*options):
-        monkeypatch.setattr(sys, "argv", ["bench_recipe.py", "--steps", "8", *options])
-        bench_recipe.main()
+        monkeypatch.setattr(sys, "argv", ["recipe.py", "--steps", "8", *options])
+        recipe.main()
 
     return start, trained
 
@@ -293,8 +290,8 @@ FEW = ("--seeds", "1", "2", "--base", "network", "--only", "skip gates", "leaky 
 
 
 @pytest.mark.parametrize("design", [(), ("--halves",)])
-def test_bench_recipe_finds_what_each_feature_gives(recipe_bench, capsys, design):
-    start, _ = recipe_bench
+def test_the_recipe_study_finds_what_each_feature_gives(recipe_study, capsys, design):
+    start, _ = recipe_study
     start(*FEW, *design)
     out = capsys.readouterr().out
     assert re.findall(r"(skip gates|slope 0.3) \|.* (\S+) ± 0.0000", out) == [
@@ -303,8 +300,8 @@ def test_bench_recipe_finds_what_each_feature_gives(recipe_bench, capsys, design
     ]
 
 
-def test_bench_recipe_repeats_no_run_that_a_file_has(recipe_bench, tmp_path, capsys):
-    start, trained = recipe_bench
+def test_the_recipe_study_repeats_no_run_that_a_file_has(recipe_study, tmp_path, capsys):
+    start, trained = recipe_study
     options = *FEW, "--append", str(tmp_path / "runs.jsonl")
     start(*options)
     first, count = capsys.readouterr().out, len(trained)
@@ -313,8 +310,8 @@ def test_bench_recipe_repeats_no_run_that_a_file_has(recipe_bench, tmp_path, cap
 
 
 @pytest.mark.parametrize("characters", [1, 9])
-def test_bench_recipe_repeats_once_a_run_whose_line_was_cut(recipe_bench, tmp_path, characters):
-    start, trained = recipe_bench
+def test_the_recipe_study_repeats_once_a_run_whose_line_was_cut(recipe_study, tmp_path, characters):
+    start, trained = recipe_study
     file = tmp_path / "runs.jsonl"
     options = *FEW, "--append", str(file)
     start(*options)
@@ -325,8 +322,27 @@ def test_bench_recipe_repeats_once_a_run_whose_line_was_cut(recipe_bench, tmp_pa
     assert len(trained) == count + 1
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "bench").glob("*.py")), ids=lambda p: p.name)
-def test_each_bench_says_how_it_is_used(script):
-    done = run(script, "--help")
+def test_each_test_file_belongs_to_a_section():
+    names = {name for names in SECTIONS.values() for name in names.split()}
+    assert names == {path.stem[5:] for path in (ROOT / "tests").glob("test_*.py")}
+
+
+def test_an_unknown_section_is_refused_in_one_line_with_those_that_there_are():
+    done = run("pytest", "tests", "--section=mixtures", "--collect-only")
+    assert done.returncode == 4
+    assert "ERROR: T=mixtures: expected one of settings, runtime, " in done.stderr
+
+
+PROGRAMS = [
+    f"{path.parent.name}.{path.stem}"
+    for folder in ("bench", "studies", "tools")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if path.stem not in ("__init__", "common", "streams")
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_each_program_says_how_it_is_used(program):
+    done = run(program, "--help")
     assert done.returncode == 0
-    assert "usage:" in done.stdout
+    assert f"usage: python -m {program} " in done.stdout

@@ -3,11 +3,11 @@
 import json
 
 import numpy as np
-import prepare_demo
 import pytest
 import sentencepiece as spm
-from conftest import tiny, write_shard
+from helpers import tiny, write_shard
 
+from data import prepare_demo
 from train_gpt import (
     ByteCounter,
     TokenLoader,

@@ -13,9 +13,8 @@ import constriction
 import numpy as np
 import pytest
 import torch
-from conftest import logits, tiny
+from helpers import logits, score, tiny
 from reference import Predictor
-from test_scoring import score
 
 import train_gpt as t
 

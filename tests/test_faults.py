@@ -10,15 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import (
+from helpers import (
     BEFORE_STEP,
     BRIEF,
     DEADLINE,
     SCRIPT,
+    STEADY,
     TINY,
     finish,
+    log_of,
+    losses,
+    new_trainer,
     patched,
     run_script,
+    score_lines,
     start_python,
     start_script,
     tiny,
@@ -26,7 +31,6 @@ from conftest import (
     wait_for,
     workers,
 )
-from test_ranks import STEADY, log_of, losses, new_trainer, score_lines
 
 import train_gpt as t
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import DEADLINE, seed_of, tiny, write_shard
+from helpers import DEADLINE, seed_of, tiny, write_shard
 
 import train_gpt
 from record import checks, figures, view

@@ -4,11 +4,23 @@ launch script on one and four ranks. What its features compute: test_model.py, t
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, finish, start_python, tiny, values
-from test_model import FRONTIER, randomize
-from test_ranks import assert_same, losses, new_trainer, state
-from test_systems import launched
-from test_ttt import plain_scores, scores_of, trainer_with
+from helpers import (
+    FRONTIER,
+    TINY,
+    assert_same,
+    finish,
+    launched,
+    losses,
+    new_trainer,
+    plain_scores,
+    randomize,
+    scores_of,
+    start_python,
+    state,
+    tiny,
+    trainer_with,
+    values,
+)
 
 import train_gpt as t
 

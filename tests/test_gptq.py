@@ -5,7 +5,7 @@ import lzma
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from helpers import tiny
 
 import train_gpt as t
 
@@ -126,7 +126,7 @@ def test_with_codes_to_spare_the_weighted_error_is_still_below_that_of_rows(matr
 
 
 def test_codes_of_gptq_take_less_than_their_zeroth_order_entropy(rng):
-    """By 1.5 %, all that decodes them counted (as the file of `rows` does, bench_artifact.py)."""
+    """By 1.5 %, all that decodes them counted (as the file of `rows` does, bench/artifact.py)."""
     w = torch.randn(700, 400)
     curvature = {"a.weight": t.Curvature(correlated(400).float(), torch.logspace(-2, 2, 700))}
     codes, _ = gptq_of({"a.weight": w}, tiny(), curvature).quantize("a.weight", w, 1.5)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, collect, tiny
+from helpers import ROOT, collect, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -162,8 +162,8 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
         "TRITON_CACHE_DIR": str(tmp_path)
     }
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "compile_kernels.py"],
-        cwd=ROOT / "tests",
+        [sys.executable, "-W", "ignore", "-m", "tests.compile_kernels"],
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,

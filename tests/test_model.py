@@ -1,4 +1,4 @@
-"""The model against a plain second reading of DESIGN section 4: loops, no tricks;
+"""The model against the same formulas written with loops and without tricks;
 and causality of the whole."""
 
 import math
@@ -6,20 +6,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import logits, tiny
+from helpers import FRONTIER, logits, randomize, tiny
 
 import train_gpt as t
-
-
-def randomize(model):
-    """Give every parameter a value that matters, so that zero-initialised paths are tested too."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(
-                torch.randn_like(p)
-                * (0.3 / max(1, p.shape[-1] if p.ndim else 1) ** 0.5 if p.ndim == 2 else 0.2)
-            )
-    return model.double()
 
 
 def rms(x):
@@ -78,7 +67,7 @@ def plain_order(hp):
 
 
 def plain_forward(model, ids):
-    """DESIGN section 4, one sentence after the other, for one sequence; without the softcap."""
+    """What the model is defined to compute, part by part, for one sequence; without the softcap."""
     hp, T, L = model.hp, len(ids), model.hp.num_layers
     x = model.embed.weight[ids]
     if hp.bigram_vocab_size:
@@ -168,20 +157,6 @@ SWITCHES = [
     dict(ATTN_GATE_DIMS=12),
     dict(SMEAR_CROSSES_BOS=0),
 ]
-
-# All that PR #1435 adds to the design, at the size of the tests
-FRONTIER = dict(
-    RECUR_LAYERS="1,2",
-    PARALLEL_START_LAYER=3,
-    SKIP_GATES=1,
-    ATTN_GATE_DIMS=12,
-    SMEAR_CROSSES_BOS=0,
-    XSA_LAST_N=4,
-    MLP_MULT=4,
-    VRL_ENABLED=0,
-    LEAKY_SLOPE=0.3,
-    QK_GAIN_INIT=5,
-)
 
 
 @pytest.mark.parametrize(

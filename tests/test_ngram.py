@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
-from conftest import ROOT, tiny
+from helpers import ROOT, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Predictor
@@ -449,7 +449,7 @@ def plain_hash(tokens, i, n, v, B):
 
 
 def test_hashed_counts_are_the_predecessors_per_token(rng):
-    """DESIGN section 5, with two dictionaries per order;
+    """As defined in PR #889, with two dictionaries per order;
     and the mass is the sum over the vocabulary."""
     tokens, B = stream_of("noisy_copies", rng, 1500), 64
     hp = tiny(NGRAM_COUNTS="hashed", NGRAM_ALPHA="entropy", NGRAM_BUCKETS=B, VOCAB_SIZE=300)

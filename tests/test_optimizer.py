@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny
+from helpers import tiny
 
 import train_gpt as t
 

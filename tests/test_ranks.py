@@ -12,49 +12,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from helpers import (
     BEFORE_STEP,
     BRIEF,
     ROOT,
+    SCORES,
     SCRIPT,
+    STEADY,
+    assert_same,
     finish,
+    log_of,
+    losses,
+    new_trainer,
     patched,
     run_script,
+    score_lines,
     start_python,
     start_script,
+    state,
     tiny,
     values,
     write_shard,
 )
 
 import train_gpt as t
-
-SCORES = (
-    "final_float_exact",
-    "final_int6_roundtrip_exact",
-    "final_int6_sliding_window_exact",
-    "final_ngram_exact",
-)
-
-
-def log_of(cwd: Path, name: str = "test") -> str:
-    """The log without the source at its beginning."""
-    return (cwd / f"logs/{name}.txt").read_text().split("=" * 100 + "\n")[-1]
-
-
-def losses(log: str) -> dict[int, str]:
-    return {
-        int(step): loss for step, loss in re.findall(r"^step:(\d+)/\d+ train_loss:(\S+)", log, re.M)
-    }
-
-
-def score_lines(log: str) -> list[str]:
-    return [
-        re.sub(r" (eval|added)_time:\S+", "", line)
-        for line in log.splitlines()
-        if line.startswith(SCORES)
-    ]
-
 
 # ---- equal whatever the number of ranks
 
@@ -134,8 +115,8 @@ def test_scores_and_counts_do_not_depend_on_the_ranks(scored, corpus):
         assert json.loads(str(arrays["settings"]))["EVAL_STRIDE"] == "8"
 
 
-def test_updates_of_1_2_3_and_4_ranks_are_the_written_rule(tmp_path):
-    done = finish(start_python(tmp_path, [str(ROOT / "tests/update_driver.py")], {}))
+def test_updates_of_1_2_3_and_4_ranks_are_the_written_rule():
+    done = finish(start_python(ROOT, ["-m", "tests.update_driver"], {}))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("world_size:") == 4, done.stderr
 
@@ -235,62 +216,6 @@ def test_a_number_of_ranks_that_does_not_divide_is_refused_with_the_nearest(corp
 
 
 # ---- going on
-
-
-class KeptLog(t.RunLog):
-    """Keeps its lines and prints nothing."""
-
-    def __init__(self, path: Path | None):
-        super().__init__()
-        self.path = path
-        self.lines = []
-
-    def __call__(self, line: str, console: bool = True):
-        self.lines.append(line)
-
-
-def new_trainer(corpus, log_path: Path | None = None, **changes) -> t.Trainer:
-    """As main() makes it, in this process and quiet;
-    with a `log_path` it writes checkpoints beside it."""
-    hp = tiny(**corpus, **changes)
-    torch.manual_seed(hp.seed)
-    trainer = t.Trainer(
-        t.GPT(hp),
-        t.TokenLoader(hp, 0, 1),
-        t.load_validation(hp),
-        t.Ranks({}),
-        KeptLog(log_path),
-        t.StopSignal(),
-    )
-    trainer.validate = lambda: (0.0, 0.0)
-    return trainer
-
-
-def state(trainer: t.Trainer) -> dict:
-    counts = {name: int(average.count) for name, average in trainer.averages.items()}
-    # it has the clock
-    tensors = {name: x.clone() for name, x in trainer.tensors().items() if name != "progress"}
-    return tensors | dict(steps=trainer.steps, counts=counts)
-
-
-def assert_same(a: dict, b: dict) -> None:
-    assert list(a) == list(b)
-    for name in a:
-        assert (
-            torch.equal(a[name], b[name])
-            if isinstance(a[name], torch.Tensor)
-            else a[name] == b[name]
-        ), name
-
-
-STEADY = dict(
-    AVERAGING="ema_swa",
-    SWA_EVERY=2,
-    SWA_THRESHOLD=0.9,
-    ITERATIONS=9,
-    WARMDOWN_ITERS=6,
-    WARMUP_STEPS=2,
-)
 
 
 def test_warm_up_leaves_no_trace(corpus):

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPT, finish, start_script
+from helpers import SCRIPT, finish, start_script
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, collect, run_script
+from helpers import ROOT, collect, run_script
 
 import train_gpt as t
 from record import checks, probe
@@ -992,9 +992,9 @@ def fake_python(path, gpus: int):
 def test_launch_scripts_use_the_python_of_make(tmp_path, gpus, ranks):
     fake_python(tmp_path / ".venv/bin/python", gpus)
     shutil.copytree(ROOT / "runs", tmp_path / "runs")
-    shutil.copytree(ROOT / "bench", tmp_path / "bench")
+    shutil.copytree(ROOT / "studies", tmp_path / "studies")
     env = {k: v for k, v in os.environ.items() if k != "PYTHON"}
-    for script in ("runs/demo.sh", "bench/systems.sh"):
+    for script in ("runs/demo.sh", "studies/systems.sh"):
         (tmp_path / "logs").mkdir(exist_ok=True)
         done = subprocess.run(
             ["bash", tmp_path / script], env=dict(env, RUN_ID="x"), capture_output=True, text=True

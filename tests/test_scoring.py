@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, collect, logits, tiny
+from helpers import ROOT, collect, logits, score, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,10 +62,6 @@ def test_score_stream_equals_one_window_at_a_time(rng, length, stride, targets):
     assert nll.dtype == entropy.dtype == np.float32
     np.testing.assert_allclose(nll, expected[0], rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(entropy, expected[1], rtol=2e-5, atol=2e-5)
-
-
-def score(model, tokens, stride, part=None):
-    return collect(t.score_stream(model.hidden, model, tokens, stride, t.Ranks({}), part))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8, 50])

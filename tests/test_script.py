@@ -8,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BEFORE_STEP, ROOT, patched, run_script, tiny, values, write_shard
-from test_ranks import SCORES
-from test_scoring import score
+from helpers import BEFORE_STEP, ROOT, SCORES, patched, run_script, score, tiny, values, write_shard
 
 import train_gpt as t
 

@@ -6,7 +6,7 @@ import sys
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT, tiny
+from helpers import ROOT, tiny
 
 import train_gpt
 from train_gpt import Hyperparameters, UserError, mistyped

@@ -2,15 +2,21 @@
 what each claims must show in what it did."""
 
 import math
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, TINY, finish, start_python, tiny, torchrun, values
+from helpers import (
+    ROOT,
+    SCRIPT,
+    TINY,
+    finish,
+    launched,
+    start_python,
+    tiny,
+    torchrun,
+    values,
+)
 
 import train_gpt as t
 from record import tables
@@ -28,30 +34,6 @@ SMALL = {k: v for k, v in TINY.items() if k not in OWN} | dict(
     EVAL_STRIDE=16,
     CHECKPOINT_EVERY=1000,
 )
-
-
-# In the place of Python: it finds no GPU, and writes down what the launch script would start.
-RECORDER = """#!/usr/bin/env bash
-if [ "$1" = -c ]; then echo 0; exit; fi
-printf '%s\\0' "$@" > arguments
-env -0 > environment
-"""
-
-
-def launched(system: str, folder: Path, **settings) -> tuple[list[str], dict[str, str]]:
-    """What runs/<system>.sh starts in `folder`: Python's arguments and environment."""
-    (folder / "runs").mkdir()
-    for name in (system, "common"):
-        shutil.copy(ROOT / f"runs/{name}.sh", folder / "runs")
-    recorder = folder / "python"
-    recorder.write_text(RECORDER)
-    recorder.chmod(0o755)
-    env = {"PATH": os.environ["PATH"], "PYTHON": str(recorder), "SCRIPT": str(SCRIPT)}
-    env |= {name: str(value) for name, value in settings.items()}
-    subprocess.run(["bash", f"runs/{system}.sh"], cwd=folder, env=env, check=True)
-    arguments = (folder / "arguments").read_text().split("\0")[:-1]
-    pairs = (folder / "environment").read_text().split("\0")[:-1]
-    return arguments, dict(pair.split("=", 1) for pair in pairs)
 
 
 @pytest.fixture(scope="module")

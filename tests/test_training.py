@@ -1,7 +1,7 @@
 """The loop: what each step is told."""
 
 import pytest
-from test_ranks import new_trainer
+from helpers import new_trainer
 
 import train_gpt as t
 

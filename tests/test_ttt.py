@@ -6,34 +6,20 @@ import constriction
 import numpy as np
 import pytest
 import torch
-from conftest import BRIEF, collect, logits, run_script, tiny, values
+from helpers import (
+    BRIEF,
+    collect,
+    logits,
+    plain_scores,
+    run_script,
+    scores_of,
+    tiny,
+    trainer_with,
+    values,
+)
 from reference import Predictor
 
 import train_gpt as t
-
-TTT = dict(TTT_EPOCHS=2, TTT_CHUNK_TOKENS=100, TTT_LR=0.01, TTT_BLOCKS=1, TTT_DECAY=0.8)
-
-
-def trainer_with(tokens, stream_bytes, **settings) -> t.Trainer:
-    """A model of fixed random weights, and a stream."""
-    torch.manual_seed(3)
-    model = t.GPT(tiny(**{**TTT, **settings}))
-    validation = t.Validation(tokens, lambda _: stream_bytes)
-    trainer = t.Trainer(model, None, validation, t.Ranks({}), t.RunLog(), t.StopSignal())
-    with torch.no_grad():
-        for p in trainer.parameters:
-            p.add_(torch.randn_like(p) * 0.05)
-    return trainer
-
-
-def plain_scores(trainer, stride, part=None) -> np.ndarray:
-    """Of the trainer's weights as they are."""
-    model, tokens = trainer.model, trainer.validation.tokens
-    return collect(t.score_stream(model.hidden, model, tokens, stride, trainer.ranks, part))
-
-
-def scores_of(tokens, stream_bytes, stride=8, **settings) -> np.ndarray:
-    return collect(t.score_and_learn(trainer_with(tokens, stream_bytes, **settings), stride))
 
 
 @pytest.fixture

@@ -8,14 +8,11 @@ import math
 import os
 import socket
 import sys
-from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from conftest import tiny  # noqa: E402
-
-import train_gpt as t  # noqa: E402
+import train_gpt as t
+from tests.helpers import tiny
 
 
 def gradients(model, seed):

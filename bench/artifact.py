@@ -1,42 +1,36 @@
-#!/usr/bin/env python3
 """The artifact's bytes over the zeroth-order entropy of its codes,
 beside other coders of the same codes, in one run.
 
-    python bench/bench_artifact.py [--seconds 60] [--bits 6] [--budget BYTES] [--state STATE.npz]
+    python -m bench.artifact [--seconds 60] [--bits 6] [--budget BYTES] [--state STATE.npz]
 
 Weights: a model of the default shapes (27.0M parameters), trained for --seconds on the built-in
 corpus; or the arrays of an npz, by parameter name. H0 is the entropy of each tensor's codes by
 their own frequencies, summed: what no coder with one table per tensor can beat. Everything is of
-the natural codes (QUANT_BITS, tables 8 bits); last, the codes that fit_artifact chooses for
+the natural codes (QUANT_BITS, tables 8 bits); last, the codes that are chosen to fit
 --budget bytes. One thread.
 """
 
 import argparse
 import io
 import lzma
-import sys
-import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-
-import prepare_demo  # noqa: E402
-
-import train_gpt as t  # noqa: E402
+from tools import common
+from tools.common import t, timed
 
 
 def trained_state(seconds: float) -> dict[str, torch.Tensor]:
     """Weights of the default shapes after `seconds` of training on the built-in corpus,
     small batches."""
-    prepare_demo.main(ROOT / "data")
+    common.make_demo_corpus()
+    demo = common.demo_settings()
     hp = t.Hyperparameters(
-        data_path=str(ROOT / "data/datasets/demo_sp1024"),
-        tokenizer_path=str(ROOT / "data/tokenizers/demo_1024_bpe.model"),
+        data_path=demo.data_path,
+        tokenizer_path=demo.tokenizer_path,
         train_seq_len=256,
         train_batch_tokens=1024,
         warmup_steps=0,
@@ -47,15 +41,9 @@ def trained_state(seconds: float) -> dict[str, torch.Tensor]:
         compile="0",
         late_qat_threshold=0.0,
     )
-    tokens = t.load_validation(hp).tokens[: 16 * hp.train_seq_len + 1]
-    validation = t.Validation(tokens, lambda stream: np.ones(len(stream) - 1))  # not looked at
-    loader, ranks = t.TokenLoader(hp, 0, 1), t.Ranks({})
-    trainer = t.Trainer(t.GPT(hp), loader, validation, ranks, t.RunLog(), t.StopSignal())
-    t.train(trainer)
-    print(
-        f"weights: default shapes, {trainer.steps} steps of 1024 tokens in {trainer.seconds:.0f} s"
-    )
-    return trainer.model.state_dict()
+    done = common.train(hp)
+    print(f"weights: default shapes, {done.steps} steps of 1024 tokens in {done.seconds:.0f} s")
+    return done.model.state_dict()
 
 
 def entropy_bytes(codes: np.ndarray) -> float:
@@ -69,12 +57,6 @@ def quantized(w: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]
     return codes.to(torch.int8), step.bfloat16()
 
 
-def timed(work):
-    started = time.perf_counter()
-    result = work()
-    return result, time.perf_counter() - started
-
-
 def compare(state: dict[str, torch.Tensor], hp: t.Hyperparameters) -> None:
     """One row per coder of the same natural codes: bytes, bytes / H0, seconds."""
     coded, quantize_s = timed(
@@ -86,9 +68,9 @@ def compare(state: dict[str, torch.Tensor], hp: t.Hyperparameters) -> None:
     )
     h0 = sum(entropy_bytes(codes.numpy()) for codes, _ in coded.values())
     stream = b"".join(codes.numpy().tobytes() for codes, _ in coded.values())
-    packed, pack_s = timed(lambda: t.pack(state, hp))
+    packed, pack_s = timed(lambda: common.pack(state, hp))
     encode_s = pack_s - quantize_s
-    _, decode_s = timed(lambda: t.unpack(packed.blob))
+    _, decode_s = timed(lambda: common.unpack(packed.blob))
     saved = io.BytesIO()
     torch.save(coded | {name: w.half() for name, w in state.items() if name not in coded}, saved)
     print(
@@ -126,7 +108,9 @@ def huffman(stream: bytes) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.artifact", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--bits", type=int, default=6)
     parser.add_argument(
@@ -147,9 +131,9 @@ def main() -> None:
         state = trained_state(args.seconds)
     hp = t.Hyperparameters(quant_bits=args.bits)
     compare(state, hp)
-    (packed, facts), seconds = timed(lambda: t.fit_artifact(state, hp, args.budget))
+    (packed, facts), seconds = timed(lambda: common.fit(state, hp, args.budget))
     size = len(packed.blob)
-    print(f"fit_artifact to {args.budget:,} bytes: {size:,} bytes in {seconds:.1f} s, {facts}")
+    print(f"fitted to {args.budget:,} bytes: {size:,} bytes in {seconds:.1f} s, {facts}")
 
 
 if __name__ == "__main__":

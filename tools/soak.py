@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Short runs at random numbers of ranks, killed at random moments and resumed until they end;
 nothing may be lost.
 
-    python bench/soak.py [--runs 20] [--minutes 15] [--seed 1]
+    python -m tools.soak [--runs 20] [--minutes 15] [--seed 1]
 
 Each run trains a tiny model on the built-in corpus and is disturbed up to three times: SIGTERM or
 SIGKILL, to one rank or to torchrun (with SIGKILL of torchrun its ranks are killed too, as when a
@@ -23,13 +22,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tests")]
-
-import prepare_demo  # noqa: E402
-from conftest import TINY, finish, start_script, values, workers  # noqa: E402
-
-import train_gpt as t  # noqa: E402
+from tests.helpers import TINY, finish, start_script, values, workers
+from tools import common
+from tools.common import ROOT, t
 
 STEPS = 200
 SETTINGS = {
@@ -97,7 +92,7 @@ def check(folder: Path, code: int, blow: str) -> list[str]:
             if path.suffix == ".ckpt":
                 t.read_checkpoint(str(path))
             else:
-                t.GPT(hp).load_state_dict(t.unpack(path.read_bytes()))
+                t.GPT(hp).load_state_dict(common.unpack(path.read_bytes()))
         except Exception as error:
             wrong.append(f"{path.name}: {error}")
     for path in folder.rglob("*.tmp"):
@@ -160,12 +155,14 @@ def verdict(folder: Path, expected: float) -> tuple[str, list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.soak", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--minutes", type=float, default=15, help="no run is begun after that")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    prepare_demo.main(ROOT / "data")
+    common.make_demo_corpus()
     rng, begun, failed = random.Random(args.seed), time.monotonic(), 0
     with tempfile.TemporaryDirectory() as top:
         folder = Path(top) / "undisturbed"

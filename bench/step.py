@@ -1,14 +1,13 @@
-#!/usr/bin/env python3
 """A training step: the work in it, counted, and the time it takes,
 measured with each switch off in turn.
 
-    python bench/bench_step.py [--steps 10] [--rounds 3] [--count]
+    python -m bench.step [--steps 10] [--rounds 3] [--count]
         settings: train_gpt.py's environment variables
 
 Counted, without a GPU and without computing anything (meta tensors): per step and kind of operation
 the FLOPs and the bytes that cross the memory bus if each operation reads its inputs and writes its
 outputs, in the dtypes of CUDA, with the project's kernels. The elementwise row is what the
-compiler's fusion can save (bench_fusion.py: what it does save). `floor`: the larger of FLOPs and
+compiler's fusion can save (bench.fusion: what it does save). `floor`: the larger of FLOPs and
 bytes at an H100's datasheet rates.
 Measured, on a GPU, or on a CPU with settings that suit it: ms per step (median of the rounds,
 variants in turn), tokens/s, MFU: the counted FLOPs of products and attention over the fastest
@@ -19,34 +18,17 @@ uncompiled float32 one without, and the MLP kernel with other tiles against the 
 """
 
 import argparse
-import contextlib
 import dataclasses
-import os
 import statistics
-import sys
-import time
-from collections import defaultdict
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import train_gpt as t  # noqa: E402
+from tools import common
+from tools.common import PEAK_BYTES, PEAK_FLOPS, micro_batch_rows, patched, t
 
 PLAIN = "plain, compiled"
-PEAK_FLOPS, PEAK_BYTES = 989e12, 3.35e12  # per second, H100 SXM: dense bfloat16; HBM3
-KINDS = {
-    "products": ("mm", "bmm", "addmm", "fused_mlp"),
-    "loss": ("_log_softmax", "nll_loss", "tanh"),
-    "tables": ("embedding", "index", "gather", "scatter"),
-}
-
-
 TILES = [
     dict(BM=m, BN=n, BK=k, num_warps=w, num_stages=s)
     for m, n, k, w, s in (
@@ -64,132 +46,9 @@ TILES = [
 # --- counting -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def patched(**names):
-    """Other values for names of train_gpt."""
-    plain = {name: getattr(t, name) for name in names}
-    vars(t).update(names)
-    try:
-        yield
-    finally:
-        vars(t).update(plain)
-
-
-def settings() -> t.Hyperparameters:
-    """Those of the environment; ends the process with a line where they cannot work."""
-    try:
-        return t.Hyperparameters.from_env(dict(os.environ))
-    except t.UserError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-
-
-def micro_batch_rows(hp: t.Hyperparameters) -> int:
-    """Sequences in the largest micro-batch of one rank."""
-    return max(1, min(hp.micro_batch_tokens, hp.train_batch_tokens) // hp.train_seq_len)
-
-
-def as_on_cuda():
-    """A model on the CPU, or of meta tensors, takes the way it takes on CUDA."""
-    return patched(working_dtype=lambda x: torch.bfloat16, has_kernels=lambda x: True)
-
-
-@register_flop_formula(torch.ops.golf.fused_mlp)
-def mlp_flops(x, fc, proj, slope, **_) -> int:
-    return 4 * x[0] * fc[0] * fc[1]
-
-
-@register_flop_formula(torch.ops.golf.fused_mlp_backward)
-def mlp_backward_flops(g, proj, z, slope, **_) -> int:
-    return 2 * g[0] * proj[0] * proj[1]
-
-
-class Tally(TorchDispatchMode):
-    """(FLOPs, bytes) of every operation by phase and kind. Views move nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.phase, self.found = "", defaultdict(lambda: [0.0, 0.0])
-
-    def add(self, kind: str, flops: float, size: float) -> None:
-        entry = self.found[self.phase, kind]
-        entry[0] += flops
-        entry[1] += size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        views = all(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-        if not (func._schema.returns and views):
-            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
-            name = func._schema.name.split("::")[1]
-            kind = next(
-                (kind for kind, names in KINDS.items() if name.startswith(names)), "elementwise"
-            )
-            flops = (
-                flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-                if func._overloadpacket in flop_registry
-                else 0
-            )
-            self.add(kind, flops, sum(stored(x) for x in tensors))
-        return out
-
-
-def stored(x: torch.Tensor) -> int:
-    """Bytes of the distinct elements of `x`: an expanded dimension is read once."""
-    sizes = (size for size, stride in zip(x.shape, x.stride()) if stride)
-    return int(torch.Size(sizes).numel()) * x.element_size() if x.numel() else 0
-
-
-class Attention(torch.autograd.Function):
-    """What a fused attention moves and computes (FlashAttention, 2205.14135): no T x T matrix,
-    half of the scores."""
-
-    @staticmethod
-    def forward(ctx, tally, q_BTHK, k_BTGK, v_BTGK):
-        ctx.tally, ctx.shapes = tally, [x.shape for x in (q_BTHK, k_BTGK, v_BTGK)]
-        B, T, H, K = q_BTHK.shape
-        ctx.flops = 2 * B * H * T * T * K
-        ctx.bytes = sum(map(stored, (q_BTHK, q_BTHK, k_BTGK, v_BTGK)))
-        tally.add("attention", ctx.flops, ctx.bytes)
-        return torch.empty_like(q_BTHK)
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.tally.add("attention", 2.5 * ctx.flops, 2 * ctx.bytes)
-        return None, *(grad.new_empty(shape) for shape in ctx.shapes)
-
-
-def count(hp: t.Hyperparameters) -> dict[tuple[str, str], list[float]]:
-    """(phase, kind) -> [FLOPs, bytes] of one step on one GPU, all its micro-batches."""
-    passes = -(-hp.train_batch_tokens // max(hp.micro_batch_tokens, hp.train_seq_len))
-    rows = hp.train_batch_tokens // hp.train_seq_len // passes
-    tally = Tally()
-    with torch.device("meta"):
-        model, ids = t.GPT(hp), torch.zeros(rows, hp.train_seq_len, dtype=torch.int64)
-        muon, adamw = t.build_optimizers(model, hp, t.Ranks({}))
-    attention = patched(
-        causal_attention=lambda q, k, v, flash=None: Attention.apply(tally, q, k, v)
-    )
-    with as_on_cuda(), attention, tally:
-        tally.phase = "forward"
-        loss = t.training_loss(model, ids, ids, None)
-        tally.phase = "backward"
-        loss.backward()
-        for entry in tally.found.values():
-            entry[:] = [passes * number for number in entry]
-        tally.phase = "optimizer"
-        # one fused kernel: parameter, gradient and two moments in; parameter and moments out
-        adamw.step = lambda: tally.add(
-            "elementwise",
-            0,
-            sum(7 * stored(p) for group in adamw.param_groups for p in group["params"]),
-        )
-        t.update([muon, adamw], hp.grad_clip_norm)
-    return dict(tally.found)
-
-
 def print_count(hp: t.Hyperparameters) -> float:
     """The table; returns the FLOPs of a step."""
-    found = count(hp)
+    found = common.count_step(hp)
     print(
         f"counted, one step of {hp.train_batch_tokens:,} tokens (x {hp.train_seq_len}), all on one "
         "GPU\n\n"
@@ -233,19 +92,15 @@ class RandomTokens:
         return self.ids[:, :-1].contiguous(), self.ids[:, 1:].contiguous()
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def timed(call, times: int) -> float:
-    """Seconds per call."""
-    synchronize()
-    start = time.perf_counter()
+def repeat(call: Callable, times: int) -> None:
     for _ in range(times):
         call()
-    synchronize()
-    return (time.perf_counter() - start) / times
+
+
+def timed(call: Callable, times: int) -> float:
+    """Seconds per call."""
+    _, seconds = common.timed(partial(repeat, call, times))
+    return seconds / times
 
 
 def ceiling(device: torch.device) -> float:
@@ -261,52 +116,44 @@ def ceiling(device: torch.device) -> float:
     return best
 
 
-def variants(hp: t.Hyperparameters, ranks: t.Ranks) -> dict[str, t.Trainer]:
-    """Name -> a trainer with one switch off."""
+def variants(hp: t.Hyperparameters) -> dict[str, Callable]:
+    """Name -> a function that makes a training step, with one switch off."""
+    on_gpu = torch.cuda.is_available()
 
-    def trainer(**changes):
-        torch.manual_seed(hp.seed)
+    def step(torchs_attention=False, **changes):
         changed = dataclasses.replace(hp, **changes)
-        model = t.GPT(changed).to(ranks.device)
-        return t.Trainer(model, RandomTokens(changed), None, ranks, t.RunLog(), t.StopSignal())
+        model = common.new_model(changed)
+        if torchs_attention:
+            for block in model.blocks:
+                block.attn.flash = None
+        return common.training_step(model, RandomTokens(changed))
 
-    found = {"as it is": trainer()}
-    if found["as it is"].model.embed.weight.is_cuda:
-        found |= {
-            PLAIN: trainer(fused_mlp=False),
-        }
-    if hp.compile != "0" and (hp.compile == "1" or ranks.device.type == "cuda"):
-        found["not compiled"] = trainer(compile="0")
+    found = {"as it is": step()}
+    if on_gpu:
+        found[PLAIN] = step(fused_mlp=False)
+    if hp.compile == "1" or (hp.compile == "auto" and on_gpu):
+        found["not compiled"] = step(compile="0")
     attention, _ = t.find_flash_attention()
     if attention != "sdpa":
-        found["torch's attention"] = trainer()
-        for block in found["torch's attention"].model.blocks:
-            block.attn.flash = None
+        found["torch's attention"] = step(torchs_attention=True)
     return found
 
 
 def measure(hp: t.Hyperparameters, steps: int, rounds: int, flops: float) -> None:
-    ranks = t.Ranks({})
-    trainers, seconds = variants(hp, ranks), defaultdict(list)
-    for trainer in trainers.values():
-        timed(lambda trainer=trainer: trainer.step(1.0, None), 2)  # compiles
-    for _ in range(rounds):
-        for name, trainer in trainers.items():
-            seconds[name].append(timed(lambda trainer=trainer: trainer.step(1.0, None), steps))
-    best = ceiling(ranks.device)
-    first = statistics.median(seconds[PLAIN if PLAIN in seconds else "as it is"])
-    device = (
-        torch.cuda.get_device_name()
-        if ranks.device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads"
-    )
-    attention, _ = t.find_flash_attention()
+    device = t.Ranks({}).device
+    calls = variants(hp)
+    for step in calls.values():
+        repeat(step, 2)  # compiles
+    several = {name: partial(repeat, step, steps) for name, step in calls.items()}
+    seconds, _ = common.timed_in_turn(several, rounds)
+    best = ceiling(device)
+    first = statistics.median(seconds[PLAIN if PLAIN in seconds else "as it is"]) / steps
     print(
-        f"\nmeasured on {device}, attention {attention}, torch {torch.__version__}; fastest "
-        f"product {best / 1e12:.2f} TFLOP/s\n\n"
+        f"\nmeasured on {common.describe_device()}; fastest product {best / 1e12:.2f} TFLOP/s\n\n"
         f"{'':20} {'ms/step':>9} {'low-high':>19} {'tokens/s':>11} {'MFU':>6} {'ratio':>6}"
     )
-    for name, all_rounds in seconds.items():
+    for name, taken in seconds.items():
+        all_rounds = [each / steps for each in taken]
         middle = statistics.median(all_rounds)
         print(
             f"{name:20} {1e3 * middle:>9.2f} "
@@ -315,8 +162,8 @@ def measure(hp: t.Hyperparameters, steps: int, rounds: int, flops: float) -> Non
             f"{middle / first:>6.2f}"
         )
     with torch.profiler.profile() as profile:
-        timed(lambda: trainers["as it is"].step(1.0, None), 1)
-    on_gpu = ranks.device.type == "cuda"
+        timed(calls["as it is"], 1)
+    on_gpu = device.type == "cuda"
     rows = sorted(
         (
             (e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count, e.key)
@@ -408,12 +255,14 @@ def time_tiles(hp: t.Hyperparameters, device: torch.device) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.step", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--steps", type=int, default=10, help="per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--count", action="store_true", help="count, measure nothing")
     args = parser.parse_args()
-    hp = settings()
+    hp = common.environment_settings()
     flops = print_count(hp)
     small = hp.train_batch_tokens <= 1 << 16
     if not args.count and (small or torch.cuda.is_available()):

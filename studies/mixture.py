@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """The score of one stream under every n-gram weight scheme, from saved scores of a model: no GPU,
 no model.
 
-    python bench/mix_study.py SCORES.npz [SHARD] [--tokenizer MODEL] [--vocab-size 1024]
+    python -m studies.mixture SCORES.npz [SHARD] [--tokenizer MODEL] [--vocab-size 1024]
         [--orders 7 12 16]
 
 SCORES.npz holds `nll` and `entropy` (nats per target, float32), as a run with SAVE_SCORES=1 writes
@@ -16,15 +15,13 @@ same targets shuffled, what it costs where the past says nothing. Last, where th
 
 import argparse
 import math
-import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt  # noqa: E402
-from train_gpt import (  # noqa: E402
+import train_gpt
+from train_gpt import (
     ByteCounter,
     Cache,
     EntropyBackoff,
@@ -276,7 +273,9 @@ def deciles(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.mixture", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument(
         "scores", type=Path, metavar="SCORES.npz", help="nll and entropy per target, in nats"
     )
@@ -325,7 +324,7 @@ def main() -> None:
         print(f"{args.scores.name} on {where}: {len(nll):,} targets{said}")
         study(tokens, nll, entropy, stream_bytes, unit, args)
     except UserError as error:
-        raise SystemExit(f"mix_study: {error}") from None
+        raise SystemExit(f"mixture.py: error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Scoring with overlapping windows: windows/s, time and bits per byte by stride,
 each switch off in turn, in one run.
 
-    python bench/bench_eval.py [final_model.int6.ptz] [--targets 60000] [--rounds 3]
+    python -m bench.scoring [final_model.int6.ptz] [--targets 60000] [--rounds 3]
         [--strides 64 96 128 256]
 
 Settings are train_gpt.py's environment variables, those that the artifact was trained with; without
@@ -18,36 +17,15 @@ import dataclasses
 import os
 import statistics
 import sys
-import time
-from collections import defaultdict
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-
-import prepare_demo  # noqa: E402
-from bench_averaging import demo_settings  # noqa: E402
-
-import train_gpt as t  # noqa: E402
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def score(
-    trunk, model: t.GPT, tokens: np.ndarray, stride: int, ranks: t.Ranks
-) -> tuple[np.ndarray, float]:
-    """(nats per target, seconds)."""
-    synchronize()
-    start = time.perf_counter()
-    nll = np.concatenate([*t.score_stream(trunk, model, tokens, stride, ranks)], 1)[0]
-    synchronize()
-    return nll, time.perf_counter() - start
+from tools import common
+from tools.common import t
 
 
 def variants(model: t.GPT, hp: t.Hyperparameters, on_gpu: bool) -> dict[str, tuple]:
@@ -75,34 +53,23 @@ def measure(
     hp: t.Hyperparameters, artifact: Path | None, strides: list[int], targets: int, rounds: int
 ) -> None:
     """Print a row per stride and variant."""
-    ranks, validation = t.Ranks({}), t.load_validation(hp)
+    validation = t.load_validation(hp)
     tokens = np.array(validation.tokens[: targets + 1])
     target_bytes = validation.count_bytes(tokens)
-    torch.manual_seed(hp.seed)
-    model = t.GPT(hp).to(ranks.device)
+    model = common.new_model(hp)
     if artifact:
-        t.load_artifact(model, artifact, ranks, t.RunLog())
-    trunks = variants(model, hp, ranks.device.type == "cuda")
-    seconds, bpb = defaultdict(list), {}
-    for trunk, scorer in trunks.values():
-        for stride in strides:
-            # compiles, and warms up
-            score(trunk, scorer, tokens[: 4 * hp.eval_seq_len], stride, ranks)
-    for _ in range(rounds):
-        for stride in strides:
-            for name, (trunk, scorer) in trunks.items():
-                nll, took = score(trunk, scorer, tokens, stride, ranks)
-                seconds[stride, name].append(took)
-                bpb.setdefault(stride, t.bits_per_byte(nll, target_bytes))
-    device = (
-        torch.cuda.get_device_name()
-        if ranks.device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads"
-    )
-    attention, _ = t.find_flash_attention()
+        common.read_artifact(model, artifact)
+    trunks = variants(model, hp, torch.cuda.is_available())
+    calls = {}
+    for stride, (name, (trunk, scorer)) in product(strides, trunks.items()):
+        calls[stride, name] = partial(common.score, scorer, tokens, stride, trunk)
+        # compiles, and warms up
+        common.score(scorer, tokens[: 4 * hp.eval_seq_len], stride, trunk)
+    seconds, nll = common.timed_in_turn(calls, rounds)
+    bpb = {stride: t.bits_per_byte(nll[stride, "as it is"], target_bytes) for stride in strides}
     print(
-        f"{device}, torch {torch.__version__}, attention {attention}: "
-        f"{len(tokens) - 1:,} of {validation.targets:,} targets, windows of {hp.eval_seq_len}\n\n"
+        f"{common.describe_device()}: {len(tokens) - 1:,} of {validation.targets:,} targets, "
+        f"windows of {hp.eval_seq_len}\n\n"
         f"{'stride':>6} {'':17} {'windows':>8} {'windows/s':>10} {'ratio':>6} {'low-high s':>14} "
         f"{'bpb':>9} {'to first':>9} {'whole stream s':>15}"
     )
@@ -125,7 +92,9 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.scoring", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("artifact", nargs="?", type=Path, help="none: random weights")
     parser.add_argument("--strides", type=int, nargs="+", default=[64, 96, 128, 256])
     parser.add_argument("--targets", type=int, default=60_000, help="of the stream's beginning")
@@ -135,15 +104,15 @@ def main() -> None:
         if "DATA_PATH" in os.environ:
             hp = t.Hyperparameters.from_env(dict(os.environ))
         else:
-            prepare_demo.main(ROOT / "data")
-            hp = demo_settings()
+            common.make_demo_corpus()
+            hp = common.demo_settings()
         if not 1 <= min(args.strides) <= max(args.strides) <= hp.eval_seq_len:
             raise t.UserError(
                 f"--strides {args.strides}: expected 1 to EVAL_SEQ_LEN={hp.eval_seq_len}"
             )
         measure(hp, args.artifact, args.strides, args.targets, args.rounds)
     except t.UserError as error:
-        sys.exit(f"bench_eval.py: error: {error}")
+        sys.exit(f"scoring.py: error: {error}")
 
 
 if __name__ == "__main__":

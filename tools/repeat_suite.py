@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Does `make test` pass each time? The suite again and again, and what failed.
 
-    python bench/repeat_suite.py [--runs 10] [--loaded] [--fresh] [--append table.md] [-- ...]
+    python -m tools.repeat_suite [--runs 10] [--loaded] [--fresh] [--append table.md] [-- ...]
 
 --loaded: beside two processes that load two cores; --fresh: other random numbers in each run
 (FRESH=1; the row says which); --beside: what else the machine does, in words, for the table; after
@@ -81,7 +80,9 @@ def run_suite(extra: list[str], beside: str, fresh: bool) -> tuple[str, bool]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.repeat_suite", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--loaded", action="store_true", help="two busy processes beside the suite")
     parser.add_argument("--fresh", action="store_true", help="FRESH=1")

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Host memory of scoring a long stream at world size 8: is there one copy of the stream,
 and one of the counts?
 
-    python bench/bench_memory.py [--tokens 200000 2000000] [--full] [--ranks 8]
+    python -m bench.memory [--tokens 200000 2000000] [--full] [--ranks 8]
 
 EVAL_ONLY of a tiny model over a synthetic stream (spans of real text, in 360 pieces, so that the
 output head costs little), windows without overlap, n-gram mixture as by default. Every half second
@@ -21,16 +20,12 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
+import sentencepiece as spm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tests"), str(ROOT / "bench")]
-
-import sentencepiece as spm  # noqa: E402
-from bench_ngram import FULL, resample  # noqa: E402
-from conftest import workers  # noqa: E402
-from prepare_demo import train_tokenizer  # noqa: E402
-
-import train_gpt as t  # noqa: E402
+from data.prepare_demo import shard, train_tokenizer
+from tests.helpers import workers
+from tools.common import ROOT, pack, t
+from tools.streams import FULL, resample
 
 MODEL = dict(
     NUM_LAYERS=1,
@@ -71,16 +66,13 @@ def measure(
     folder: Path, corpus: np.ndarray, tokenizer: bytes, tokens: int, ranks: int
 ) -> dict[str, float]:
     """Peaks in MB, and seconds, of one scoring run over `tokens` tokens."""
-    header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, tokens
-    with open(folder / "fineweb_val_000000.bin", "wb") as file:
-        file.write(header.tobytes() + resample(corpus, tokens).tobytes())
+    (folder / "fineweb_val_000000.bin").write_bytes(shard(resample(corpus, tokens)))
     (folder / "tokenizer").write_bytes(tokenizer)
     settings = {k: str(v) for k, v in MODEL.items()} | dict(
         DATA_PATH=str(folder), TOKENIZER_PATH=f"{folder}/tokenizer"
     )
     hp = t.Hyperparameters.from_env(settings)
-    (folder / "m.ptz").write_bytes(t.pack(t.GPT(hp).state_dict(), hp).blob)
+    (folder / "m.ptz").write_bytes(pack(t.GPT(hp).state_dict(), hp).blob)
     env = dict(
         os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", EVAL_ONLY="m.ptz", **settings
     )
@@ -114,7 +106,9 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.memory", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[200_000, 2_000_000])
     parser.add_argument("--full", action="store_true", help=f"{FULL:,} tokens too")
     parser.add_argument("--ranks", type=int, default=8)

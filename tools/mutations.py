@@ -1,7 +1,7 @@
 """Do the tests notice? 42 defects of one line each, put into train_gpt.py one at a time.
 
-    python bench/mutations.py            all; about ten minutes on two idle cores
-    python bench/mutations.py 7 12       these
+    python -m tools.mutations            all; about ten minutes on two idle cores
+    python -m tools.mutations 7 12       these
 
 Each is put into a copy of the repository, where the tests that should notice it run until one
 fails. Before, they run once on the script as it is. A text that is no longer in the script, or is
@@ -18,10 +18,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-from preloaded import Run  # noqa: E402
+from tests.preloaded import Run
 
+ROOT = Path(__file__).resolve().parents[1]
 DEADLINE = 3600  # seconds; a run that does not end is noticed too
 
 
@@ -326,7 +325,9 @@ def outcome(mutation: Mutation, source: str, folder: Path) -> tuple[bool, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.mutations",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("numbers", nargs="*", type=int, help=f"of 1 to {len(MUTATIONS)}")
     chosen = parser.parse_args().numbers or range(1, len(MUTATIONS) + 1)

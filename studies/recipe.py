@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """What does each feature of the frontier preset give? bpb with each of them off in turn.
 
-    python bench/bench_recipe.py [--steps 250] [--seeds 1 2 3] [--equal steps|flops]
+    python -m studies.recipe [--steps 250] [--seeds 1 2 3] [--equal steps|flops]
         [--base frontier|network] [--only FEATURE ...] [--halves] [--append FILE]
 
 The demo model on the built-in corpus (runs/demo.sh), or with DATA_PATH and other settings in the
@@ -27,16 +26,15 @@ goes on, and tables may share runs. Begin another file when train_gpt.py has cha
 import argparse
 import json
 import os
-import re
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
-from bench_averaging import ROOT, bpb, demo_settings, prepare_demo, t
-from bench_step import count
+
+from tools import common
+from tools.common import demo_settings, t
 
 # what is off in a row: the settings that go back to the defaults
 FEATURES = {
@@ -60,8 +58,7 @@ ELSEWHERE = ("BIGRAM_VOCAB_SIZE", "BIGRAM_DIM", "EMA_DECAY")  # sizes and averag
 
 def frontier_settings(layers: int) -> dict[str, str]:
     """The features of runs/frontier.sh for a model of `layers` layers instead of 11."""
-    script = (ROOT / "runs/frontier.sh").read_text()
-    found = dict(re.findall(r"\b([A-Z_0-9]+)=\$\{\1:-([^}]*)\}", script))
+    found = common.script_settings("frontier")
     deep = {round(int(layer) * layers / 11) for layer in found["RECUR_LAYERS"].split(",")}
     found["RECUR_LAYERS"] = ",".join(map(str, sorted(deep)))
     found["PARALLEL_START_LAYER"] = str(round(int(found["PARALLEL_START_LAYER"]) * layers / 11))
@@ -100,20 +97,15 @@ def mean_flops(hp: t.Hyperparameters) -> float:
 
     def of(**changes) -> float:
         env = hp.as_env() | changes
-        return sum(flops for flops, _ in count(t.Hyperparameters.from_env(env)).values())
+        counted = common.count_step(t.Hyperparameters.from_env(env))
+        return sum(flops for flops, _ in counted.values())
 
     return hp.recur_start * of(RECUR_LAYERS="") + (1 - hp.recur_start) * of()
 
 
 def train(hp: t.Hyperparameters) -> float:
     """bits per byte of the last weights."""
-    torch.manual_seed(hp.seed)
-    loader, ranks = t.TokenLoader(hp, 0, 1), t.Ranks({})
-    model = t.GPT(hp).to(ranks.device)
-    validation = t.load_validation(hp)
-    trainer = t.Trainer(model, loader, validation, ranks, t.RunLog(), t.StopSignal())
-    t.train(trainer)
-    return bpb(trainer, model.state_dict())
+    return common.bits_per_byte(common.train(hp).model, t.load_validation(hp))
 
 
 def settings(steps: int, **changes) -> t.Hyperparameters:
@@ -160,9 +152,9 @@ def train_once(hp: t.Hyperparameters, file: Path | None) -> float:
     return found
 
 
-def mean_and_error(values: list[float]) -> str:
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):+.4f}{error}"
+def difference(pairs: list[float]) -> str:
+    mean, error = common.mean_and_error(pairs)
+    return f"{mean:+.4f}" + (f" ± {error:.4f}" if len(pairs) > 1 else "")
 
 
 def steps_of(changes: dict[str, str], args) -> int:
@@ -196,7 +188,7 @@ def one_at_a_time(rows: dict[str, dict[str, str]], args) -> None:
         print(
             f"| {row} | {parameters:,} | {mean_flops(hp) / 1e9:.1f} | {steps_of(changes, args)} "
             f"| {statistics.mean(found[row]):.4f} | {spread} "
-            f"| {mean_and_error(pairs) if row != args.base else ''} |"
+            f"| {difference(pairs) if row != args.base else ''} |"
         )
 
 
@@ -223,7 +215,9 @@ def each_on_in_half(rows: dict[str, dict[str, str]], args) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.recipe", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--steps", type=int, default=250, help="of the defaults")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--equal", choices=["steps", "flops"], default="steps")
@@ -238,7 +232,7 @@ def main() -> None:
     parser.add_argument("--append", type=Path, metavar="FILE", help="keeps runs, repeats none")
     args = parser.parse_args()
     if "DATA_PATH" not in os.environ:
-        prepare_demo.main(ROOT / "data")
+        common.make_demo_corpus()
     rows = {
         row: changes
         for row, changes in recipes(settings(args.steps), args.base).items()

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """What the compiler fuses in a training step: kernels and bytes,
 with the MLP's own kernels off and on. No GPU.
 
-    python bench/bench_fusion.py [--list]           settings: train_gpt.py's environment variables
+    python -m bench.fusion [--list]           settings: train_gpt.py's environment variables
 
 Inductor schedules forward and backward of one micro-batch (fake tensors: nothing is computed,
 nothing compiled) in the dtypes of CUDA, and tells for each kernel the bytes of all buffers that it
@@ -18,7 +17,6 @@ import dataclasses
 from unittest import mock
 
 import torch
-from bench_step import PEAK_BYTES, as_on_cuda, micro_batch_rows, patched, settings, t
 from functorch.compile import make_boxed_func
 from torch._guards import TracingContext
 from torch._inductor import config
@@ -26,6 +24,15 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+
+from tools.common import (
+    PEAK_BYTES,
+    as_on_cuda,
+    environment_settings,
+    micro_batch_rows,
+    patched,
+    t,
+)
 
 VARIANTS = {
     "plain": {"fused_mlp": False},
@@ -123,10 +130,12 @@ def schedule(hp: t.Hyperparameters) -> list[list[tuple[str, int, str]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.fusion", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--list", action="store_true", help="every kernel of the model as it is")
     args = parser.parse_args()
-    hp = settings()
+    hp = environment_settings()
     tokens = micro_batch_rows(hp) * hp.train_seq_len
     print(
         f"scheduled by torch {torch.__version__}, one micro-batch of {tokens:,} tokens, "

@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
 """Roundings beyond GPTQ, at equal bytes: what each costs against the script's own.
 
-    python bench/quantizer_study.py [--seeds 1337 42 7] [--bits 4 5] [--rows gptq trellis8 ...]
-    python bench/quantizer_study.py --weights W0.npz W1.npz --data DIR [--held-out DIR]
+    python -m studies.roundings [--seeds 1337 42 7] [--bits 4 5] [--rows gptq trellis8 ...]
+    python -m studies.roundings --weights W0.npz W1.npz --data DIR [--held-out DIR]
 
-Models, options and bytes are those of bench_quantizer.py: the container of `rows` with codes of so
+Models, options and bytes are those of studies.quantizers: the container of `rows` with codes of so
 many bits; here each row's own container is within 1/5000 of it. A line gives the KL divergence from
 the float model's predictions, and how much of it is more or less than that of `gptq` (the standard
 error of the difference beside it). The rows:
@@ -30,19 +29,15 @@ code names one of half its points. Bytes are real: each of the two grids has its
 
 import lzma
 import re
-import sys
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import bench_quantizer as bench  # noqa: E402
-from bench_quantizer import t  # noqa: E402
+from studies import quantizers
+from tools.common import gptq_of, mean_and_error, t
 
 # Parity-check polynomials (h0, h1) of Ungerboeck's best codes in one dimension (1982), in octal
 CODES = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4)}
@@ -360,10 +355,9 @@ class Study:
     def __init__(self, judge, only: str, bits: int, coarsen: float | None):
         self.judge = judge
         self.state = {name: w for name, w in judge.state.items() if re.search(only, name)}
-        curvature = judge.trainer.curvature
-        self.hp, self.budget = bench.budget_of(bits, self.state, judge.trainer.hp)
-        self.scale = t.build_gptq(judge.state, self.hp, curvature, print).scale
-        self.curvature = {name: c for name, c in curvature.items() if name in self.state}
+        self.hp, self.budget = quantizers.budget_of(bits, self.state, judge.model.hp)
+        self.scale = gptq_of(judge.state, self.hp, judge.curvature).scale
+        self.curvature = {name: c for name, c in judge.curvature.items() if name in self.state}
         self.label = f"{bits} bits"
         if coarsen:
             self.budget = pack(self.state, self.hp, coarsen, self.gptq(), Machine(1)).size
@@ -424,11 +418,11 @@ class Study:
         self.costs[label] = kl
         gptq = self.costs["gptq"]
         percent = 100 / float(gptq.mean())
-        noise = float((kl - gptq).std()) * len(kl) ** -0.5
+        more, error = mean_and_error(kl - gptq)
         print(
             f"  {self.label} {label:22} {packed.size:>10,} bytes  KL {kl.mean():.6f} bpb "
             f"({kl.mean() / self.judge.per_byte:.6f} nats)  vs gptq "
-            f"{float((kl - gptq).mean()) * percent:+.1f} +- {noise * percent:.1f} %  "
+            f"{more * percent:+.1f} +- {error * percent:.1f} %  "
             f"predicted {self.judge.predicted(back):.6f}  {seconds:.1f} s",
             flush=True,
         )
@@ -442,16 +436,15 @@ ROWS = [
 
 
 def main() -> None:
-    parser = bench.options(__doc__.split("\n\n")[0])
+    parser = quantizers.options("roundings", __doc__.split("\n\n")[0])
     parser.set_defaults(bits=[4, 5], targets=40_000)
     parser.add_argument("--rows", nargs="+", default=ROWS, help="as above; gptq always comes first")
     parser.add_argument("--only", default="", help="round only what this pattern finds in a name")
     parser.add_argument("--coarsen", type=float, help="bytes of gptq so coarse, instead of --bits")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for label, trainer in bench.trainers(args):
-        judge = bench.Judge(trainer, args.targets)
-        bench.introduce(label, judge)
+    for label, judge in quantizers.judges(args):
+        quantizers.introduce(label, judge)
         for bits in args.bits:
             study = Study(judge, args.only, bits, args.coarsen)
             for row in dict.fromkeys(["gptq", *args.rows]):

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """What rounding costs at equal bytes: bits per byte after the round trip, each quantiser.
 
-    python bench/bench_quantizer.py [--seeds 1337 42 7] [--steps 300] [--bits 3 4 5 6]
-    python bench/bench_quantizer.py --weights W0.npz W1.npz --data DIR [--held-out DIR]
+    python -m studies.quantizers [--seeds 1337 42 7] [--steps 300] [--bits 3 4 5 6]
+    python -m studies.quantizers --weights W0.npz W1.npz --data DIR [--held-out DIR]
 
 Without --weights: models of the demo's settings, trained on the built-in corpus for --steps steps,
 one per seed. With it: a model of the default shapes, its weights by name in these npz files, DIR
@@ -21,7 +20,9 @@ import time
 
 import numpy as np
 import torch
-from bench_averaging import ROOT, demo_settings, prepare_demo, t
+
+from tools import common
+from tools.common import mean_and_error, t
 
 
 class Carry(t.GPTQ):
@@ -40,9 +41,9 @@ class Carry(t.GPTQ):
 
 
 def demo_model(seed: int, steps: int, tokens: int):
-    """A trainer after `steps` steps of runs/demo.sh, its curvature measured."""
-    prepare_demo.main(ROOT / "data")
-    hp = demo_settings(
+    """(model, curvature) after `steps` steps of runs/demo.sh."""
+    common.make_demo_corpus()
+    hp = common.demo_settings(
         SEED=seed,
         ITERATIONS=steps,
         MAX_WALLCLOCK_SECONDS=0,
@@ -50,13 +51,12 @@ def demo_model(seed: int, steps: int, tokens: int):
         TRAIN_LOG_EVERY=0,
         GPTQ_TOKENS=tokens,
     )
-    trainer = new_trainer(hp)
-    t.train(trainer)
-    return trainer
+    done = common.train(hp)
+    return done.model, done.curvature
 
 
 def given_model(args):
-    """A trainer of the default shapes with the given weights, its curvature measured."""
+    """(model, curvature) of the default shapes with the given weights."""
     hp = t.Hyperparameters(
         data_path=args.held_out or args.data,
         train_data_path=args.data,
@@ -67,25 +67,13 @@ def given_model(args):
         eval_seq_len=args.length,
         gptq_tokens=args.tokens,
     )
-    trainer = new_trainer(hp)
+    model = common.new_model(hp)
     state = {}
     for path in args.weights:
         with np.load(path, allow_pickle=False) as arrays:
             state |= {name: torch.from_numpy(arrays[name]).float() for name in arrays}
-    trainer.model.load_state_dict(state)
-    trainer.curvature = t.measure_curvature(trainer)
-    return trainer
-
-
-def new_trainer(hp):
-    """On one rank, silent; it never validates."""
-    torch.manual_seed(hp.seed)
-    validation = t.load_validation(hp)
-    trainer = t.Trainer(
-        t.GPT(hp), t.TokenLoader(hp, 0, 1), validation, t.Ranks({}), t.RunLog(), t.StopSignal()
-    )
-    trainer.validate = lambda: (0.0, 0.0)
-    return trainer
+    model.load_state_dict(state)
+    return model, common.curvature_of(model)
 
 
 @torch.inference_mode()
@@ -99,14 +87,14 @@ def predictions(model, windows) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def held_out_windows(trainer, targets: int):
-    """(windows (count, T + 1) spread over the stream, bytes of their targets)."""
-    T = trainer.hp.eval_seq_len
-    stream = trainer.validation.tokens
+def held_out_windows(hp, targets: int):
+    """(windows (count, T + 1) spread over the validation stream, bytes of their targets)."""
+    T = hp.eval_seq_len
+    stream = t.load_validation(hp).tokens
     count = min(targets // T, (len(stream) - 1) // T)
     starts = [i * (len(stream) - T - 1) // max(1, count - 1) for i in range(count)]
     windows = np.stack([stream[s : s + T + 1] for s in starts])
-    counted = t.ByteCounter(trainer.hp)
+    counted = t.ByteCounter(hp)
     return torch.from_numpy(windows.astype(np.int64)), sum(int(counted(w).sum()) for w in windows)
 
 
@@ -122,22 +110,22 @@ def cost(state, curvature, back) -> float:
 class Judge:
     """What rounded weights cost on held-out windows, in bits per byte against the float model."""
 
-    def __init__(self, trainer, targets: int):
-        self.trainer = trainer
-        self.state = {name: w.clone() for name, w in trainer.model.state_dict().items()}
-        self.windows, text_bytes = held_out_windows(trainer, targets)
+    def __init__(self, model, curvature: dict, targets: int):
+        self.model = model
+        self.curvature = curvature
+        self.state = {name: w.clone() for name, w in model.state_dict().items()}
+        self.windows, text_bytes = held_out_windows(model.hp, targets)
         self.targets = self.windows[:, 1:].reshape(-1, 1)
-        self.reference = predictions(trainer.model, self.windows)
+        self.reference = predictions(model, self.windows)
         nats = -self.reference.float().gather(1, self.targets)
         self.per_byte = len(nats) / math.log(2) / text_bytes  # bits per byte of a nat per token
         self.bpb = float(nats.mean()) * self.per_byte
 
     def __call__(self, back: dict):
         """(KL divergence, rise of the score) of each target."""
-        model = self.trainer.model
-        model.load_state_dict(back)
-        found = predictions(model, self.windows).float()
-        model.load_state_dict(self.state)
+        self.model.load_state_dict(back)
+        found = predictions(self.model, self.windows).float()
+        self.model.load_state_dict(self.state)
         expected = self.reference.float()
         kl = (expected.exp() * (expected - found)).sum(1)
         rise = (expected - found).gather(1, self.targets)[:, 0]
@@ -145,7 +133,7 @@ class Judge:
 
     def predicted(self, back: dict):
         """By the curvature."""
-        return cost(self.state, self.trainer.curvature, back) * self.per_byte
+        return cost(self.state, self.curvature, back) * self.per_byte
 
 
 def introduce(label: str, judge: Judge) -> None:
@@ -160,46 +148,46 @@ def introduce(label: str, judge: Judge) -> None:
 def budget_of(bits: int, state: dict, hp):
     """(settings, bytes of the container that `rows` makes with codes of so many bits)."""
     hp = t.Hyperparameters(**{**vars(hp), "quant_bits": bits, "fill_budget": True})
-    return hp, len(t.pack(state, hp).blob)
+    return hp, len(common.pack(state, hp).blob)
 
 
-def compare(label: str, trainer, args) -> None:
+def compare(label: str, judge: Judge, args) -> None:
     """One line per width and quantiser."""
-    judge = Judge(trainer, args.targets)
     introduce(label, judge)
     for bits in args.bits:
-        hp, size = budget_of(bits, judge.state, trainer.hp)
-        gptq = t.build_gptq(judge.state, hp, trainer.curvature, print)
-        carry = Carry(hp, trainer.curvature, 1.0)
+        hp, size = budget_of(bits, judge.state, judge.model.hp)
+        gptq = common.gptq_of(judge.state, hp, judge.curvature)
+        carry = Carry(hp, judge.curvature, 1.0)
         quantizers = dict(rows=carry.rows, grid=gptq.draft, carry=carry, gptq=gptq)
         for name in args.quantizers:
             began = time.perf_counter()
-            packed, _ = t.fit_artifact(judge.state, hp, size + t.AIM, quantizers[name])
+            packed, _ = common.fit(judge.state, hp, size + t.AIM, quantizers[name])
             seconds = time.perf_counter() - began
-            back = t.unpack(packed.blob)
-            kl, rise = judge(back)
-            noise = len(rise) ** -0.5
+            back = common.unpack(packed.blob)
+            (kl, kl_error), (rise, rise_error) = map(mean_and_error, judge(back))
             print(
-                f"  {bits} bits {name:5} {len(packed.blob):>10,} bytes  rise {rise.mean():+.6f} "
-                f"+- {rise.std() * noise:.6f}  KL {kl.mean():.6f} +- {kl.std() * noise:.6f} bpb  "
+                f"  {bits} bits {name:5} {len(packed.blob):>10,} bytes  rise {rise:+.6f} "
+                f"+- {rise_error:.6f}  KL {kl:.6f} +- {kl_error:.6f} bpb  "
                 f"predicted {judge.predicted(back):.6f}  "
                 f"error {packed.error:.4f}  {seconds:.1f} s",
                 flush=True,
             )
 
 
-def trainers(args):
-    """Yields (label, trainer) of the models that the options name."""
+def judges(args):
+    """Yields (label, Judge) of the models that the options name."""
     if args.weights:
-        yield "given weights", given_model(args)
+        yield "given weights", Judge(*given_model(args), args.targets)
         return
     for seed in args.seeds:
-        yield f"seed {seed}", demo_model(seed, args.steps, args.tokens)
+        model = demo_model(seed, args.steps, args.tokens)
+        yield f"seed {seed}", Judge(*model, args.targets)
 
 
-def options(description: str):
-    """A parser of what both this bench and quantizer_study.py need."""
-    parser = argparse.ArgumentParser(description=description)
+def options(name: str, description: str):
+    """A parser of the options that this study and studies.roundings share; `name`: of the
+    study."""
+    parser = argparse.ArgumentParser(prog=f"python -m studies.{name}", description=description)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 42, 7])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4, 5, 6])
@@ -214,12 +202,12 @@ def options(description: str):
 
 
 def main() -> None:
-    parser = options(__doc__.split("\n\n")[0])
+    parser = options("quantizers", __doc__.split("\n\n")[0])
     parser.add_argument("--quantizers", nargs="+", default=["rows", "grid", "carry", "gptq"])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for label, trainer in trainers(args):
-        compare(label, trainer, args)
+    for label, judge in judges(args):
+        compare(label, judge, args)
 
 
 if __name__ == "__main__":

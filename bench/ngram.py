@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Speed and memory of the n-gram stage, beside a dictionary cache and the predecessors' hash cache,
 in one run.
 
-    python bench/bench_ngram.py [--tokens 1000000 8000000] [--full] [--repeat 3] [SHARD ...]
+    python -m bench.ngram [--tokens 1000000 8000000] [--full] [--repeat 3] [SHARD ...]
 
 Rows: exact counts + backoff (what NGRAM_ALPHA=entropy needs), the online mixture's counting and
 mixing, a plain dictionary that scores one token and then adds it, and chunked `np.add.at` into hash
@@ -26,12 +25,12 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-# train_gpt is imported where it is measured: the parent stays small
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+from tools.streams import FULL, resample
+
+# train_gpt, and torch with it, is imported only where it is measured: a process's high-water mark
+# starts at that of its parent, so the parent stays small.
 
 LOW, HIGH, MIN_COUNT = 2, 7, 2  # orders, and how often a context must have been seen
-FULL = 62_000_000  # tokens of the challenge's validation stream
 ONCE = 10_000_000  # more tokens than this are measured only once
 DICTIONARY_TOKENS, HASH_TOKENS = 300_000, 2_000_000  # most tokens of the two slow rows
 BUCKETS, CHUNK = 4_194_304, 65_536  # the predecessors' table and chunk
@@ -39,22 +38,6 @@ PRIMES = np.array((36313, 27191, 51647, 81929, 131071, 175447, 209591), np.uint6
 
 
 # --- the two streams ------------------------------------------------------------------------------
-
-
-def resample(corpus: np.ndarray, length: int, seed: int = 0) -> np.ndarray:
-    """`length` tokens: random spans of 32-1024 tokens of `corpus`,
-    one token in ten replaced by a unigram draw."""
-    rng, out, done = np.random.default_rng(seed), np.empty(length, np.uint16), 0
-    while done < length:
-        size = min(int(rng.integers(32, 1025)), length - done, len(corpus))
-        start = rng.integers(0, len(corpus) - size + 1)
-        out[done : done + size] = corpus[start : start + size]
-        done += size
-    for at in range(0, length, 1 << 20):
-        piece = out[at : at + (1 << 20)]
-        swap = np.flatnonzero(rng.random(len(piece)) < 0.1)
-        piece[swap] = corpus[rng.integers(0, len(corpus), len(swap))]
-    return out
 
 
 def make_stream(path: str, length: int, shards: list[str]) -> dict:
@@ -73,11 +56,10 @@ def make_stream(path: str, length: int, shards: list[str]) -> dict:
         tokens = np.concatenate(parts)[:length]
         words = f"the first {len(tokens):,} tokens of {' + '.join(names)}, as they are"
     else:
-        demo = ROOT / "data/datasets/demo_sp1024/fineweb_train_000000.bin"
-        if not demo.exists():
-            import prepare_demo
+        from tools import common
 
-            prepare_demo.main(ROOT / "data")
+        common.make_demo_corpus()
+        demo = Path(common.demo_settings().data_path, "fineweb_train_000000.bin")
         corpus = train_gpt.load_shard(demo)
         tokens = resample(corpus, length)
         words = (
@@ -222,17 +204,17 @@ ROWS = dict(exact=exact_row, online=online_row, dictionary=dictionary_row, hash=
 
 
 def child(*args) -> object:
-    """This script as a fresh process on one core, doing one thing; what it found,
+    """This program as a fresh process on one core, doing one thing; what it found,
     from the last line it printed."""
     done = subprocess.run(
-        [sys.executable, __file__, *map(str, args)],
+        [sys.executable, "-m", "bench.ngram", *map(str, args)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
     )
     if done.returncode:
         raise SystemExit(
-            f"bench_ngram: the step {' '.join(map(str, args[:2]))} failed (above)"
+            f"ngram.py: the step {' '.join(map(str, args[:2]))} failed (above)"
             if done.returncode != 2
             else 2
         )
@@ -251,7 +233,7 @@ def serve(task: str, *args: str) -> None:
             begin = high_water()
             answer = [[*row, begin] for row in ROWS[task](tokens, *map(int, args[2:]))]
     except train_gpt.UserError as error:
-        print(f"bench_ngram: {error}", file=sys.stderr)
+        print(f"ngram.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     print(json.dumps(answer))
 
@@ -276,7 +258,9 @@ def measure(task: str, path: str, tokens: int, repeat: int, *args) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ngram", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument(
         "shards",
         nargs="*",

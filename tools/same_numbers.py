@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Do two revisions of train_gpt.py give the same numbers, bit for bit, on a CPU? For refactorings.
 
-    python bench/same_numbers.py BASE [--new FILE_OR_REV] [--cases demo,resume] [--ranks 1,2]
+    python -m tools.same_numbers BASE [--new FILE_OR_REV] [--cases demo,resume] [--ranks 1,2]
                                  [--keep DIR] [--show 3] [--jobs CORES]
 
 BASE is a git revision; the other side is the working tree's train_gpt.py, or a file or a revision
@@ -35,11 +34,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data import prepare_demo
+
+# nothing here imports the tree's train_gpt.py: it may be the side that does not work yet
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "data")]  # not the tests' helpers: they import the tree's train_gpt.py
-
-import prepare_demo  # noqa: E402
-
 TRAIN_SHARDS, TARGETS, SECONDS = 2, 12_000, 400  # of the data; at most, for a run
 
 COMMON = dict(
@@ -373,7 +371,9 @@ def parse_arguments() -> argparse.Namespace:
     def numbers(text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.same_numbers", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("base", metavar="BASE", help="git revision (or file)")
     parser.add_argument("--new", default=str(ROOT / "train_gpt.py"), help="file or git revision")
     parser.add_argument("--cases", type=cases, default=list(CASES), help=",".join(CASES))

@@ -1,0 +1,1 @@
+"""Speed and size: ratios measured in one run. Each module is a program: `python -m bench.step`."""

@@ -1,0 +1,1 @@
+"""Quality, with its spread. Each module is a program: `python -m studies.recipe`."""

@@ -1,0 +1,1 @@
+"""The tests. compile_kernels and update_driver are programs that they start."""

@@ -1,0 +1,414 @@
+"""What several test modules use: small settings, data, models and trainers, and runs of the script.
+Fixtures are in conftest.py."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train_gpt as t
+from tests.preloaded import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What `make test T=<section>` runs: a section of train_gpt.py, or a folder beside it -> test files
+SECTIONS = {
+    "settings": "settings",
+    "runtime": "runtime ranks ranks_of_hosts",
+    "data": "data",
+    "model": "model frontier",
+    "kernels": "kernels",
+    "rounding": "artifact gptq",
+    "optimizers": "optimizer ranks",
+    "training": "training optimizer frontier ranks",
+    "curvature": "gptq",
+    "artifact": "artifact gptq",
+    "scoring": "scoring",
+    "ttt": "ttt",
+    "mixture": "mixture ngram decodable",
+    "run": "script faults ranks systems",
+    "record": "record figures",
+    "bench": "bench",  # studies/ and tools/ too
+}
+
+# --- random numbers and the order of tests --------------------------------------------------------
+
+
+def number_from_environment(name: str) -> str:
+    """Empty if 0 or unset; 1 becomes a new number, which the workers of pytest-xdist and what tests
+    start inherit."""
+    if os.environ.get(name) == "1":
+        os.environ[name] = str(int.from_bytes(os.urandom(4), "little") + 2)
+    return os.environ.get(name, "0").removeprefix("0")
+
+
+FRESH = number_from_environment("FRESH")
+SHUFFLE = number_from_environment("SHUFFLE")
+
+
+def seed_of(name: str) -> int:
+    """The same on every machine and in any order of tests, unless FRESH."""
+    return zlib.crc32(f"{FRESH} {name}".encode())
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+TINY = dict(  # a model with every feature on that takes milliseconds
+    NUM_LAYERS=4,
+    MODEL_DIM=64,
+    NUM_HEADS=4,
+    NUM_KV_HEADS=2,
+    ROPE_DIMS=8,
+    MLP_MULT=2,
+    VE_LAYERS="2,3",
+    VE_DIM=16,
+    XSA_LAST_N=2,
+    BIGRAM_VOCAB_SIZE=128,
+    BIGRAM_DIM=16,
+    VOCAB_SIZE=512,
+    TRAIN_SEQ_LEN=32,
+    TRAIN_BATCH_TOKENS=512,
+    EVAL_SEQ_LEN=32,
+    EVAL_STRIDE=8,
+    VAL_BATCH_SIZE=1024,
+    WARMUP_STEPS=1,
+    ITERATIONS=12,
+    WARMDOWN_ITERS=6,
+    TRAIN_LOG_EVERY=1,
+    LATE_QAT_THRESHOLD=0.3,
+    MAX_WALLCLOCK_SECONDS=0,
+    GPTQ_TOKENS=1024,
+    EMA_DECAY=0.9,
+    TIED_EMBED_LR=0.01,
+    RUN_ID="test",
+)
+
+# All that PR #1435 adds to the design, at the size of the tests
+FRONTIER = dict(
+    RECUR_LAYERS="1,2",
+    PARALLEL_START_LAYER=3,
+    SKIP_GATES=1,
+    ATTN_GATE_DIMS=12,
+    SMEAR_CROSSES_BOS=0,
+    XSA_LAST_N=4,
+    MLP_MULT=4,
+    VRL_ENABLED=0,
+    LEAKY_SLOPE=0.3,
+    QK_GAIN_INIT=5,
+)
+
+BRIEF = dict(NGRAM_ENABLED=0, EVAL_STRIDE=32)  # for a test that is not about scoring
+
+STEADY = dict(  # nine steps in which both averages take snapshots
+    AVERAGING="ema_swa",
+    SWA_EVERY=2,
+    SWA_THRESHOLD=0.9,
+    ITERATIONS=9,
+    WARMDOWN_ITERS=6,
+    WARMUP_STEPS=2,
+)
+
+TTT = dict(TTT_EPOCHS=2, TTT_CHUNK_TOKENS=100, TTT_LR=0.01, TTT_BLOCKS=1, TTT_DECAY=0.8)
+
+
+def tiny(**changes) -> t.Hyperparameters:
+    """TINY, then `changes`."""
+    return t.Hyperparameters.from_env({k: str(v) for k, v in {**TINY, **changes}.items()})
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def write_shard(path: Path, tokens) -> Path:
+    """Write `tokens` to `path` in the challenge's format; returns `path`."""
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+    return path
+
+
+# --- models and scores ----------------------------------------------------------------------------
+
+
+def randomize(model):
+    """Give every parameter a value that matters, so that zero-initialised paths are tested too."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(
+                torch.randn_like(p)
+                * (0.3 / max(1, p.shape[-1] if p.ndim else 1) ** 0.5 if p.ndim == 2 else 0.2)
+            )
+    return model.double()
+
+
+def logits(model, hidden) -> torch.Tensor:
+    """(..., V): the logarithms of the probabilities."""
+    return t.log_probabilities(model.logits(hidden), model.hp.logit_softcap)
+
+
+def collect(segments) -> np.ndarray:
+    """All segments of score_stream in one array, (2, targets): nll and entropy."""
+    return np.concatenate(list(segments), 1)
+
+
+def score(model, tokens, stride, part=None) -> np.ndarray:
+    """(2, targets): nll and entropy of the stream, or of the targets [begin, end) = `part`."""
+    return collect(t.score_stream(model.hidden, model, tokens, stride, t.Ranks({}), part))
+
+
+# --- trainers -------------------------------------------------------------------------------------
+
+
+class KeptLog(t.RunLog):
+    """Keeps its lines and prints nothing."""
+
+    def __init__(self, path: Path | None):
+        super().__init__()
+        self.path = path
+        self.lines = []
+
+    def __call__(self, line: str, console: bool = True):
+        self.lines.append(line)
+
+
+def new_trainer(corpus, log_path: Path | None = None, **changes) -> t.Trainer:
+    """As main() makes it, in this process and quiet;
+    with a `log_path` it writes checkpoints beside it."""
+    hp = tiny(**corpus, **changes)
+    torch.manual_seed(hp.seed)
+    trainer = t.Trainer(
+        t.GPT(hp),
+        t.TokenLoader(hp, 0, 1),
+        t.load_validation(hp),
+        t.Ranks({}),
+        KeptLog(log_path),
+        t.StopSignal(),
+    )
+    trainer.validate = lambda: (0.0, 0.0)
+    return trainer
+
+
+def state(trainer: t.Trainer) -> dict:
+    """A copy of all that training changes, but for the clock."""
+    counts = {name: int(average.count) for name, average in trainer.averages.items()}
+    tensors = {name: x.clone() for name, x in trainer.tensors().items() if name != "progress"}
+    return tensors | dict(steps=trainer.steps, counts=counts)
+
+
+def assert_same(a: dict, b: dict) -> None:
+    """Two results of `state` are equal, bit for bit."""
+    assert list(a) == list(b)
+    for name in a:
+        assert (
+            torch.equal(a[name], b[name])
+            if isinstance(a[name], torch.Tensor)
+            else a[name] == b[name]
+        ), name
+
+
+def trainer_with(tokens, stream_bytes, **settings) -> t.Trainer:
+    """A model of fixed random weights, and a stream."""
+    torch.manual_seed(3)
+    model = t.GPT(tiny(**{**TTT, **settings}))
+    validation = t.Validation(tokens, lambda _: stream_bytes)
+    trainer = t.Trainer(model, None, validation, t.Ranks({}), t.RunLog(), t.StopSignal())
+    with torch.no_grad():
+        for p in trainer.parameters:
+            p.add_(torch.randn_like(p) * 0.05)
+    return trainer
+
+
+def plain_scores(trainer, stride, part=None) -> np.ndarray:
+    """(2, targets): what the trainer's weights score as they are, without learning."""
+    model, tokens = trainer.model, trainer.validation.tokens
+    return collect(t.score_stream(model.hidden, model, tokens, stride, trainer.ranks, part))
+
+
+def scores_of(tokens, stream_bytes, stride=8, **settings) -> np.ndarray:
+    """(2, targets): what a model scores that learns on the way."""
+    return collect(t.score_and_learn(trainer_with(tokens, stream_bytes, **settings), stride))
+
+
+# --- runs of the script ---------------------------------------------------------------------------
+
+SCRIPT = ROOT / "train_gpt.py"
+KEPT = "PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV"  # of this environment, for what tests start
+# Ten times what the longest run takes on an idle machine: what is not there by then never comes.
+DEADLINE = 600  # seconds
+
+
+def torchrun(ranks: int) -> list[str]:
+    """Python's arguments before the script's name."""
+    if not ranks:
+        return []
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+
+
+def start_python(
+    cwd: Path, arguments: list[str], env: dict[str, str], forked: bool = True, **streams
+) -> Run | subprocess.Popen:
+    """`python *arguments` on the CPU, on one thread, with no setting of this environment."""
+    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+    env = {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
+    if forked:
+        return Run(arguments, cwd, env)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | streams
+    return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=env, text=True, **pipes)
+
+
+def start_script(
+    cwd: Path, ranks: int = 1, script: Path = SCRIPT, forked: bool = True, **env
+) -> Run | subprocess.Popen:
+    """train_gpt.py under torchrun, or plainly with ranks=0: from a process that has imported torch
+    or, with forked=False, as users start it, which takes some seconds of CPU per rank more."""
+    settings = {k: str(v) for k, v in {**TINY, **env}.items()}
+    return start_python(cwd, [*torchrun(ranks), str(script)], settings, forked)
+
+
+def finish(
+    process: Run | subprocess.Popen, timeout: float = DEADLINE
+) -> subprocess.CompletedProcess:
+    """Wait until the process ends. One that does not end is killed, with the ranks that torchrun
+    started."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except BaseException:
+        for pid in [*children(process), process.pid]:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_script(
+    cwd: Path, ranks: int = 1, script: Path = SCRIPT, forked: bool = True, **env
+) -> subprocess.CompletedProcess:
+    """`start_script`, and wait until it has ended."""
+    return finish(start_script(cwd, ranks, script, forked, **env))
+
+
+def children(process: Run | subprocess.Popen) -> list[int]:
+    """The ids of the processes that it has started."""
+    with contextlib.suppress(OSError):  # it has just ended
+        return [
+            int(pid)
+            for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ]
+    return []
+
+
+def workers(process: Run | subprocess.Popen) -> dict[int, int]:
+    """rank -> process id, of the ranks that this torchrun started."""
+    found = {}
+    for pid in children(process):
+        with contextlib.suppress(OSError):  # it has just ended
+            forked = re.match(r"rank (\d+)", Path(f"/proc/{pid}/comm").read_text())
+            started = re.search(r"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_text())
+            if forked or started:
+                found[int((forked or started)[1])] = pid
+    return found
+
+
+def wait_for(log: Path, pattern: str, process: Run) -> None:
+    """Wait until a line of `log` starts with `pattern`. No line of train_gpt.py may start with it,
+    as a log begins with the source."""
+    end = time.monotonic() + DEADLINE
+    while not (log.exists() and re.search("^" + pattern, log.read_text(), re.M)):
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            raise AssertionError(f"{pattern} did not come: {process.communicate()}")
+        time.sleep(0.01)
+
+
+def patched(path: Path, body: str) -> Path:
+    """A script that is train_gpt.py after `body`, which knows it as t and may wrap what it calls:
+    so a fault comes at one exact moment."""
+    path.write_text(f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train_gpt as t
+RANK = int(os.environ.get("RANK", 0))
+{body}
+t.start(dict(os.environ))
+""")
+    return path
+
+
+BEFORE_STEP = """
+plain_step = t.Trainer.step
+def step(trainer, scale, hardness):
+    before(trainer)
+    return plain_step(trainer, scale, hardness)
+t.Trainer.step = step
+"""
+
+
+# Stands in for Python: says that there is no GPU, and writes down what a launch script would start.
+RECORDER = """#!/usr/bin/env bash
+if [ "$1" = -c ]; then echo 0; exit; fi
+printf '%s\\0' "$@" > arguments
+env -0 > environment
+"""
+
+
+def launched(system: str, folder: Path, **settings) -> tuple[list[str], dict[str, str]]:
+    """What runs/<system>.sh starts in `folder`: Python's arguments and environment."""
+    (folder / "runs").mkdir()
+    for name in (system, "common"):
+        shutil.copy(ROOT / f"runs/{name}.sh", folder / "runs")
+    recorder = folder / "python"
+    recorder.write_text(RECORDER)
+    recorder.chmod(0o755)
+    env = {"PATH": os.environ["PATH"], "PYTHON": str(recorder), "SCRIPT": str(SCRIPT)}
+    env |= {name: str(value) for name, value in settings.items()}
+    subprocess.run(["bash", f"runs/{system}.sh"], cwd=folder, env=env, check=True)
+    arguments = (folder / "arguments").read_text().split("\0")[:-1]
+    pairs = (folder / "environment").read_text().split("\0")[:-1]
+    return arguments, dict(pair.split("=", 1) for pair in pairs)
+
+
+# --- logs -----------------------------------------------------------------------------------------
+
+SCORES = (
+    "final_float_exact",
+    "final_int6_roundtrip_exact",
+    "final_int6_sliding_window_exact",
+    "final_ngram_exact",
+)
+
+
+def log_of(cwd: Path, name: str = "test") -> str:
+    """The log without the source at its beginning."""
+    return (cwd / f"logs/{name}.txt").read_text().split("=" * 100 + "\n")[-1]
+
+
+def losses(log: str) -> dict[int, str]:
+    """{step: its training loss, as logged}."""
+    return {
+        int(step): loss for step, loss in re.findall(r"^step:(\d+)/\d+ train_loss:(\S+)", log, re.M)
+    }
+
+
+def score_lines(log: str) -> list[str]:
+    """The lines with the final scores, without the times in them."""
+    return [
+        re.sub(r" (eval|added)_time:\S+", "", line)
+        for line in log.splitlines()
+        if line.startswith(SCORES)
+    ]
+
+
+def values(log: str, line_start: str) -> dict[str, str]:
+    """key:value pairs of the last line of `log` that starts with `line_start`."""
+    line = [line for line in log.splitlines() if line.startswith(line_start)][-1]
+    return dict(pair.split(":", 1) for pair in line.split() if ":" in pair)

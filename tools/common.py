@@ -1,0 +1,336 @@
+"""What benches, studies and tools share: settings, one way to call each phase of train_gpt.py, the
+work of a training step counted, and seconds measured.
+
+They are modules of packages and are started from the repository's root: `python -m bench.step`."""
+
+import contextlib
+import os
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+import train_gpt as t
+from data import prepare_demo
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def make_demo_corpus() -> None:
+    """Write the built-in corpus to data/, unless it is there."""
+    prepare_demo.main(ROOT / "data")
+
+
+def script_settings(name: str) -> dict[str, str]:
+    """The settings that runs/<name>.sh has where the environment has none."""
+    script = (ROOT / f"runs/{name}.sh").read_text()
+    return dict(re.findall(r"\b([A-Z_0-9]+)=\$\{\1:-([^}]*)\}", script))
+
+
+def demo_settings(**changes) -> t.Hyperparameters:
+    """The settings of runs/demo.sh, then `changes`."""
+    env = script_settings("demo")
+    env |= {k: str(ROOT / env[k]) for k in ("DATA_PATH", "TOKENIZER_PATH")}
+    return t.Hyperparameters.from_env(env | {k: str(v) for k, v in changes.items()})
+
+
+def environment_settings() -> t.Hyperparameters:
+    """The settings in the environment. If they cannot work, one line says why and the process
+    ends."""
+    try:
+        return t.Hyperparameters.from_env(dict(os.environ))
+    except t.UserError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+
+
+def micro_batch_rows(hp: t.Hyperparameters) -> int:
+    """Sequences in the largest micro-batch of one rank."""
+    return max(1, min(hp.micro_batch_tokens, hp.train_batch_tokens) // hp.train_seq_len)
+
+
+# --- the phases of train_gpt.py -------------------------------------------------------------------
+# Each on one rank, silent, without files. Only these functions know how train_gpt.py is called.
+
+
+class Trained(NamedTuple):
+    model: t.GPT  # its weights are those that AVERAGING names
+    curvature: dict[str, t.Curvature]  # of these weights; empty with QUANTIZER=rows
+    steps: int
+    seconds: float  # of training, by its own clock
+
+
+def new_model(hp: t.Hyperparameters) -> t.GPT:
+    """A model with the initial weights of SEED, on this machine's device."""
+    torch.manual_seed(hp.seed)
+    return t.GPT(hp).to(t.Ranks({}).device)
+
+
+def trainer_of(model: t.GPT, loader=None) -> t.Trainer:
+    """A silent trainer on one rank that never validates; `loader`: of the settings' data, if it
+    is None."""
+    loader = loader or t.TokenLoader(model.hp, 0, 1)
+    trainer = t.Trainer(model, loader, None, t.Ranks({}), t.RunLog(), t.StopSignal())
+    trainer.validate = lambda: (0.0, 0.0)
+    return trainer
+
+
+def train(hp: t.Hyperparameters) -> Trained:
+    """Train a new model on the training shards of DATA_PATH."""
+    trainer = trainer_of(new_model(hp))
+    t.train(trainer)
+    return Trained(trainer.model, trainer.curvature, trainer.steps, trainer.seconds)
+
+
+def train_averages(hp: t.Hyperparameters) -> tuple[t.GPT, dict[str, dict[str, torch.Tensor]]]:
+    """Train once with AVERAGING=ema_swa; returns (the model, {value of AVERAGING: the state dict
+    that it would have given}). A value whose average has taken no snapshot gives the last
+    weights."""
+    trainer = trainer_of(new_model(hp))
+    last, train_step = [], trainer.step
+
+    def step(*args):  # keeps the last weights, which train() replaces by their average
+        loss = train_step(*args)
+        last[:] = [p.detach().clone() for p in trainer.parameters]
+        return loss
+
+    trainer.step = step
+    t.train(trainer)
+    names, states = [name for name, _ in trainer.model.named_parameters()], {}
+    for averaging in ("none", "ema", "swa", "ema_swa"):
+        used = {name: a for name, a in trainer.averages.items() if name in averaging.split("_")}
+        states[averaging] = dict(zip(names, t.averaged_parameters(used) or last))
+    return trainer.model, states
+
+
+def training_step(model: t.GPT, loader) -> Callable[[], object]:
+    """A function that trains `model` by one step, at the full learning rate and without late QAT,
+    on the next batch of `loader`: anything with TokenLoader's `micro_batch` and `accumulation`.
+    COMPILE says whether it is compiled, at the first call."""
+    trainer = trainer_of(model, loader)
+    return lambda: trainer.step(1.0, None)
+
+
+def curvature_of(model: t.GPT) -> dict[str, t.Curvature]:
+    """{name: Curvature} of the model's matrices, from the first GPTQ_TOKENS tokens of training."""
+    return t.measure_curvature(trainer_of(model))
+
+
+def gptq_of(model_state: dict[str, torch.Tensor], hp, curvature: dict[str, t.Curvature]) -> t.GPTQ:
+    """The quantiser that a run with this curvature packs by; prints which matrices it cannot
+    use."""
+    return t.build_gptq(model_state, hp, curvature, print)
+
+
+def pack(state: dict[str, torch.Tensor], hp: t.Hyperparameters) -> t.Packed:
+    """The container of `state` with codes of QUANT_BITS bits, rounded by rows."""
+    return t.pack(state, hp)
+
+
+def fit(state: dict[str, torch.Tensor], hp, budget: int, quantizer=None) -> tuple[t.Packed, str]:
+    """(the container of `state` in at most `budget` bytes, facts in the words of the log).
+    `quantizer`: by rows, if it is None."""
+    return t.fit_artifact(state, hp, budget, quantizer)
+
+
+def unpack(blob: bytes) -> dict[str, torch.Tensor]:
+    """The state dict that is read back from a container; ValueError: damaged."""
+    return t.unpack(blob)
+
+
+def read_artifact(model: t.GPT, path: Path) -> None:
+    """Give the model the weights of an artifact. UserError: no such file, damaged, or of another
+    model."""
+    t.load_artifact(model, path, t.Ranks({}), t.RunLog())
+
+
+def score(model: t.GPT, tokens: np.ndarray, stride: int, trunk=None) -> np.ndarray:
+    """Nats of each target of `tokens` by windows of EVAL_SEQ_LEN tokens; `trunk`: model.hidden or a
+    compiled form of it."""
+    segments = t.score_stream(trunk or model.hidden, model, tokens, stride, t.Ranks({}))
+    return np.concatenate([*segments], 1)[0]
+
+
+def bits_per_byte(model: t.GPT, validation: t.Validation, state=None) -> float:
+    """Of the validation stream in windows that do not overlap. `state`: weights that the model is
+    given first."""
+    if state is not None:
+        model.load_state_dict(state)
+    nll = score(model, validation.tokens, model.hp.eval_seq_len)
+    return t.bits_per_byte(nll, validation.target_bytes)
+
+
+# --- the work of a training step, counted ---------------------------------------------------------
+
+PEAK_FLOPS, PEAK_BYTES = 989e12, 3.35e12  # per second, H100 SXM: dense bfloat16; HBM3
+KINDS = {
+    "products": ("mm", "bmm", "addmm", "fused_mlp"),
+    "loss": ("_log_softmax", "nll_loss", "tanh"),
+    "tables": ("embedding", "index", "gather", "scatter"),
+}
+
+
+@contextlib.contextmanager
+def patched(**names):
+    """Within, these names of train_gpt have other values."""
+    plain = {name: getattr(t, name) for name in names}
+    vars(t).update(names)
+    try:
+        yield
+    finally:
+        vars(t).update(plain)
+
+
+def as_on_cuda():
+    """Within, a model on the CPU, or of meta tensors, computes as it would on CUDA: in bfloat16,
+    by the project's kernels."""
+    return patched(working_dtype=lambda x: torch.bfloat16, has_kernels=lambda x: True)
+
+
+@register_flop_formula(torch.ops.golf.fused_mlp)
+def mlp_flops(x, fc, proj, slope, **_) -> int:
+    return 4 * x[0] * fc[0] * fc[1]
+
+
+@register_flop_formula(torch.ops.golf.fused_mlp_backward)
+def mlp_backward_flops(g, proj, z, slope, **_) -> int:
+    return 2 * g[0] * proj[0] * proj[1]
+
+
+class Tally(TorchDispatchMode):
+    """(FLOPs, bytes) of every operation by phase and kind. Views move nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.phase, self.found = "", defaultdict(lambda: [0.0, 0.0])
+
+    def add(self, kind: str, flops: float, size: float) -> None:
+        entry = self.found[self.phase, kind]
+        entry[0] += flops
+        entry[1] += size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        views = all(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        if not (func._schema.returns and views):
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+            name = func._schema.name.split("::")[1]
+            kind = next(
+                (kind for kind, names in KINDS.items() if name.startswith(names)), "elementwise"
+            )
+            flops = (
+                flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+                if func._overloadpacket in flop_registry
+                else 0
+            )
+            self.add(kind, flops, sum(stored(x) for x in tensors))
+        return out
+
+
+def stored(x: torch.Tensor) -> int:
+    """Bytes of the distinct elements of `x`: an expanded dimension is read once."""
+    sizes = (size for size, stride in zip(x.shape, x.stride()) if stride)
+    return int(torch.Size(sizes).numel()) * x.element_size() if x.numel() else 0
+
+
+class Attention(torch.autograd.Function):
+    """What a fused attention moves and computes (FlashAttention, 2205.14135): no T x T matrix,
+    half of the scores."""
+
+    @staticmethod
+    def forward(ctx, tally, q_BTHK, k_BTGK, v_BTGK):
+        ctx.tally, ctx.shapes = tally, [x.shape for x in (q_BTHK, k_BTGK, v_BTGK)]
+        B, T, H, K = q_BTHK.shape
+        ctx.flops = 2 * B * H * T * T * K
+        ctx.bytes = sum(map(stored, (q_BTHK, q_BTHK, k_BTGK, v_BTGK)))
+        tally.add("attention", ctx.flops, ctx.bytes)
+        return torch.empty_like(q_BTHK)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.tally.add("attention", 2.5 * ctx.flops, 2 * ctx.bytes)
+        return None, *(grad.new_empty(shape) for shape in ctx.shapes)
+
+
+def count_step(hp: t.Hyperparameters) -> dict[tuple[str, str], list[float]]:
+    """{(phase, kind of operation): [FLOPs, bytes]} of one step on one GPU, all its micro-batches.
+    Nothing is computed, and no GPU is needed."""
+    passes = -(-hp.train_batch_tokens // max(hp.micro_batch_tokens, hp.train_seq_len))
+    rows = hp.train_batch_tokens // hp.train_seq_len // passes
+    tally = Tally()
+    with torch.device("meta"):
+        model, ids = t.GPT(hp), torch.zeros(rows, hp.train_seq_len, dtype=torch.int64)
+        muon, adamw = t.build_optimizers(model, hp, t.Ranks({}))
+    attention = patched(
+        causal_attention=lambda q, k, v, flash=None: Attention.apply(tally, q, k, v)
+    )
+    with as_on_cuda(), attention, tally:
+        tally.phase = "forward"
+        loss = t.training_loss(model, ids, ids, None)
+        tally.phase = "backward"
+        loss.backward()
+        for entry in tally.found.values():
+            entry[:] = [passes * number for number in entry]
+        tally.phase = "optimizer"
+        # one fused kernel: parameter, gradient and two moments in; parameter and moments out
+        adamw.step = lambda: tally.add(
+            "elementwise",
+            0,
+            sum(7 * stored(p) for group in adamw.param_groups for p in group["params"]),
+        )
+        t.update([muon, adamw], hp.grad_clip_norm)
+    return dict(tally.found)
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def describe_device() -> str:
+    """What a measurement runs on: the device, attention's implementation, the version of torch."""
+    attention, _ = t.find_flash_attention()
+    threads = f"{torch.get_num_threads()} CPU threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else threads
+    return f"{device}, attention {attention}, torch {torch.__version__}"
+
+
+def synchronize() -> None:
+    """Wait until the GPU, if there is one, has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(call: Callable) -> tuple[object, float]:
+    """(what `call` returns, its seconds by the clock, a GPU's work included)."""
+    synchronize()
+    start = time.perf_counter()
+    result = call()
+    synchronize()
+    return result, time.perf_counter() - start
+
+
+def timed_in_turn(calls: dict[object, Callable], rounds: int) -> tuple[dict, dict]:
+    """({key: seconds in each round}, {key: last result}). Each round makes all calls, so that
+    whatever else the machine does slows all of them alike."""
+    seconds, results = defaultdict(list), {}
+    for _ in range(rounds):
+        for key, call in calls.items():
+            results[key], took = timed(call)
+            seconds[key].append(took)
+    return dict(seconds), results
+
+
+def mean_and_error(values) -> tuple[float, float]:
+    """(mean, its standard error: NaN for a single value), summed in float64."""
+    values = np.asarray(values, np.float64)
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return float(values.mean()), float(error)
