@@ -2576,7 +2576,6 @@ class Packed(NamedTuple):
     error_before: float  # the coded weights' relative error at the natural step sizes
     bits_per_parameter: float
     levels: float  # the largest code that a matrix of QUANT_BITS has left, at most 127
-    rounded_by_rows: list[str]  # matrices whose curvature could not be used
 
 
 def compress(
@@ -2586,12 +2585,20 @@ def compress(
     budget: int,
     progress: Callable | None = None,
 ) -> Packed:
-    """Pack a state dict into at most `budget` bytes. One factor multiplies all step sizes. It is
-    found by packing, to within TOLERANCE bytes: above 1 if bytes are few; below 1, with FILL_BUDGET
-    and up to codes of 8 bits, if some are left. The search first packs with the quantiser's quicker
-    draft, then with the quantiser itself from where the draft fits. `progress(n, size)` is called
-    after the n-th packing. UserError: even codes of -1, 0 and 1 take too many bytes."""
+    """Pack a state dict into at most `budget` bytes, with the quantiser that QUANTIZER names or, if
+    there is no curvature, by rows. `progress(n, size)` is called after the n-th packing. UserError:
+    even codes of -1, 0 and 1 take too many bytes, or a weight is NaN or huge."""
     quantizer = QUANTIZERS[hp.quantizer if curvature else "rows"](state, hp, curvature)
+    return fit(state, hp, quantizer, budget, progress)
+
+
+def fit(
+    state: dict[str, Tensor], hp, quantizer, budget: int, progress: Callable | None = None
+) -> Packed:
+    """The same with a given quantiser. One factor multiplies all step sizes. It is found by
+    packing, to within TOLERANCE bytes: above 1 if bytes are few; below 1, with FILL_BUDGET and up
+    to codes of 8 bits, if some are left. The search first packs with the quantiser's quicker draft,
+    then with the quantiser itself from where the draft fits."""
     natural = 2 ** (hp.quant_bits - 1) - 1
     finest = (natural + 1) / (2 * (LARGEST_CODE + 1)) if hp.fill_budget else 1.0
     *_, before = quantize_state(state, hp, 1.0, quantizer.draft)
@@ -2616,9 +2623,8 @@ def compress(
         "MODEL_DIM, MLP_MULT, VOCAB_SIZE or BIGRAM_VOCAB_SIZE",
     )
     count = max(1, sum(tensor.numel() for tensor in state.values()))
-    unused = [name for name, c in curvature.items() if c.factors is None]
     levels = min(LARGEST_CODE, natural / coarsen)
-    return Packed(best, coarsen, before, 8 * len(best.blob) / count, levels, unused)
+    return Packed(best, coarsen, before, 8 * len(best.blob) / count, levels)
 
 
 def largest_that_fits(
@@ -3514,9 +3520,10 @@ def code_size() -> int:
 def write_artifact(path: Path, trained: Trained, hp, log) -> None:
     """Pack the trained weights into the file `path`, such that it and the code fit into SIZE_CAP.
     UserError: they cannot fit, or the file cannot be written."""
+    for name, curvature in trained.curvature.items():
+        if curvature.factors is None:
+            log(f"warning: {name}: its moments have no Cholesky factor; rounded by rows")
     packed = compress(trained.state, hp, trained.curvature, SIZE_CAP - code_size())
-    for name in packed.rounded_by_rows:
-        log(f"warning: {name}: its moments have no Cholesky factor; rounded by rows")
     log(
         f"fit_artifact coarsen:{packed.coarsen:.9f} error_before:{packed.error_before:.6f} "
         f"error_after:{packed.container.error:.6f} "
