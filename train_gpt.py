@@ -714,10 +714,8 @@ class TokenLoader:
         while count:
             place = start % self.num_tokens
             i = int(np.searchsorted(self.shard_ends, place, "right"))
-            from_end = place - int(
-                self.shard_ends[i]
-            )  # negative: counted back from the shard's end
-            piece = self.shards[i][from_end:][:count]
+            back = int(self.shard_ends[i]) - place  # tokens to the end of this shard
+            piece = self.shards[i][-back:][:count]
             check_tokens(piece, self.hp.vocab_size, self.paths[i])
             pieces.append(piece.astype(np.int64))
             start += len(piece)
@@ -873,7 +871,7 @@ def rotary_tables(T: int, hp, device=None) -> Tensor:
     return torch.stack((angle.cos(), angle.sin()))
 
 
-def rotate(x_BTHK: Tensor, rope: Tensor) -> Tensor:
+def rotate(x_BTHK, rope: Tensor) -> Tensor:
     """RoPE on the first ROPE_DIMS of K, in half-split pairs. The other dimensions carry no
     position."""
     cos, sin = rope
@@ -883,7 +881,7 @@ def rotate(x_BTHK: Tensor, rope: Tensor) -> Tensor:
     return torch.cat((rotated, rest), -1)
 
 
-def remove_own_value(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
+def remove_own_value(y_BTHK, v_BTGK) -> Tensor:
     """XSA: each head's output loses its component along its own position's value, so that a head
     tells of other positions only."""
     B, T, H, K = y_BTHK.shape
@@ -906,7 +904,7 @@ def find_flash_attention() -> tuple[str, Callable | None]:
     return "sdpa", None
 
 
-def causal_attention(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, flash=None) -> Tensor:
+def causal_attention(q_BSHK, k_BTGK, v_BTGK, flash=None) -> Tensor:
     """softmax(q k' / sqrt K) v, (B, S, H, K). The queries belong to the last S of T positions, and
     each sees the keys up to its own position; H/G heads share keys and values."""
     if flash is not None and q_BSHK.is_cuda:
@@ -955,7 +953,7 @@ class Attention(nn.Module):
         self.gate = nn.Parameter(gate) if hp.attn_gate_dims else None
         _, self.flash = find_flash_attention()
 
-    def forward(self, x_BTD: Tensor, scale_D: Tensor, shared: Shared, v_first_BTGK, last: int):
+    def forward(self, x_BTD, scale_D, shared: Shared, v_first_BTGK, last: int):
         """(the layer's contribution to the last `last` positions, (B, `last`, D), its channels
         times `scale`; the layer's values before any change). `v_first`: the latter of layer 0, or
         None in layer 0 itself."""
@@ -975,7 +973,7 @@ class Attention(nn.Module):
             y = y * torch.sigmoid(F.linear(few, self.gate.to(y.dtype)))[..., None]
         return self.proj(y.flatten(2), scale_D[:, None]), v_own
 
-    def mixed_values(self, v_BTGK: Tensor, ve_BTGK, v_first_BTGK) -> Tensor:
+    def mixed_values(self, v_BTGK, ve_BTGK, v_first_BTGK) -> Tensor:
         """The values v, plus the value embedding, then mixed with layer 0's values (VRL)."""
         if self.ve_scale is not None:
             v_BTGK = v_BTGK + self.ve_scale.to(v_BTGK.dtype) * ve_BTGK
@@ -993,7 +991,7 @@ class MLP(nn.Module):
         self.fc = Linear(D, W)
         self.proj = Linear(W, D)
 
-    def forward(self, x_BTD: Tensor, scale_D: Tensor) -> Tensor:
+    def forward(self, x_BTD, scale_D) -> Tensor:
         """proj(leaky_relu(fc(x))^2), (B, T, D), its channels times `scale`."""
         if self.fused and has_kernels(x_BTD) and not self.is_watched():
             fc_WD = self.fc.matrix(x_BTD.dtype)
@@ -1022,7 +1020,7 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(D))
         self.norm_scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
 
-    def attend(self, x_BTD: Tensor, shared: Shared, v_first_BTGK, last: int):
+    def attend(self, x_BTD, shared: Shared, v_first_BTGK, last: int):
         """(the residual stream after attention, (B, `last`, D); the layer's values). Queries for
         the last positions only; keys and values for all."""
         dtype = x_BTD.dtype
@@ -1031,7 +1029,7 @@ class Block(nn.Module):
         y, v_own = self.attn(normed, self.attn_scale, shared, v_first_BTGK, last)
         return x[:, -last:] + y, v_own
 
-    def feed(self, x_BTD: Tensor) -> Tensor:
+    def feed(self, x_BTD) -> Tensor:
         """The residual stream after the MLP."""
         return x_BTD + self.mlp(norm(x_BTD) * self.norm_scale, self.mlp_scale)
 
@@ -1045,24 +1043,24 @@ class NarrowEmbedding(nn.Module):
         self.proj = Linear(width, outputs)
         self.scale = nn.Parameter(torch.tensor(scale))
 
-    def forward(self, rows_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, rows_BT, dtype: torch.dtype) -> Tensor:
         return self.proj(self.table(rows_BT).to(dtype), self.scale)
 
 
-def bigram_rows(ids_BT: Tensor, rows: int) -> Tensor:
+def bigram_rows(ids_BT, rows: int) -> Tensor:
     """The table row of each token, a hash of it and the token before it. The first position of a
     window has the last row to itself."""
     hashed = (36313 * ids_BT[:, 1:]) ^ (27191 * ids_BT[:, :-1])
     return F.pad(hashed % (rows - 1), (1, 0), value=rows - 1)
 
 
-def log_probabilities(z_NV: Tensor, cap: float) -> Tensor:
+def log_probabilities(z_NV, cap: float) -> Tensor:
     """Log-softmax in float32 of cap * tanh(z / cap), or of z if cap is 0."""
     z_NV = z_NV.float()
     return F.log_softmax(cap * torch.tanh(z_NV / cap) if cap else z_NV, -1)
 
 
-def token_nll(z_NV: Tensor, target_ids_N: Tensor, cap: float) -> Tensor:
+def token_nll(z_NV, target_ids_N, cap: float) -> Tensor:
     """nll of the targets in nats, (N,) float32, from logits z before the softcap."""
     return F.nll_loss(log_probabilities(z_NV, cap), target_ids_N, reduction="none")
 
@@ -1160,7 +1158,7 @@ class GPT(nn.Module):
                 if initial:
                     initial(p, hp)
 
-    def forward(self, ids_BT: Tensor, target_ids_BT: Tensor, passes, shares_BT=None) -> Tensor:
+    def forward(self, ids_BT, target_ids_BT, passes, shares_BT=None) -> Tensor:
         """The mean loss of the targets in nats or, with `shares`, the sum of nll * share."""
         hidden_ND = self.hidden(ids_BT, passes).flatten(0, 1)
         nll_N = self.nll(hidden_ND, target_ids_BT.ravel())
@@ -1168,7 +1166,7 @@ class GPT(nn.Module):
             return nll_N.mean()
         return (nll_N * shares_BT.ravel()).sum()
 
-    def hidden(self, ids_BT: Tensor, passes: tuple[int, ...], last: int | None = None) -> Tensor:
+    def hidden(self, ids_BT, passes: tuple[int, ...], last: int | None = None) -> Tensor:
         """The hidden states, (B, T, D). With `last`, those of the last positions alone, (B, `last`,
         D): then the last pass has no other queries."""
         T = ids_BT.size(1)
@@ -1196,7 +1194,7 @@ class GPT(nn.Module):
                 skips.append(x)
         return x if mlp_lane is None else torch.lerp(mlp_lane, x, self.lane_mix.to(x.dtype))
 
-    def embedded(self, ids_BT: Tensor) -> Tensor:
+    def embedded(self, ids_BT) -> Tensor:
         """The input of the first block: the token, its bigram, and a share of the position before
         (SmearGate)."""
         x = self.embed(ids_BT)
@@ -1210,7 +1208,7 @@ class GPT(nn.Module):
             x = torch.lerp(x, before, torch.sigmoid(self.smear_gate).to(x.dtype))
         return x
 
-    def shared(self, ids_BT: Tensor, x_BTD: Tensor) -> Shared:
+    def shared(self, ids_BT, x_BTD) -> Shared:
         """What every block reads, given the input of the first."""
         T = ids_BT.size(1)
         rope = getattr(self, f"rope_{T}", None)
@@ -1221,7 +1219,7 @@ class GPT(nn.Module):
             ve = self.value_embed(ids_BT, x_BTD.dtype).unflatten(-1, (-1, self.hp.head_dim))
         return Shared(x_BTD, rope, ve)
 
-    def add_skip(self, x_BTD: Tensor, skips: list[Tensor], i: int) -> Tensor:
+    def add_skip(self, x_BTD, skips: list[Tensor], i: int) -> Tensor:
         """Pop the newest skip and add it to x, as the i-th of the skip connections. There may be
         fewer of them than passes; the other passes get none."""
         if self.skip_weights is None or i >= len(self.skip_weights):
@@ -1231,16 +1229,16 @@ class GPT(nn.Module):
             return x_BTD + skip
         return torch.lerp(skip, x_BTD, torch.sigmoid(self.skip_gates[i]).to(x_BTD.dtype))
 
-    def logits(self, hidden_D: Tensor) -> Tensor:
+    def logits(self, hidden_D) -> Tensor:
         """(..., D) -> (..., V), before the softcap."""
         weight_VD = self.embed.weight if self.head is None else self.head.weight
         return F.linear(norm(hidden_D), weight_VD.to(hidden_D.dtype))
 
-    def nll(self, hidden_ND: Tensor, target_ids_N: Tensor) -> Tensor:
+    def nll(self, hidden_ND, target_ids_N) -> Tensor:
         """nll of the targets in nats, (N,) float32."""
         return token_nll(self.logits(hidden_ND), target_ids_N, self.hp.logit_softcap)
 
-    def scores(self, hidden_ND: Tensor, target_ids_N: Tensor) -> Tensor:
+    def scores(self, hidden_ND, target_ids_N) -> Tensor:
         """nll of the targets and entropy of the predictions in nats, (2, N) float32."""
         logp_NV = log_probabilities(self.logits(hidden_ND), self.hp.logit_softcap)
         nll_N = F.nll_loss(logp_NV, target_ids_N, reduction="none")
@@ -1382,7 +1380,7 @@ def largest_code(name: str, tensor: Tensor, hp) -> int:
     return 2 ** (bits - 1) - 1 if bits and is_matrix else 0
 
 
-def quantize_rows(w_RC: Tensor, largest: int | Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(w_RC, largest: int | Tensor) -> tuple[Tensor, Tensor]:
     """(codes (R, C), deltas (R, 1)) of a matrix, each row rounded by itself, both float32. Codes
     lie within +-`largest` (at most 127; a number, or one per row). Deltas are rounded to bfloat16,
     so that code * delta is exact. Each row is clipped where that makes its squared error smallest
@@ -1450,7 +1448,7 @@ def training_groups(hp) -> dict[str, TrainingGroup]:
     }
 
 
-def orthogonalize(G_SRC: Tensor, iterations: int) -> Tensor:
+def orthogonalize(G_SRC, iterations: int) -> Tensor:
     """Nearly U V' of each wide matrix G = U S V', in bfloat16 on CUDA. The quintic Newton-Schulz
     iteration is tuned to lift small singular values fast, and leaves all in about [0.7, 1.2]."""
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -1462,7 +1460,7 @@ def orthogonalize(G_SRC: Tensor, iterations: int) -> Tensor:
     return X
 
 
-def equalize_rows(G_SRC: Tensor, is_tall_S11: Tensor) -> Tensor:
+def equalize_rows(G_SRC, is_tall_S11) -> Tensor:
     """The matrices with each row divided by its norm (MuonEq-R). Those marked as tall are stacked
     transposed: their columns are the rows."""
     rows, columns = (G_SRC.norm(dim=dim, keepdim=True) for dim in (-1, -2))
@@ -2036,7 +2034,7 @@ class Curvature:
     """What errors of one matrix cost. An error E raises the loss, to second order, by half the sum
     over rows r of `outputs_r * E_r inputs E_r'` nats per token (Kronecker-factored: 1503.05671)."""
 
-    def __init__(self, inputs_CC: Tensor, outputs_R: Tensor):
+    def __init__(self, inputs_CC, outputs_R):
         self.inputs_CC = inputs_CC  # mean of x x' over tokens, x being what the matrix multiplies
         self.outputs_R = outputs_R  # mean over tokens of the squared gradient of what comes out
 
@@ -2205,7 +2203,7 @@ class RowQuantizer:
         """`state`: the weights to be packed; `curvature`: ignored."""
         self.hp = hp
 
-    def quantize(self, name: str, w_RC: Tensor, coarsen: float) -> tuple[Tensor, Tensor]:
+    def quantize(self, name: str, w_RC, coarsen: float) -> tuple[Tensor, Tensor]:
         """(codes, deltas) as of `quantize_rows`, with about `coarsen` times the natural step size,
         which is that of QUANT_BITS."""
         largest = largest_code(name, w_RC, self.hp) / coarsen
@@ -2240,7 +2238,7 @@ class GPTQ:
             num_weights += w_RC.numel()
         self.scale = 2 ** (log_ratio / max(num_weights, 1))
 
-    def quantize(self, name: str, w_RC: Tensor, coarsen: float) -> tuple[Tensor, Tensor]:
+    def quantize(self, name: str, w_RC, coarsen: float) -> tuple[Tensor, Tensor]:
         """As RowQuantizer.quantize."""
         if name not in self.curvature:
             return self.rows.quantize(name, w_RC, coarsen)
@@ -2251,14 +2249,14 @@ class GPTQ:
         codes_CR[perm_C] = round_in_turn(w_CR, delta.to(w_CR.device)[:, 0], factor_CC)
         return codes_CR.T.cpu().contiguous(), delta
 
-    def draft(self, name: str, w_RC: Tensor, coarsen: float) -> tuple[Tensor, Tensor]:
+    def draft(self, name: str, w_RC, coarsen: float) -> tuple[Tensor, Tensor]:
         """The same step sizes, but each weight is rounded by itself: quick, and about as large."""
         if name not in self.curvature:
             return self.rows.quantize(name, w_RC, coarsen)
         delta = self.delta(name, w_RC, coarsen)
         return round_to(delta, w_RC), delta
 
-    def delta(self, name: str, w_RC: Tensor, coarsen: float) -> Tensor:
+    def delta(self, name: str, w_RC, coarsen: float) -> Tensor:
         """Step sizes (R, 1), large enough that no code passes 127."""
         delta = self.curvature[name].deltas * (self.scale * coarsen)
         least = w_RC.abs().amax(1, keepdim=True) / LARGEST_CODE
@@ -2273,7 +2271,7 @@ def round_to(delta: Tensor, w: Tensor) -> Tensor:
     return (w / delta).round().clamp(-LARGEST_CODE, LARGEST_CODE)
 
 
-def round_in_turn(w_CR: Tensor, delta_R: Tensor, factor_CC: Tensor) -> Tensor:
+def round_in_turn(w_CR, delta_R, factor_CC) -> Tensor:
     """Codes (C, R) of the columns of a matrix, which are the rows of `w`, rounded one after the
     other. `factor`: from Curvature.factors. Within a block of columns each error changes the later
     columns at once; the columns after the block are changed by one product."""
@@ -3672,9 +3670,8 @@ def report(scores: Scores, trained: Trained, validation: Validation, size: int, 
         result[f"{name}_bits_per_byte"] = round(float(bpb[name]), 8)
     if mixture:
         result["gain_bits_per_byte"] = round(float(bpb["neural"] - bpb["mixed"]), 8)
-    log(
-        f"result {json.dumps(result)}", console=False
-    )  # for programs, rounded as in the lines above
+    # one line for programs, with the same digits as the lines above
+    log(f"result {json.dumps(result)}", console=False)
     if hp.save_scores:
         save_scores(scores, hp, log)
 
