@@ -77,8 +77,8 @@ def new_model(hp: t.Hyperparameters) -> t.GPT:
 
 
 def trainer_of(model: t.GPT, loader=None) -> t.Trainer:
-    """A silent trainer on one rank that never validates; `loader`: of the settings' data, if it
-    is None."""
+    """A silent trainer on one rank that never validates. Without a `loader` it reads the training
+    shards that the model's settings name."""
     loader = loader or t.TokenLoader(model.hp, 0, 1)
     trainer = t.Trainer(model, loader, None, t.Ranks({}), t.RunLog(), t.StopSignal())
     trainer.validate = lambda: (0.0, 0.0)
@@ -126,10 +126,10 @@ def curvature_of(model: t.GPT) -> dict[str, t.Curvature]:
     return t.measure_curvature(trainer_of(model))
 
 
-def gptq_of(model_state: dict[str, torch.Tensor], hp, curvature: dict[str, t.Curvature]) -> t.GPTQ:
-    """The quantiser that a run with this curvature packs by; prints which matrices it cannot
+def gptq_of(state: dict[str, torch.Tensor], hp, curvature: dict[str, t.Curvature]) -> t.GPTQ:
+    """The quantiser that a run with this curvature packs with; prints which matrices it cannot
     use."""
-    return t.build_gptq(model_state, hp, curvature, print)
+    return t.build_gptq(state, hp, curvature, print)
 
 
 def pack(state: dict[str, torch.Tensor], hp: t.Hyperparameters) -> t.Packed:
@@ -138,8 +138,8 @@ def pack(state: dict[str, torch.Tensor], hp: t.Hyperparameters) -> t.Packed:
 
 
 def fit(state: dict[str, torch.Tensor], hp, budget: int, quantizer=None) -> tuple[t.Packed, str]:
-    """(the container of `state` in at most `budget` bytes, facts in the words of the log).
-    `quantizer`: by rows, if it is None."""
+    """(the container of `state` in at most `budget` bytes, facts in the words of the log). Without
+    a `quantizer` each row is rounded by itself."""
     return t.fit_artifact(state, hp, budget, quantizer)
 
 

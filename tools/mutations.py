@@ -299,7 +299,7 @@ def run_tests(folder: Path, tests: list[str]) -> tuple[int, str]:
     else:
         run = Run(command, folder, env, has_runs=True)
     try:
-        said, _ = run.communicate(timeout=DEADLINE)
+        said = "".join(run.communicate(timeout=DEADLINE))
     except subprocess.TimeoutExpired:
         run.kill()
         return 1, f"FAILED: no end after {DEADLINE} s"

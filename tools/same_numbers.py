@@ -100,6 +100,8 @@ EXCEPTIONS = (  # taken out of both logs before they are compared: pattern, reas
     (r"(?<=^artifact_bytes )code:\d+", "the code's size; the sizes after it are compared"),
     (r"^Total submission size .*$", "with the code's size"),
     (r"^  artifact .* code included.*$", "with the code's size, on the last screen"),
+    (r'"(train|eval)_seconds": [\d.]+, ', "a time, in the result line"),
+    (r'"(code|submission)_bytes": \d+, ', "with the code's size, in the result line"),
 )
 
 CAP = re.compile(rb"^SIZE_CAP = [\d_]+", re.M)
