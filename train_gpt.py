@@ -24,9 +24,12 @@ Where do I add ...
     a mixing rule         a class with Backoff's methods, and a row of RULES [13]
 
 Suffixes of tensors say their shape: B batch, T position in a window, D model width, W MLP width,
-H query heads, G key/value heads, K head width, V vocabulary, N any flat number of positions, R x C
-a matrix, S a stack of matrices or (in attention) the last positions. Losses are in nats per token
-until `bits_per_byte`. "Collective" in a docstring means that every rank must call the function.
+H query heads, G key/value heads, K head width, V vocabulary, N any flat number of positions, R rows
+and C columns of a matrix (outputs and inputs), S a stack of matrices or, in attention, the last
+positions. Losses are in nats per token until `bits_per_byte`.
+
+In docstrings "Collective" means that every rank must call the function, and "UserError: ..." says
+when it raises that error.
 """
 
 from __future__ import annotations
@@ -45,13 +48,13 @@ import sys
 import time
 import traceback
 import zlib
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import cache, cached_property, lru_cache, partial
-from itertools import chain, islice, pairwise, product
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -88,7 +91,7 @@ def require(holds: bool, message: str, error: type[Exception] = UserError) -> No
 
 # --- 1. Settings --------------------------------
 # Each setting is one field here, and an environment variable of the same name in capitals. A value
-# that cannot work is refused in one line, before any data is read.
+# that cannot work ends the run with a one-line error before any data is read.
 
 
 def setting(
@@ -98,56 +101,61 @@ def setting(
     high: float = math.inf,
     choices: Callable[[], list[str]] | None = None,
 ):
-    """A field of Hyperparameters: its default, one line of explanation, and either its bounds or a
-    function that lists its choices (a function, as most tables stand further down)."""
+    """A field of Hyperparameters: its default, one line of explanation and, where it has them, its
+    bounds (low=None: there are none) or its choices. Choices come from a function, because the
+    tables that they are read from, such as QUANTIZERS, are defined later in this file."""
     metadata = {"doc": doc, "low": low, "high": high, "choices": choices}
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """All settings of a run, checked. Their meaning and bounds stand beside them."""
+    """All settings of a run. `from_env` checks each of them, and whether they fit together."""
 
     # Files and the run
     data_path: str = setting(
         "./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin"
     )
-    train_data_path: str = setting("", "another folder for the training shards; empty: DATA_PATH")
+    train_data_path: str = setting(
+        "", "folder of the training shards; empty: DATA_PATH has them too"
+    )
     tokenizer_path: str = setting(
         "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the data"
     )
     run_id: str = setting("", "name of logs/<RUN_ID>.txt; empty: date, time and seed")
     seed: int = setting(1337, "seed of the initial weights and of the order of batches", 0)
-    eval_only: str = setting("", "score this final_model.int6.ptz and train nothing")
-    resume: str = setting("", "go on from this logs/<RUN_ID>.ckpt")
+    eval_only: str = setting(
+        "", "path of an artifact (final_model.int6.ptz) to score; nothing is trained"
+    )
+    resume: str = setting("", "path of a checkpoint (logs/<RUN_ID>.ckpt) to go on from")
     checkpoint_every: float = setting(
-        0.0, "seconds between checkpoints; 0: only at validations and SIGTERM", 0
+        0.0, "training seconds between checkpoints; 0: only at validations and stop signals", 0
     )
     compile: str = setting(
         "auto", "use torch.compile; auto: on CUDA only", choices=lambda: ["auto", "0", "1"]
     )
 
     # Training
-    iterations: int = setting(20_000, "most training steps", 1)
-    max_wallclock_seconds: float = setting(600.0, "most seconds of training; 0: no limit", 0)
+    iterations: int = setting(20_000, "maximum number of training steps", 1)
+    max_wallclock_seconds: float = setting(600.0, "maximum seconds of training; 0: no limit", 0)
     warmdown_iters: int = setting(
-        3500, "length of the final linear decay of the learning rates, in steps' worth of time", 0
+        3500, "last steps, over which learning rates fall linearly; WARMDOWN_FRAC replaces it", 0
     )
     warmdown_frac: float = setting(
-        0.0, "if not 0: length of that decay as a share of training, instead", 0, 1
+        0.0, "the last share of training, over which they fall; 0: use WARMDOWN_ITERS", 0, 1
     )
-    min_lr: float = setting(0.0, "factor of all learning rates at the end of the decay", 0, 1)
+    min_lr: float = setting(0.0, "final learning rates, as a share of the initial ones", 0, 1)
     warmup_steps: int = setting(
-        20, "untimed steps that compile every graph; then weights and data start again", 0
+        20, "steps before training that compile all code; not timed, and then undone", 0
     )
     train_batch_tokens: int = setting(786_432, "tokens per step, over all ranks", 1)
-    micro_batch_tokens: int = setting(98_304, "most tokens per forward pass on one rank", 1)
+    micro_batch_tokens: int = setting(98_304, "maximum tokens per forward pass on one rank", 1)
     train_seq_len: int = setting(2048, "tokens per training sequence", 1)
     train_log_every: int = setting(500, "steps between train_loss lines; 0: only the first ten", 0)
     fused_mlp: bool = setting(True, "use Triton kernels for the MLP on CUDA")
 
     # Model
-    vocab_size: int = setting(1024, "V, which must be the tokenizer's", 2, 65_536)
+    vocab_size: int = setting(1024, "V, vocabulary size; must equal the tokenizer's", 2, 65_536)
     num_layers: int = setting(11, "L, number of blocks", 1)
     model_dim: int = setting(512, "D, width of the residual stream", 1)
     num_heads: int = setting(8, "H, query heads", 1)
@@ -157,31 +165,37 @@ class Hyperparameters:
     tie_embeddings: bool = setting(True, "use the token embedding as output head")
     logit_softcap: float = setting(30.0, "c in c*tanh(logits/c); 0: no cap", 0)
     rope_base: float = setting(10_000.0, "RoPE base", 1)
-    rope_dims: int = setting(16, "rotated dimensions of each head; 0: no positions", 0)
+    rope_dims: int = setting(16, "rotated dimensions of each head; 0: no position encoding", 0)
     qk_gain_init: float = setting(1.5, "initial gain of the queries, per head", -100, 100)
     xsa_last_n: int = setting(
-        4, "last layers whose heads drop their own position's value (XSA); >= L: all", 0
+        4, "number of last layers with XSA, in which a head ignores its own position", 0
     )
-    ln_scale: bool = setting(True, "scale a block's normed inputs by 1/sqrt(layer + 1)")
+    ln_scale: bool = setting(True, "scale a block's normalised inputs by 1/sqrt(layer + 1)")
     unet_skips: bool = setting(True, "U-Net skips from the first half of the blocks to the second")
-    skip_gates: bool = setting(False, "blend skips in with a gate per channel, not by adding them")
+    skip_gates: bool = setting(
+        False, "combine a skip by a learned gate per channel instead of adding it"
+    )
     recur_layers: tuple[int, ...] = setting((), "layers (from 0) that run twice; empty: none")
-    recur_start: float = setting(0.5, "share of training after which they run twice", 0, 0.95)
+    recur_start: float = setting(
+        0.5, "share of training after which RECUR_LAYERS run twice", 0, 0.95
+    )
     parallel_start_layer: int = setting(
-        0, "first layer with separate lanes for attention and MLP; 0: none", 0
+        0, "first layer whose attention and MLP have residual streams of their own; 0: none", 0
     )
     attn_gate_dims: int = setting(
-        0, "input channels read by the gate on each head's output; 0: no gate", 0
+        0, "input channels from which the gate of each head's output is computed; 0: no gate", 0
     )
     smear_enabled: bool = setting(
         True, "SmearGate: mix each position's input with the one before it"
     )
     smear_crosses_bos: bool = setting(
-        True, "SmearGate also mixes the start of a document with the end of the last"
+        True, "SmearGate also mixes a document's start with the end of the previous one"
     )
     ve_enabled: bool = setting(True, "add a shared value embedding to the values of VE_LAYERS")
     ve_dim: int = setting(128, "width of the value embedding", 1)
-    ve_layers: tuple[int, ...] = setting((9, 10), "layers (from 0) that receive it")
+    ve_layers: tuple[int, ...] = setting(
+        (9, 10), "layers (from 0) that receive the value embedding"
+    )
     vrl_enabled: bool = setting(
         True, "value residual (VRL): mix each layer's values with layer 0's"
     )
@@ -196,11 +210,13 @@ class Hyperparameters:
     scalar_lr: float = setting(0.025, "AdamW lr of vectors and scalars", 0)
     muon_momentum: float = setting(0.99, "Muon momentum after its warm-up", 0, 1)
     muon_momentum_warmup_start: float = setting(0.92, "Muon momentum at step 0", 0, 1)
-    muon_momentum_warmup_steps: int = setting(1500, "steps over which it rises linearly", 0)
+    muon_momentum_warmup_steps: int = setting(
+        1500, "steps over which the momentum rises linearly", 0
+    )
     muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1)
     muon_wd: float = setting(0.04, "Muon decoupled weight decay", 0)
     muon_row_norm: bool = setting(
-        False, "give all rows the same norm before Newton-Schulz (MuonEq-R)"
+        False, "give all rows the same norm before Newton-Schulz (MuonEq-R, PR #1435)"
     )
     adam_wd: float = setting(0.04, "AdamW decoupled weight decay of vectors and head", 0)
     embed_wd: float = setting(0.04, "AdamW decoupled weight decay of embeddings", 0)
@@ -217,24 +233,26 @@ class Hyperparameters:
     swa_every: int = setting(50, "steps between snapshots of the uniform average", 1)
     swa_threshold: float = setting(0.2, "lr scale below which snapshots are taken", 0, 1)
     late_qat_threshold: float = setting(
-        0.15, "lr scale below which training rounds its weights; 0: never", 0
+        0.15, "lr scale below which training uses rounded weights (QAT); 0: never", 0
     )
     qat_rounding: str = setting(
         "straight",
-        "gradient of that rounding: straight through, or soft as in 2006.09952",
+        "gradient of QAT's rounding: passed straight through, or soft (arXiv 2006.09952)",
         choices=lambda: ["straight", "soft"],
     )
     quant_bits: int = setting(
-        6, "bits of a matrix's codes, before they are fitted to the cap", 3, 8
+        6, "bits per weight of a matrix, before they are fitted to the size cap", 3, 8
     )
-    fill_budget: bool = setting(True, "spend bytes that are left on codes of up to 8 bits")
+    fill_budget: bool = setting(
+        True, "use bytes left under the size cap for finer codes, of up to 8 bits"
+    )
     quantizer: str = setting(
         "gptq",
-        "how the artifact rounds; rows: each row by itself, without looking at the inputs",
+        "how the artifact rounds; gptq: by measured inputs; rows: each row by itself",
         choices=lambda: list(QUANTIZERS),
     )
     gptq_reserve_seconds: float = setting(
-        4.0, "seconds of training kept for GPTQ's curvature; at most a tenth of it", 0.1
+        4.0, "part of MAX_WALLCLOCK_SECONDS kept to measure GPTQ's curvature; at most 1/10", 0.1
     )
     gptq_tokens: int = setting(
         131_072, "training tokens that the curvature is measured on, in whole batches", 1
@@ -242,9 +260,11 @@ class Hyperparameters:
 
     # Scoring
     eval_seq_len: int = setting(2048, "tokens per scoring window", 1)
-    eval_stride: int = setting(64, "new targets per window of the final score", 1)
+    eval_stride: int = setting(
+        64, "targets scored by each window, at its end, in the final score", 1
+    )
     eval_budget_seconds: float = setting(
-        600.0, "the stride widens to stay within 95 % of it; 0: no limit", 0
+        600.0, "time limit of evaluation; EVAL_STRIDE grows to end within 95 % of it; 0: none", 0
     )
     val_loss_every: int = setting(4000, "steps between validations; 0: only after the last", 0)
     val_batch_size: int = setting(524_288, "tokens per scoring batch, over all ranks", 1)
@@ -253,27 +273,33 @@ class Hyperparameters:
     # Test-time training
     ttt_epochs: int = setting(0, "times to train on each chunk once it is scored; 0: off", 0)
     ttt_chunk_tokens: int = setting(32_768, "targets that are scored, then trained on", 1)
-    ttt_lr: float = setting(5e-4, "AdamW lr; rises to 3 times that, then falls to 0", 0)
-    ttt_blocks: int = setting(2, "last blocks that learn, beside vectors and output head", 0)
-    ttt_decay: float = setting(0.998, "decay per step of the average that scores", 0, 1)
+    ttt_lr: float = setting(
+        5e-4, "initial AdamW lr; rises up to 3 times over the stream, then falls to 0", 0
+    )
+    ttt_blocks: int = setting(
+        2, "number of last blocks that learn; all vectors and the output head always do", 0
+    )
+    ttt_decay: float = setting(
+        0.998, "decay per step of the weight average that is used for scoring", 0, 1
+    )
 
     # Mixture with n-gram counts
-    ngram_enabled: bool = setting(True, "mix the model with counts of the past")
-    ngram_min_order: int = setting(2, "shortest n-gram, its last token being the target", 2, 16)
-    ngram_order: int = setting(7, "longest n-gram", 2, 16)
+    ngram_enabled: bool = setting(True, "mix the model with counts of the n-grams that came before")
+    ngram_min_order: int = setting(2, "length of the shortest n-gram, target included", 2, 16)
+    ngram_order: int = setting(7, "length of the longest n-gram", 2, 16)
     ngram_alpha: str = setting(
         "online",
         "mixing rule; online: weights learned from earlier targets",
         choices=lambda: list(RULES),
     )
     ngram_min_count: int = setting(
-        2, "minimum count of a context before its order is used (backoff rules only)", 1
+        2, "minimum count of a context before its order is used (rules entropy and order)", 1
     )
     alpha_min: float = setting(
-        0.05, "weight of the counts where the model is sure (backoff rules only)", 0, 1
+        0.05, "weight of the counts where the model is sure (rules entropy and order)", 0, 1
     )
     alpha_max: float = setting(
-        0.60, "weight of the counts where the model is unsure (backoff rules only)", 0, 1
+        0.60, "weight of the counts where the model is unsure (rules entropy and order)", 0, 1
     )
 
     @property
@@ -288,14 +314,14 @@ class Hyperparameters:
         return min(most, self.max_wallclock_seconds / 10)
 
     @property
-    def step_seconds(self) -> float:
-        """The part of MAX_WALLCLOCK_SECONDS that training steps may use; 0: no limit."""
+    def seconds_for_steps(self) -> float:
+        """The part of MAX_WALLCLOCK_SECONDS that all training steps may use; 0: no limit."""
         return self.max_wallclock_seconds - self.gptq_seconds
 
     @classmethod
     def from_env(cls, env: dict[str, str]) -> Hyperparameters:
-        """The settings in `env`, defaults for the others. UserError: names the variable, its value
-        and what it may hold."""
+        """The settings in `env`, and defaults for the others. UserError: a value cannot work; the
+        message names the variable, its value and what it may hold."""
         given = [f for f in fields(cls) if f.name.upper() in env]
         return cls(**{f.name: parse_setting(f, env[f.name.upper()]) for f in given})
 
@@ -307,47 +333,51 @@ class Hyperparameters:
         return texts
 
     def __post_init__(self):
-        """UserError: settings that cannot work together."""
+        """UserError: some settings cannot work together; names the first conflict."""
         for names, rule in self.conflicts():
             texts = self.as_env()
             found = ", ".join(f"{name}={texts[name]}" for name in names.split())
             raise UserError(f"{found}: {rule}")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Yields (names of settings that cannot work together, what would work)."""
+        """Yields (names of settings that cannot work together, what is wrong or expected)."""
         if self.model_dim % self.num_heads:
-            yield "MODEL_DIM NUM_HEADS", "the number of heads must divide the width"
+            yield "MODEL_DIM NUM_HEADS", "expected heads that divide the width"
         if self.num_heads % self.num_kv_heads:
-            yield "NUM_HEADS NUM_KV_HEADS", "the second must divide the first"
+            yield "NUM_HEADS NUM_KV_HEADS", "expected NUM_KV_HEADS to divide NUM_HEADS"
         if self.rope_dims % 2 or self.rope_dims > self.head_dim:
             most = f"the head width MODEL_DIM/NUM_HEADS = {self.head_dim}"
             yield "ROPE_DIMS", f"expected an even number up to {most}"
         if self.mlp_mult * self.model_dim < 1:
             yield "MLP_MULT", "the MLP would have no units"
         if self.ve_enabled and not set(self.ve_layers) <= set(range(self.num_layers)):
-            yield "VE_LAYERS", f"layers run from 0 to {self.num_layers - 1}; or set VE_ENABLED=0"
-        rising = sorted(set(self.recur_layers) & set(range(self.num_layers)))
-        if list(self.recur_layers) != rising:
+            yield "VE_LAYERS", f"expected layers 0 to {self.num_layers - 1}, or VE_ENABLED=0"
+        valid = sorted(set(self.recur_layers) & set(range(self.num_layers)))
+        if list(self.recur_layers) != valid:  # not rising, or no such layer
             yield "RECUR_LAYERS", f"expected rising numbers from 0 to {self.num_layers - 1}"
         if self.parallel_start_layer >= self.num_layers:
             yield "PARALLEL_START_LAYER", f"expected at most {self.num_layers - 1}; 0: no lanes"
         if self.attn_gate_dims > self.model_dim:
-            yield "ATTN_GATE_DIMS MODEL_DIM", "the first must be at most the second"
+            yield "ATTN_GATE_DIMS MODEL_DIM", "expected at most MODEL_DIM"
         if self.bigram_vocab_size == 1:
             yield "BIGRAM_VOCAB_SIZE", "expected 0 (off) or at least 2"
         over = self.train_batch_tokens % self.train_seq_len
         if over:
             below = self.train_batch_tokens - over
-            rule = f"expected a multiple; nearest are {below} and {below + self.train_seq_len}"
+            nearest = [str(n) for n in (below, below + self.train_seq_len) if n]
+            rule = f"expected a multiple of the second; nearest: {' and '.join(nearest)}"
             yield "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN", rule
         if self.eval_stride > self.eval_seq_len:
             yield "EVAL_STRIDE EVAL_SEQ_LEN", "the windows would leave targets unscored"
         if self.eval_only and self.resume:
-            yield "EVAL_ONLY RESUME", "set one of them: each names the file that holds the weights"
+            yield "EVAL_ONLY RESUME", "set only one: each names the file to take the weights from"
         if self.ngram_min_order > self.ngram_order:
-            yield "NGRAM_MIN_ORDER NGRAM_ORDER", "expected the first to be at most the second"
+            yield (
+                "NGRAM_MIN_ORDER NGRAM_ORDER",
+                "expected NGRAM_MIN_ORDER to be at most NGRAM_ORDER",
+            )
         if not self.alpha_min <= self.alpha_max < 1:
-            yield "ALPHA_MIN ALPHA_MAX", "expected the first <= second < 1"
+            yield "ALPHA_MIN ALPHA_MAX", "expected ALPHA_MIN <= ALPHA_MAX < 1"
 
 
 def parse_bool(text: str) -> bool:
@@ -381,27 +411,33 @@ def parse_setting(f, text: str):
     with suppress(ValueError, KeyError):
         value = parse(text)
         is_inside = low is None or (low <= value <= high and value < math.inf)
-        if value in choices if choices else is_inside:
+        is_allowed = value in choices if choices else is_inside
+        if is_allowed:
             return value
     raise UserError(f"{f.name.upper()}={text!r}: expected {expected} (default {f.default!r})")
 
 
 def mistyped(env: dict[str, str]) -> list[str]:
-    """A warning for each name in `env` that is no setting but resembles one."""
+    """A warning for each name in `env` that is not a setting but resembles one."""
     known = {f.name.upper() for f in fields(Hyperparameters)}
-    near = {n: difflib.get_close_matches(n, known, cutoff=0.82) for n in sorted(set(env) - known)}
-    text = "{} is set but is no setting; did you mean {}?"
-    return [text.format(name, " or ".join(meant)) for name, meant in near.items() if meant]
+    warnings = []
+    for name in sorted(set(env) - known):
+        similar = difflib.get_close_matches(name, known, cutoff=0.82)  # of 1; chosen by hand
+        if similar:
+            question = f"did you mean {' or '.join(similar)}?"
+            warnings.append(f"{name} is set but is no setting; {question}")
+    return warnings
 
 
 # --- 2. Runtime ---------------------------------
-# What a run needs beside learning: the other ranks, the log, signals, progress. On a single rank
-# every collective returns its input, so that a laptop and a cluster run the same lines.
+# What a run needs apart from training itself: talking to the other ranks, the log, signals,
+# progress, safe writing of files. On a single rank every collective returns its input, so that a
+# laptop and a cluster run the same code.
 
 
 @dataclass
 class Transfer:
-    """A collective that is under way. Its result may be read only after `wait` returned it."""
+    """A collective that is under way. Do not read its result before `wait` has returned it."""
 
     result: Tensor
     work: dist.Work | None = None  # None: a single rank has nothing to wait for
@@ -413,9 +449,9 @@ class Transfer:
 
 
 class Ranks:
-    """This process among those that torchrun started: its rank, its device, and what the ranks tell
-    each other. All methods are collective. Numbers and CPU tensors travel by gloo, so that agreeing
-    on the clock never waits for a GPU."""
+    """This process's place among those that torchrun started, its device, and all communication
+    between them. Every rank must call each method, in the same order. Numbers and CPU tensors go
+    through gloo, not NCCL, so that ranks can agree on the time without waiting for their GPUs."""
 
     def __init__(self, env: dict[str, str]):
         self.rank = int(env.get("RANK", 0))
@@ -424,11 +460,11 @@ class Ranks:
         if torch.cuda.is_available():
             local_rank = int(env.get("LOCAL_RANK", 0))
             gpus = torch.cuda.device_count()
-            too_many = f"LOCAL_RANK={local_rank}, {gpus} GPUs: set --nproc_per_node={gpus}"
-            require(local_rank < gpus, too_many)
+            problem = f"LOCAL_RANK={local_rank}, {gpus} GPUs: set --nproc_per_node={gpus}"
+            require(local_rank < gpus, problem)
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
+            torch.set_float32_matmul_precision("high")  # TF32 where weights stay float32
         if self.world_size > 1:
             cuda = self.device.type == "cuda"
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
@@ -448,7 +484,8 @@ class Ranks:
         return [count > 0 for count in self.sum_numbers(*facts)]
 
     def from_rank0(self, x: Tensor | float) -> Tensor | float:
-        """Rank 0's `x`, on every rank. A tensor is overwritten in place."""
+        """Rank 0's `x`, on every rank. A tensor is overwritten in place; a number comes back as a
+        float."""
         if isinstance(x, Tensor):
             if self.world_size > 1:
                 dist.broadcast(x, 0)
@@ -456,11 +493,12 @@ class Ranks:
         return self.from_rank0(torch.tensor(x, dtype=torch.float64)).item()
 
     def reduce_scatter(self, x: Tensor) -> Transfer:
-        """Begin to sum `x` over the ranks. Each rank receives an equal share of the sum's rows."""
+        """Begin to sum `x` over the ranks. Rank r receives the r-th equal share of the sum's rows,
+        whose number the ranks must divide."""
         if self.world_size == 1:
             return Transfer(x)
         share = x.new_empty(len(x) // self.world_size, *x.shape[1:])
-        collective = getattr(dist, "reduce_scatter_single", None)  # its name since torch 2.13
+        collective = getattr(dist, "reduce_scatter_single", None)  # the new name, torch >= 2.13
         collective = collective or dist.reduce_scatter_tensor
         return Transfer(share, collective(share, x, async_op=True))
 
@@ -473,17 +511,17 @@ class Ranks:
         return Transfer(whole, collective(whole, share, async_op=True))
 
     def require_equal(self, facts: dict[str, object]) -> None:
-        """UserError: some rank has another value than rank 0 for one of the named `facts`. Values
-        are compared by their repr."""
+        """UserError: one of the named `facts` is not the same on every rank, compared by its
+        repr."""
         for name, fact in facts.items():
-            checksums = [0.0] * self.world_size
+            checksums = [0.0] * self.world_size  # every rank fills in its own; the sum has them all
             checksums[self.rank] = zlib.crc32(repr(fact).encode())
             checksums = self.sum_numbers(*checksums)
-            odd = [str(rank) for rank, sum_ in enumerate(checksums) if sum_ != checksums[0]]
+            differ = [str(rank) for rank, crc in enumerate(checksums) if crc != checksums[0]]
             require(
-                not odd,
-                f"rank {', '.join(odd)}: {name} differ from rank 0's: start the same files with "
-                "the same settings everywhere",
+                not differ,
+                f"rank {', '.join(differ)}: {name} differ from rank 0's: use the same files and "
+                "settings everywhere",
             )
 
     def barrier(self) -> None:
@@ -498,10 +536,9 @@ class Ranks:
 
 
 class RunLog:
-    """The log of a run, logs/<run_id>.txt, which also prints to the console. If the name is taken,
-    a number is appended. A line is on the disk when the call returns; lines that a full disk
-    refused are written with the next one. On other ranks than 0, and without a run_id, it does
-    nothing."""
+    """Writes each line to logs/<run_id>.txt and prints it. If that file exists, _2, _3 ... is added
+    to its name. When a call returns, the operating system has the line; what a full disk refused is
+    tried again with the next line. On ranks other than 0, or without a run_id, it does nothing."""
 
     def __init__(self, run_id: str = "", rank: int = 0):
         self.path: Path | None = None  # None: this log does nothing
@@ -522,7 +559,7 @@ class RunLog:
         if self.path is None:
             return
         self.unwritten += f"{line}\n".encode()
-        with suppress(OSError):  # of the console: a file on the same disk, or a closed pipe
+        with suppress(OSError):  # printing may fail too: into a full disk or a closed pipe
             try:
                 while self.unwritten:
                     written = self.file.write(self.unwritten)
@@ -533,17 +570,18 @@ class RunLog:
                 print(line, flush=True)
 
     def close(self) -> None:
-        """UserError: the disk never had room for the last lines."""
+        """UserError: the disk had no room for the last lines."""
         require(
             not self.unwritten,
-            f"{self.path}: no disk space for its last {len(self.unwritten)} bytes; free some and "
+            f"{self.path}: lacks its last {len(self.unwritten)} bytes, as the disk is full; "
             "keep what was printed",
         )
 
 
 class StopSignal:
-    """SIGTERM and SIGINT. The first one raises Stopped. While `is_patient` it is only noted, so
-    that training can end its step and leave a checkpoint."""
+    """The handler of SIGTERM and SIGINT. The first signal raises Stopped; while `is_patient`, it is
+    only noted in `name`, so that training can end its step and leave a checkpoint. Later signals
+    are only noted."""
 
     def __init__(self):
         self.name = ""  # of the signal that came
@@ -554,7 +592,7 @@ class StopSignal:
             signal.signal(number, self.handle)
 
     def be_patient(self, patient: bool = True) -> None:
-        """From now on note signals only, or raise Stopped at once."""
+        """True: from now on only note signals. False: let the first one raise Stopped."""
         self.is_patient = patient
 
     def handle(self, number: int, frame) -> None:
@@ -565,8 +603,8 @@ class StopSignal:
 
 
 class Progress:
-    """How much of `total` is done: call it with that number. A terminal gets a live bar; the log
-    gets a line every ten seconds."""
+    """Shows how much of `total` is done: call it with the amount done so far. A terminal gets a
+    live bar; the log gets a line every ten seconds."""
 
     def __init__(self, log, label: str, total: int):
         self.log = log
@@ -593,34 +631,35 @@ class Progress:
 
 
 def would_overrun(elapsed: float, more: float, limit: float) -> bool:
-    """Would a unit of work that takes `more` seconds pass the `limit`? A limit of 0 is none."""
+    """After `elapsed` seconds, would work of `more` seconds pass the `limit`? 0: there is none."""
     return 0 < limit < elapsed + more
 
 
 def replace_file(path: Path, write: Callable) -> None:
-    """Call `write(file)` on a file beside `path`, then rename it to `path`: the old file stays
-    until the new one is whole. UserError: it could not be written."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Call `write(file)` on a temporary file in the same folder, then rename it to `path`, so that
+    the old file stays until the new one is whole. UserError: it could not be written."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(aside, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; free space, then RESUME") from None
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 # --- 3. Data ------------------------------------
 # A shard is 256 little-endian int32 (20240520, 1, count, 0 ...), followed by `count` uint16 tokens.
-# The loader keeps no state: batch k holds the same tokens at any number of ranks, and after RESUME.
+# The loader keeps no state. Batch k is a function of k and SEED, so that it is the same at any
+# number of ranks and after RESUME.
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER = 256  # int32
-BOS = 1  # the token that opens a document
+BOS = 1  # stands before each document; as a target, it still belongs to the one before it
 GET_DATA = (
     "`make demo` needs no data; for FineWeb get the challenge repository and run its "
     "data/cached_challenge_fineweb.py, then set DATA_PATH and TOKENIZER_PATH"
@@ -628,16 +667,16 @@ GET_DATA = (
 
 
 def load_shard(path: Path) -> np.memmap:
-    """The uint16 tokens of a shard, memory-mapped. UserError: not a shard, another version, or of
-    another length than its header says."""
+    """The uint16 tokens of a shard, memory-mapped. UserError: the file is not a shard, has another
+    version than 1, or not the length that its header says."""
     size = path.stat().st_size
     header = np.fromfile(path, "<i4", SHARD_HEADER).tolist()
-    magic, version, count, *_ = [*header, 0, 0, 0]
+    magic, version, count, *_ = [*header, 0, 0, 0]  # zeros, if the file is shorter than that
     is_shard = (magic, version) == (SHARD_MAGIC, SHARD_VERSION) and count >= 1
     require(
         is_shard and size == 4 * SHARD_HEADER + 2 * count,
         f"{path}: magic {magic}, version {version}, {count} tokens in {size} bytes; expected "
-        f"magic {SHARD_MAGIC}, version {SHARD_VERSION}, n in 1024 + 2 n bytes; {GET_DATA}",
+        f"magic {SHARD_MAGIC}, version {SHARD_VERSION}, n tokens in 1024 + 2 n bytes; {GET_DATA}",
     )
     return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER, (count,))
 
@@ -656,28 +695,29 @@ def check_tokens(tokens: ndarray, vocab_size: int, source: str | Path) -> ndarra
     largest = tokens.max(initial=0)
     require(
         largest < vocab_size,
-        f"{source}: holds token {largest}, but VOCAB_SIZE={vocab_size}: data and VOCAB_SIZE must "
-        "come from the same tokenizer",
+        f"{source}: holds token {largest}, but VOCAB_SIZE={vocab_size}: set the size of the "
+        "tokenizer that the data was made with",
     )
     return tokens
 
 
 def window_starts(num_tokens: int, length: int, seed: int, epoch: int) -> ndarray:
-    """Where each training window of an epoch starts in a circular stream, int64, in the order in
-    which the windows are read. The stream is cut into windows of `length` tokens from a random
-    place on, and the windows are shuffled; both differ from epoch to epoch. (Reading neighbouring
-    windows in consecutive steps instead costs 0.04 to 0.19 bpb in small runs.)"""
+    """The start positions (int64) of an epoch's training windows, in reading order. The circular
+    stream is cut into windows of `length` tokens, starting at a random position, and the windows
+    are shuffled. Both differ from epoch to epoch; tokens after the last whole window are not read
+    in that epoch. (When consecutive steps read neighbouring windows, small runs ended 0.04 to 0.19
+    bits per byte worse.)"""
     rng = np.random.default_rng((seed, epoch))
     phase = rng.integers(num_tokens)
-    window = rng.permutation(max(1, num_tokens // length))
-    return (phase + window * length) % num_tokens
+    window_numbers = rng.permutation(max(1, num_tokens // length))
+    return (phase + window_numbers * length) % num_tokens
 
 
 class TokenLoader:
     """The training batches. All shards form one circular stream, cut into windows of TRAIN_SEQ_LEN
     tokens that are read in a random order, each once per epoch. Batch k is the k-th group of
-    windows in that order, a function of k and SEED. Of its sequences, rank r trains on the r-th
-    share, in `accumulation` micro-batches of `rows` sequences."""
+    windows in that order. Each rank trains on an equal share of them, in `accumulation`
+    micro-batches of `rows` windows."""
 
     def __init__(self, hp, rank: int, world_size: int):
         self.hp = hp
@@ -688,7 +728,7 @@ class TokenLoader:
         self.num_tokens = int(self.shard_ends[-1])
         self.windows_per_epoch = max(1, self.num_tokens // hp.train_seq_len)
         starts = partial(window_starts, self.num_tokens, hp.train_seq_len, hp.seed)
-        self.epoch_starts = lru_cache(2)(starts)  # of two: a batch may reach into the next epoch
+        self.epoch_starts = lru_cache(2)(starts)  # two are kept: a batch may reach into the next
         self.sequences = hp.train_batch_tokens // hp.train_seq_len
 
         fits = [n for n in range(1, self.sequences + 1) if self.sequences % n == 0]
@@ -696,7 +736,7 @@ class TokenLoader:
         require(
             world_size in fits,
             f"{world_size} ranks cannot share TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN = {self.sequences} "
-            f"sequences equally: start {' or '.join(map(str, near))} ranks",
+            f"sequences equally: start {' or '.join(map(str, near))} ranks instead",
         )
         self.share = self.sequences // world_size
         most = max(1, hp.micro_batch_tokens // hp.train_seq_len)
@@ -704,18 +744,18 @@ class TokenLoader:
         self.accumulation = self.share // self.rows
 
     def sequence_start(self, number: int) -> int:
-        """Where the run's training sequence of that number starts in the stream."""
-        epoch, place = divmod(number, self.windows_per_epoch)
-        return int(self.epoch_starts(epoch)[place])
+        """The position in the stream of the run's training sequence of that number, from 0 on."""
+        epoch, index = divmod(number, self.windows_per_epoch)
+        return int(self.epoch_starts(epoch)[index])
 
     def span(self, start: int, count: int) -> ndarray:
         """`count` tokens of the circular stream from `start` on, as int64."""
         pieces = []
         while count:
-            place = start % self.num_tokens
-            i = int(np.searchsorted(self.shard_ends, place, "right"))
-            back = int(self.shard_ends[i]) - place  # tokens to the end of this shard
-            piece = self.shards[i][-back:][:count]
+            position = start % self.num_tokens
+            i = int(np.searchsorted(self.shard_ends, position, "right"))
+            left_in_shard = int(self.shard_ends[i]) - position
+            piece = self.shards[i][-left_in_shard:][:count]
             check_tokens(piece, self.hp.vocab_size, self.paths[i])
             pieces.append(piece.astype(np.int64))
             start += len(piece)
@@ -732,25 +772,26 @@ class TokenLoader:
 
 
 class ByteCounter:
-    """How many bytes of text each token stands for, by the challenge's rule. A piece counts its
-    UTF-8 length without the word mark U+2581, a byte piece 1, a control piece 0. The mark counts 1,
-    as a space, unless a control piece comes before it."""
+    """How many bytes of text each token stands for, by the challenge's rule. A byte piece stands
+    for 1 byte; control, unknown and unused pieces for 0. Any other piece counts its UTF-8 length
+    without word marks (U+2581), and 1 more, for a space, if it begins with a mark and a piece with
+    text comes before it."""
 
     def __init__(self, hp):
         from sentencepiece import SentencePieceProcessor
 
-        found = f"TOKENIZER_PATH={hp.tokenizer_path}"
+        setting_text = f"TOKENIZER_PATH={hp.tokenizer_path}"
         sp = SentencePieceProcessor()
         try:
             sp.Load(hp.tokenizer_path)
         except (RuntimeError, OSError, ValueError):
-            message = f"{found}: no such file or not a SentencePiece model; {GET_DATA}"
+            message = f"{setting_text}: no such file or not a SentencePiece model; {GET_DATA}"
             raise UserError(message) from None
         size = sp.vocab_size()
         require(
             size == hp.vocab_size,
-            f"{found}: has {size} pieces, but VOCAB_SIZE={hp.vocab_size}: set VOCAB_SIZE={size} or "
-            "name the data's own tokenizer",
+            f"{setting_text}: has {size} pieces, but VOCAB_SIZE={hp.vocab_size}: set "
+            f"VOCAB_SIZE={size} or name the data's own tokenizer",
         )
         self.is_text = np.ones(size, bool)
         self.opens_word = np.zeros(size, bool)
@@ -766,15 +807,15 @@ class ByteCounter:
                 self.length[i] = len(piece.replace("\u2581", "").encode())
 
     def __call__(self, tokens: ndarray) -> ndarray:
-        """The bytes (uint16) of each target of the stream `tokens`, one fewer than tokens."""
+        """The number of bytes (uint16) of each target; the targets are tokens[1:]."""
         target_ids, before = tokens[1:], tokens[:-1]
         return self.length[target_ids] + (self.opens_word[target_ids] & self.is_text[before])
 
 
 @dataclass
 class Validation:
-    """The stream x_0 ... x_T that is scored. Its target t, counted from 0 in arrays, is token
-    t + 1."""
+    """The token stream that is scored. Every token but the first is a target: target t is
+    tokens[t + 1]."""
 
     tokens: ndarray  # uint16
     count_bytes: Callable[[ndarray], ndarray]  # a ByteCounter
@@ -785,13 +826,13 @@ class Validation:
 
     @cached_property
     def target_bytes(self) -> ndarray:
-        """Bytes of text of each target. Counted when first asked for, as only rank 0 asks."""
+        """Bytes of text of each target, counted on first use, as only rank 0 needs it."""
         return self.count_bytes(self.tokens)
 
 
 def load_validation(hp) -> Validation:
-    """The whole validation stream. UserError: no shards, fewer tokens than a window, or tokens that
-    are not of the vocabulary."""
+    """The whole validation stream. UserError: no shards, fewer tokens than a window, or tokens
+    outside the vocabulary."""
     paths = find_shards("val", hp)
     shards = [check_tokens(load_shard(path), hp.vocab_size, path) for path in paths]
     tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)
@@ -804,7 +845,8 @@ def load_validation(hp) -> Validation:
 
 
 def fingerprint(hp) -> list[tuple[str, int, int]]:
-    """(name, size in bytes, CRC-32 of the first and last 64 KB) of every data file."""
+    """(name, size in bytes, CRC-32 of the first and last 64 KiB) of every data file that the run
+    reads, by which ranks find out whether they have the same files."""
     paths = [Path(hp.tokenizer_path), *find_shards("val", hp)]
     if not hp.eval_only:
         paths += find_shards("train", hp)
@@ -817,8 +859,8 @@ def fingerprint(hp) -> list[tuple[str, int, int]]:
 
 
 def bits_per_byte(nll: ndarray, target_bytes: ndarray) -> float:
-    """The score: the targets' code length in bits, from `nll` in nats, over their bytes. Sums are
-    in float64."""
+    """The score: the sum of `nll`, which is in nats, as bits, divided by the number of bytes of the
+    targets. It is the length of a code that a decoder could read."""
     bits = nll.sum(dtype=np.float64) / math.log(2)
     return float(bits / target_bytes.sum(dtype=np.int64))
 
@@ -1650,10 +1692,10 @@ def update_parameters(optimizers: list, clip: float) -> None:
 
 
 # --- 8. Training --------------------------------
-# Everything that training changes is a TrainState, one dictionary of tensors: warm-up puts it back,
-# and a checkpoint holds it. Batches follow from the number of steps done, and nothing is random
-# after the first weights, so that a resumed run takes the steps that the stopped one would have
-# taken.
+# TrainState holds everything that training changes, and `tensors` lists it by name: warm-up copies
+# and restores it, checkpoints store it. A batch is a function of the number of steps done, and
+# nothing is random after initialisation. So a resumed run takes the steps that the stopped run
+# would have taken (learning rates depend on the clock where there is a time limit).
 
 
 class WeightAverage:
@@ -1667,14 +1709,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, parameters: list[Tensor]) -> None:
-        """Take a snapshot into the mean."""
+        """Add a snapshot, the weights of now, to the mean."""
         n = int(self.count.add_(1))
         share = (1 - self.decay) / (1 - self.decay**n) if self.decay < 1 else 1 / n
         torch._foreach_lerp_(self.mean, parameters, share)
 
 
 def build_averages(parameters: list[Tensor], hp) -> dict[str, WeightAverage]:
-    """The averages that AVERAGING names, still empty."""
+    """The averages that AVERAGING names, without a snapshot yet."""
     decays = {"ema": hp.ema_decay, "swa": 1.0}
     wanted = hp.averaging.split("_")
     return {name: WeightAverage(d, parameters) for name, d in decays.items() if name in wanted}
@@ -1687,34 +1729,36 @@ def takes_snapshot(name: str, step: int, scale: float, hp) -> bool:
 
 
 def averaged_parameters(averages: dict[str, WeightAverage]) -> list[Tensor]:
-    """The mean of the averages; an empty list if none has a snapshot yet."""
+    """For each parameter the mean of EMA and SWA, of those that have a snapshot. If none has, an
+    empty list."""
     means = [average.mean for average in averages.values() if average.count]
     return [torch.stack(same).mean(0) for same in zip(*means)]
 
 
 def training_share(step: int, seconds: float, hp) -> float:
-    """How much of training is done, 0 to 1: by ITERATIONS or by the clock, whichever says more."""
+    """How much of training is done, 0 to 1: by ITERATIONS or by the clock, whichever is larger."""
     share = step / hp.iterations
-    if hp.step_seconds:
-        share = max(share, seconds / hp.step_seconds)
+    if hp.seconds_for_steps:
+        share = max(share, seconds / hp.seconds_for_steps)
     return min(share, 1.0)
 
 
 def lr_scale(step: int, seconds: float, hp) -> float:
-    """The factor of all learning rates after `step` steps in `seconds`. It is 1 and falls linearly
-    to MIN_LR at the end: over the last WARMDOWN_FRAC of training if that is set, else over the last
-    WARMDOWN_ITERS steps, counted to ITERATIONS or, at the speed so far, to the time limit."""
-    left = 1 - training_share(step, seconds, hp)
-    decay = hp.warmdown_frac
-    if not decay and hp.warmdown_iters:
-        decay = hp.warmdown_iters
-        left = hp.iterations - step
-        if hp.step_seconds and step:
-            seconds_left = hp.step_seconds - seconds
-            left = min(left, seconds_left / (seconds / step))
-    if not decay:
-        return 1.0
-    return hp.min_lr + (1 - hp.min_lr) * min(1.0, max(left, 0.0) / decay)
+    """What all learning rates are multiplied by when `step` steps have taken `seconds`. It stays 1,
+    then falls linearly to MIN_LR at the end of training. The fall lasts WARMDOWN_FRAC of training
+    or, if that is 0, WARMDOWN_ITERS steps. The end is ITERATIONS or, if sooner, the step at which
+    the time limit will come at the average speed so far."""
+    if hp.warmdown_frac:
+        left = (1 - training_share(step, seconds, hp)) / hp.warmdown_frac
+    elif hp.warmdown_iters:
+        steps_left = hp.iterations - step
+        if hp.seconds_for_steps and step:
+            seconds_left = hp.seconds_for_steps - seconds
+            steps_left = min(steps_left, seconds_left / (seconds / step))
+        left = max(steps_left, 0.0) / hp.warmdown_iters
+    else:
+        left = 1.0
+    return hp.min_lr + (1 - hp.min_lr) * min(1.0, left)
 
 
 class StepPlan(NamedTuple):
@@ -1722,16 +1766,16 @@ class StepPlan(NamedTuple):
 
     scale: float  # factor of all learning rates
     passes: tuple[int, ...]  # the order in which blocks run
-    hardness: Tensor | None  # of late QAT's soft rounding; None: no rounding
+    hardness: Tensor | None  # None: no late QAT. Else how hard soft rounding is (see `soft_round`)
 
 
 def plan_step(step: int, seconds: float, hp, device) -> StepPlan:
-    """The plan of the step that follows `step` steps in `seconds`. Blocks recur once RECUR_START of
-    training is done. Weights are rounded while the lr scale is below LATE_QAT_THRESHOLD; hardness
-    rises from 1 to 16 as the scale falls from there to 0."""
+    """The plan of the next step, when `step` steps have taken `seconds`. From RECUR_START of
+    training on, RECUR_LAYERS run twice. While the lr scale is below LATE_QAT_THRESHOLD, weights are
+    rounded; the hardness rises from 1 at the threshold to 16 at a scale of 0."""
     scale = lr_scale(step, seconds, hp)
-    once, recurrent = block_passes(hp)
-    passes = recurrent if training_share(step, seconds, hp) >= hp.recur_start else once
+    before, after = block_passes(hp)
+    passes = after if training_share(step, seconds, hp) >= hp.recur_start else before
     if scale >= hp.late_qat_threshold:
         return StepPlan(scale, passes, None)
     hardness = 16 - 15 * scale / hp.late_qat_threshold
@@ -1739,8 +1783,8 @@ def plan_step(step: int, seconds: float, hp, device) -> StepPlan:
 
 
 def training_loss(model, ids_BT, target_ids_BT, passes, hardness=None, shares_BT=None) -> Tensor:
-    """The loss of GPT.forward. With `hardness` it is that of rounded weights, which is a graph of
-    its own when compiled."""
+    """The loss of GPT.forward, in nats. With `hardness`, the weights are rounded first; when
+    compiled, that is a graph of its own, so that warm-up runs both."""
     rounded = {} if hardness is None else fake_quantized(model, hardness)
     return torch.func.functional_call(model, rounded, (ids_BT, target_ids_BT, passes, shares_BT))
 
@@ -1753,28 +1797,27 @@ def compiled(function: Callable, hp, device: torch.device) -> Callable:
 
 
 class Trained(NamedTuple):
-    """What training returns."""
+    """What `train` returns."""
 
-    state: dict[str, Tensor]  # the weights to pack, averaged or not, by name
-    curvature: dict[str, Curvature]  # of their matrices, for GPTQ; empty with QUANTIZER=rows
+    weights: dict[str, Tensor]  # by name, averaged or not: a state dict, to be packed
+    curvature: dict[str, Curvature]  # by name of the matrix, for GPTQ; empty with QUANTIZER=rows
     steps: int
-    seconds: float  # on the training clock, curvature included
+    seconds: float  # on the training clock, with the measurement of the curvature
 
 
 class TrainState:
-    """All that training changes: the weights, optimizers, averages, and the clock. `hint` says how
-    to go on from the last checkpoint, for error messages."""
+    """All that training changes: weights, optimizers, averages, and the clock."""
 
     def __init__(self, model, ranks, log):
         self.model = model
         self.hp = model.hp
         self.ranks = ranks
         self.log = log
-        self.parameters = [p.data for p in model.parameters()]
+        self.parameters = [p.data for p in model.parameters()]  # the model's own tensors
         self.progress = torch.zeros(2, dtype=torch.float64)  # steps done, seconds of training
         self.optimizers = build_optimizers(model, self.hp, ranks)
         self.averages = build_averages(self.parameters, self.hp)
-        self.hint = "there is no checkpoint"
+        self.hint = "there is no checkpoint"  # for error messages: how to go on
 
     @property
     def steps(self) -> int:
@@ -1785,7 +1828,7 @@ class TrainState:
         return float(self.progress[1])
 
     def set_clock(self, seconds: float) -> None:
-        """Seconds of training so far."""
+        """Set the seconds of training so far."""
         self.progress[1] = seconds
 
     @property
@@ -1798,7 +1841,8 @@ class TrainState:
         return f"train_time:{ms:.0f}ms step_avg:{ms / max(self.steps, 1):.2f}ms"
 
     def update(self, scale: float) -> None:
-        """One step on the gradients that the parameters hold now; averages follow. Collective."""
+        """One step on the gradients that the parameters hold now; then averages take their
+        snapshots. Collective."""
         for optimizer in self.optimizers:
             optimizer.schedule(self.steps, scale)
         update_parameters(self.optimizers, self.hp.grad_clip_norm)
@@ -1809,7 +1853,7 @@ class TrainState:
                 average.update(self.parameters)
 
     def load_averages(self) -> None:
-        """The model gets the averaged weights, if there are any."""
+        """Replace the model's weights by the averages, if there are any, and log which."""
         means = averaged_parameters(self.averages)
         if means:
             torch._foreach_copy_(self.parameters, means)
@@ -1819,7 +1863,8 @@ class TrainState:
         self.log(f"averaging:{used} {counts} parameters:{size}")
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name, to read or to overwrite."""
+        """name -> every tensor of the state. They are the live ones: to overwrite them is to change
+        the state. Those of an average are `ema.0`, its count, and `ema.1` ..., its mean."""
         named = {"progress": self.progress}
         named |= {f"model.{name}": t for name, t in self.model.state_dict().items()}
         for optimizer in self.optimizers:
@@ -1829,19 +1874,20 @@ class TrainState:
         return named
 
     def save(self) -> None:
-        """Rank 0 writes logs/<RUN_ID>.ckpt, which any number of ranks can resume. If it cannot, or
-        a number is not finite, the log says so and the last checkpoint stays. Collective."""
+        """Rank 0 writes logs/<RUN_ID>.ckpt, from which a run with any number of ranks can go on. If
+        writing fails, or a number is not finite, the log says so and the previous checkpoint is
+        kept. Collective."""
         for optimizer in self.optimizers:
             optimizer.complete_state()
         try:
-            if self.log.path is not None:
+            if self.log.path is not None:  # it is None on other ranks
                 self.write_checkpoint(self.log.path.with_suffix(".ckpt"))
         except UserError as error:
             self.log(f"warning: {error}")
         self.ranks.barrier()
 
     def write_checkpoint(self, path: Path) -> None:
-        """UserError: it cannot be written, or would hold a number that is not finite."""
+        """UserError: the file cannot be written, or a number is not finite."""
         arrays = {name: t.numpy(force=True) for name, t in self.tensors().items()}
         for name, array in arrays.items():
             problem = f"{name} is not finite, so step {self.steps} gets no checkpoint"
@@ -1851,9 +1897,9 @@ class TrainState:
         self.hint = f"RESUME={path} goes on from step {self.steps}"
 
     def restore(self, path: str) -> None:
-        """Every rank gets the checkpoint at `path`, which rank 0 reads, or rank 0's initial weights
-        if `path` is empty. Collective. UserError: there is no checkpoint, or it belongs to other
-        settings."""
+        """Every rank gets rank 0's state. If `path` is not empty, rank 0 first reads it from that
+        checkpoint. Collective. UserError: there is no checkpoint, or it has other shapes than the
+        settings make."""
         if path and self.ranks.rank == 0:
             self.copy_checkpoint(path, read_checkpoint(path))
         for tensor in self.tensors().values():
@@ -1863,7 +1909,7 @@ class TrainState:
             self.log(f"resume:{path} step:{self.steps} train_time:{1e3 * self.seconds:.0f}ms")
 
     def copy_checkpoint(self, path: str, arrays: dict[str, ndarray]) -> None:
-        """Overwrite `tensors` with `arrays`, and warn of settings that have changed."""
+        """Copy the arrays of a checkpoint into the state, and warn of settings that differ."""
         before = json.loads(str(arrays.get("settings", "{}")))
         for name, value in self.hp.as_env().items():
             may_differ = name in ("RUN_ID", "RESUME", "CHECKPOINT_EVERY")
@@ -1874,8 +1920,8 @@ class TrainState:
             needed = tuple(tensor.shape)
             require(
                 found == needed,
-                f"RESUME={path}: {name} is {found}, these settings need {needed}: set what the run "
-                "was begun with",
+                f"RESUME={path}: {name} has shape {found}, these settings make {needed}: set what "
+                "the run was begun with",
             )
             tensor.copy_(torch.from_numpy(arrays[name]))
 
@@ -1884,17 +1930,19 @@ def read_checkpoint(path: str) -> dict[str, ndarray]:
     """All arrays of a checkpoint. UserError: there is no such file, or it is cut or damaged."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            require(not archive.zip.testzip(), "damaged")  # NumPy checks only a part
+            # np.load by itself does not verify every checksum
+            require(not archive.zip.testzip(), "a checksum differs")
             return dict(archive)
-    except Exception as error:  # of many types: damage shows in NumPy, zipfile, zlib, struct ...
-        reason = getattr(error, "strerror", None) or "no whole checkpoint"
+    except Exception as error:  # damage raises many types: of NumPy, zipfile, zlib, struct ...
+        reason = getattr(error, "strerror", None) or f"not a whole checkpoint ({error})"
         raise UserError(f"RESUME={path}: {reason}") from None
 
 
 def train(model, loader: TokenLoader, validation: Validation, ranks, log, stop) -> Trained:
-    """Train `model`, in place, until ITERATIONS or MAX_WALLCLOCK_SECONDS, starting from RESUME if
-    it is set. At the end there is a checkpoint, the model holds the averaged weights, and their
-    curvature is measured. Collective. UserError: the loss is not finite. Stopped: by a signal."""
+    """Train `model` in place, from its initial weights or from RESUME, until ITERATIONS or
+    MAX_WALLCLOCK_SECONDS. After the last step a checkpoint is written; then the model gets the
+    averaged weights, and their curvature is measured. Collective. UserError: the loss is not
+    finite. Stopped: a signal came."""
     hp = model.hp
     state = TrainState(model, ranks, log)
     state.restore(hp.resume)
@@ -1906,10 +1954,11 @@ def train(model, loader: TokenLoader, validation: Validation, ranks, log, stop) 
     curvature = {}
     if hp.quantizer == "gptq":
         began = perf_counter()
-        _, passes = block_passes(hp)
+        _, passes = block_passes(hp)  # those of the network that is scored
         curvature, num_tokens = measure_curvature(model, passes, loader, state.steps, ranks)
-        seconds = perf_counter() - began
+        seconds = ranks.from_rank0(perf_counter() - began)
         state.set_clock(state.seconds + seconds)
+        # input channels that were always 0
         dead = sum(int((c.inputs_CC.diagonal() == 0).sum()) for c in curvature.values())
         facts = f"seconds:{seconds:.1f} matrices:{len(curvature)} dead_columns:{dead}"
         log(f"gptq_curvature tokens:{num_tokens} {facts} {state.clock}")
@@ -1918,8 +1967,8 @@ def train(model, loader: TokenLoader, validation: Validation, ranks, log, stop) 
 
 
 def training_step(state: TrainState, loader: TokenLoader, loss: Callable, plan: StepPlan) -> Tensor:
-    """An update on batch `state.steps`. Returns this rank's part of the batch's mean loss, which
-    the GPU may still be working on. Collective."""
+    """One update, on the batch whose number is `state.steps`. Returns this rank's part of the
+    batch's mean loss: summed over the ranks it is the mean. Collective."""
     device = state.ranks.device
     total = torch.zeros((), device=device)
     for micro in range(loader.accumulation):
@@ -1936,59 +1985,55 @@ def training_step(state: TrainState, loader: TokenLoader, loss: Callable, plan: 
 
 
 def warm_up(state: TrainState, take_step: Callable) -> None:
-    """Take WARMUP_STEPS steps, or as many as there are graphs, to compile every graph that training
-    may need; then put back all that they changed. Collective."""
+    """Compile every graph that training may need, by taking steps with each of them: WARMUP_STEPS
+    or, if that is not 0 but too few, one for each graph. Then restore all that they changed.
+    Collective."""
     hp = state.hp
     tensors = list(state.tensors().values())
     before = [t.clone() for t in tensors]
     hardnesses = [None]
     if hp.late_qat_threshold:
         hardnesses.append(torch.ones((), device=state.ranks.device))
-    graphs = list(product(dict.fromkeys(block_passes(hp)), hardnesses))
-    progress = Progress(state.log, "warm-up", len(graphs))
-    for i in range(hp.warmup_steps and max(hp.warmup_steps, len(graphs))):
-        take_step(StepPlan(1.0, *graphs[i % len(graphs)]))
-        if i < len(graphs):
+    orders = dict.fromkeys(block_passes(hp))  # one, if no layer recurs
+    plans = [StepPlan(1.0, passes, hardness) for passes in orders for hardness in hardnesses]
+    progress = Progress(state.log, "warm-up", len(plans))
+    steps = max(hp.warmup_steps, len(plans)) if hp.warmup_steps else 0
+    for i in range(steps):
+        take_step(plans[i % len(plans)])
+        if i < len(plans):
             progress(i + 1)
     torch._foreach_copy_(tensors, before)
     state.ranks.barrier()
 
 
 def run_steps(state: TrainState, take_step: Callable, validation: Validation, stop) -> None:
-    """Step until the end of training, with validations, log lines and checkpoints. The clock is
-    rank 0's; it stands still during validations, but not while a checkpoint is written. No step
-    begins that would pass the time limit if it took twice the average. Collective."""
+    """Take steps until the end of training, with validations, log lines and checkpoints. The clock
+    is rank 0's. It stands still during validations, as the challenge allows, but not while a
+    checkpoint is written. Collective."""
     hp, ranks, log = state.hp, state.ranks, state.log
-    stop.be_patient()  # signals wait for the end of a step
+    stop.be_patient()  # from here on signals wait for the end of a step
     saved_at = state.seconds
     started = perf_counter() - state.seconds
-    plan = StepPlan(1.0, block_passes(hp)[0], None)
-    losses = []  # of the last two steps
+    plan = StepPlan(1.0, block_passes(hp)[0], None)  # as if before the first step
+    losses = deque(maxlen=2)  # of the last two steps, the older one first
     while True:
-        # Wait for the step before the last one. So the GPU always has a step to work on, and the
-        # clock is right to within a step.
-        older_loss = losses[0].item() if losses else 0.0
+        if losses:
+            # Wait for the older step only, so that the GPU always has a step to work on.
+            require_finite(losses[0], state.steps + 1 - len(losses), state)
         state.set_clock(ranks.from_rank0(perf_counter() - started))
-        stopped, diverged = ranks.any(bool(stop.name), not math.isfinite(older_loss))
-        step, seconds = state.steps, state.seconds
-        require(
-            not diverged,
-            f"step:{step + 1 - len(losses)}/{hp.iterations}: the training loss is not finite; "
-            f"lower the learning rates; {state.hint}",
-        )
-        plan, before = plan_step(step, seconds, hp, ranks.device), plan
-        if losses and (step <= 10 or is_multiple(step, hp.train_log_every)):
-            loss = ranks.sum_over_ranks(losses[-1].clone()).item()
-            speed = f"tok/s:{hp.train_batch_tokens * step / seconds:.0f}"
-            line = f"train_loss:{loss:.4f} {state.clock} {speed} lr_scale:{plan.scale:.4f}"
-            log(f"{state.label} {line}")
+        (stopped,) = ranks.any(bool(stop.name))
+        previous_plan = plan
+        plan = plan_step(state.steps, state.seconds, hp, ranks.device)
+        if losses:
+            log_loss(losses[-1], plan, state)
 
-        capped = step > 0 and would_overrun(seconds, 2 * seconds / step, hp.step_seconds)
-        is_last = capped or step >= hp.iterations
-        validates = is_last or is_multiple(step, hp.val_loss_every)
-        if stopped or validates or 0 < hp.checkpoint_every <= seconds - saved_at:
-            saved_at = seconds
-            state.save()  # also before a validation, as signals wait until it ends
+        is_capped = time_is_up(state)
+        is_last = is_capped or state.steps >= hp.iterations
+        validates = is_last or is_multiple(state.steps, hp.val_loss_every)
+        is_due = 0 < hp.checkpoint_every <= state.seconds - saved_at
+        if stopped or validates or is_due:
+            saved_at = state.seconds
+            state.save()  # also before a validation, in case the run is killed during it
         if validates and not stopped:
             paused = perf_counter()
             loss, bpb = validate(Scorer(state.model, plan.passes), validation, ranks, log)
@@ -2001,19 +2046,68 @@ def run_steps(state: TrainState, take_step: Callable, validation: Validation, st
             raise Stopped(f"{state.label}: stopped by {stop.name or 'a signal'}; {state.hint}")
         if is_last:
             break
-        log_changes(state, plan, before)
-        losses = [*losses, take_step(plan)][-2:]
+        log_changes(previous_plan, plan, state)
+        losses.append(PendingLoss(take_step(plan)))
 
-    if capped:
-        log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms {state.label}")
+    if losses:
+        require_finite(losses[-1], state.steps, state)
+    if is_capped:
+        log(f"stopping_early: wallclock_cap {state.clock.split()[0]} {state.label}")
 
 
-def log_changes(state: TrainState, plan: StepPlan, before: StepPlan) -> None:
-    """Log that recurrence or late QAT begins with this plan."""
+class PendingLoss:
+    """The loss of a step, on its way to the CPU. (To read it from the GPU would also wait for all
+    work that is queued there, the next step included.)"""
+
+    def __init__(self, loss: Tensor):
+        self.copy = loss.to("cpu", non_blocking=True)
+        self.arrival = torch.cuda.Event() if loss.is_cuda else None
+        if self.arrival:
+            self.arrival.record()
+
+    def wait(self) -> Tensor:
+        """This rank's part of the mean loss in nats, on the CPU."""
+        if self.arrival:
+            self.arrival.synchronize()
+        return self.copy
+
+
+def require_finite(loss: PendingLoss, step: int, state: TrainState) -> None:
+    """UserError: the loss of `step` is not finite on some rank. Collective."""
+    (diverged,) = state.ranks.any(not math.isfinite(loss.wait()))
+    require(
+        not diverged,
+        f"step:{step}/{state.hp.iterations}: the training loss is not finite; lower the learning "
+        f"rates; {state.hint}",
+    )
+
+
+def time_is_up(state: TrainState) -> bool:
+    """Might another step pass the time limit, if it took twice the average? On a GPU the last step
+    is still under way when the clock is read, so that its time counts too."""
+    if not state.steps:
+        return False
+    units = 3 if state.ranks.device.type == "cuda" else 2
+    more = units * state.seconds / state.steps
+    return would_overrun(state.seconds, more, state.hp.seconds_for_steps)
+
+
+def log_loss(loss: PendingLoss, plan: StepPlan, state: TrainState) -> None:
+    """Log the loss of the last step, if it is due. Collective."""
+    hp, step = state.hp, state.steps
+    if step <= 10 or is_multiple(step, hp.train_log_every):
+        mean_loss = state.ranks.sum_over_ranks(loss.wait().clone()).item()
+        speed = f"tok/s:{hp.train_batch_tokens * step / state.seconds:.0f}"
+        line = f"train_loss:{mean_loss:.4f} {state.clock} {speed} lr_scale:{plan.scale:.4f}"
+        state.log(f"{state.label} {line}")
+
+
+def log_changes(previous: StepPlan, plan: StepPlan, state: TrainState) -> None:
+    """Log where recurrence or late QAT begins."""
     hp = state.hp
-    if plan.passes != before.passes:
+    if plan.passes != previous.passes:
         state.log(f"recurrence:on step:{state.steps} passes:{len(plan.passes)}")
-    if plan.hardness is not None and before.hardness is None:
+    if plan.hardness is not None and previous.hardness is None:
         facts = f"lr_scale:{plan.scale:.4f} bits:{hp.quant_bits} {hp.qat_rounding}"
         state.log(f"late_qat:on step:{state.steps} {facts}")
 
@@ -2164,28 +2258,30 @@ def measure_curvature(
 
 
 # --- 10. Artifact -------------------------------
-# Weights <-> codes <-> bytes, and the step sizes at which they fit. Codes are compressed by rANS
-# (Duda, 1311.2540) with frequency tables chosen by the spread of a code's row and column, which
-# takes fewer bytes than their zeroth-order entropy. The file holds numbers, never anything that can
+# Quantise weights to codes, compress the codes to bytes, and search for the step sizes at which the
+# file fits the budget. Codes are compressed by rANS (asymmetric numeral systems, Duda 1311.2540).
+# Each uses one of 64 frequency tables, chosen by the spread of its row and of its column; that
+# takes fewer bytes than one table for all. The natural step size of a weight is the one that
+# QUANT_BITS would give (8 bits for tables and head). The file holds data only, nothing that can
 # run:
 #
-#     "PGOLF" 3 | SHA-256 of the rest | u32 size of the side stream | side stream | rANS words
+#     "PGOLF", byte 3 | SHA-256 of the rest | u32 size of the side stream | side stream | rANS words
 #
 # The side stream is LZMA2 of everything but the codes. docs/container.md describes every byte.
 
 MAGIC = b"PGOLF\x03"
-CHECKSUM = slice(len(MAGIC), len(MAGIC) + 32)
+CHECKSUM_PLACE = slice(len(MAGIC), len(MAGIC) + 32)
 TABLES = 64  # frequency tables
-SYMBOLS = 256  # of a table: code + 128
+SYMBOLS = 256  # symbols of a table; a symbol is a code plus 128
 SCALE = 14  # the frequencies of a table sum to 2^SCALE
-LEAST_STATE = 1 << 16  # of rANS, and its first
+LEAST_STATE = 1 << 16  # the smallest rANS state, which is also the first
 MOST_WEIGHTS = 1 << 28  # a file that claims more is refused before memory is taken
 MOST_SIDE = 1 << 24  # bytes of the side stream once it is decompressed
-MOST_TEXT = 1 << 20  # of these, of the tensor table
-COARSEST = 254.0  # times the natural step size: then all codes are -1, 0 or 1
+MOST_TEXT = 1 << 20  # bytes of the tensor table in it
+COARSEST = 254.0  # the largest factor of the natural step sizes: all codes are -1, 0 or 1
 GPTQ_BLOCK = 128  # columns
 TOLERANCE = 4096  # bytes of the budget that may stay unused
-AIM = 2000  # bytes below the budget at which the search aims first
+AIM = 2000  # the search aims this many bytes below the budget
 LZMA = dict(
     format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=1 << 20, pb=0)]
 )
@@ -2200,31 +2296,32 @@ class RowQuantizer:
     """Rounds each row by itself, without looking at the inputs of the matrix (GPTQ-lite)."""
 
     def __init__(self, state: dict[str, Tensor], hp, curvature: dict[str, Curvature]):
-        """`state`: the weights to be packed; `curvature`: ignored."""
+        """`state`: the weights to be packed. It and `curvature` are for other quantisers."""
         self.hp = hp
 
     def quantize(self, name: str, w_RC, coarsen: float) -> tuple[Tensor, Tensor]:
-        """(codes, deltas) as of `quantize_rows`, with about `coarsen` times the natural step size,
-        which is that of QUANT_BITS."""
+        """(codes (R, C), step sizes (R, 1)) as of `quantize_rows`, with about `coarsen` times the
+        natural step sizes."""
         largest = largest_code(name, w_RC, self.hp) / coarsen
         return quantize_rows(w_RC, dithered_codes(len(w_RC), largest))
 
-    draft = quantize  # a quicker version, if there is one, whose codes take about as many bytes
+    draft = quantize  # a quicker version, of about as many bytes; there is no need for one here
 
 
 def dithered_codes(rows: int, largest: float) -> Tensor:
-    """(rows, 1): the largest code of each row, an integer from 1 to 127, on average `largest`. They
-    differ from row to row, so that a small change of `largest` changes a few rows."""
+    """(rows, 1): the largest code of each row, an integer from 1 to 127, on average `largest`. Rows
+    differ, so that a small change of `largest` changes only a few of them, and the size of the file
+    by little."""
     golden = 0.6180339887498949
     dither = torch.arange(rows, dtype=torch.float64)[:, None] * golden % 1
     return (largest + dither).floor().clamp(1, LARGEST_CODE).float()
 
 
 class GPTQ:
-    """Step sizes from `Curvature.deltas`; then columns are rounded in turn, and those still to come
-    compensate for the error so far (GPTQ, 2210.17323). Their common factor is such that they have
-    the geometric mean of RowQuantizer's. Matrices without a usable curvature are rounded by
-    rows."""
+    """Takes step sizes from `Curvature.deltas`, then rounds columns in turn, so that later columns
+    compensate for the error of earlier ones (GPTQ, 2210.17323). One factor scales all step sizes,
+    so that their geometric mean is that of the natural ones. Matrices without a usable curvature
+    are rounded by rows."""
 
     def __init__(self, state: dict[str, Tensor], hp, curvature: dict[str, Curvature]):
         self.rows = RowQuantizer(state, hp, curvature)
@@ -2250,14 +2347,16 @@ class GPTQ:
         return codes_CR.T.cpu().contiguous(), delta
 
     def draft(self, name: str, w_RC, coarsen: float) -> tuple[Tensor, Tensor]:
-        """The same step sizes, but each weight is rounded by itself: quick, and about as large."""
+        """The same step sizes, but each weight is rounded by itself. That is quicker, and the file
+        is about as large."""
         if name not in self.curvature:
             return self.rows.quantize(name, w_RC, coarsen)
         delta = self.delta(name, w_RC, coarsen)
         return round_to(delta, w_RC), delta
 
     def delta(self, name: str, w_RC, coarsen: float) -> Tensor:
-        """Step sizes (R, 1), large enough that no code passes 127."""
+        """Step sizes (R, 1), rounded to bfloat16 as they are stored, and large enough for codes of
+        at most 127."""
         delta = self.curvature[name].deltas * (self.scale * coarsen)
         least = w_RC.abs().amax(1, keepdim=True) / LARGEST_CODE
         return torch.maximum(delta, least).clamp_min(1e-30).bfloat16().float()
@@ -2272,9 +2371,10 @@ def round_to(delta: Tensor, w: Tensor) -> Tensor:
 
 
 def round_in_turn(w_CR, delta_R, factor_CC) -> Tensor:
-    """Codes (C, R) of the columns of a matrix, which are the rows of `w`, rounded one after the
-    other. `factor`: from Curvature.factors. Within a block of columns each error changes the later
-    columns at once; the columns after the block are changed by one product."""
+    """Codes (C, R) of a transposed matrix: each row of `w` is a column of the matrix. The columns
+    are rounded one after the other. `factor`: U of Curvature.factors. Within a block of columns,
+    each error is passed on to the later columns immediately; the columns after the block get all of
+    them by one product."""
     w_CR = w_CR.clone()
     codes_CR = torch.empty_like(w_CR)
     for start in range(0, len(w_CR), GPTQ_BLOCK):
@@ -2295,8 +2395,9 @@ def round_in_turn(w_CR, delta_R, factor_CC) -> Tensor:
 
 
 def spread_classes(codes_RC: ndarray) -> tuple[ndarray, ndarray]:
-    """(of each row, of each column), int16: 16 + 4 log2 of the root mean square of the codes, for
-    columns relative to their rows."""
+    """(classes of the rows, classes of the columns), int16: 16 + 4 log2 of the root mean square of
+    the codes, rounded. For a column, each code is first divided by the root mean square of its row.
+    Small constants keep rows and columns of zeros finite."""
     row = np.sqrt(np.square(codes_RC, dtype=np.float32).mean(1) + 0.03)
     column = np.sqrt(np.square(codes_RC / row[:, None]).mean(0) + 0.003)
     row, column = (np.rint(4 * np.log2(16 * spread)).astype("<i2") for spread in (row, column))
@@ -2309,24 +2410,29 @@ def tables_of(rows: ndarray, columns: ndarray) -> ndarray:
 
 
 def num_states(num_symbols: int) -> int:
-    """How many rANS states, of 4 bytes each in the file, take turns in coding so many symbols."""
+    """How many rANS states take turns in coding so many symbols. More are faster, as they are coded
+    side by side; each takes 4 bytes in the file."""
     return min(1024, 16 + (num_symbols >> 12))
 
 
 def table_frequencies(pairs: ndarray) -> ndarray:
-    """The frequency of each `pair`, an int16 SYMBOLS * table + symbol: uint16, scaled to sum to
-    2^SCALE in each table, and at least 1 for every pair that occurs."""
+    """How often each pair occurs, uint16, scaled to sum to 2^SCALE in each table, and at least 1
+    for every pair that occurs. A pair is SYMBOLS * table + symbol, int16."""
     count = np.bincount(pairs, minlength=SYMBOLS * TABLES).reshape(TABLES, SYMBOLS)
     occurs = count > 0
     spare = (1 << SCALE) - occurs.sum(1, keepdims=True)
     freq = occurs + count * spare // np.maximum(count.sum(1, keepdims=True), 1)
-    freq[np.arange(TABLES), freq.argmax(1)] += (1 << SCALE) - freq.sum(1)  # what rounding has left
+    freq[np.arange(TABLES), freq.argmax(1)] += (1 << SCALE) - freq.sum(
+        1
+    )  # the rest of the rounding
     return freq.astype("<u2").ravel()
 
 
 def rans_encode(pairs: ndarray) -> tuple[ndarray, bytes]:
-    """(`table_frequencies`, coded bytes) of `pairs`. Undoes the steps of `rans_decode`, from the
-    last to the first."""
+    """(`table_frequencies`, coded bytes) of `pairs`. rANS encodes backwards: this undoes the steps
+    of `rans_decode` from the last to the first. The bytes are the final states (u32), then 16-bit
+    words in the order in which the decoder reads them. States lie in [2^16, 2^32); one that would
+    grow beyond that first spills its low 16 bits into a word."""
     freq = table_frequencies(pairs)
     start = np.cumsum(freq, dtype=np.uint32) - freq
     count = num_states(len(pairs))
@@ -2338,12 +2444,15 @@ def rans_encode(pairs: ndarray) -> tuple[ndarray, bytes]:
         spills = (x >> (32 - SCALE)) >= freq[pair]
         words.append(x[spills].astype("<u2"))
         quotient, rest = np.divmod(np.where(spills, x >> 16, x), freq[pair])
-        x[:] = (quotient << SCALE) + rest + start[pair] % (1 << SCALE)  # start within its table
+        x[:] = (
+            (quotient << SCALE) + rest + start[pair] % (1 << SCALE)
+        )  # tables follow each other, each 2^SCALE long
     return freq, b"".join([states, *reversed(words)])
 
 
 def rans_decode(coded: bytes, tables: ndarray, freq: ndarray) -> ndarray:
-    """The symbols (uint8), given the table of each. ValueError: too few bytes, or too many."""
+    """The symbols (uint8); `tables` has the number of each one's frequency table. ValueError: too
+    few bytes, or too many."""
     start = np.cumsum(freq, dtype=np.uint32) - freq
     pair_of_slot = np.repeat(np.arange(len(freq), dtype="<u2"), freq)
     count = num_states(len(tables))
@@ -2359,17 +2468,18 @@ def rans_decode(coded: bytes, tables: ndarray, freq: ndarray) -> ndarray:
         x[:] = freq[pair] * (x >> SCALE) + slot - start[pair]
 
         low = np.flatnonzero(x < LEAST_STATE)
-        require_valid(len(low) <= len(words), "codes end early")
+        require_valid(len(low) <= len(words), "codes end too early")
         x[low] = x[low] << 16 | words[: len(low)]
         words = words[len(low) :]
     is_whole = not len(words) and (states == LEAST_STATE).all()
-    require_valid(is_whole, "codes do not end where they should")
+    require_valid(is_whole, "codes are damaged, or bytes are left over")
     return symbols
 
 
 def encode_matrices(matrices: list[ndarray]) -> tuple[ndarray, list[ndarray], bytes, list[int]]:
-    """(frequencies, spread classes of the rows of each matrix and then of the columns of each, rANS
-    words): what `decode_matrices` needs. And about how many bytes each matrix takes."""
+    """What `decode_matrices` needs: frequencies; the spread classes of the rows of all matrices,
+    followed by those of the columns; the coded bytes. And fourth, about how many bytes each matrix
+    takes."""
     classes = [spread_classes(codes) for codes in matrices]
     pairs = []
     for codes, (rows, columns) in zip(matrices, classes):
@@ -2420,14 +2530,15 @@ class Container(NamedTuple):
     """A packed state dict."""
 
     blob: bytes
-    sizes: dict[str, int]  # its bytes, by group of parameters; "side": all that is not codes
-    error: float  # of the coded weights: norm of the difference over norm
-    num_coded: int  # how many weights were coded, at least 1
+    sizes: dict[str, int]  # bytes of the codes by group of parameters, and of all else as "side"
+    error: float  # relative error of the coded weights: |decoded - w| / |w|
+    num_coded: int  # number of coded weights (1 if there are none)
 
 
 def quantize_state(state: dict[str, Tensor], hp, coarsen: float, quantize: Callable):
     """(entries, codes of the coded matrices, 16-bit numbers of all tensors, relative error).
-    Tensors that are not coded become float16. UserError: a weight is NaN, infinite or huge."""
+    Tensors that are not coded become float16, which ends at 65504. UserError: a weight is NaN,
+    infinite or huge."""
     entries, codes, numbers = [], [], []
     lost = total = 0.0  # sums of squares
     for name, tensor in state.items():
@@ -2435,7 +2546,8 @@ def quantize_state(state: dict[str, Tensor], hp, coarsen: float, quantize: Calla
         largest = largest_code(name, tensor, hp)
         require(
             bool((w.abs() <= (1e30 if largest else 65504)).all()),
-            f"{name}: holds NaN, infinity or huge values; training diverged, lower the rates",
+            f"{name}: holds NaN, infinity or huge values: training diverged; lower the learning "
+            "rates",
         )
         entries.append(TensorEntry(name, largest > 0, tuple(w.shape)))
         if not largest:
@@ -2452,13 +2564,14 @@ def quantize_state(state: dict[str, Tensor], hp, coarsen: float, quantize: Calla
 def pack(
     state: dict[str, Tensor], hp, coarsen: float = 1.0, quantize: Callable | None = None
 ) -> Container:
-    """The container of a state dict, with about `coarsen` times the natural step sizes. `quantize`
-    is a method of a quantiser, by default RowQuantizer's. UserError: a weight is NaN or huge."""
+    """The container of a state dict, with about `coarsen` times the natural step sizes. `quantize`:
+    the `quantize` or `draft` of a quantiser, by default RowQuantizer's. UserError: a weight is NaN,
+    infinite or huge."""
     quantize = quantize or RowQuantizer(state, hp, {}).quantize
     entries, codes, numbers, error = quantize_state(state, hp, coarsen, quantize)
     freq, classes, words, coded_sizes = encode_matrices(codes)
     numbers = b"".join([freq, *classes, *numbers])
-    by_byte = np.frombuffer(numbers, np.uint8).reshape(-1, 2).T.tobytes()
+    by_byte = np.frombuffer(numbers, np.uint8).reshape(-1, 2).T.tobytes()  # low bytes, then high
     text = "".join(entry.line() for entry in entries).encode()
     side = lzma.compress(text + b"\0" + by_byte, **LZMA)
     body = len(side).to_bytes(4, "little") + side + words
@@ -2473,15 +2586,15 @@ def pack(
 
 
 def decompress(blob: bytes, like: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The state dict of a container, float32 on the CPU. With `like`, it must have the same names
-    and shapes. ValueError: it is no container, cut or damaged, of another model, or claims what
-    cannot be; claims are checked before memory is taken."""
+    """The state dict of a container, float32 on the CPU. ValueError: it is not a container, is
+    damaged, claims impossible sizes, or has other names and shapes than the state dict `like`.
+    Sizes are checked before memory is taken for them."""
     try:
         magic = blob[: len(MAGIC)]
-        found = f"starts with {magic!r}, expected {MAGIC!r}: no artifact of this script"
+        found = f"starts with {magic!r}, expected {MAGIC!r}: not an artifact of this script"
         require_valid(magic == MAGIC, found)
-        body = blob[CHECKSUM.stop :]
-        is_intact = hashlib.sha256(body).digest() == blob[CHECKSUM]
+        body = blob[CHECKSUM_PLACE.stop :]
+        is_intact = hashlib.sha256(body).digest() == blob[CHECKSUM_PLACE]
         require_valid(is_intact, "SHA-256 differs: cut or damaged")
         side_end = 4 + int.from_bytes(body[:4], "little")
         text, numbers = inflate(body[4:side_end])
@@ -2500,8 +2613,8 @@ def require_shapes(found: dict[str, tuple[int, ...]], like: dict[str, Tensor]) -
         needed = tuple(like[name].shape) if name in like else "absent"
         require_valid(
             here == needed,
-            "is of another model than the settings (its log has those that it was trained with): "
-            f"{name} is {here} in the file, {needed} by the settings",
+            f"belongs to a model of other settings: {name} is {here} in the file, but {needed} by "
+            "the settings of now; the log of its run has those that it was trained with",
         )
 
 
@@ -2525,10 +2638,10 @@ def parse_entries(text: bytes) -> list[TensorEntry]:
         entries.append(TensorEntry(match[1].decode(), match[2] == b"1", shape))
 
     names = {entry.name for entry in entries}
-    require_valid(len(names) == len(entries), "a name twice")
+    require_valid(len(names) == len(entries), "a tensor name occurs twice")
     coded_shapes = [entry.shape for entry in entries if entry.is_coded]
     are_matrices = all(len(shape) == 2 and min(shape) > 0 for shape in coded_shapes)
-    require_valid(are_matrices, "codes of no matrix")
+    require_valid(are_matrices, "a coded tensor is not a matrix")
     claimed = sum(entry.num_weights for entry in entries)
     require_valid(claimed <= MOST_WEIGHTS, "absurdly many weights")
     return entries
@@ -2543,7 +2656,7 @@ def read_tensors(entries: list[TensorEntry], numbers: bytes, words: bytes) -> di
         *(entry.shape[1] for entry in coded),
         *(entry.num_numbers for entry in entries),
     ]
-    require_valid(len(numbers) == 2 * sum(sizes), "a side stream of another length")
+    require_valid(len(numbers) == 2 * sum(sizes), "a side stream of the wrong length")
     by_byte = np.frombuffer(numbers, np.uint8).reshape(2, -1)
     parts = iter(np.split(by_byte.T.copy().view("<i2").ravel(), np.cumsum(sizes)[:-1]))
     freq = next(parts)
@@ -2570,10 +2683,10 @@ class Packed(NamedTuple):
     """What `compress` returns: a container, and facts for the log."""
 
     container: Container
-    coarsen: float  # what all natural step sizes were multiplied by; below 1: finer
-    error_before: float  # the coded weights' relative error at the natural step sizes
+    coarsen: float  # the factor of the natural step sizes; below 1: finer
+    error_before: float  # the coded weights' relative error at the natural step sizes, as drafted
     bits_per_parameter: float
-    levels: float  # the largest code that a matrix of QUANT_BITS has left, at most 127
+    levels: float  # the largest code of a matrix of QUANT_BITS, after coarsening; at most 127
 
 
 def compress(
@@ -2583,9 +2696,10 @@ def compress(
     budget: int,
     progress: Callable | None = None,
 ) -> Packed:
-    """Pack a state dict into at most `budget` bytes, with the quantiser that QUANTIZER names or, if
-    there is no curvature, by rows. `progress(n, size)` is called after the n-th packing. UserError:
-    even codes of -1, 0 and 1 take too many bytes, or a weight is NaN or huge."""
+    """Pack a state dict into at most `budget` bytes, with the quantiser that QUANTIZER names
+    (RowQuantizer, if there is no curvature). `progress(n, size)` is called after the n-th packing.
+    UserError: even codes of -1, 0 and 1 take too many bytes, or a weight is NaN, infinite or
+    huge."""
     quantizer = QUANTIZERS[hp.quantizer if curvature else "rows"](state, hp, curvature)
     return fit(state, hp, quantizer, budget, progress)
 
@@ -2593,10 +2707,11 @@ def compress(
 def fit(
     state: dict[str, Tensor], hp, quantizer, budget: int, progress: Callable | None = None
 ) -> Packed:
-    """The same with a given quantiser. One factor multiplies all step sizes. It is found by
-    packing, to within TOLERANCE bytes: above 1 if bytes are few; below 1, with FILL_BUDGET and up
-    to codes of 8 bits, if some are left. The search first packs with the quantiser's quicker draft,
-    then with the quantiser itself from where the draft fits."""
+    """As `compress`, with a given quantiser. One factor multiplies all natural step sizes. It is
+    above 1 if the file would else be too large. With FILL_BUDGET it may fall below 1, until codes
+    have 8 bits, to use the bytes that are left. It is found by packing again and again: first with
+    the quantiser's quicker draft, then, starting at the factor found so, with the quantiser
+    itself."""
     natural = 2 ** (hp.quant_bits - 1) - 1
     finest = (natural + 1) / (2 * (LARGEST_CODE + 1)) if hp.fill_budget else 1.0
     *_, before = quantize_state(state, hp, 1.0, quantizer.draft)
@@ -2611,7 +2726,7 @@ def fit(
             progress(packings, len(container.blob))
         return container
 
-    for quantize in dict.fromkeys((quantizer.draft, quantizer.quantize)):  # once, if equal
+    for quantize in dict.fromkeys((quantizer.draft, quantizer.quantize)):  # one, for RowQuantizer
         most = 100 if quantize == quantizer.draft else 4
         search = partial(pack_at, quantize=quantize)
         best, coarsen = largest_that_fits(search, budget, finest, coarsen, most)
@@ -2628,10 +2743,10 @@ def fit(
 def largest_that_fits(
     pack_at: Callable, budget: int, finest: float, coarsen: float, most: int
 ) -> tuple[Container | None, float]:
-    """(the container, its factor of the step sizes): the first one within TOLERANCE below `budget`,
-    or the largest that fits after about `most` packings; None if none does. `pack_at(coarsen)`
-    packs; the search begins at `coarsen` and assumes that a bit less per weight doubles the step
-    size."""
+    """(a container that fits, its factor of the step sizes); None in its place if none fits. The
+    search ends with the first container at most TOLERANCE bytes below `budget`, or with the last
+    one that fits once there were `most` packings. `pack_at(coarsen)` packs. The search begins at
+    `coarsen`, and assumes that doubling the step sizes saves a bit per weight."""
     best = None
     low, high = finest, COARSEST
     packings = 0
@@ -2645,7 +2760,7 @@ def largest_that_fits(
         bits_over = (excess + aim) * 8 / container.num_coded  # of each weight
         if excess > 0:
             low = coarsen
-            aim *= 2  # sizes change in jumps, as step sizes are bfloat16: aim lower
+            aim *= 2  # sizes move in jumps, as step sizes are bfloat16: aim lower
         else:
             high = coarsen
             aim = AIM
@@ -2878,27 +2993,33 @@ def ttt_step(optimizer, tuned: list[nn.Parameter], ranks) -> None:
 
 
 # --- 13. Mixture --------------------------------
-# The model's probabilities are mixed with counts of what came before in the stream. The mixture is
-# fixed by the past alone and sums to 1 over the vocabulary, so that a decoder could use it.
-# Counting is sorting: positions are grouped by the n - 1 tokens before them, in stream order within
-# a group; sorting a group by its next token splits it into the groups for n + 1. So the counts of
-# every n are exact, and they are made while the GPUs score.
+# The model's probabilities are mixed with frequencies of what came before in the stream. Each mixed
+# distribution depends on earlier tokens alone and sums to 1 over the vocabulary. So the score is
+# the length of a code: a decoder could compute the same distributions.
+#
+# Counts are exact, by sorting. Positions are grouped by the n - 1 tokens before them, and keep the
+# order of the stream within a group. In a group, a position's rank among those with the same token
+# is the count of its n-gram so far. Sorting each group by these tokens gives the groups for n + 1.
+# All of it happens while the GPUs score.
 
-CHUNK = 1 << 18  # positions sorted at a time, so that a sort stays in the cache
-# The online rule has a set of mixing weights for each bucket of targets. Buckets differ, coarsest
-# distinction first, in: the model's entropy in whole nats; how often the context came before in the
-# document; and the context's state, which is how far back it last came, which share of its
-# followers was not new, and how often it came.
-BUCKETS = (6, 4, 3, 4, 8)
-STATES = 3 * 4 * 8
-FAR, FARTHER = 512, 2048  # tokens back: the model may still see it, the model no longer sees it
-OFTEN = 255  # the largest count kept within a document; it means "255 or more, exact count unknown"
-# What to add to a context's state, by how often it came in its document: never, once, 2 or 3 times,
-# more. States are counted from 1.
-DOC_OFFSET = STATES * np.array((0, 1, 2, 2, *[3] * (OFTEN - 3))) - 1
-LARGEST_SURPRISE = 40.0  # nats; its cube still fits into a uint16
-PRIOR_STRENGTH = 60  # of the prior from the coarser level of buckets, in pseudo-observations
-ALPHA_CENTERS = {  # nats of entropy at which the weight of backoff is half-way, for n = 2 ... 7
+CHUNK = 1 << 18  # positions sorted at a time: they fit into the CPU's cache
+# The online rule has a set of mixing weights for each bucket of targets, which is made of:
+BUCKETS = (
+    6,  # the model's entropy, in whole nats
+    4,  # how often the context came before in the document: never, once, 2 or 3 times, more
+    3,  # how far back it last came: less than FAR tokens, less than FARTHER, more
+    4,  # the share of its followers that had followed it before, in quarters
+    8,  # how often it came, as floor(log2)
+)
+STATES = math.prod(BUCKETS[2:])  # the last three are one number, the context's state
+FAR, FARTHER = 512, 2048  # at 2048 tokens, its default, a scoring window no longer reaches back
+OFTEN = 255  # the largest count kept within a document: "255 or more, the exact count is unknown"
+# What to add to a context's state to get its bucket, by how often the context came in its document.
+# (1 less than STATES times 0 ... 3, as states are counted from 1.)
+DOC_OFFSET = STATES * np.repeat((0, 1, 2, 3), (1, 1, 2, OFTEN - 3)) - 1
+LARGEST_SURPRISE = 40.0  # nats; what costs more counts as this, whose cube fits into a uint16
+PRIOR_STRENGTH = 60  # pseudo-observations that the weights of the coarser buckets are worth
+ALPHA_CENTERS = {  # entropy in nats at which alpha is midway between its limits, for n = 2 ... 7
     "entropy": np.full(6, 4.0),  # PR #889, #806
     "order": np.array((4.5, 4.2, 3.8, 3.5, 3.2, 3.0)),  # PR #825
 }
@@ -2908,21 +3029,23 @@ ALPHA_CENTERS = {  # nats of entropy at which the weight of backoff is half-way,
 
 
 def since_start(values: ndarray, first: ndarray) -> ndarray:
-    """`values` minus the value at the start of their run; `first` marks where runs start."""
+    """`values` minus the value at the start of their run. A run is a number of consecutive entries,
+    and `first` marks the first of each."""
     starts = np.flatnonzero(first)
     lengths = np.diff(starts, append=len(first))
     return values - np.repeat(values[starts], lengths)
 
 
 def sum_before(values: ndarray, first: ndarray) -> ndarray:
-    """The sum of the values before each one in its run."""
+    """For each value, the sum of the earlier values of its run."""
     return since_start(np.cumsum(values) - values, first)
 
 
 def sort_runs(keys: ndarray) -> tuple[ndarray, ndarray, ndarray]:
-    """(perm, first, prior): `perm` brings equal keys together, in stream order; `first` marks where
-    runs of them start; prior[t] is how many positions before t hold the same key. Key and position
-    are packed into 64 bits, so that one in-place sort is stable."""
+    """(perm, first, earlier): `perm` sorts the positions by key, equal keys in stream order;
+    `first` marks, in that order, where a new key begins; earlier[t] is how many positions before t
+    hold the same key. Key and position are packed into one 64-bit number, so that an ordinary sort
+    keeps the order of the stream."""
     index = np.arange(len(keys), dtype=np.uint32)
     bits = np.uint64(len(keys).bit_length())
     packed = keys.astype(np.uint64) << bits | index
@@ -2931,10 +3054,10 @@ def sort_runs(keys: ndarray) -> tuple[ndarray, ndarray, ndarray]:
     perm = (packed & position_mask).view(np.int64)
     np.right_shift(packed, bits, out=packed)  # leaves the keys
 
-    first = np.append(True, packed[1:] != packed[:-1])[: len(keys)]
-    prior = np.empty_like(index)
-    prior[perm] = since_start(index, first)
-    return perm, first, prior
+    first = np.append(True, packed[1:] != packed[:-1])[: len(keys)]  # cut, if there are no keys
+    earlier = np.empty_like(index)
+    earlier[perm] = since_start(index, first)
+    return perm, first, earlier
 
 
 def floor_log2(x: ndarray) -> ndarray:
@@ -2943,25 +3066,25 @@ def floor_log2(x: ndarray) -> ndarray:
 
 
 def context_states(t: ndarray, first: ndarray, ngram_count: ndarray) -> ndarray:
-    """The state of each position's context: 0 if the context is new, else 1 + a number made of how
-    far back it last came, which share of its followers was not new, and how often it came. It knows
-    the past alone. `t`: positions grouped by context; `first` marks where groups start;
-    `ngram_count`: how often the position's token followed the context before."""
+    """The state of each position's context, from the past alone: 0 if the context is new, else 1 +
+    a number made of the last three parts of BUCKETS. `t`: positions grouped by context; `first`
+    marks where groups start; `ngram_count`: how many times the position's token had followed the
+    context already."""
     seen = since_start(np.arange(len(t), dtype=np.int32), first)  # c(u)
-    is_known = (ngram_count > 0).astype(np.int32)
-    known_before = since_start(np.cumsum(is_known, dtype=np.int32) - is_known, first)
-    gap = np.diff(t, prepend=t[:1])
+    is_repeat = (ngram_count > 0).astype(np.int32)
+    repeats_before = since_start(np.cumsum(is_repeat, dtype=np.int32) - is_repeat, first)
+    gap = np.diff(t, prepend=t[:1])  # meaningless where a group starts, but there the state is 0
 
-    often = np.maximum(seen, 1)
-    frequency = np.minimum(floor_log2(often), 7)
-    share_known = 4 * known_before // often  # 0 ... 3, as a context's first follower is new
-    distance = (gap >= FAR).astype(np.int32) + (gap >= FARTHER)
-    return np.where(seen, 1 + (distance * 4 + share_known) * 8 + frequency, 0)
+    divisor = np.maximum(seen, 1)
+    count_class = np.minimum(floor_log2(divisor), 7)
+    share_class = 4 * repeats_before // divisor  # 0 ... 3, as a context's first follower is new
+    distance_class = (gap >= FAR).astype(np.int32) + (gap >= FARTHER)
+    return np.where(seen, 1 + (distance_class * 4 + share_class) * 8 + count_class, 0)
 
 
 def ranks_in_document(document: ndarray, first: ndarray) -> ndarray:
-    """uint8, for positions in runs, in stream order: how many positions of the run lie before it in
-    the same document, at most OFTEN."""
+    """For each position of a run, in stream order: how many earlier positions of the run are in the
+    same document, uint8, at most OFTEN."""
     first = first.copy()
     first[1:] |= document[1:] != document[:-1]
     ranks = since_start(np.arange(len(first), dtype=np.uint32), first)
@@ -2969,16 +3092,18 @@ def ranks_in_document(document: ndarray, first: ndarray) -> ndarray:
 
 
 class Counts(NamedTuple):
-    """Of one n, for every position t of the stream, which ends an n-gram (u, v)."""
+    """The counts for one n. Entry t is about the n-gram that ends at position t: the context u, n -
+    1 tokens, then the token v."""
 
     ngram_count: ndarray  # c(u, v): how many earlier positions end the same n-gram
-    doc_count: ndarray  # the same within the document, at most OFTEN, uint8
+    doc_count: ndarray  # how many of them are in the same document, at most OFTEN, uint8
     context_state: ndarray  # of u, uint8, see `context_states`; empty for n = 1
 
 
 def ngram_counts(tokens: ndarray, longest: int, describe: bool = True) -> Iterator[Counts]:
-    """Yields the Counts for n = 1 ... `longest`. The count c(u) of a context is the ngram_count of
-    n - 1, one position earlier. Without `describe`, only ngram_count is made."""
+    """Yields the Counts for n = 1 ... `longest`. c(u), how often a context was followed by
+    something, is not among them: it is the ngram_count of n - 1, one position earlier. Without
+    `describe`, only ngram_count is made."""
     perm, first, count = sort_runs(tokens)
     stream = tokens
     doc_count = np.zeros(len(tokens) if describe else 0, np.uint8)
@@ -2992,7 +3117,8 @@ def ngram_counts(tokens: ndarray, longest: int, describe: bool = True) -> Iterat
     yield Counts(narrowed(count), doc_count, np.zeros(0, np.uint8))
 
     # t holds positions, grouped by the n - 1 tokens before them; `first` marks where groups start.
-    # The last position of the stream is followed by nothing; it is the last of its group.
+    # The last position of the stream has no next one to enter; as it is the last of its group, no
+    # group loses its start.
     is_followed = perm < len(tokens) - 1
     t = perm[is_followed].astype(np.uint32) + 1
     first = first[is_followed]
@@ -3000,14 +3126,14 @@ def ngram_counts(tokens: ndarray, longest: int, describe: bool = True) -> Iterat
     for _ in range(2, longest + 1):
         ngram_count = np.zeros(len(tokens), np.uint32)
         doc_count, context_state = np.zeros((2, len(doc_count)), np.uint8)
-        kept = 0  # the next n's t and first overwrite this one's, which have been read by then
+        kept = 0  # t and first for n + 1 are written over those for n, as far as these were read
         for start, stop in chunks_of_groups(first):
             place = t[start:stop]
             begins = first[start:stop]
             document_and_token = stream[place]
             group = np.cumsum(begins, dtype=np.uint64)
             keys = group << np.uint64(16) | (document_and_token & 0xFFFF)
-            by_token, next_begins, count = sort_runs(keys)
+            by_token, next_begins, count = sort_runs(keys)  # the 1st and 2nd: of the sorted order
             ngram_count[place] = count
             sorted_place = place[by_token]
             if describe:
@@ -3016,7 +3142,8 @@ def ngram_counts(tokens: ndarray, longest: int, describe: bool = True) -> Iterat
                 context_state[place] = context_states(place, begins, count)
 
             following = sorted_place + 1
-            is_alone = next_begins & np.append(next_begins[1:], True)  # its counts stay 0
+            # an n-gram that comes once is dropped: with any longer context its counts are 0
+            is_alone = next_begins & np.append(next_begins[1:], True)
             keep = ~is_alone & (following < len(tokens))
             end = kept + np.count_nonzero(keep)
             t[kept:end] = following[keep]
@@ -3033,26 +3160,25 @@ def narrowed(count: ndarray) -> ndarray:
 
 
 def chunks_of_groups(first: ndarray) -> Iterator[tuple[int, int]]:
-    """Yields (start, stop) of chunks of at least CHUNK positions that end where a group ends.
-    `first` is read beyond the current chunk only, so that the caller may overwrite what lies
-    before."""
+    """Yields (start, stop) of chunks that end where a group ends, of at least CHUNK positions but
+    for the last. The caller may overwrite `first` up to `stop`: it is not read again."""
     stop = 0
     while stop < len(first):
         start = stop
         rest = first[start + CHUNK :]
-        stop = start + CHUNK + int(rest.argmax()) if rest.any() else len(first)
+        stop = start + CHUNK + int(rest.argmax()) if rest.any() else len(first)  # next True
         yield start, stop
 
 
 def document_numbers(tokens: ndarray) -> ndarray:
-    """uint32: how many BOS lie before each position. As a target, a BOS still belongs to the
-    document that it ends."""
+    """How many BOS lie strictly before each position, uint32: so a BOS still belongs to the
+    document before it."""
     closes = tokens == BOS
     return np.cumsum(closes, dtype=np.uint32) - closes
 
 
 def document_start(tokens: ndarray, target: int) -> int:
-    """The position after the last BOS before the target."""
+    """The position of the first token of the document that the target belongs to."""
     closes = np.flatnonzero(tokens[: target + 1] == BOS)
     return closes[-1] + 1 if len(closes) else 0
 
@@ -3060,9 +3186,9 @@ def document_start(tokens: ndarray, target: int) -> int:
 def earlier_continuations(
     tokens: ndarray, target: int, lengths: range
 ) -> Iterator[tuple[int, ndarray]]:
-    """Yields (n, the positions of all tokens that followed the target's context of n - 1 tokens
-    before) for each n >= 2 of `lengths` whose context came before. It looks at every position:
-    slow, and independent of `ngram_counts`."""
+    """Yields (n, positions) for each n >= 2 of `lengths`: the positions of all earlier tokens that
+    have the target's context, the same n - 1 tokens, before them; nothing, where there are none. It
+    looks at every position: slow, but a check on `ngram_counts`."""
     t = target + 1
     places = np.flatnonzero(tokens[: t - 1] == tokens[t - 1]) + 1
     for n in range(2, min(lengths.stop, t + 2)):
@@ -3073,39 +3199,40 @@ def earlier_continuations(
 
 
 # Mixing rules: how the model's p and the counts become one probability. `mix` takes a block of
-# targets; `distribution` gives the probability of every token at one target of the block mixed
-# last, from counts made anew, by the same formula; `evidence` is the counts, which a prefix of the
+# targets. `distribution` gives the probability of every token at one target of the most recent
+# block, from counts made anew, by the same formula. `evidence` is the counts, which a prefix of the
 # stream must reproduce.
 
 
 class Backoff:
-    """The longest n-gram whose context came at least NGRAM_MIN_COUNT times before gives c(u, v) /
-    c(u); the choice never looks at the target. p = (1 - alpha) * model + alpha * c(u, v) / c(u),
-    where alpha rises with the model's entropy from ALPHA_MIN to ALPHA_MAX, half-way at
-    ALPHA_CENTERS."""
+    """p = (1 - alpha) * model + alpha * c(u, v) / c(u), for the longest n whose context u came at
+    least NGRAM_MIN_COUNT times before; the choice never looks at the target. alpha rises with the
+    model's entropy from ALPHA_MIN to ALPHA_MAX (PR #889, #825, #806)."""
 
     def __init__(self, tokens: ndarray, hp):
         self.tokens = tokens
         self.hp = hp
         self.lengths = range(hp.ngram_min_order, hp.ngram_order + 1)
         num_targets = len(tokens) - 1
-        self.n = np.zeros(num_targets, np.uint8)  # the n that wins; 0: none
+        self.n = np.zeros(num_targets, np.uint8)  # the n that is used; 0: none
         self.context_count = np.zeros(num_targets, np.uint32)  # its c(u)
         self.ngram_count = np.zeros(num_targets, np.uint32)  # its c(u, v)
         shorter = None  # the counts of n - 1
+        # Target i is token i + 1, and its context ends at token i. The first target that has a
+        # whole context is n - 2.
         counts = ngram_counts(tokens, hp.ngram_order, describe=False)
         for n, (count, *_) in enumerate(counts, start=1):
             if n in self.lengths:
                 context_count = shorter[n - 2 : -1]
-                wins = context_count >= hp.ngram_min_count
-                self.n[n - 2 :][wins] = n
-                self.context_count[n - 2 :][wins] = context_count[wins]
-                self.ngram_count[n - 2 :][wins] = count[n - 1 :][wins]
+                qualifies = context_count >= hp.ngram_min_count
+                self.n[n - 2 :][qualifies] = n
+                self.context_count[n - 2 :][qualifies] = context_count[qualifies]
+                self.ngram_count[n - 2 :][qualifies] = count[n - 1 :][qualifies]
             shorter = count
 
     def blend(self, n, context_count, ngram_count, model, entropy):
-        """The formula. All arguments are arrays along targets or, for every token at one target,
-        scalars and arrays along the vocabulary."""
+        """The formula. For a block, all arguments are arrays along its targets. For every token at
+        one target, ngram_count and model are arrays along the vocabulary and the others scalars."""
         centers = ALPHA_CENTERS[self.hp.ngram_alpha]
         center = centers[np.clip(n.astype(int) - 2, 0, len(centers) - 1)]
         rising = 1 / (1 + np.exp(-2 * (entropy.astype(np.float64) - center)))
@@ -3132,24 +3259,24 @@ class Backoff:
 
 
 class DocumentCache:
-    """What the document has said so far, each token as often as the model was surprised by it: it
-    predicts v with S(v) / S, where S(v) is the sum of the cubes of the nats that v has cost in this
-    document. Names and terms return in a document more often than the model expects; what it did
-    expect tells nothing new."""
+    """Counts the tokens of the document so far, each weighted by the cube of the nats that it cost
+    the model. It predicts v with S(v) / S: the weights of v over those of all tokens. Names and
+    terms return in a document more often than the model expects; tokens that it expected tell
+    nothing new."""
 
     def __init__(self, tokens: ndarray):
         self.tokens = tokens
         self.cubes = np.zeros(len(tokens), np.uint16)  # whole numbers: their sums are exact
-        self.open = np.zeros(1 << 16)  # S(v) of the document in which the last block ended
+        self.open_sums = np.zeros(1 << 16)  # S(v) of the document in which the last block ended
 
     @staticmethod
     def surprise(nats):
-        """How much a token counts that has cost so many nats."""
+        """The weight of a token that cost so many nats."""
         return np.rint(nats * nats * nats)
 
     def extend(self, begin: int, end: int, model: ndarray) -> tuple[ndarray, ndarray]:
         """(S(v) of the target, S) at each of the targets [begin, end), from earlier targets alone.
-        `model`: the model's p of the targets, which is learned for later ones."""
+        `model`: the model's p of the targets, which counts for later ones."""
         token = self.tokens[begin + 1 : end + 1]
         opens = self.tokens[begin:end] == BOS  # does a document open with this target?
         cubes = self.surprise(np.minimum(-np.log(model), LARGEST_SURPRISE))
@@ -3163,64 +3290,67 @@ class DocumentCache:
         sum_of_token[perm] = sum_before(cubes[perm], np.append(True, first))
         sum_of_all = sum_before(cubes, np.append(True, opens[1:]))
 
+        # The document that was open goes on until the first BOS; the last one stays open.
         starts = np.flatnonzero(opens)
-        old = slice(starts[0] if len(starts) else None)  # targets of the document that was open
-        sum_of_token[old] += self.open[token[old]]
-        sum_of_all[old] += self.open.sum()
+        before = slice(starts[0] if len(starts) else None)
+        sum_of_token[before] += self.open_sums[token[before]]
+        sum_of_all[before] += self.open_sums.sum()
         if len(starts):
-            self.open[:] = 0
-        new = slice(starts[-1] if len(starts) else 0, None)
-        self.open += np.bincount(token[new], cubes[new], len(self.open))
+            self.open_sums[:] = 0
+        last = slice(starts[-1] if len(starts) else 0, None)
+        self.open_sums += np.bincount(token[last], cubes[last], len(self.open_sums))
         return sum_of_token, sum_of_all
 
     def distribution(self, target: int, V: int) -> tuple[ndarray, float]:
         """(S(v) of every token, S) at `target`, summed anew."""
-        known = slice(document_start(self.tokens, target), target + 1)
-        sums = np.bincount(self.tokens[known], self.cubes[known], V)
+        past = slice(document_start(self.tokens, target), target + 1)
+        sums = np.bincount(self.tokens[past], self.cubes[past], V)
         return sums, sums.sum()
 
 
 class Link(NamedTuple):
-    """A link of the online chain: it mixes the probability so far with that of some experts."""
+    """A link of the online chain: it mixes the probabilities so far with those of some experts."""
 
-    n: int  # of the n-gram; 1: the document's cache
-    rows: ndarray | slice  # the probabilities that it changes
-    bucket: ndarray | int  # the bucket of mixing weights, for each of them
-    experts: list[ndarray]  # what each expert gives, for each of them
+    n: int  # the n of its counts; 1: DocumentCache
+    rows: ndarray | slice  # indices of the probabilities that it changes
+    bucket: ndarray | int  # which mixing weights to use, one for each row or one for all
+    experts: list[ndarray]  # each expert's probabilities, one for each row
 
 
 class OnlineChain:
-    """A chain that begins with the model's p. Its first link mixes in the document's cache,
+    """A chain of mixtures that begins with the model's p. The first link mixes in DocumentCache,
 
         p_1(v) = w0 * p(v) + w1 * S(v) / S,
 
-    and each longer n, where the context u of n - 1 tokens has come before, two counting experts,
+    unless S is 0. Each longer n, whose context u of n - 1 tokens came before, mixes in two experts:
 
         p_n(v) = w0 * p_{n-1}(v) + w1 * c(u, v) / c(u) + w2 * d(u, v) / d(u).
 
-    c counts in the stream, d in the document; where d knows nothing, c takes its place. Each bucket
-    of targets has its own weights w, learned by EM from strictly earlier blocks. In the end the
-    last p_n and the model's p are averaged, weighted by their likelihood on all earlier targets
-    (Bayes); over the whole stream that costs at most one bit more than the better of the two."""
+    c counts in the stream, d in the document. Where d(u) is 0 or has reached OFTEN, the third term
+    uses c instead. Each bucket of targets has its own mixing weights w, learned from strictly
+    earlier blocks by expectation maximisation (EM). The result at each target is the average of the
+    last p_n and of the model's p, weighted by their likelihood on all earlier targets (Bayes). Over
+    the whole stream that costs at most one bit more than the better of the two."""
 
-    forgetting = 0.97  # factor, per block, of what was learned before
+    forgetting = 0.97  # forgetting factor per block: credits are multiplied by it
 
     def __init__(self, tokens: ndarray, hp):
         self.tokens = tokens
         self.lengths = range(hp.ngram_min_order, hp.ngram_order + 1)
         self.counts = dict(enumerate(ngram_counts(tokens, hp.ngram_order), start=1))
         self.cache = DocumentCache(tokens)
-        # For EM: the share of earlier targets that each expert explained, by n and bucket.
+        # For EM: how many earlier targets each expert explained, by n and bucket, old ones fading.
         self.credits = {n: np.zeros((3, *BUCKETS)) for n in self.lengths}
         self.credits[1] = np.zeros((2, BUCKETS[0]))
-        self.mix_weights = {}  # (experts, buckets) by n, for the block mixed last
-        self.log_odds = 0.0  # of the last p_n against the model, by likelihood so far
-        self.begin = 0  # of the block mixed last
-        self.trust = np.empty(0)  # weight of the last p_n, for each target of that block
+        self.log_odds = 0.0  # log of the likelihood ratio of chain and model on all earlier targets
+        # Of the most recent block:
+        self.mix_weights = {}  # (experts, buckets) by n
+        self.begin = 0  # its first target
+        self.trust = np.empty(0)  # the weight of the chain against the model, for each target
 
     def mix(self, begin: int, end: int, model: ndarray, entropy: ndarray):
-        """(p, longest n that matched) of the targets [begin, end). Afterwards it learns from
-        them."""
+        """(p, longest n that matched) of the targets [begin, end). What it learns from them takes
+        effect in the next block."""
         self.mix_weights = {n: bucket_weights(credits) for n, credits in self.credits.items()}
         p = model.copy()
         matched_n = np.zeros(end - begin, np.uint8)
@@ -3229,6 +3359,7 @@ class OnlineChain:
             if link.n > 1:
                 matched_n[link.rows] = link.n
 
+        # before each target, and after the last: a target must not judge itself
         log_odds = np.cumsum(np.append(self.log_odds, np.log(p / model)))
         self.log_odds = log_odds[-1]
         self.begin = begin
@@ -3236,26 +3367,28 @@ class OnlineChain:
         return self.average(self.trust, p, model), matched_n
 
     def distribution(self, target: int, model_V: ndarray, entropy):
-        """p of every token at `target`, which must lie in the block mixed last."""
+        """p of every token at `target`, which must lie in the most recent block."""
         p = model_V.copy()
         for link in self.links_of_target(target, len(model_V), entropy):
             self.apply(link, p)
         return self.average(self.trust[target - self.begin], p, model_V)
 
     def apply(self, link: Link, p: ndarray) -> list[ndarray]:
-        """Mix the experts of a link into p, in place. Returns what p and each expert
-        contributed."""
+        """Mix the experts of a link into p, in place: the formula of the chain, for the targets of
+        a block or for every token at one target. Returns what p and each expert contributed."""
         mix_weights = [w[link.bucket] for w in self.mix_weights[link.n]]
         parts = [w * q for w, q in zip(mix_weights, (p[link.rows], *link.experts))]
         p[link.rows] = sum(parts)
         return parts
 
     def learn(self, link: Link, parts: list[ndarray]) -> None:
-        """A step of EM: each target's credit is divided by what the parts contributed to its p."""
+        """A step of EM: each target gives a credit of 1, shared among the parts in proportion to
+        what they contributed to its p."""
         total = sum(parts)
         self.credits[link.n] *= self.forgetting
-        for credit, part in zip(self.credits[link.n].reshape(len(parts), -1), parts):
-            credit += np.bincount(link.bucket, part / total, len(credit))  # a view of credits[n]
+        views = self.credits[link.n].reshape(len(parts), -1)
+        for credit, part in zip(views, parts):
+            credit += np.bincount(link.bucket, part / total, len(credit))
 
     @staticmethod
     def average(trust, p, model):
@@ -3269,27 +3402,28 @@ class OnlineChain:
         yield Link(1, rows, entropy_bucket[rows], [sums[rows] / total[rows]])
         for n in self.lengths:
             # target t is token t + 1; its context ends at token t
-            ngram, doc_ngram, state = (counts[begin + 1 : end + 1] for counts in self.counts[n])
-            context, doc_context, _ = (counts[begin:end] for counts in self.counts[n - 1])
-            rows = np.flatnonzero(state)
-            bucket = self.bucket(state[rows], doc_context[rows], entropy_bucket[rows])
-            counted = (ngram[rows], context[rows], doc_ngram[rows], doc_context[rows])
-            yield Link(n, rows, bucket, self.frequencies(*counted))
+            here, shorter = self.counts[n], self.counts[n - 1]
+            rows = np.flatnonzero(here.context_state[begin + 1 : end + 1])
+            ends, context_ends = rows + begin + 1, rows + begin
+            doc_context = shorter.doc_count[context_ends]
+            bucket = self.bucket(here.context_state[ends], doc_context, entropy_bucket[rows])
+            counted = (here.ngram_count[ends], shorter.ngram_count[context_ends])
+            experts = self.frequencies(*counted, here.doc_count[ends], doc_context)
+            yield Link(n, rows, bucket, experts)
 
     def links_of_target(self, target: int, V: int, entropy) -> Iterator[Link]:
-        """Yields the same links for one target, with what each expert gives every token. All is
-        counted anew but the context's state."""
+        """Yields the same links for one target, with what each expert gives every token. Everything
+        except the context's state is counted anew."""
         entropy_bucket = self.entropy_bucket(entropy)
         sums, total = self.cache.distribution(target, V)
         if total:
             yield Link(1, slice(None), entropy_bucket, [sums / total])
         start = document_start(self.tokens, target)
         for n, places in earlier_continuations(self.tokens, target, self.lengths):
-            here = places[places >= start]
-            ngram_V, doc_ngram_V = (
-                np.bincount(self.tokens[some], minlength=V) for some in (places, here)
-            )
-            doc_context = np.uint8(min(len(here), OFTEN))
+            in_document = places[places >= start]
+            ngram_V = np.bincount(self.tokens[places], minlength=V)
+            doc_ngram_V = np.bincount(self.tokens[in_document], minlength=V)
+            doc_context = np.uint8(min(len(in_document), OFTEN))
             state = int(self.counts[n].context_state[target + 1])
             bucket = self.bucket(state, doc_context, entropy_bucket)
             experts = self.frequencies(ngram_V, len(places), doc_ngram_V, doc_context)
@@ -3302,16 +3436,17 @@ class OnlineChain:
 
     @staticmethod
     def bucket(context_state, doc_context, entropy_bucket):
-        """The bucket of a target whose context has this state and came so often in the document."""
+        """The bucket of a target whose context has this state, and came `doc_context` times in the
+        document."""
         return entropy_bucket * (BUCKETS[1] * STATES) + DOC_OFFSET[doc_context] + context_state
 
     @staticmethod
     def frequencies(ngram_count, context_count, doc_ngram_count, doc_context_count):
         """What the two counting experts give: c(u, v) / c(u) and d(u, v) / d(u)."""
         frequency = ngram_count / context_count
-        is_known = (doc_context_count > 0) & (doc_context_count < OFTEN)
+        is_usable = (doc_context_count > 0) & (doc_context_count < OFTEN)
         doc_frequency = doc_ngram_count / np.maximum(doc_context_count, np.uint8(1))
-        return [frequency, np.where(is_known, doc_frequency, frequency)]
+        return [frequency, np.where(is_usable, doc_frequency, frequency)]
 
     def evidence(self) -> list[ndarray]:
         return [array for counts in self.counts.values() for array in counts]
@@ -3319,9 +3454,10 @@ class OnlineChain:
 
 def bucket_weights(credits: ndarray) -> ndarray:
     """(experts, buckets): the posterior mean of the mixing weights, given credits[expert,
-    *BUCKETS]. The weights of coarser buckets are the Dirichlet prior of finer ones. Before anything
-    was seen, the first expert, the probability so far, has 0.98."""
-    levels = [credits]
+    *BUCKETS]. Coarser buckets, which leave out the first parts of BUCKETS, are the Dirichlet prior
+    of finer ones. At first the probability so far has the weight 0.98, and the experts share
+    0.02."""
+    levels = [credits]  # (experts, 6, 4, 3, 4, 8), then without the 6, then without the 4 ...
     while levels[-1].ndim > 1:
         levels.append(levels[-1].sum(1))
     others = len(credits) - 1
@@ -3339,8 +3475,8 @@ RULES = {"online": OnlineChain, "entropy": Backoff, "order": Backoff}
 
 
 def block_edges(total: int) -> list[int]:
-    """0 ... `total`: the edges of blocks that grow with the stream, from 64 targets to 65,536,
-    which a cache holds. Weights change from block to block."""
+    """The borders of the blocks, from 0 to `total`. Blocks grow with the stream, from 64 targets to
+    65,536, whose data fit into the CPU's cache. Mixing weights change from block to block."""
     edges = [0]
     while edges[-1] < total:
         size = min(max(64, edges[-1] // 32), 1 << 16)
@@ -3349,12 +3485,12 @@ def block_edges(total: int) -> list[int]:
 
 
 class Mixture:
-    """The scores of a model mixed with counts, block after block, as they arrive. NGRAM_ALPHA names
+    """Mixes the scores of a model with counts, block after block, as they arrive; NGRAM_ALPHA names
     the rule. For the audit, the whole distribution is made at some targets."""
 
     def __init__(self, tokens: ndarray, hp, rule=None):
-        """Counts the whole stream `tokens`, uint16 (62 million: 3.4 GB at the peak). `rule`: one
-        that is not in RULES."""
+        """Counts the whole stream `tokens`, uint16 (62 million: 3.4 GB at the peak). `rule`: a rule
+        to use instead of the one that NGRAM_ALPHA names."""
         self.tokens = tokens
         self.hp = hp
         self.rule = rule or RULES[hp.ngram_alpha](tokens, hp)
@@ -3363,13 +3499,14 @@ class Mixture:
         self.matched_n = np.zeros(self.num_targets, np.uint8)  # longest n known; 0: none
         self.edges = block_edges(self.num_targets)
         self.next_block = 0
-        places = [f(1, max(self.num_targets, 1), 16) for f in (np.geomspace, np.linspace)]
-        self.samples = np.unique(np.concatenate(places).astype(np.int64)) - 1
+        last = max(self.num_targets, 1)
+        spread = np.append(np.geomspace(1, last, 16), np.linspace(1, last, 16))
+        self.samples = np.unique(spread.astype(np.int64)) - 1  # targets, counted from 0
         self.enumerated = {}  # sampled target -> (what its distribution sums to, p of the target)
 
     def extend(self, nll: ndarray, entropy: ndarray) -> None:
-        """Mix every complete block of the first len(nll) targets; both arrays, in nats, begin with
-        the stream and grow from call to call. RuntimeError: a score is not finite."""
+        """Mix every block that is complete. Each call passes the scores of all targets so far, in
+        nats, from the first one on. RuntimeError: a score is not finite."""
         complete = np.searchsorted(self.edges, len(nll), "right")
         for begin, end in pairwise(self.edges[self.next_block : complete]):
             is_finite = np.isfinite(nll[begin:end] + entropy[begin:end]).all()
@@ -3383,8 +3520,8 @@ class Mixture:
                 self.enumerate(target, model[target - begin], entropy[target])
 
     def enumerate(self, target: int, p_target: float, entropy) -> None:
-        """Make the mixed distribution at `target`. The model's is known only at the target; its
-        rest is spread evenly over the other tokens."""
+        """Make the mixed distribution at `target`. Of the model's only the target's p is known
+        here: the rest of its mass is spread evenly over the other tokens."""
         V = self.hp.vocab_size
         token = self.tokens[target + 1]
         model_V = np.full(V, (1 - p_target) / (V - 1))
@@ -3397,15 +3534,17 @@ class Mixture:
         target another p than was scored, or a prefix of the stream has other counts."""
         faults = []
         for target, (mass, p) in self.enumerated.items():
-            nll = self.nll[target]
-            if abs(mass - 1) > 1e-9 or abs(nll + math.log(p)) > 1e-9:
-                faults.append(f"{target}: mass {mass}, p {p}, scored {nll} nats")
+            with np.errstate(divide="ignore"):
+                difference = abs(self.nll[target] + np.log(p))
+            if not (abs(mass - 1) <= 1e-9 and difference <= 1e-9):  # also if one is NaN
+                scored = f"scored {self.nll[target]} nats"
+                faults.append(f"at target {target} p sums to {mass}; {scored}, recounted {p}")
         prefix = self.tokens[: 1 << 14]
         alone = type(self.rule)(prefix, self.hp)
-        for some, full in zip(alone.evidence(), self.rule.evidence()):
-            if not np.array_equal(some, full[: len(some)]):
-                faults.append("the counts of a prefix differ alone")
-        require(not faults, f"the mixture is no code; targets {'; '.join(faults)}", RuntimeError)
+        pairs = zip(alone.evidence(), self.rule.evidence())
+        if not all(np.array_equal(some, full[: len(some)]) for some, full in pairs):
+            faults.append(f"the first {len(prefix)} tokens have other counts when counted alone")
+        require(not faults, f"the mixture is not a valid code: {'; '.join(faults)}", RuntimeError)
 
         masses = [mass for mass, _ in self.enumerated.values()]
         recounted = sum(self.matched_n[target] > 0 for target in self.enumerated)
@@ -3417,8 +3556,9 @@ class Mixture:
 
 
 def mix(tokens: ndarray, nll: ndarray, entropy: ndarray, hp) -> ndarray:
-    """The mixed nll, in nats, of every target of the stream `tokens`, float64. A run that mixes
-    while it scores uses Mixture itself."""
+    """The mixed nll, in nats, of every target of the stream `tokens`, float64, from the model's nll
+    and entropy. (A run uses Mixture itself, to mix while it scores.)"""
+    require(len(nll) == len(tokens) - 1, f"{len(nll)} scores for {len(tokens)} tokens", ValueError)
     mixture = Mixture(tokens, hp)
     mixture.extend(nll, entropy)
     return mixture.nll
@@ -3521,7 +3661,7 @@ def write_artifact(path: Path, trained: Trained, hp, log) -> None:
     for name, curvature in trained.curvature.items():
         if curvature.factors is None:
             log(f"warning: {name}: its moments have no Cholesky factor; rounded by rows")
-    packed = compress(trained.state, hp, trained.curvature, SIZE_CAP - code_size())
+    packed = compress(trained.weights, hp, trained.curvature, SIZE_CAP - code_size())
     log(
         f"fit_artifact coarsen:{packed.coarsen:.9f} error_before:{packed.error_before:.6f} "
         f"error_after:{packed.container.error:.6f} "
