@@ -1149,7 +1149,7 @@ class ParameterRow(NamedTuple):
 
 
 PARAMETERS = [  # the first row whose pattern matches the name
-    ParameterRow("embed.weight", "table", "embeddings", normal(0.005), "as head if tied"),
+    ParameterRow("embed.weight", "table", "embeddings", normal(0.005), "if it is the head"),
     ParameterRow("head.weight", "head", "embeddings", zeros, "always"),
     ParameterRow("bigram.table.weight", "table", "embeddings", zeros, "never"),
     ParameterRow("value_embed.table.weight", "table", "embeddings", normal(0.01), "never"),
@@ -1289,13 +1289,15 @@ class GPT(nn.Module):
 
 
 # --- 5. Kernels ---------------------------------
-# The compiler fuses elementwise operations with each other, but not with the matrix product before
-# them. So a Triton kernel computes the MLP's first product together with its activation, and one
-# the gradient. MLP.forward [4] has the plain form, which runs on a CPU, without Triton, or if
-# FUSED_MLP=0. torch.library makes them single operations for torch.compile. After modded-nanogpt.
+# torch.compile fuses elementwise operations with each other, but not into the matrix product before
+# them. So a Triton kernel computes the MLP's first product and its activation in one pass; in the
+# backward pass the same kernel computes the gradient with respect to z. The other products are
+# ordinary ones. MLP.forward (section 4) has the same in plain PyTorch, which is used on a CPU, or
+# when Triton is missing, or with FUSED_MLP=0. torch.library.custom_op makes torch.compile treat
+# each of the two functions as one operation. The idea is modded-nanogpt's.
 
 jit = triton.jit if triton else lambda kernel: kernel
-MLP_TILE = dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=3)  # the fastest of 7 on an H200
+MLP_TILE = dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=3)  # fastest of 7 tried on an H200
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -1320,43 +1322,44 @@ def mlp_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One tile of the product P = a b, (M, K) (K, N), and what follows it, in registers. Forward:
-    z = P and out = leaky_relu(z)^2. Backward: P is the gradient of that square, and out becomes the
-    gradient of z."""
-    # neighbouring programs read the same rows of a; all of b stays in the cache
-    tile = tl.program_id(0)
-    tiles = tl.cdiv(N, BN)
-    m = (tile // tiles * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
-    n = (tile % tiles * BN + tl.arange(0, BN))[None, :]
+    """One program computes one (BM, BN) tile of P = a @ b, where a is (M, K) and b is (K, N), and
+    applies the elementwise step before the tile leaves the registers. Forward: z = P and out =
+    leaky_relu(z)^2. Backward: P is the gradient of h = leaky_relu(z)^2, and out that of z."""
+    # Programs are numbered along N first, so that neighbouring ones read the same rows of a.
+    program = tl.program_id(0)
+    tiles_per_row = tl.cdiv(N, BN)
+    m = (program // tiles_per_row * BM + tl.arange(0, BM)).to(tl.int64)[:, None]  # m * N is large
+    n = (program % tiles_per_row * BN + tl.arange(0, BN))[None, :]
     inside = (m < M) & (n < N)
-    place = m * N + n
+    offset = m * N + n
 
     product = tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
         a = tl.load(a_ptr + m * K + k[None, :], (m < M) & (k[None, :] < K), 0.0)
-        b_place = k[:, None] * stride_k + n * stride_n
-        b = tl.load(b_ptr + b_place, (k[:, None] < K) & (n < N), 0.0)
+        b_offset = k[:, None] * stride_k + n * stride_n
+        b = tl.load(b_ptr + b_offset, (k[:, None] < K) & (n < N), 0.0)
         product = tl.dot(a, b, product)
 
     if BACKWARD:
-        z = tl.load(z_ptr + place, inside, 0.0).to(tl.float32)
+        z = tl.load(z_ptr + offset, inside, 0.0).to(tl.float32)
         other = 2 * product
     else:
         z = product.to(z_ptr.dtype.element_ty)
-        tl.store(z_ptr + place, z, inside)
-        z = z.to(tl.float32)  # rounded, as backward will read it
+        tl.store(z_ptr + offset, z, inside)
+        z = z.to(tl.float32)  # of the rounded z, which is what backward will load
         other = z
-    tl.store(out_ptr + place, z * tl.where(z > 0, 1.0, slope * slope) * other, inside)
+    tl.store(out_ptr + offset, z * tl.where(z > 0, 1.0, slope * slope) * other, inside)
 
 
 def launch_mlp(a_MK: Tensor, b_KN: Tensor, z_MN: Tensor, slope: float, backward: bool) -> Tensor:
-    """Run `mlp_kernel` and return its `out`, (M, N). Forward fills z, backward reads it."""
+    """Run `mlp_kernel` and return its `out`, (M, N): M tokens, N the MLP's width. With
+    backward=False it also fills `z`; with backward=True it reads it."""
     M, N = z_MN.shape
     out_MN = torch.empty_like(z_MN)
     tile = dict(MLP_TILE)
     if z_MN.is_cuda and torch.cuda.get_device_capability()[0] not in (9, 10):
-        tile["BN"] = 64  # less shared memory
+        tile["BN"] = 64  # other GPUs than Hopper and Blackwell may lack shared memory for 128
     grid = (triton.cdiv(M, tile["BM"]) * triton.cdiv(N, tile["BN"]),)
     sizes = (M, N, len(b_KN), *b_KN.stride())
     mlp_kernel[grid](a_MK.contiguous(), b_KN, z_MN, out_MN, *sizes, slope, backward, **tile)
@@ -1367,8 +1370,8 @@ def launch_mlp(a_MK: Tensor, b_KN: Tensor, z_MN: Tensor, slope: float, backward:
 def fused_mlp(
     x_ND: Tensor, fc_WD: Tensor, proj_DW: Tensor, slope: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(the MLP's output h proj', z = x fc', h = leaky_relu(z, slope)^2); backward needs the last
-    two."""
+    """(h @ proj.mT, z, h), with z = x @ fc.mT and h = leaky_relu(z, slope)^2. The first is the
+    MLP's output; the others are returned because the backward pass needs them."""
     z_NW = x_ND.new_empty(len(x_ND), len(fc_WD))
     h_NW = launch_mlp(x_ND, fc_WD.mT, z_NW, slope, backward=False)
     return h_NW @ proj_DW.mT, z_NW, h_NW
@@ -1376,7 +1379,7 @@ def fused_mlp(
 
 @torch.library.custom_op("golf::fused_mlp_backward", mutates_args=())
 def fused_mlp_backward(g_ND: Tensor, proj_DW: Tensor, z_NW: Tensor, slope: float) -> Tensor:
-    """The gradient of z, given the gradient g of the MLP's output."""
+    """The gradient of z, (N, W), from the gradient g of the MLP's output."""
     return launch_mlp(g_ND, proj_DW, z_NW.contiguous(), slope, backward=True)
 
 
@@ -1392,12 +1395,14 @@ def _(g_ND, proj_DW, z_NW, slope):
 
 
 def save_for_mlp_gradients(ctx, inputs, output):
+    """Keep what `mlp_gradients` needs."""
     x_ND, fc_WD, proj_DW, ctx.slope = inputs
     _, z_NW, h_NW = output
     ctx.save_for_backward(x_ND, fc_WD, proj_DW, z_NW, h_NW)
 
 
 def mlp_gradients(ctx, g_ND, *_):
+    """The gradients of fused_mlp's arguments, given that of its first result."""
     x_ND, fc_WD, proj_DW, z_NW, h_NW = ctx.saved_tensors
     dz_NW = fused_mlp_backward(g_ND, proj_DW, z_NW, ctx.slope)
     return dz_NW @ fc_WD, dz_NW.mT @ x_ND, g_ND.mT @ h_NW, None
@@ -2892,15 +2897,17 @@ def validate(scorer: Scorer, validation: Validation, ranks, log) -> tuple[float,
 
 
 # --- 12. Test-time training ---------------------
-# Score first, then learn (PR #825): a chunk of the stream is scored with an average of the weights,
-# and only then do the weights learn from it, for the chunks to come. Off by default.
+# Score first, then learn (PR #825). A chunk of the stream is scored with a moving average of the
+# weights. Only then are the weights trained on it, which can help later chunks. TTT_EPOCHS turns it
+# on.
 
-TTT_BATCH = 32  # sequences per step, over all ranks
+TTT_BATCH = 32  # most sequences per step, over all ranks
 
 
 def ttt_scale(done: float) -> float:
-    """The factor of TTT_LR when the share `done` of the stream is scored: a cosine that falls to 0,
-    times 1 to 3, which it reaches after 30 % of the stream."""
+    """What TTT_LR is multiplied by, where the share `done` of the stream came before the chunk. It
+    is half a cosine, from 1 to 0, times a ramp, which rises from 1 to 3 over the first 30 % of the
+    stream and then stays."""
     rise = 1 + 2 * min(1.0, done / 0.3)
     return rise * (1 + math.cos(math.pi * done)) / 2
 
@@ -2908,17 +2915,18 @@ def ttt_scale(done: float) -> float:
 def ttt_batches(
     validation: Validation, begin: int, end: int, length: int, ranks
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields this rank's (ids, target ids, shares), (B, T) each: the targets [begin, end) in
-    sequences that do not overlap, TTT_BATCH at a time over all ranks. A target's share in the loss
-    is that of its bytes."""
-    length = min(length, end)
+    """Yields this rank's part of each training batch: (ids, target ids, shares), (B, T) each. The
+    batches hold the targets [begin, end), each once. A target's share in the loss is its bytes over
+    those of the whole batch. Windows may overlap in their context, whose share is 0."""
+    length = min(length, end)  # a window may reach back before `begin`, but not before the stream
     spans = windows(begin, end, length, length)
-    for some in np.array_split(spans, -(-spans.shape[1] // TTT_BATCH), axis=1):
-        missing = -some.shape[1] % ranks.world_size
-        padded = repeat_last_window(some, some.shape[1] + missing)  # as many for each rank
+    steps = math.ceil(spans.shape[1] / TTT_BATCH)
+    for some in np.array_split(spans, steps, axis=1):
+        missing = -some.shape[1] % ranks.world_size  # to a number that the ranks divide
+        padded = repeat_last_window(some, some.shape[1] + missing)
         positions, scored = window_targets(padded, length)
-        shares = validation.target_bytes[positions] * scored
-        shares = (shares / max(shares.sum(), 1)).astype(np.float32)
+        counted_bytes = validation.target_bytes[positions] * scored
+        shares = (counted_bytes / max(counted_bytes.sum(), 1)).astype(np.float32)
         ids = validation.tokens[positions].astype(np.int64)
         target_ids = validation.tokens[positions + 1].astype(np.int64)
         own = (np.split(x, ranks.world_size)[ranks.rank] for x in (ids, target_ids, shares))
@@ -2926,19 +2934,20 @@ def ttt_batches(
 
 
 def ttt_parameters(model) -> list[nn.Parameter]:
-    """The parameters that learn, by the column `at_test` of PARAMETERS [4]. The others are
-    frozen."""
+    """The parameters to train, by the column `at_test` of PARAMETERS [4]. Sets requires_grad of
+    every parameter accordingly."""
     hp = model.hp
     first = max(0, hp.num_layers - hp.ttt_blocks)
     last_blocks = tuple(f"blocks.{i}." for i in range(first, hp.num_layers))
     tuned = []
     for name, p in model.named_parameters():
+        rule = parameter_row(name).at_test
         learns = {
             "always": True,
             "never": False,
-            "as head if tied": hp.tie_embeddings,
+            "if it is the head": hp.tie_embeddings,
             "in last blocks": name.startswith(last_blocks),
-        }[parameter_row(name).at_test]
+        }[rule]
         p.requires_grad_(learns)
         if learns:
             tuned.append(p)
@@ -2948,42 +2957,42 @@ def ttt_parameters(model) -> list[nn.Parameter]:
 def score_and_learn(
     scorer: Scorer, loss: Callable, validation: Validation, stride: int, ranks, log
 ) -> Iterator[ndarray]:
-    """Yields segments as `score` does, one per chunk. A chunk is scored by an average of the
-    weights, which learn from it only when the next segment is asked for. `loss`: `training_loss`,
-    compiled or not. At the end all weights are as before. Collective."""
+    """Yields (2, N) arrays as `score` does, one per chunk. A chunk is scored by the moving average
+    of the weights. The weights are trained on it only when the next array is asked for. `loss`:
+    `training_loss`, compiled or not. When all is scored, or the generator is closed, the initial
+    weights are back. Collective."""
     hp, num_targets = scorer.model.hp, validation.num_targets
     tuned = ttt_parameters(scorer.model)
-    live = [p.data for p in tuned]  # the model's own: in turn those that score and those that learn
-    initial, learning, mean = ([p.clone() for p in live] for _ in range(3))
+    live = [p.data for p in tuned]  # the model's own: the average to score, the learner to train
+    initial, learner, average = ([p.clone() for p in live] for _ in range(3))
     optimizer = torch.optim.AdamW(tuned, betas=(hp.beta1, hp.beta2), weight_decay=0.0, fused=True)
-    loss = partial(loss, scorer.model)
     try:
         for begin in range(0, num_targets, hp.ttt_chunk_tokens):
             end = min(begin + hp.ttt_chunk_tokens, num_targets)
             segments = score(scorer, validation.tokens, stride, ranks, (begin, end))
             yield np.concatenate(list(segments), 1)
             if end == num_targets:
-                moved = sum((a - b).square().sum() for a, b in zip(learning, initial)).sqrt()
+                moved = sum((a - b).square().sum() for a, b in zip(learner, initial)).sqrt()
                 log(f"ttt:score_first epochs:{hp.ttt_epochs} moved:{moved:.4f}")
                 return
 
-            torch._foreach_copy_(live, learning)
+            torch._foreach_copy_(live, learner)
             optimizer.param_groups[0]["lr"] = hp.ttt_lr * ttt_scale(begin / num_targets)
             for _ in range(hp.ttt_epochs):
                 for ids, target_ids, shares in ttt_batches(
                     validation, begin, end, hp.eval_seq_len, ranks
                 ):
-                    loss(ids, target_ids, scorer.passes, None, shares).backward()
+                    loss(scorer.model, ids, target_ids, scorer.passes, shares_BT=shares).backward()
                     ttt_step(optimizer, tuned, ranks)
-                    torch._foreach_lerp_(mean, live, 1 - hp.ttt_decay)
-            torch._foreach_copy_(learning, live)
-            torch._foreach_copy_(live, mean)
+                    torch._foreach_lerp_(average, live, 1 - hp.ttt_decay)
+            torch._foreach_copy_(learner, live)
+            torch._foreach_copy_(live, average)
     finally:
         torch._foreach_copy_(live, initial)
 
 
 def ttt_step(optimizer, tuned: list[nn.Parameter], ranks) -> None:
-    """One step on the sum of all ranks' gradients, scaled down to a norm of at most 1.
+    """Sum the gradients over the ranks, scale the sum down to a norm of at most 1, and take a step.
     Collective."""
     flat = ranks.sum_over_ranks(nn.utils.parameters_to_vector(p.grad for p in tuned))
     flat *= (1 / (flat.norm() + 1e-6)).clamp_max(1)
