@@ -1412,52 +1412,57 @@ fused_mlp.register_autograd(mlp_gradients, setup_context=save_for_mlp_gradients)
 
 
 # --- 6. Rounding --------------------------------
-# A matrix becomes small integers, its codes, and one step size `delta` per row: weight = code *
-# delta. The artifact rounds like this [10], and so does late QAT, the last part of training, in
-# which the network learns to live with rounded weights.
+# Rounding replaces a matrix by small integers, called codes, and by one step size per row, called
+# delta: weight = code * delta. The weights of the artifact are rounded like this (section 10). So
+# are those of late QAT (quantisation-aware training): the last part of training, in which the
+# network gets used to rounded weights.
 
-LARGEST_CODE = 127
+LARGEST_CODE = 127  # of 8 bits, the most that the artifact stores
 
 
 def largest_code(name: str, tensor: Tensor, hp) -> int:
-    """The largest code of a parameter before its bits are fitted to the cap, 2^(bits - 1) - 1:
-    QUANT_BITS for matrices, 8 bits for tables and the output head. 0: it is not coded."""
+    """The largest code of a parameter, 2^(bits - 1) - 1, or 0 if it is stored as it is. Matrices
+    have QUANT_BITS bits, tables and the output head 8. (To fit the size cap, section 10 changes
+    this.)"""
     bits = {"matrix": hp.quant_bits, "table": 8, "head": 8, "vector": 0}[parameter_row(name).kind]
-    is_matrix = tensor.ndim == 2 and tensor.numel() > 0
-    return 2 ** (bits - 1) - 1 if bits and is_matrix else 0
+    has_rows = tensor.ndim == 2 and tensor.numel() > 0
+    return 2 ** (bits - 1) - 1 if bits and has_rows else 0
 
 
 def quantize_rows(w_RC, largest: int | Tensor) -> tuple[Tensor, Tensor]:
-    """(codes (R, C), deltas (R, 1)) of a matrix, each row rounded by itself, both float32. Codes
-    lie within +-`largest` (at most 127; a number, or one per row). Deltas are rounded to bfloat16,
-    so that code * delta is exact. Each row is clipped where that makes its squared error smallest
-    (GPTQ-lite, PR #889). Quantising the result again changes nothing."""
+    """Rounds each row of a matrix by itself. Returns (codes (R, C), deltas (R, 1)), both float32.
+    `largest` is a number or a tensor (R, 1), at most 127; codes lie within +-`largest`. Deltas are
+    bfloat16 values, so that code * delta is exact in float32. Of three, a row gets the step size of
+    least squared error: they clip the row at its largest magnitude, or at about the 99.8 % or 99.4
+    % quantile (GPTQ-lite, PR #889). To quantise codes * deltas again changes nothing."""
     w = w_RC.float()
     last = w.size(-1) - 1
-    places = [last - round(q * last) for q in (1.0, 0.998, 0.994)]  # 0: the largest magnitude
-    magnitudes = w.abs().topk(max(places) + 1).values
-    clips = magnitudes[:, places].T[..., None]
-    deltas = (clips / largest).clamp_min(1e-30).bfloat16().float()
+    ranks = [last - round(q * last) for q in (1.0, 0.998, 0.994)]  # from the top, which is 0
+    top_magnitudes = w.abs().topk(max(ranks) + 1).values
+    clips = top_magnitudes[:, ranks].T[..., None]  # (3, R, 1): three candidates for each row
+    candidates = (clips / largest).clamp_min(1e-30).bfloat16().float()
 
-    def codes(delta: Tensor) -> Tensor:
+    def codes_for(delta: Tensor) -> Tensor:
         return (w / delta).round().clamp(-largest, largest)
 
-    errors = [(codes(d) * d - w).square().sum(-1, keepdim=True) for d in deltas]
-    best = torch.stack(errors).argmin(0, keepdim=True)
-    delta = deltas.gather(0, best)[0]
-    return codes(delta), delta
+    errors = [(codes_for(d) * d - w).square().sum(-1, keepdim=True) for d in candidates]
+    best = torch.stack(errors).argmin(0, keepdim=True)  # (1, R, 1)
+    delta = candidates.gather(0, best)[0]
+    return codes_for(delta), delta
 
 
 def soft_round(x: Tensor, hardness: Tensor) -> Tensor:
-    """A differentiable rounding: nearly the identity for small `hardness`, and `round` as it grows
-    (Agustsson and Theis, 2006.09952)."""
+    """A differentiable rounding: close to the identity when `hardness`, which must be above 0, is
+    small, and close to `round` when it is large (Agustsson and Theis, 2006.09952)."""
     low = x.detach().floor()
+    # the denominator makes it exact at the integers
     return low + 0.5 + torch.tanh(hardness * (x - low - 0.5)) / (2 * torch.tanh(hardness / 2))
 
 
 def fake_quantized(model, hardness: Tensor) -> dict[str, Tensor]:
-    """name -> rounded weights of each coded parameter, for late QAT. Their gradients pass straight
-    through the rounding or, with QAT_ROUNDING=soft, follow `soft_round`."""
+    """The weights that late QAT computes with, by name of each coded parameter. With
+    QAT_ROUNDING=straight they are rounded, and gradients pass as if they were not. With soft they
+    are rounded by `soft_round`, with its gradient; only then `hardness` matters."""
     rounded = {}
     for name, p in model.named_parameters():
         largest = largest_code(name, p, model.hp)
@@ -1465,7 +1470,7 @@ def fake_quantized(model, hardness: Tensor) -> dict[str, Tensor]:
             continue
         codes, delta = quantize_rows(p.detach(), largest)
         if model.hp.qat_rounding == "straight":
-            rounded[name] = p + (codes * delta - p.detach())
+            rounded[name] = p + (codes * delta - p.detach())  # the gradient is that of p
         else:
             rounded[name] = soft_round((p / delta).clamp(-largest, largest), hardness) * delta
     return rounded
@@ -2776,37 +2781,41 @@ def largest_that_fits(
 
 
 # --- 11. Scoring --------------------------------
-# Overlapping windows give every target a long context, and each target is scored once, by the first
-# window that reaches it. The ranks share the windows; rank 0 gets nll[t] and entropy[t] in the
-# order of the stream.
+# Target t is token t + 1, predicted from the tokens up to t. The stream is read in overlapping
+# windows, so that targets have a long context. Each target is scored once, by the first window that
+# contains it. The windows are divided among the ranks; rank 0 gets, in the order of the stream, the
+# nll of each target and the entropy of the predicted distribution.
 
-SEGMENT_BATCHES = 32  # most global batches between two sums over the ranks
-HEAD_LOGITS = 2**26  # most logits at a time
+SEGMENT_BATCHES = (
+    32  # at most so many batches (of all ranks) before scores are summed over the ranks
+)
+HEAD_LOGITS = 2**26  # at most so many logits are in memory at once
 
 
 class Scorer(NamedTuple):
-    """A model that scores. `trunk` is a compiled model.hidden, or None: the plain one."""
+    """What scoring needs of a model."""
 
     model: GPT
-    passes: tuple[int, ...]
-    trunk: Callable | None = None
+    passes: tuple[int, ...]  # the order in which its blocks run
+    trunk: Callable | None = None  # model.hidden compiled; None: use it as it is
 
 
 def windows(begin: int, end: int, length: int, stride: int) -> ndarray:
-    """(start, first scored target, end of the scored targets) of each window, (3, windows):
-    together they score the targets [begin, end) once, in order. A window reads the tokens [start,
-    start + length). The first one of the stream scores all its targets, each later one its last
-    `stride`, and the last one, which is aligned to the end, what is left."""
+    """An array (3, number of windows), whose rows are the start of each window, its first scored
+    target, and the end of its scored targets. Together the windows score each target of [begin,
+    end) once, in order. A window reads the tokens [start, start + length). If `begin` is 0, the
+    first window scores all its targets. Every other one scores `stride` targets, the final one what
+    remains: it ends at `end`."""
     first_end = begin + stride if begin else length
-    ends = np.minimum(np.arange(first_end, end + stride, stride), end)
+    ends = np.minimum(np.arange(first_end, end + stride, stride), end)  # the last is cut to `end`
     starts = np.maximum(ends - length, 0)
     firsts = np.append(begin, ends[:-1])
     return np.stack((starts, firsts, ends))
 
 
 def window_targets(spans: ndarray, length: int) -> tuple[ndarray, ndarray]:
-    """(the targets that windows predict, (B, length), as positions in the stream; which of them
-    they score, bool)."""
+    """Two arrays (B, length): the positions in the stream of all targets of each window, and
+    whether the window scores them."""
     starts, firsts, ends = spans[:, :, None]
     positions = starts + np.arange(length)
     return positions, (positions >= firsts) & (positions < ends)
@@ -2816,75 +2825,82 @@ def window_targets(spans: ndarray, length: int) -> tuple[ndarray, ndarray]:
 def score(
     scorer: Scorer, tokens: ndarray, stride: int, ranks, part: tuple[int, int] | None = None
 ) -> Iterator[ndarray]:
-    """Yields (2, N) float32, nll and entropy in nats, of the targets [begin, end) = `part`, by
-    default of all, in segments that grow; N = 0 on ranks other than 0. A target has at least
-    EVAL_SEQ_LEN - stride tokens of context, after the first window. Collective."""
+    """Scores the targets [begin, end) = `part`, by default all. Yields consecutive segments of
+    them, each an array (2, N) float32 of nll and entropy in nats; on ranks other than 0, N is 0.
+    Segments double in size up to a limit, so that the first come early. Every target after the
+    first window has at least EVAL_SEQ_LEN - stride tokens of context. Collective: to the last
+    segment."""
     hp = scorer.model.hp
     begin, end = part or (0, len(tokens) - 1)
     length = min(hp.eval_seq_len, end)
     spans = windows(begin, end, length, stride)
     count = spans.shape[1]
-    batch = max(1, hp.val_batch_size // (length * ranks.world_size))
+    batch = max(1, hp.val_batch_size // (length * ranks.world_size))  # windows of one rank
     done = 0
-    batches = 1
+    segment_batches = 1
     while done < count:
-        # Each rank fills in the targets of its windows; the sum over the ranks has all of them.
-        until = min(done + batches * batch * ranks.world_size, count)
-        _, (offset, *_), (*_, segment_end) = spans[:, done:until]
-        scores_2N = torch.zeros(2, segment_end - offset, device=ranks.device)
-        own = np.array_split(spans[:, done:until], ranks.world_size, axis=1)[ranks.rank]
+        # Each rank writes the scores of its windows and leaves 0 elsewhere: the sum is complete.
+        until = min(done + segment_batches * batch * ranks.world_size, count)
+        segment = spans[:, done:until]
+        segment_begin, segment_end = segment[1, 0], segment[2, -1]
+        scores_2N = torch.zeros(2, segment_end - segment_begin, device=ranks.device)
+        own = np.array_split(segment, ranks.world_size, axis=1)[ranks.rank]
         for i in range(0, own.shape[1], batch):
             some = own[:, i : i + batch]
             if count > batch:
-                some = repeat_last_window(some, batch)  # batches of one shape need one graph
-            for positions, scores_2n in score_windows(scorer, tokens, some, length, stride):
-                scores_2N[:, positions - offset] = scores_2n
+                some = repeat_last_window(some, batch)  # equal shapes are compiled once
+            for positions, chunk_scores in score_windows(scorer, tokens, some, length, stride):
+                scores_2N[:, positions - segment_begin] = chunk_scores
 
         scores_2N = ranks.sum_over_ranks(scores_2N)
         if ranks.rank:
             scores_2N = scores_2N[:, :0]
-        yield scores_2N.cpu().numpy().copy()  # a view would keep the whole segment alive
+        yield scores_2N.cpu().numpy().copy()  # an empty view would keep the segment in memory
         done = until
-        batches = min(2 * batches, SEGMENT_BATCHES)
+        segment_batches = min(2 * segment_batches, SEGMENT_BATCHES)
 
 
 def repeat_last_window(spans: ndarray, count: int) -> ndarray:
-    """`spans` filled up to `count` windows with copies of the last one that score nothing."""
+    """`spans` filled up to `count` windows; the added ones repeat the last, but score no
+    targets."""
     missing = count - spans.shape[1]
     padded = np.pad(spans, ((0, 0), (0, missing)), "edge")
-    padded[1, spans.shape[1] :] = padded[2, -1]
+    padded[1, spans.shape[1] :] = padded[2, -1]  # first = end
     return padded
 
 
 def score_windows(
     scorer: Scorer, tokens: ndarray, spans: ndarray, length: int, stride: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (positions (n,), scores (2, n)), on the device, of the targets that these windows
-    score. Only positions that may be scored go through the last block's queries and the output
-    head."""
+    """Yields, in chunks and on the device, the positions (n,) of the targets that these windows
+    score, and their nll and entropy (2, n). The last block computes queries for no more than the
+    last `stride` positions, where that is enough; the output head runs on scored positions only."""
     model, passes, trunk = scorer
     device = model.embed.weight.device
     starts, firsts, _ = spans
-    reaches_back = (starts + length - firsts).max()  # to the first scored target, from the end
-    last = min(stride, length) if reaches_back <= stride else length
-    if trunk is None or last == length:  # whole windows are few: their graph would not pay
+    tail = (starts + length - firsts).max()  # from the first scored target to the window's end
+    last = min(stride, length) if tail <= stride else length
+    if trunk is None or last == length:
+        # Where windows overlap, few are scored whole: to compile for them would take too long.
         trunk = model.hidden
 
     positions, scored = window_targets(spans, length)
     ids_BT = torch.from_numpy(tokens[positions].astype(np.int64)).to(device)
     hidden_ND = trunk(ids_BT, passes, last=last).flatten(0, 1)
-    positions, scored = positions[:, -last:], scored[:, -last:]
-    rows = torch.from_numpy(np.flatnonzero(scored)).to(device)
-    target_ids = torch.from_numpy(tokens[positions[scored] + 1].astype(np.int64)).to(device)
-    positions = torch.from_numpy(positions[scored]).to(device)
+    scored = scored[:, -last:]
+    scored_positions = positions[:, -last:][scored]
+    target_ids = torch.from_numpy(tokens[scored_positions + 1].astype(np.int64)).to(device)
+    rows = torch.from_numpy(np.flatnonzero(scored)).to(device)  # of hidden_ND
+    scored_positions = torch.from_numpy(scored_positions).to(device)
     size = max(1, HEAD_LOGITS // model.hp.vocab_size)
-    for r, t, v in zip(rows.split(size), positions.split(size), target_ids.split(size)):
-        yield t, model.scores(hidden_ND[r], v)
+    chunks = zip(rows.split(size), scored_positions.split(size), target_ids.split(size))
+    for some_rows, some_positions, some_ids in chunks:
+        yield some_positions, model.scores(hidden_ND[some_rows], some_ids)
 
 
 def validate(scorer: Scorer, validation: Validation, ranks, log) -> tuple[float, float]:
-    """(nats per target, bits per byte) of the validation stream in windows that do not overlap, on
-    rank 0; zeros on the others. Collective."""
+    """Scores the validation stream in windows that do not overlap, except the final one. Returns
+    (nats per target, bits per byte) on rank 0, and zeros on the others. Collective."""
     stride = scorer.model.hp.eval_seq_len
     progress = Progress(log, "validation", validation.num_targets)
     nll = np.empty(0, np.float32)
@@ -2893,7 +2909,7 @@ def validate(scorer: Scorer, validation: Validation, ranks, log) -> tuple[float,
         progress(len(nll))
     if ranks.rank:
         return 0.0, 0.0
-    return nll.mean(dtype=float), bits_per_byte(nll, validation.target_bytes)
+    return float(nll.mean(dtype=float)), bits_per_byte(nll, validation.target_bytes)
 
 
 # --- 12. Test-time training ---------------------
