@@ -866,10 +866,16 @@ def bits_per_byte(nll: ndarray, target_bytes: ndarray) -> float:
 
 
 # --- 4. Model -----------------------------------
-# Plain torch. Weights are kept in float32; activations have one dtype throughout, bfloat16 on CUDA
-# and float32 elsewhere, without autocast. Ideas: GQA 2305.13245, RoPE 2104.09864, QK-norm
-# 2302.05442, value residual (VRL) 2410.17897, XSA and SmearGate PR #889, depth recurrence PR #1204,
-# U-Net skips and the mix with the first block's input from modded-nanogpt.
+# Plain torch. Weights are kept in float32. Inside the blocks all activations have one dtype:
+# bfloat16 on CUDA, float32 elsewhere, without autocast. Layer i is block i. Where the parts come
+# from:
+#   GQA (grouped-query attention)           arXiv 2305.13245
+#   RoPE (rotary position embedding)        arXiv 2104.09864
+#   norm of queries and keys                arXiv 2302.05442
+#   VRL (value residual)                    arXiv 2410.17897
+#   XSA, SmearGate, shared value embedding  PR #889 of the challenge
+#   depth recurrence                        PR #1204 of the challenge
+#   U-Net skips, mix with the first input   modded-nanogpt
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
@@ -883,15 +889,15 @@ def norm(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, kept in float32 and applied in the dtype of its input. A factor for
-    the outputs is multiplied into the matrix: that is cheaper than a pass over all tokens, in the
-    gradient too."""
+    """A matrix without bias, kept in float32 and applied in the dtype of its input. `factor`, if it
+    is given, scales the outputs. It is multiplied into the matrix: that is cheaper than scaling the
+    output of every token, forward and backward."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
     def matrix(self, dtype: torch.dtype, factor: Tensor | None = None) -> Tensor:
-        """The weights (outputs, inputs) as `dtype`, times a factor that broadcasts to them."""
+        """The weights (outputs, inputs) as `dtype`, times `factor`, (outputs, 1) or a scalar."""
         weight = self.weight if factor is None else self.weight * factor
         return weight.to(dtype)
 
@@ -900,12 +906,13 @@ class Linear(nn.Linear):
 
 
 def rotary_tables(T: int, hp, device=None) -> Tensor:
-    """cos and sin of RoPE's angles, (2, T, 1, ROPE_DIMS/2). Beyond 1024 positions the base grows
-    (NTK-aware); shorter windows use the training length's base."""
+    """cos and sin of RoPE's angles, (2, T, 1, ROPE_DIMS/2). The base grows with the larger of T and
+    TRAIN_SEQ_LEN, if that is above 1024 (NTK-aware scaling, as in PR #889): so windows up to the
+    training length have the same angles."""
     r = hp.rope_dims
     base = hp.rope_base
     span = max(T, hp.train_seq_len)
-    if span > 1024 and r > 2:
+    if span > 1024 and r > 2:  # with r = 2 the only frequency is 1, whatever the base
         base *= (span / 1024) ** (r / (r - 2))
     frequency = base ** -(torch.arange(0, r, 2, dtype=torch.float32, device=device) / max(r, 1))
     position = torch.arange(T, dtype=torch.float32, device=device)
@@ -914,8 +921,8 @@ def rotary_tables(T: int, hp, device=None) -> Tensor:
 
 
 def rotate(x_BTHK, rope: Tensor) -> Tensor:
-    """RoPE on the first ROPE_DIMS of K, in half-split pairs. The other dimensions carry no
-    position."""
+    """RoPE on the first ROPE_DIMS of K: channel i is paired with channel i + ROPE_DIMS/2. The other
+    channels are not rotated."""
     cos, sin = rope
     half = cos.size(-1)
     a, b, rest = x_BTHK.tensor_split((half, 2 * half), -1)
@@ -923,21 +930,21 @@ def rotate(x_BTHK, rope: Tensor) -> Tensor:
     return torch.cat((rotated, rest), -1)
 
 
-def remove_own_value(y_BTHK, v_BTGK) -> Tensor:
-    """XSA: each head's output loses its component along its own position's value, so that a head
-    tells of other positions only."""
-    B, T, H, K = y_BTHK.shape
-    y = y_BTHK.view(B, T, v_BTGK.size(2), -1, K)
-    v = F.normalize(v_BTGK, dim=-1).unsqueeze(3)
+def remove_own_value(y_BSHK, v_BSGK) -> Tensor:
+    """XSA: removes from each head's output the component parallel to the value of the same
+    position."""
+    B, S, H, K = y_BSHK.shape
+    y = y_BSHK.view(B, S, v_BSGK.size(2), -1, K)  # heads in groups that share a value
+    v = F.normalize(v_BSGK, dim=-1).unsqueeze(3)
     along = (y * v).sum(-1, keepdim=True)
-    return (y - along * v).view(B, T, H, K)
+    return (y - along * v).view(B, S, H, K)
 
 
 @cache
 def find_flash_attention() -> tuple[str, Callable | None]:
-    """("flash_attention_3", its function) if FlashAttention 3 is installed and this is the Hopper
-    GPU that it is made for, else ("sdpa", None): torch's own attention, which is faster there than
-    FlashAttention 2."""
+    """("flash_attention_3", its function) if FlashAttention 3 is installed and the GPU is a Hopper,
+    else ("sdpa", None): torch's own attention. (FlashAttention 2 is not tried: on an H200 it took
+    1.7 times as long as torch's own.)"""
     with suppress(ImportError):
         if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
             from flash_attn_interface import flash_attn_func
@@ -947,10 +954,10 @@ def find_flash_attention() -> tuple[str, Callable | None]:
 
 
 def causal_attention(q_BSHK, k_BTGK, v_BTGK, flash=None) -> Tensor:
-    """softmax(q k' / sqrt K) v, (B, S, H, K). The queries belong to the last S of T positions, and
-    each sees the keys up to its own position; H/G heads share keys and values."""
+    """softmax(q k' / sqrt K) v, (B, S, H, K). The queries belong to the last S of T positions; each
+    sees the keys up to its own position. Each key/value head serves H/G query heads."""
     if flash is not None and q_BSHK.is_cuda:
-        y = flash(q_BSHK, k_BTGK, v_BTGK, causal=True)
+        y = flash(q_BSHK, k_BTGK, v_BTGK, causal=True)  # the last query sees the last key
         return y[0] if isinstance(y, tuple) else y
 
     q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BTGK, v_BTGK))
@@ -959,23 +966,26 @@ def causal_attention(q_BSHK, k_BTGK, v_BTGK, flash=None) -> Tensor:
         shares_keys = q.size(1) != k.size(1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shares_keys)
     else:
-        # torch's fast kernels that take a mask cannot share keys between heads
+        # with a mask, torch has no fast kernel for shared keys: repeat them
         group = q.size(1) // k.size(1)
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        # query s belongs to position T - S + s
         seen_ST = torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S)
         y = F.scaled_dot_product_attention(q, k, v, seen_ST)
     return y.transpose(1, 2)
 
 
 class Shared(NamedTuple):
-    """What all blocks of one forward pass read."""
+    """What all blocks read in one forward pass."""
 
     x0_BTD: Tensor  # the input of the first block
     rope: Tensor  # cos and sin
-    ve_BTGK: Tensor | None  # value embeddings of the tokens, for VE_LAYERS
+    ve_BTGK: Tensor | None  # value embeddings of the tokens; VE_LAYERS read them
 
 
 class Attention(nn.Module):
+    """Causal self-attention with the variants that the settings turn on."""
+
     def __init__(self, hp, layer: int):
         super().__init__()
         D, H, G, K = hp.model_dim, hp.num_heads, hp.num_kv_heads, hp.head_dim
@@ -984,7 +994,7 @@ class Attention(nn.Module):
         self.k = Linear(D, G * K)
         self.v = Linear(D, G * K)
         self.proj = Linear(H * K, D)
-        self.q_gain = nn.Parameter(torch.full((H,), hp.qk_gain_init))
+        self.q_gain = nn.Parameter(torch.full((H,), hp.qk_gain_init))  # scales the products q k'
 
         takes_ve = hp.ve_enabled and layer in hp.ve_layers
         self.ve_scale = nn.Parameter(torch.ones(())) if takes_ve else None
@@ -996,9 +1006,10 @@ class Attention(nn.Module):
         _, self.flash = find_flash_attention()
 
     def forward(self, x_BTD, scale_D, shared: Shared, v_first_BTGK, last: int):
-        """(the layer's contribution to the last `last` positions, (B, `last`, D), its channels
-        times `scale`; the layer's values before any change). `v_first`: the latter of layer 0, or
-        None in layer 0 itself."""
+        """Returns the output for the last positions, (B, last, D), with its channels scaled by
+        `scale_D`; and this layer's own values, (B, T, G, K), before the value embedding is added
+        and before they are mixed. `v_first_BTGK`: the own values of layer 0, None when it runs
+        first."""
         x_BSD = x_BTD[:, -last:]
         q = norm(self.q(x_BSD).unflatten(-1, (-1, self.head_dim)))
         q = q * self.q_gain.to(q.dtype)[:, None]
@@ -1016,7 +1027,8 @@ class Attention(nn.Module):
         return self.proj(y.flatten(2), scale_D[:, None]), v_own
 
     def mixed_values(self, v_BTGK, ve_BTGK, v_first_BTGK) -> Tensor:
-        """The values v, plus the value embedding, then mixed with layer 0's values (VRL)."""
+        """The values v, plus the value embedding and mixed with layer 0's values (VRL), where the
+        layer has these."""
         if self.ve_scale is not None:
             v_BTGK = v_BTGK + self.ve_scale.to(v_BTGK.dtype) * ve_BTGK
         if self.vrl_gate is not None:
@@ -1025,6 +1037,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two matrices with a squared leaky ReLU between them."""
+
     def __init__(self, hp):
         super().__init__()
         D, W = hp.model_dim, int(hp.mlp_mult * hp.model_dim)
@@ -1038,13 +1052,14 @@ class MLP(nn.Module):
         if self.fused and has_kernels(x_BTD) and not self.is_watched():
             fc_WD = self.fc.matrix(x_BTD.dtype)
             proj_DW = self.proj.matrix(x_BTD.dtype, scale_D[:, None])
-            return fused_mlp(x_BTD.flatten(0, 1), fc_WD, proj_DW, self.slope)[0].view_as(x_BTD)
+            y_ND, *_ = fused_mlp(x_BTD.flatten(0, 1), fc_WD, proj_DW, self.slope)
+            return y_ND.view_as(x_BTD)
         h_BTW = F.leaky_relu(self.fc(x_BTD), self.slope).square()
         return self.proj(h_BTW, scale_D[:, None])
 
     def is_watched(self) -> bool:
-        """Do hooks watch the matrices (as those of the curvature [9] do)? The kernels would not
-        call them."""
+        """Whether the matrices have forward hooks (section 9 registers some). The kernels go past
+        the modules, so that hooks would not run."""
         return bool(self.fc._forward_hooks or self.proj._forward_hooks)
 
 
@@ -1063,8 +1078,8 @@ class Block(nn.Module):
         self.norm_scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
 
     def attend(self, x_BTD, shared: Shared, v_first_BTGK, last: int):
-        """(the residual stream after attention, (B, `last`, D); the layer's values). Queries for
-        the last positions only; keys and values for all."""
+        """Returns the residual stream after attention, (B, last, D), and the layer's own values.
+        There are queries for the last positions only, keys and values for all."""
         dtype = x_BTD.dtype
         x = self.mix_x.to(dtype) * x_BTD + self.mix_x0.to(dtype) * shared.x0_BTD
         normed = norm(x) * self.norm_scale
@@ -1090,8 +1105,8 @@ class NarrowEmbedding(nn.Module):
 
 
 def bigram_rows(ids_BT, rows: int) -> Tensor:
-    """The table row of each token, a hash of it and the token before it. The first position of a
-    window has the last row to itself."""
+    """For each token a row of the table: a hash of the token and its predecessor. The first
+    position of a window has no predecessor and gets the last row, which no hash reaches."""
     hashed = (36313 * ids_BT[:, 1:]) ^ (27191 * ids_BT[:, :-1])
     return F.pad(hashed % (rows - 1), (1, 0), value=rows - 1)
 
@@ -1108,24 +1123,25 @@ def token_nll(z_NV, target_ids_N, cap: float) -> Tensor:
 
 
 def block_passes(hp) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(the order in which blocks run before RECUR_START, the order after it), as layer numbers.
-    Depth recurrence runs RECUR_LAYERS a second time, right after the last of them (PR #1204); the
-    two are equal if there are none."""
-    L = hp.num_layers
-    once = tuple(range(L))
+    """Two orders in which the blocks run, as layer numbers: until RECUR_START of training is done,
+    and after it. In the second, RECUR_LAYERS run again as a group, right after the last of them:
+    with 6 layers and RECUR_LAYERS=2,3 it is 0 1 2 3 2 3 4 5. Without RECUR_LAYERS both are the
+    same."""
+    once = tuple(range(hp.num_layers))
     again = hp.recur_layers
-    after = again[-1] + 1 if again else L
-    return once, once[:after] + again + once[after:]
+    split = again[-1] + 1 if again else len(once)
+    return once, once[:split] + again + once[split:]
 
 
 def orthogonal(p: Tensor, hp) -> None:
-    """Makes a matrix orthogonal, if both of its sides are at least 64."""
+    """Makes a matrix orthogonal if both of its sides are at least 64; smaller ones keep torch's
+    default."""
     if min(p.shape) >= 64:
         nn.init.orthogonal_(p)
 
 
 def orthogonal_table(p: Tensor, hp) -> None:
-    """The same, scaled by 1/sqrt(2 L), for the projection of a table."""
+    """As `orthogonal`, times 1/sqrt(2 L): for the projections of embedding tables."""
     if min(p.shape) >= 64:
         nn.init.orthogonal_(p, (2 * hp.num_layers) ** -0.5)
 
@@ -1141,14 +1157,14 @@ def normal(std: float) -> Callable:
 class ParameterRow(NamedTuple):
     """How parameters with a certain name are treated."""
 
-    pattern: str  # of the name, as a shell would match it
-    kind: str  # matrix, table, head or vector: how it is trained [7] and coded [6]
-    group: str  # under which the log counts its bytes in the artifact [10]
-    initial: Callable | None  # initial(p, hp) sets the first values; None: as its module drew them
-    at_test: str  # when test-time training [12] changes it
+    pattern: str  # shell-style pattern of the name; * also matches dots
+    kind: str  # matrix, table, head or vector: how it is trained (section 7) and coded (section 6)
+    group: str  # of the artifact's bytes in the log
+    initial: Callable | None  # initial(p, hp) sets the first values; None: keep the constructor's
+    at_test: str  # whether test-time training (section 12) changes it
 
 
-PARAMETERS = [  # the first row whose pattern matches the name
+PARAMETERS = [  # the first row that matches a name counts
     ParameterRow("embed.weight", "table", "embeddings", normal(0.005), "if it is the head"),
     ParameterRow("head.weight", "head", "embeddings", zeros, "always"),
     ParameterRow("bigram.table.weight", "table", "embeddings", zeros, "never"),
@@ -1169,9 +1185,9 @@ def parameter_row(name: str) -> ParameterRow:
 
 
 class GPT(nn.Module):
-    """The model. `hidden` is its trunk, for training and scoring; `forward` is the training loss.
-    The order in which blocks run is an argument, `passes` (see `block_passes`); when compiled, each
-    order is a graph of its own."""
+    """The model. `forward` returns the training loss, `hidden` what comes before the output head.
+    The order in which blocks run is an argument, `passes` (see `block_passes`); torch.compile makes
+    a graph for each order."""
 
     def __init__(self, hp):
         super().__init__()
@@ -1192,7 +1208,7 @@ class GPT(nn.Module):
         self.skip_gates = nn.Parameter(torch.zeros(L // 2, D)) if has_gates else None
         self.lane_mix = nn.Parameter(torch.tensor(0.5)) if hp.parallel_start_layer else None
         self.head = None if hp.tie_embeddings else Linear(D, V)
-        for T in {hp.train_seq_len, hp.eval_seq_len}:  # else compiled code would remake them
+        for T in {hp.train_seq_len, hp.eval_seq_len}:  # else compiled code computes them each time
             self.register_buffer(f"rope_{T}", rotary_tables(T, hp), persistent=False)
         with torch.no_grad():
             for name, p in self.named_parameters():
@@ -1201,7 +1217,7 @@ class GPT(nn.Module):
                     initial(p, hp)
 
     def forward(self, ids_BT, target_ids_BT, passes, shares_BT=None) -> Tensor:
-        """The mean loss of the targets in nats or, with `shares`, the sum of nll * share."""
+        """The mean loss of the targets in nats or, with `shares_BT`, their sum weighted by it."""
         hidden_ND = self.hidden(ids_BT, passes).flatten(0, 1)
         nll_N = self.nll(hidden_ND, target_ids_BT.ravel())
         if shares_BT is None:
@@ -1209,36 +1225,42 @@ class GPT(nn.Module):
         return (nll_N * shares_BT.ravel()).sum()
 
     def hidden(self, ids_BT, passes: tuple[int, ...], last: int | None = None) -> Tensor:
-        """The hidden states, (B, T, D). With `last`, those of the last positions alone, (B, `last`,
-        D): then the last pass has no other queries."""
+        """The hidden states, (B, T, D). If `last` is given, only those of the last positions, (B,
+        last, D); the last block then computes queries only for them."""
         T = ids_BT.size(1)
         x = self.embedded(ids_BT)
         shared = self.shared(ids_BT, x)
 
-        mlp_lane = None  # the MLPs' lane, from PARALLEL_START_LAYER on; x is then attention's lane
+        # From PARALLEL_START_LAYER on there are two residual streams, called lanes: attention reads
+        # and writes x, the MLPs read and write mlp_lane. They are blended at the end.
+        mlp_lane = None
         v_first = None
         skips = []
-        half = len(passes) // 2
+        half = len(passes) // 2  # the first half of the passes leaves skips, the second takes them
         for i, layer in enumerate(passes):
             block = self.blocks[layer]
             if i >= half:
                 x = self.add_skip(x, skips, i - half)
-            if self.lane_mix is not None and layer == self.hp.parallel_start_layer:
-                mlp_lane = x if mlp_lane is None else mlp_lane
+            starts_lanes = self.lane_mix is not None and layer == self.hp.parallel_start_layer
+            if starts_lanes and mlp_lane is None:
+                mlp_lane = x
             queries = last if last and i == len(passes) - 1 else T
             x, v_own = block.attend(x, shared, v_first, queries)
-            v_first = v_own if v_first is None else v_first
+            if v_first is None:
+                v_first = v_own
             if mlp_lane is None:
                 x = block.feed(x)
             else:
                 mlp_lane = block.feed(mlp_lane[:, -queries:])
             if i < half:
                 skips.append(x)
-        return x if mlp_lane is None else torch.lerp(mlp_lane, x, self.lane_mix.to(x.dtype))
+        if mlp_lane is None:
+            return x
+        return torch.lerp(mlp_lane, x, self.lane_mix.to(x.dtype))
 
     def embedded(self, ids_BT) -> Tensor:
-        """The input of the first block: the token, its bigram, and a share of the position before
-        (SmearGate)."""
+        """The input of the first block: the embedding of the token plus that of its bigram,
+        normalised and blended with that of the position before (SmearGate)."""
         x = self.embed(ids_BT)
         if self.bigram is not None:
             x = x + self.bigram(bigram_rows(ids_BT, self.hp.bigram_vocab_size), x.dtype)
@@ -1262,14 +1284,15 @@ class GPT(nn.Module):
         return Shared(x_BTD, rope, ve)
 
     def add_skip(self, x_BTD, skips: list[Tensor], i: int) -> Tensor:
-        """Pop the newest skip and add it to x, as the i-th of the skip connections. There may be
-        fewer of them than passes; the other passes get none."""
+        """Pop the newest skip and add it to x with the weights of connection i or, with SKIP_GATES,
+        blend the two. Beyond the last connection x stays as it is."""
         if self.skip_weights is None or i >= len(self.skip_weights):
             return x_BTD
         skip = self.skip_weights[i].to(x_BTD.dtype) * skips.pop()
         if self.skip_gates is None:
             return x_BTD + skip
-        return torch.lerp(skip, x_BTD, torch.sigmoid(self.skip_gates[i]).to(x_BTD.dtype))
+        gate = torch.sigmoid(self.skip_gates[i]).to(x_BTD.dtype)  # the weight of x
+        return torch.lerp(skip, x_BTD, gate)
 
     def logits(self, hidden_D) -> Tensor:
         """(..., D) -> (..., V), before the softcap."""
@@ -1477,8 +1500,9 @@ def fake_quantized(model, hardness: Tensor) -> dict[str, Tensor]:
 
 
 # --- 7. Optimizers ------------------------------
-# Muon (Jordan et al. 2024) for matrices: its update is the momentum, made orthogonal. AdamW for the
-# rest.
+# Muon (Jordan et al. 2024) trains the matrices: its update is the Nesterov momentum, made
+# orthogonal. AdamW trains all other parameters. In stacks of matrices R <= C: tall ones are stored
+# transposed.
 
 
 class TrainingGroup(NamedTuple):
@@ -1490,7 +1514,7 @@ class TrainingGroup(NamedTuple):
 
 
 def training_groups(hp) -> dict[str, TrainingGroup]:
-    """kind of parameter [4] -> how it is trained."""
+    """How each kind of parameter (section 4) is trained."""
     table_lr = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr
     return {
         "matrix": TrainingGroup(Muon, hp.matrix_lr, hp.muon_wd),
@@ -1501,9 +1525,9 @@ def training_groups(hp) -> dict[str, TrainingGroup]:
 
 
 def orthogonalize(G_SRC, iterations: int) -> Tensor:
-    """Nearly U V' of each wide matrix G = U S V', in bfloat16 on CUDA. The quintic Newton-Schulz
-    iteration is tuned to lift small singular values fast, and leaves all in about [0.7, 1.2]."""
-    a, b, c = 3.4445, -4.7750, 2.0315
+    """Replaces the singular values of each matrix by numbers near 1: after five iterations those
+    that were not tiny lie in about [0.7, 1.2]. Zero matrices stay zero. In bfloat16 on CUDA."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's quintic Newton-Schulz, tuned for small values
     X = G_SRC.to(working_dtype(G_SRC))
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(iterations):
@@ -1513,30 +1537,32 @@ def orthogonalize(G_SRC, iterations: int) -> Tensor:
 
 
 def equalize_rows(G_SRC, is_tall_S11) -> Tensor:
-    """The matrices with each row divided by its norm (MuonEq-R). Those marked as tall are stacked
-    transposed: their columns are the rows."""
-    rows, columns = (G_SRC.norm(dim=dim, keepdim=True) for dim in (-1, -2))
-    return G_SRC / (torch.where(is_tall_S11, columns, rows) + 1e-7)
+    """The matrices with each row divided by its norm (MuonEq-R, PR #1435). A matrix marked as tall
+    is stored transposed: its rows are the columns here."""
+    row_norms = G_SRC.norm(dim=-1, keepdim=True)
+    column_norms = G_SRC.norm(dim=-2, keepdim=True)
+    return G_SRC / (torch.where(is_tall_S11, column_norms, row_norms) + 1e-7)
 
 
 class SummedGradients:
-    """What `update_parameters` asks of an optimizer, for those of torch that work elementwise:
-    every rank receives the whole sum of the gradients as one flat vector and does the whole step.
-    An optimizer that shares its work out, as Muon does, has its own versions of these methods. All
-    of them but `schedule` are collective."""
+    """The methods that `update_parameters` calls, for a torch optimizer that works elementwise:
+    every rank receives the whole sum of the gradients as one flat vector, and does the whole step.
+    Muon divides its work among the ranks, and so has its own versions. Every rank must call all of
+    them in the same order; only `schedule` may be called alone."""
 
     def schedule(self, step: int, scale: float):
-        """Set what changes from step to step; `scale` multiplies all learning rates."""
+        """Set the learning rates of this step: the initial ones times `scale`."""
         for group in self.param_groups:
             group["lr"] = group["initial_lr"] * scale
 
     def send_gradients(self):
-        """Sum the gradients over the ranks, or begin to."""
+        """Start to sum the gradients over the ranks. (This class waits for the sum.)"""
         self.grads = [p.grad for group in self.param_groups for p in group["params"]]
         self.flat = self.ranks.sum_over_ranks(nn.utils.parameters_to_vector(self.grads))
 
     def receive_gradients(self):
-        """Wait for this rank's part of the sums; the caller may scale these tensors in place."""
+        """Wait, and return the tensors that hold this rank's part of the sums (here all of it). The
+        caller may scale them in place before `begin_step`."""
         return [self.flat]
 
     def gradient_square(self):
@@ -1545,47 +1571,50 @@ class SummedGradients:
 
     def begin_step(self):
         """Do the step, or begin it."""
-        nn.utils.vector_to_parameters(self.flat, self.grads)  # gradients become views of the sum
+        nn.utils.vector_to_parameters(self.flat, self.grads)  # gradients become views of the vector
         self.step()
 
     def finish_step(self):
         """Finish what `begin_step` left under way."""
 
     def complete_state(self):
-        """Make `state_tensors` whole on this rank."""
+        """Collect what `state_tensors` lacks from the other ranks (here nothing)."""
 
 
 class AdamW(SummedGradients, torch.optim.AdamW):
-    """torch's AdamW, fused, whose state exists before the first step."""
+    """torch's AdamW, fused, with moments that exist before the first step."""
 
     def __init__(self, groups: list[dict], hp, ranks):
         self.ranks = ranks
         super().__init__(groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True)
         for p in chain(*(group["params"] for group in groups)):
-            # torch would do this at the first step; warm-up and checkpoints need it before
+            # torch creates these in the first step; warm-up and checkpoints need them before
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.state[p] = {"step": p.new_zeros(()), **moments}
 
     def state_tensors(self):
-        """name -> what a step changes beside the parameters, for checkpoints."""
+        """The tensors that a step changes, apart from the parameters, by name."""
         states = list(self.state.values())
         names = ("step", "exp_avg", "exp_avg_sq")
         return {f"adamw.{k}.{i}": s[k] for k in names for i, s in enumerate(states)}
 
 
 def muon_momentum(step: int, hp) -> float:
-    """Muon's momentum at `step`: it rises linearly over MUON_MOMENTUM_WARMUP_STEPS."""
-    share = 1.0
+    """Muon's momentum at `step`: from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM, linearly over
+    MUON_MOMENTUM_WARMUP_STEPS steps."""
+    risen = 1.0
     if hp.muon_momentum_warmup_steps:
-        share = min(1.0, step / hp.muon_momentum_warmup_steps)
+        risen = min(1.0, step / hp.muon_momentum_warmup_steps)
     start = hp.muon_momentum_warmup_start
-    return start + share * (hp.muon_momentum - start)
+    return start + risen * (hp.muon_momentum - start)
 
 
 class Muon(torch.optim.Optimizer):
-    """Matrices of one shape form a stack, tall ones transposed. Each rank owns an equal share of
-    every stack, filled up with zeros: it receives the sums of these gradients, keeps their
-    momentum, makes them orthogonal in one batch, and sends the updates to the others."""
+    """Matrices of the same shape, tall ones transposed, form a stack. Each rank owns a share of
+    every stack: it receives the sums of these gradients, keeps their momentum, makes the updates
+    orthogonal in one batch, and sends them to the others. For sending, a stack is filled up with
+    zero matrices to a multiple of the number of ranks; the momentum is not, so that the last shares
+    may be short or empty."""
 
     def __init__(self, groups: list[dict], hp, ranks):
         self.ranks = ranks
@@ -1603,9 +1632,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__(stacks, {"momentum": hp.muon_momentum_warmup_start})
 
     def local_share(self, stack: Tensor) -> Tensor:
-        """A view of this rank's part of a stack. The last parts may be short, or empty."""
-        share = -(-len(stack) // self.ranks.world_size)
-        return stack[self.ranks.rank * share :][:share]
+        """A view of this rank's share of a stack."""
+        size = math.ceil(len(stack) / self.ranks.world_size)
+        return stack[self.ranks.rank * size :][:size]
 
     def schedule(self, step: int, scale: float):
         for group in self.param_groups:
@@ -1616,8 +1645,8 @@ class Muon(torch.optim.Optimizer):
         self.arriving = []
         for group in self.param_groups:
             wide = [p.grad.mT if p.size(0) > p.size(1) else p.grad for p in group["params"]]
-            missing = -len(wide) % self.ranks.world_size
-            wide += [torch.zeros_like(wide[0])] * missing
+            padding = -len(wide) % self.ranks.world_size
+            wide += [torch.zeros_like(wide[0])] * padding
             self.arriving.append(self.ranks.reduce_scatter(torch.stack(wide)))
 
     def receive_gradients(self):
@@ -1628,32 +1657,32 @@ class Muon(torch.optim.Optimizer):
         return self.ranks.sum_over_ranks(sum(share.square().sum() for share in self.shares))
 
     def begin_step(self):
-        """Make this rank's updates, and begin to send them."""
+        """Compute this rank's updates, and begin to send them."""
         self.arriving = []
         for group, grads_SRC in zip(self.param_groups, self.shares):
             momentum_SRC = self.local_share(group["buffer"])
-            own_SRC = grads_SRC[: len(momentum_SRC)]  # a view, without the zeros at the end
+            own_SRC = grads_SRC[: len(momentum_SRC)]  # a view of grads_SRC, without its padding
             momentum_SRC.mul_(group["momentum"]).add_(own_SRC)
             own_SRC.add_(momentum_SRC, alpha=group["momentum"])  # Nesterov
             if self.hp.muon_row_norm:
                 own_SRC.copy_(equalize_rows(own_SRC, self.local_share(group["is_tall"])))
-            update_SRC = orthogonalize(grads_SRC, self.hp.muon_backend_steps)
+            update_SRC = orthogonalize(grads_SRC, self.hp.muon_backend_steps)  # padding stays 0
             self.arriving.append(self.ranks.all_gather(update_SRC))
 
     def finish_step(self):
-        """Decay the weights, then apply the updates as they arrive, times
-        sqrt(max(1, rows / columns))."""
+        """Decay the weights. As the updates arrive, subtract each, times the learning rate and
+        sqrt(max(1, rows / columns)) of the parameter."""
         for group, transfer in zip(self.param_groups, self.arriving):
             torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
             for p, update in zip(group["params"], transfer.wait()):
-                R, C = p.shape
-                rate = group["lr"] * max(1, R / C) ** 0.5
-                p.sub_(update.mT if R > C else update, alpha=rate)
+                rows, columns = p.shape
+                rate = group["lr"] * max(1, rows / columns) ** 0.5
+                p.sub_(update.mT if rows > columns else update, alpha=rate)
 
     def complete_state(self):
         for group in self.param_groups:
             share = self.local_share(group["buffer"]).clone()
-            group["buffer"].zero_()  # so that the sum over the ranks is every rank's share
+            group["buffer"].zero_()  # so that the sum over the ranks puts all shares together
             self.local_share(group["buffer"]).copy_(share)
             self.ranks.sum_over_ranks(group["buffer"])
 
@@ -1663,38 +1692,41 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(model, hp, ranks) -> list:
-    """One optimizer per class in `training_groups`. Together they hold every parameter once."""
-    rows = training_groups(hp)
-    groups = {}  # by kind, in the order in which the model has them
+    """One optimizer for each class in `training_groups` that has parameters. Together they hold
+    every parameter exactly once."""
+    training = training_groups(hp)
+    groups = {}  # kind -> torch's group of parameters, in the order of the model
     for name, p in model.named_parameters():
         kind = parameter_row(name).kind
-        lr, decay = rows[kind].lr, rows[kind].weight_decay
-        new = {"params": [], "lr": lr, "initial_lr": lr, "weight_decay": decay}
-        groups.setdefault(kind, new)["params"].append(p)
+        if kind not in groups:
+            _, lr, decay = training[kind]
+            groups[kind] = {"params": [], "lr": lr, "initial_lr": lr, "weight_decay": decay}
+        groups[kind]["params"].append(p)
 
     optimizers = []
     # in the order of training_groups, so that Muon's updates travel while AdamW steps
-    for cls in dict.fromkeys(rows[kind].optimizer for kind in rows if kind in groups):
-        own = [group for kind, group in groups.items() if rows[kind].optimizer is cls]
-        optimizers.append(cls(own, hp, ranks))
+    for cls in dict.fromkeys(training[kind].optimizer for kind in training):
+        own = [group for kind, group in groups.items() if training[kind].optimizer is cls]
+        if own:
+            optimizers.append(cls(own, hp, ranks))
 
     held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     every = [id(p) for p in model.parameters()]
-    assert sorted(held) == sorted(every), "a parameter without exactly one optimizer"
+    assert sorted(held) == sorted(every), "a parameter has no optimizer, or several"
     return optimizers
 
 
 @torch.no_grad()
 def update_parameters(optimizers: list, clip: float) -> None:
-    """One step of all optimizers on the gradients' sum over the ranks, which is scaled down to norm
-    `clip` if it is larger (0: never). What one optimizer sends travels while the next one works.
-    Collective."""
+    """Sum the gradients over the ranks, and step all optimizers. If the norm of the sum exceeds
+    `clip`, it is first scaled down to that; 0 turns this off. Communication of one optimizer
+    overlaps with the work of the next. Collective."""
     for optimizer in optimizers:
         optimizer.send_gradients()
     gradients = [g for optimizer in optimizers for g in optimizer.receive_gradients()]
     if clip:
-        length = sum(optimizer.gradient_square() for optimizer in optimizers).sqrt()
-        torch._foreach_mul_(gradients, (clip / (length + 1e-6)).clamp_max(1))
+        norm = sum(optimizer.gradient_square() for optimizer in optimizers).sqrt()
+        torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp_max(1))
     for optimizer in optimizers:
         optimizer.begin_step()
     for optimizer in optimizers:
@@ -2128,25 +2160,29 @@ def is_multiple(step: int, every: int) -> bool:
 
 
 # --- 9. Curvature -------------------------------
-# How much an error in a weight raises the loss, measured on training tokens and on the training
-# clock. GPTQ [10] uses it to decide which weights must be kept most precisely.
+# How much an error in a weight raises the loss. It is measured on training tokens, and the time
+# counts as training time. GPTQ (section 10) uses it to keep those weights precise that matter most.
 
-PASS_TOKENS = 16_384  # of a rank at a time
+CHUNK_TOKENS = 16_384  # tokens of one rank in one forward and backward pass
 
 
 class Curvature:
-    """What errors of one matrix cost. An error E raises the loss, to second order, by half the sum
-    over rows r of `outputs_r * E_r inputs E_r'` nats per token (Kronecker-factored: 1503.05671)."""
+    """By how much errors in one matrix raise the loss: an error E costs, in nats per token,
+
+        1/2 * sum over the rows r of  outputs_r * E_r @ inputs @ E_r'
+
+    (second order, Kronecker-factored, with squared gradients in the place of second derivatives:
+    1503.05671)."""
 
     def __init__(self, inputs_CC, outputs_R):
-        self.inputs_CC = inputs_CC  # mean of x x' over tokens, x being what the matrix multiplies
-        self.outputs_R = outputs_R  # mean over tokens of the squared gradient of what comes out
+        self.inputs_CC = inputs_CC  # mean of x x' over tokens, where x is the input
+        self.outputs_R = outputs_R  # mean over tokens of the squared gradient of output r
 
     @cached_property
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """(perm, U): the columns sorted by falling moment, and the upper Cholesky factor of the
-        inverse of the damped moments in that order. None: there is no such factor, or a moment is
-        not finite."""
+        """perm, the columns by falling diagonal of inputs_CC; and U, upper triangular, with U' U =
+        (inputs_CC[perm, perm] + damping)^-1, which GPTQ needs. None, if the matrix is not positive
+        definite even with the strongest damping, or a number is not finite."""
         H_CC = self.inputs_CC.double()
         perm_C = H_CC.diagonal().argsort(descending=True)
         H_CC = H_CC[perm_C][:, perm_C]
@@ -2160,19 +2196,23 @@ class Curvature:
 
     @cached_property
     def deltas(self) -> Tensor:
-        """(R, 1): step sizes, up to a common factor, at which one more bit reduces the loss equally
-        in every row of every matrix (reverse water-filling). An error of 1 in column c costs
-        U_cc^-2, once later columns have compensated for it. They are powers of 2^(1/8), as few
-        different numbers take few bytes."""
-        residual = self.factors[1].diagonal().double().pow(-2).mean()
+        """(R, 1): relative step sizes, for `factors` that are not None. GPTQ multiplies those of
+        all matrices by one number. They go as 1/sqrt(the cost of an error of 1), so that one more
+        bit reduces the loss equally in every row of every matrix (reverse water-filling). That cost
+        is outputs_r times the mean of U_cc^-2, which is what remains of an error in column c once
+        later columns have compensated for it."""
+        column_cost = self.factors[1].diagonal().double().pow(-2).mean()
         outputs_R = self.outputs_R.double()
-        cost_R = residual * (outputs_R + 0.01 * outputs_R.mean())
-        return torch.exp2((-4 * cost_R.clamp_min(1e-30).log2()).round() / 8).float().cpu()[:, None]
+        cost_R = column_cost * (outputs_R + 0.01 * outputs_R.mean())
+        eighths = (
+            -4 * cost_R.clamp_min(1e-30).log2()
+        ).round()  # of log2: few values take few bytes
+        return torch.exp2(eighths / 8).float().cpu()[:, None]
 
 
 @dataclass
 class Moments:
-    """Sums over tokens, from which a Curvature is made."""
+    """Sums over tokens, from which a Curvature is made. (0.0 takes the shape of what is added.)"""
 
     inputs_CC: Tensor | float = 0.0  # of x x'
     outputs_R: Tensor | float = 0.0  # of squared gradients
@@ -2182,20 +2222,19 @@ class Moments:
         self.inputs_CC = self.inputs_CC + x_NC.T @ x_NC
 
     def add_gradients(self, g: Tensor, factor=1.0) -> None:
-        """`factor`: what the rows of the matrix were multiplied by in this pass."""
+        """Add squares. g is the gradient of factor * (W x); so g * factor is that of W x."""
         self.outputs_R = self.outputs_R + (g.flatten(0, -2).float() * factor).square().sum(0)
 
     def watch_linear(self, module, args, y: Tensor) -> None:
         """A forward hook of Linear: adds its input and, in the backward pass, its gradient."""
-        x, *factors = args
-        self.add_inputs(x)
-        factor = factors[0].detach().flatten() if factors else 1.0
+        self.add_inputs(args[0])
+        factor = args[1].detach().flatten() if len(args) > 1 else 1.0
         y.register_hook(lambda g: self.add_gradients(g, factor))
 
     def watch_embedding(self, module, args, y: Tensor) -> None:
-        """A forward hook of an embedding, which is treated as a matrix applied to one-hot tokens.
-        The roles are swapped, as tables are coded by rows: a row's weight is how often it is looked
-        up, and errors of its columns cost by the moments of the gradient."""
+        """A forward hook of an embedding: treat the table (V, D) as the transpose of a matrix
+        applied to one-hot tokens. Then outputs_R is how often each row is looked up, and inputs_CC
+        the moments of the gradient of what was looked up."""
         counts_R = torch.bincount(args[0].flatten(), minlength=len(module.weight))
         self.outputs_R = self.outputs_R + counts_R
         y.register_hook(self.add_inputs)
@@ -2203,15 +2242,17 @@ class Moments:
 
 @contextmanager
 def watched(model) -> Iterator[dict[str, Moments]]:
-    """Within, every forward and backward pass of `model` adds to the Moments that this gives, by
-    the name of the matrix."""
+    """While this context is open, each forward and backward pass adds to the Moments that it
+    yields, by name of the matrix. At the end, hooks and gradients are removed."""
     moments = defaultdict(Moments)
-    hooks = {Linear: Moments.watch_linear, nn.Embedding: Moments.watch_embedding}
     handles = []
     try:
         for name, module in model.named_modules():
-            if type(module) in hooks:
-                hook = partial(hooks[type(module)], moments[f"{name}.weight"])
+            if isinstance(module, Linear):
+                hook = moments[f"{name}.weight"].watch_linear
+                handles.append(module.register_forward_hook(hook))
+            elif isinstance(module, nn.Embedding):
+                hook = moments[f"{name}.weight"].watch_embedding
                 handles.append(module.register_forward_hook(hook))
         yield moments
     finally:
@@ -2221,9 +2262,9 @@ def watched(model) -> Iterator[dict[str, Moments]]:
 
 
 def curvature_batches(hp, loader: TokenLoader, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields this rank's (ids, target ids) of the training batches from `step` on, PASS_TOKENS at a
-    time: whole batches, at least GPTQ_TOKENS in all."""
-    rows = max(1, PASS_TOKENS // hp.train_seq_len)
+    """Yields this rank's (ids, target ids) of the batches that would follow after `step` steps, in
+    chunks of about CHUNK_TOKENS: as many whole batches, of all ranks, as GPTQ_TOKENS needs."""
+    rows = max(1, CHUNK_TOKENS // hp.train_seq_len)
     for batch in range(math.ceil(hp.gptq_tokens / hp.train_batch_tokens)):
         for micro in range(loader.accumulation):
             ids, target_ids = loader.micro_batch(step + batch, micro)
@@ -2233,14 +2274,14 @@ def curvature_batches(hp, loader: TokenLoader, step: int) -> Iterator[tuple[Tens
 def measure_curvature(
     model, passes: tuple[int, ...], loader: TokenLoader, step: int, ranks
 ) -> tuple[dict[str, Curvature], int]:
-    """(name -> Curvature of every coded matrix, the number of tokens it was measured on), from the
-    batches after `step` steps. With a time limit it ends early where the next pass, at twice the
-    mean time, would take longer than the seconds that are kept for it. Collective."""
+    """Returns the Curvature of every coded matrix, by name, and the number of tokens that it was
+    measured on: those of the batches after `step` steps. With a time limit it ends early, when one
+    more chunk of twice the mean time would exceed the seconds kept for it. Collective."""
     hp, device = model.hp, ranks.device
     began = perf_counter()
     num_tokens = 0
     with watched(model) as moments:
-        head = moments["head.weight"]
+        head = moments["head.weight"]  # GPT.logits uses the matrix without its module: no hook
         for done, (ids, target_ids) in enumerate(curvature_batches(hp, loader, step), start=1):
             num_tokens += ids.numel() * ranks.world_size
             hidden_ND = model.hidden(ids.to(device), passes).flatten(0, 1)
@@ -2256,11 +2297,13 @@ def measure_curvature(
 
     found = {}
     for name in sorted(moments):
-        sums = (moments[name].inputs_CC, moments[name].outputs_R)
-        found[name] = Curvature(*(ranks.sum_over_ranks(x) / num_tokens for x in sums))
+        inputs_CC = ranks.sum_over_ranks(moments[name].inputs_CC) / num_tokens
+        outputs_R = ranks.sum_over_ranks(moments[name].outputs_R) / num_tokens
+        found[name] = Curvature(inputs_CC, outputs_R)
     if model.head is None:
-        # The embedding table is also the output head: its costs in both places are added, as if its
-        # rows were looked up in proportion to their gradients in the head.
+        # The embedding table is also the output head, and its costs in both places add up. That
+        # keeps the form of a Curvature only if rows have the same weights in both: so how often
+        # each is looked up is replaced by its share of the head's squared gradients.
         table, head = found["embed.weight"], found.pop("head.weight")
         looked_up_CC = table.inputs_CC / head.outputs_R.sum()
         found["embed.weight"] = Curvature(head.inputs_CC + looked_up_CC, head.outputs_R)
@@ -3590,16 +3633,17 @@ def mix(tokens: ndarray, nll: ndarray, entropy: ndarray, hp) -> ndarray:
 
 
 # --- 14. The run --------------------------------
-# Train -> compress -> write -> read back -> score -> mix -> report. Only this section opens the
-# artifact, and it decides what the log says about everything after training.
+# Train -> compress -> write -> read back -> score -> mix -> report. Only this section reads and
+# writes the artifact, and all that the log says after training is written here.
 
-FALLBACK_STRIDES = (96, 128, 256, 512, 1024, 2048)
-ENTROPY_EDGES = (0, 0.5, 1, 1.5, 2, 3, 4, 5, math.inf)  # nats, of the calibration table
+FALLBACK_STRIDES = (96, 128, 256, 512, 1024, 2048)  # tried in turn if EVAL_STRIDE takes too long
+ENTROPY_EDGES = (0, 0.5, 1, 1.5, 2, 3, 4, 5, math.inf)  # in nats, bins of the calibration table
 
 
 def run(hp, ranks, log, stop, warnings: list[str]) -> None:
-    """A whole run: from initial weights, a checkpoint or an artifact to the score. `warnings` go
-    into the log. Collective. UserError: data or files that do not fit."""
+    """A whole run. It starts from initial weights, from a checkpoint or from an artifact, and ends
+    with the score. `warnings` go into the log. Collective. UserError: data or files are missing, or
+    do not match the settings."""
     torch.manual_seed(hp.seed)
     loader = None if hp.eval_only else TokenLoader(hp, ranks.rank, ranks.world_size)
     validation = load_validation(hp)
@@ -3610,42 +3654,43 @@ def run(hp, ranks, log, stop, warnings: list[str]) -> None:
     for warning in warnings:
         log(f"warning: {warning}")
 
-    _, passes = block_passes(hp)
+    _, passes = block_passes(hp)  # those of the trained network
     path = Path(hp.eval_only or f"final_model.int{hp.quant_bits}.ptz")
     trained = Trained({}, {}, 0, 0.0)
-    began = perf_counter()
+    evaluation_began = perf_counter()
     if not hp.eval_only:
         trained = train(model, loader, validation, ranks, log, stop)
-        began = perf_counter()
+        evaluation_began = perf_counter()
         log_validation("final_float", Scorer(model, passes), validation, ranks, log)
         if ranks.rank == 0:
             write_artifact(path, trained, hp, log)
 
-    trunk = compiled(model.hidden, hp, ranks.device)  # here: compiling counts as evaluation
+    trunk = compiled(model.hidden, hp, ranks.device)  # only now: its time counts as evaluation
     size = read_artifact(path, model, ranks, log)
     if ranks.rank == 0 and not hp.eval_only and not hp.checkpoint_every:
-        log.path.with_suffix(".ckpt").unlink(missing_ok=True)  # the artifact is whole
-    scores = evaluate(Scorer(model, passes, trunk), validation, began, ranks, log)
+        # the artifact could be read, so that nobody needs to go on from the checkpoint
+        log.path.with_suffix(".ckpt").unlink(missing_ok=True)
+    scores = evaluate(Scorer(model, passes, trunk), validation, evaluation_began, ranks, log)
     if ranks.rank == 0:
         report(scores, trained, validation, size, hp, log)
 
 
 def require_same_start(hp, ranks) -> None:
-    """UserError: a rank was started with other files, settings or versions than rank 0.
-    Collective."""
+    """UserError: a rank has other files, settings or versions than rank 0. Collective."""
     ranks.require_equal(
         {
             "train_gpt.py": Path(__file__).read_bytes(),
             "settings": hp,
             "torch": torch.__version__,
-            "NumPy": np.__version__,  # which draws the order of the training windows
+            "NumPy": np.__version__,  # its generator shuffles the training windows
             "data files": fingerprint(hp),
         }
     )
 
 
 def log_header(hp, loader: TokenLoader | None, validation: Validation, ranks, log) -> None:
-    """What is needed to repeat the run: this source, versions, hardware, data, every setting."""
+    """Log what is needed to repeat the run: this source, versions, hardware, every setting, and
+    checksums of the first shards and of the tokenizer."""
     source = Path(__file__).read_text(encoding="utf-8")
     versions = (
         f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
@@ -3676,16 +3721,16 @@ def log_header(hp, loader: TokenLoader | None, validation: Validation, ranks, lo
 
 
 def code_size() -> int:
-    """Bytes of this script, which count like the weights."""
+    """Bytes of this script, which count toward SIZE_CAP."""
     return Path(__file__).stat().st_size
 
 
 def write_artifact(path: Path, trained: Trained, hp, log) -> None:
-    """Pack the trained weights into the file `path`, such that it and the code fit into SIZE_CAP.
-    UserError: they cannot fit, or the file cannot be written."""
+    """Pack the trained weights into the file `path`, so that file and script have at most SIZE_CAP
+    bytes. UserError: that cannot be, or the file cannot be written."""
     for name, curvature in trained.curvature.items():
         if curvature.factors is None:
-            log(f"warning: {name}: its moments have no Cholesky factor; rounded by rows")
+            log(f"warning: {name}: its curvature is unusable; rounded row by row, without GPTQ")
     packed = compress(trained.weights, hp, trained.curvature, SIZE_CAP - code_size())
     log(
         f"fit_artifact coarsen:{packed.coarsen:.9f} error_before:{packed.error_before:.6f} "
@@ -3698,8 +3743,9 @@ def write_artifact(path: Path, trained: Trained, hp, log) -> None:
 
 
 def read_artifact(path: Path, model: GPT, ranks, log) -> int:
-    """Every rank's model gets the weights that rank 0 reads from `path`. Returns the bytes of code
-    and file. Collective. UserError: there is no such file, or it is damaged or of another model."""
+    """Every rank's model gets the weights that rank 0 reads from `path`. Returns the size of script
+    and file in bytes (0 on other ranks). Collective. UserError: there is no such file, or it is
+    damaged or of another model."""
     size = 0
     if ranks.rank == 0:
         try:
@@ -3718,48 +3764,51 @@ def read_artifact(path: Path, model: GPT, ranks, log) -> int:
 
 
 def log_validation(name: str, scorer: Scorer, validation: Validation, ranks, log) -> None:
-    """Validate, and log it with all digits. Collective."""
+    """Validate, and log loss and bits per byte with eight decimals. Collective."""
     loss, bpb = validate(scorer, validation, ranks, log)
     log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
 
 
 class Scores(NamedTuple):
-    """What evaluation returns: arrays along the stream, on rank 0, and times in seconds."""
+    """What evaluation returns. Arrays have one number per target of the stream, and are empty on
+    ranks other than 0. Times are in seconds."""
 
-    nll: ndarray  # nats
-    entropy: ndarray  # nats
+    nll: ndarray  # nats, of the model alone
+    entropy: ndarray  # nats, of the model's predictions
     mixture: Mixture | None
     stride: int
-    seconds: float  # of scoring
+    seconds: float  # of scoring, with compiling and with strides that were given up
     added: float  # between the last score and the end of mixing
-    began: float  # perf_counter() at the end of training
+    began: float  # perf_counter() when evaluation began
 
 
 def evaluate(scorer: Scorer, validation: Validation, began: float, ranks, log) -> Scores:
     """Score the stream. Meanwhile a thread of rank 0 counts n-grams, then mixes what is scored.
-    `began`: perf_counter() at the end of training. Collective."""
+    (It counts the whole stream at once, but the counts of a target are those before it.) `began`:
+    perf_counter() when evaluation began. Collective."""
     hp = scorer.model.hp
     worker = concurrent.futures.ThreadPoolExecutor(1)
-    counted = None  # the Mixture, once the worker has counted
+    counted = None  # the future of the Mixture: of its counts
     if hp.ngram_enabled and ranks.rank == 0:
         counted = worker.submit(Mixture, validation.tokens, hp)
     log_validation(f"final_int{hp.quant_bits}_roundtrip", scorer, validation, ranks, log)
 
     scoring_began = perf_counter()
     stride, segments = score_in_time(scorer, validation, began, ranks, log)
-    progress = Progress(log, "scoring", validation.num_targets)  # from here on nothing compiles
+    # its clock starts now, as nothing compiles any more
+    progress = Progress(log, "scoring", validation.num_targets)
     scores_2N = np.empty((2, 0 if ranks.rank else validation.num_targets), np.float32)
     done = 0
-    mixed = []
+    mixing = []  # futures
     for segment in segments:
-        end = done + segment.shape[1]
+        end = done + segment.shape[1]  # segments are empty on other ranks
         scores_2N[:, done:end] = segment
         done = end
         progress(done)
         if counted:
-            mixed.append(worker.submit(extend_when_counted, counted, scores_2N[:, :done]))
+            mixing.append(worker.submit(extend_when_counted, counted, scores_2N[:, :done]))
     scored = perf_counter()
-    for future in mixed:
+    for future in mixing:
         future.result()  # raises what the worker has raised
     mixture = counted.result() if counted else None
     added = perf_counter() - scored
@@ -3767,16 +3816,17 @@ def evaluate(scorer: Scorer, validation: Validation, began: float, ranks, log) -
 
 
 def extend_when_counted(counted: concurrent.futures.Future, scores_2N: ndarray) -> None:
-    """Mix what is scored, once the Mixture has counted."""
+    """Wait until the Mixture has counted, then let it mix the targets that are new in
+    `scores_2N`."""
     counted.result().extend(*scores_2N)
 
 
 def score_in_time(
     scorer: Scorer, validation: Validation, began: float, ranks, log
 ) -> tuple[int, Iterator[ndarray]]:
-    """(stride, segments) for the first of EVAL_STRIDE and wider strides that is expected to end
-    within 95 % of EVAL_BUDGET_SECONDS after `began`, at the speed of its third segment; the widest
-    if none is. Collective."""
+    """Returns the stride and the segments of its scores. EVAL_STRIDE and wider strides are tried in
+    turn, until one will end within 95 % of EVAL_BUDGET_SECONDS after `began`, judged by the speed
+    of its third segment; else the widest is used. Collective."""
     hp, num_targets = scorer.model.hp, validation.num_targets
     loss = compiled(training_loss, hp, ranks.device)
     wider = [s for s in FALLBACK_STRIDES if hp.eval_stride < s <= hp.eval_seq_len]
@@ -3786,17 +3836,20 @@ def score_in_time(
             segments = score_and_learn(scorer, loss, validation, stride, ranks, log)
         else:
             segments = score(scorer, validation.tokens, stride, ranks)
-        held = list(islice(segments, 2))  # the first ones compile
+        held = list(islice(segments, 2))  # these compile, so that they say nothing of the speed
         third_began = perf_counter()
         held += islice(segments, 1)
         now = perf_counter()
 
         done = sum(segment.shape[1] for segment in held)
         seconds_per_target = (now - third_began) / max(held[-1].shape[1], 1)
-        elapsed, more = now - began, seconds_per_target * (num_targets - done)
+        elapsed = now - began
+        remaining = seconds_per_target * (num_targets - done)
         budget = f"budget:{hp.eval_budget_seconds:g}s"
-        log(f"eval_budget projected:{elapsed + more:.1f}s {budget} stride:{stride}")
-        is_late = done < num_targets and would_overrun(elapsed, more, 0.95 * hp.eval_budget_seconds)
+        log(f"eval_budget projected:{elapsed + remaining:.1f}s {budget} stride:{stride}")
+        is_late = done < num_targets and would_overrun(
+            elapsed, remaining, 0.95 * hp.eval_budget_seconds
+        )
         if not ranks.from_rank0(is_late) or stride == strides[-1]:
             return stride, chain(held, segments)
         segments.close()
@@ -3804,7 +3857,7 @@ def score_in_time(
 
 def report(scores: Scores, trained: Trained, validation: Validation, size: int, hp, log) -> None:
     """Log all results, and save the scores if SAVE_SCORES says so. `size`: bytes of the submission.
-    RuntimeError: the mixture is no code."""
+    RuntimeError: the mixture is not a valid code."""
     nll, mixture = scores.nll, scores.mixture
     neural_bpb = bits_per_byte(nll, validation.target_bytes)
     log(
@@ -3835,7 +3888,7 @@ def report(scores: Scores, trained: Trained, validation: Validation, size: int, 
         result[f"{name}_bits_per_byte"] = round(float(bpb[name]), 8)
     if mixture:
         result["gain_bits_per_byte"] = round(float(bpb["neural"] - bpb["mixed"]), 8)
-    # one line for programs, with the same digits as the lines above
+    # one line for programs, rounded as in the lines for people and for other tools
     log(f"result {json.dumps(result)}", console=False)
     if hp.save_scores:
         save_scores(scores, hp, log)
@@ -3848,12 +3901,13 @@ def report_mixture(scores: Scores, validation: Validation, hp, log) -> None:
     log(f"ngram_audit {mixture.audit()}")
     for low, high in pairwise(ENTROPY_EDGES):
         inside = (low <= entropy) & (entropy < high)
-        if inside.any():  # a calibrated model's mean nll is its mean entropy
+        if inside.any():  # the mean nll of a calibrated model is its mean entropy
             log(
                 f"calibration entropy:{low}-{high} targets:{inside.sum()} "
                 f"expected:{entropy[inside].mean():.4f} nll:{nll[inside].mean():.4f} "
                 f"mixed:{mixture.nll[inside].mean():.4f}"
             )
+    # in bits per byte, by the longest n that matched; together they are the whole gain
     gain = np.bincount(mixture.matched_n, nll - mixture.nll) / math.log(2) / target_bytes.sum()
     for n, count in zip(*np.unique(mixture.matched_n, return_counts=True)):
         log(f"ngram_order order:{n} targets:{count} gain:{gain[n]:.8f}")
@@ -3870,10 +3924,13 @@ def report_mixture(scores: Scores, validation: Validation, hp, log) -> None:
 def report_to_people(
     bpb: dict[str, float], trained: Trained, seconds: float, size: int, hp, log
 ) -> None:
-    """The last screen. `bpb`: "neural" and, unless it is off, "mixed"; `seconds`: of evaluation."""
-    mixed = f"{bpb['mixed']:.4f} bpb" if "mixed" in bpb else "off"
+    """The summary at the end of the console. `bpb`: "neural" and, unless it is off, "mixed";
+    `seconds`: of evaluation."""
+    mixed = "not mixed"
+    if "mixed" in bpb:
+        mixed = f"mixed with exact counts of the past {bpb['mixed']:.4f} bpb"
     log(
-        f"\n  neural {bpb['neural']:.4f} bpb, mixed with exact counts of the past {mixed}\n"
+        f"\n  neural {bpb['neural']:.4f} bpb, {mixed}\n"
         f"  artifact {size:,} bytes of {SIZE_CAP:,}, code included; {log.path}\n"
         f"  training {trained.seconds:.1f} s, {trained.steps} steps; evaluation {seconds:.1f} s"
     )
@@ -3909,42 +3966,45 @@ def main(env: dict[str, str]) -> None:
         ranks.close()
         log.close()
     except BaseException as error:
-        # The process group stays open, so that the other ranks wait. No signal cuts short the line
-        # that says why.
+        # The process group stays open: to close it would make the other ranks fail, and speak
+        # first. They wait until this process has ended. No signal interrupts what is said now.
         stop.be_patient()
-        error = explained(error, env, stop)
-        log(f"error: {type(error).__name__}: {error}", console=False)
-        raise error from None
+        shown = explained(error, env, stop)
+        log(f"error: {type(shown).__name__}: {shown}", console=False)
+        if shown is error:
+            raise
+        raise shown from None
 
 
 def explained(error: BaseException, env: dict[str, str], stop) -> BaseException:
-    """The error that a user should see in the place of `error`."""
-    if "gloo/transport" in str(error):  # connection closed, reset, pipe broken ...
+    """The error that a user should see instead of `error`."""
+    if "gloo/transport" in str(error):  # a connection to another rank was lost
         signalled = f"; {stop.name} came" if stop.name else ""
         error = UserError(f"another rank ended, see what it said{signalled}")
-    if type(error) is UserError:
+    if type(error) is UserError:  # not Stopped
         error = UserError("; ".join([str(error), *mistyped(env)]))
     return error
 
 
 def leave(error: BaseException | None, rank: int) -> None:
-    """End the process, with one line for an error the user can fix. It is rank 0's; the others wait
-    for torchrun to stop them. (Not by sys.exit, as gloo's threads may crash Python's shutdown.)"""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, once rank 0 has spoken
+    """End the process; print the error, if there is one, in one line if the user can fix it. Rank 0
+    prints at once and ends; then torchrun ends the other ranks, so that an error that all share is
+    printed once. Another rank prints after 5 seconds, if it still runs. (Not by sys.exit, as gloo's
+    threads may crash Python's shutdown.)"""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's may end the wait below
+    if error is not None and rank:
+        time.sleep(5)
     is_told_by_rank_0 = rank > 0 and isinstance(error, Stopped)
-    if error is not None and not is_told_by_rank_0:
-        if rank:
-            time.sleep(5)
-        if isinstance(error, (UserError, OSError)):
-            speaker = f"rank {rank}: " if rank else ""
-            print(f"train_gpt.py: error: {speaker}{error}", file=sys.stderr)
-        else:
-            traceback.print_exception(error)
+    if isinstance(error, (UserError, OSError)) and not is_told_by_rank_0:
+        speaker = f"rank {rank}: " if rank else ""
+        print(f"train_gpt.py: error: {speaker}{error}", file=sys.stderr)
+    elif error is not None and not is_told_by_rank_0:
+        traceback.print_exception(error)
     os._exit(1 if error else 0)
 
 
 def start(env: dict[str, str]) -> None:
-    """Run `main`, then leave the process, whatever came of it."""
+    """Run `main`, then end the process, with or without an error."""
     rank = int(env.get("RANK", 0))
     try:
         main(env)
