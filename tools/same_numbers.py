@@ -159,7 +159,7 @@ def read_script(source: str) -> bytes:
     done = subprocess.run(command, capture_output=True)
     if done.returncode:
         reason = done.stderr.decode().strip().splitlines()[0]
-        sys.exit(f"same_numbers.py: {source}: no file, and no train_gpt.py of a revision: {reason}")
+        sys.exit(f"{source}: no such file, and no git revision with a train_gpt.py: {reason}")
     return done.stdout
 
 
