@@ -1,19 +1,19 @@
-"""A training step: the work in it, counted, and the time it takes,
-measured with each switch off in turn.
+"""A training step: how much work is in it, counted, and how long it takes, measured also with each
+speed-up switched off.
 
     python -m bench.step [--steps 10] [--rounds 3] [--count]
         settings: train_gpt.py's environment variables
 
-Counted, without a GPU and without computing anything (meta tensors): per step and kind of operation
-the FLOPs and the bytes that cross the memory bus if each operation reads its inputs and writes its
-outputs, in the dtypes of CUDA, with the project's kernels. The elementwise row is what the
-compiler's fusion can save (bench.fusion: what it does save). `floor`: the larger of FLOPs and
-bytes at an H100's datasheet rates.
-Measured, on a GPU, or on a CPU with settings that suit it: ms per step (median of the rounds,
-variants in turn), tokens/s, MFU: the counted FLOPs of products and attention over the fastest
-bfloat16 product seen in the same run (float32 on a CPU), the ratio to the plain compiled model, and
-the kernels that take most time. On a GPU also: the compiled bfloat16 model with kernels against the
-uncompiled float32 one without, and the MLP kernel with other tiles against the compiled plain form.
+Counted, by meta tensors, without a GPU and without computing anything: the FLOPs and bytes of each
+kind of operation, in the dtypes of CUDA and with the project's kernels. The bytes are those that
+cross the memory bus if each operation reads its inputs and writes its outputs. The elementwise row
+is what the compiler's fusion can save (bench.fusion says what it does save). `floor`: the larger of
+the times that FLOPs and bytes take at an H100's datasheet rates.
+Measured, on a GPU, or on a CPU with small settings: ms per step (the median of the rounds; variants
+run in turn), tokens/s, MFU, the ratio to the plain compiled model, and the kernels that take most
+time. MFU is the rate of the counted FLOPs over that of the fastest bfloat16 product in the same run
+(float32 on a CPU). On a GPU it also compares the compiled bfloat16 model with kernels to the
+uncompiled float32 model without, and the MLP kernel with other tiles to the compiled plain form.
 --count: only the first table. Batches are random tokens, in one process.
 """
 
@@ -47,7 +47,7 @@ TILES = [
 
 
 def print_count(hp: t.Hyperparameters) -> float:
-    """The table; returns the FLOPs of a step."""
+    """Print the table. Returns the FLOPs of a step."""
     found = common.count_step(hp)
     print(
         f"counted, one step of {hp.train_batch_tokens:,} tokens (x {hp.train_seq_len}), all on one "
@@ -117,16 +117,12 @@ def ceiling(device: torch.device) -> float:
 
 
 def variants(hp: t.Hyperparameters) -> dict[str, Callable]:
-    """Name -> a function that makes a training step, with one switch off."""
+    """Name -> a function that takes a training step, with one speed-up switched off."""
     on_gpu = torch.cuda.is_available()
 
-    def step(torchs_attention=False, **changes):
+    def step(**changes):
         changed = dataclasses.replace(hp, **changes)
-        model = common.new_model(changed)
-        if torchs_attention:
-            for block in model.blocks:
-                block.attn.flash = None
-        return common.training_step(model, RandomTokens(changed))
+        return common.training_step(common.new_model(changed), RandomTokens(changed))
 
     found = {"as it is": step()}
     if on_gpu:
@@ -135,11 +131,13 @@ def variants(hp: t.Hyperparameters) -> dict[str, Callable]:
         found["not compiled"] = step(compile="0")
     attention, _ = t.find_flash_attention()
     if attention != "sdpa":
-        found["torch's attention"] = step(torchs_attention=True)
+        with patched(find_flash_attention=lambda: ("sdpa", None)):
+            found["torch's attention"] = step()
     return found
 
 
 def measure(hp: t.Hyperparameters, steps: int, rounds: int, flops: float) -> None:
+    """Print a row per variant, then the kernels that take most time."""
     device = t.Ranks({}).device
     calls = variants(hp)
     for step in calls.values():
@@ -178,13 +176,14 @@ def measure(hp: t.Hyperparameters, steps: int, rounds: int, flops: float) -> Non
 
 
 def check_gradients(hp: t.Hyperparameters, device: torch.device) -> None:
-    """Loss and gradients of the compiled model with kernels (bfloat16) against the
-    uncompiled float32 one without."""
+    """Print how far loss and gradients of the compiled bfloat16 model with kernels are from those
+    of the uncompiled float32 model without."""
     torch.manual_seed(hp.seed)
     model = t.GPT(hp).to(device)
+    _, passes = t.block_passes(hp)
     ids = torch.randint(0, hp.vocab_size, (2, hp.train_seq_len + 1), device=device)
     with torch.no_grad():
-        for p in model.parameters():  # so that no matrix is zero, no weight one
+        for p in model.parameters():  # so that no matrix is zero and no factor is one
             p.add_(0.02 * torch.randn_like(p))
     plain = patched(
         working_dtype=lambda x: torch.float32,
@@ -192,9 +191,9 @@ def check_gradients(hp: t.Hyperparameters, device: torch.device) -> None:
         causal_attention=lambda q, k, v, flash=None, f=t.causal_attention: f(q, k, v),
     )
     with plain:
-        exact = t.training_loss(model, ids[:, :-1], ids[:, 1:], None)
+        exact = t.training_loss(model, ids[:, :-1], ids[:, 1:], passes)
         wanted = torch.autograd.grad(exact, list(model.parameters()))
-    loss = torch.compile(t.training_loss, dynamic=False)(model, ids[:, :-1], ids[:, 1:], None)
+    loss = torch.compile(t.training_loss, dynamic=False)(model, ids[:, :-1], ids[:, 1:], passes)
     found = torch.autograd.grad(loss, list(model.parameters()))
     errors = {
         name: float((a - b).norm() / b.norm().clamp_min(1e-12))
@@ -209,8 +208,8 @@ def check_gradients(hp: t.Hyperparameters, device: torch.device) -> None:
 
 
 def time_tiles(hp: t.Hyperparameters, device: torch.device) -> None:
-    """ms of the MLP's kernel, forward and backward, by tile;
-    beside it the compiled plain form of the same work."""
+    """Print the ms that the MLP's kernel takes forward and backward with each tile, and those of
+    the compiled plain form of the same work."""
     N = micro_batch_rows(hp) * hp.train_seq_len
     W, D = int(hp.mlp_mult * hp.model_dim), hp.model_dim
     x, g, z = (torch.randn(N, width, device=device, dtype=torch.bfloat16) for width in (D, D, W))
@@ -272,8 +271,8 @@ def main() -> None:
         measure(hp, args.steps, args.rounds, flops)
     elif not args.count:
         print(
-            "\nnothing measured: there is no GPU, and a CPU takes minutes for a step of such size; "
-            "set smaller ones"
+            "\nnothing is measured: there is no GPU, and a CPU takes minutes for a step of this "
+            "size; set a smaller TRAIN_BATCH_TOKENS"
         )
 
 
