@@ -2,7 +2,7 @@
 """A training step: the work in it, counted, and the time it takes,
 measured with each switch off in turn.
 
-    python bench/bench_step.py [--steps 10] [--rounds 3] [--count]
+    python bench/bench_step.py [--steps 10] [--rounds 3] [--count] [--only VARIANT ...]
         settings: train_gpt.py's environment variables
 
 Counted, without a GPU and without computing anything (meta tensors): per step and kind of operation
@@ -15,7 +15,8 @@ variants in turn), tokens/s, MFU: the counted FLOPs of products and attention ov
 bfloat16 product seen in the same run (float32 on a CPU), the ratio to the plain compiled model, and
 the kernels that take most time. On a GPU also: the compiled bfloat16 model with kernels against the
 uncompiled float32 one without, and the MLP kernel with other tiles against the compiled plain form.
---count: only the first table. Batches are random tokens, in one process.
+--count: only the first table. --only: of the measurements, only the steps of these variants, the
+ratio to the first of them. Batches are random tokens, in one process.
 """
 
 import argparse
@@ -26,9 +27,11 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch._inductor import config as inductor_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
@@ -39,6 +42,7 @@ sys.path.insert(0, str(ROOT))
 import train_gpt as t  # noqa: E402
 
 PLAIN = "plain, compiled"
+NO_MIX_ORDER = "mix-order reduction off"
 PEAK_FLOPS, PEAK_BYTES = 989e12, 3.35e12  # per second, H100 SXM: dense bfloat16; HBM3
 KINDS = {
     "products": ("mm", "bmm", "addmm", "fused_mlp"),
@@ -261,40 +265,79 @@ def ceiling(device: torch.device) -> float:
     return best
 
 
-def variants(hp: t.Hyperparameters, ranks: t.Ranks) -> dict[str, t.Trainer]:
-    """Name -> a trainer with one switch off."""
+def flash_attention_4():
+    """FlashAttention 4 for the model, or None: it is not installed, or there is no GPU."""
+    if not torch.cuda.is_available():
+        return None
+    with contextlib.suppress(ImportError):
+        from flash_attn.cute import flash_attn_func
 
-    def trainer(**changes):
-        torch.manual_seed(hp.seed)
-        changed = dataclasses.replace(hp, **changes)
-        model = t.GPT(changed).to(ranks.device)
-        return t.Trainer(model, RandomTokens(changed), None, ranks, t.RunLog(), t.StopSignal())
+        return torch.compiler.disable(flash_attn_func)  # its kernels have a compiler of their own
+    return None
 
-    found = {"as it is": trainer()}
-    if found["as it is"].model.embed.weight.is_cuda:
-        found |= {
-            PLAIN: trainer(fused_mlp=False),
-        }
-    if hp.compile != "0" and (hp.compile == "1" or ranks.device.type == "cuda"):
-        found["not compiled"] = trainer(compile="0")
+
+def new_trainer(hp: t.Hyperparameters, ranks: t.Ranks, flash=None, **changes) -> t.Trainer:
+    """On random tokens, with `changes` to the settings; `flash`: a function that replaces the
+    model's choice of attention, or "torch" for torch's own."""
+    torch.manual_seed(hp.seed)
+    changed = dataclasses.replace(hp, **changes)
+    model = t.GPT(changed).to(ranks.device)
+    for block in model.blocks if flash else ():
+        block.attn.flash = None if flash == "torch" else flash
+    return t.Trainer(model, RandomTokens(changed), None, ranks, t.RunLog(), t.StopSignal())
+
+
+def without_mix_order(hp: t.Hyperparameters, ranks: t.Ranks) -> t.Trainer:
+    """Compiled without fusing reductions along rows with reductions along columns, as by
+    TORCHINDUCTOR_MIX_ORDER_REDUCTION=0; the options give it a graph of its own."""
+    trainer = new_trainer(hp, ranks)
+    options = {"triton.mix_order_reduction": False}
+    trainer.loss = torch.compile(t.training_loss, dynamic=False, options=options)
+    return trainer
+
+
+def variants(hp: t.Hyperparameters, ranks: t.Ranks, only=()) -> dict[str, t.Trainer]:
+    """Name -> a trainer with one switch off. `only`: names of those to make."""
+    on_gpu = ranks.device.type == "cuda"
+    is_compiled = hp.compile == "1" or (hp.compile == "auto" and on_gpu)
     attention, _ = t.find_flash_attention()
-    if attention != "sdpa":
-        found["torch's attention"] = trainer()
-        for block in found["torch's attention"].model.blocks:
-            block.attn.flash = None
+    flash_4 = flash_attention_4()
+    make = partial(new_trainer, hp, ranks)
+    possible = {
+        "as it is": (True, make),
+        PLAIN: (on_gpu, partial(make, fused_mlp=False)),
+        "not compiled": (is_compiled, partial(make, compile="0")),
+        NO_MIX_ORDER: (
+            is_compiled and hasattr(inductor_config.triton, "mix_order_reduction"),
+            partial(without_mix_order, hp, ranks),
+        ),
+        "torch's attention": (attention != "sdpa", partial(make, flash="torch")),
+        "FlashAttention 4": (flash_4 is not None, partial(make, flash=flash_4)),
+    }
+    found = {}
+    for name, (is_possible, maker) in possible.items():
+        if not only or name in only:
+            if is_possible:
+                found[name] = maker()
+            elif only:
+                print(f"{name}: not possible here")
+    if not found:
+        sys.exit(f"--only {' '.join(only)}: none of {', '.join(possible)}")
     return found
 
 
-def measure(hp: t.Hyperparameters, steps: int, rounds: int, flops: float) -> None:
+def measure(
+    hp: t.Hyperparameters, steps: int, rounds: int, flops: float, only: tuple[str, ...] = ()
+) -> None:
     ranks = t.Ranks({})
-    trainers, seconds = variants(hp, ranks), defaultdict(list)
+    trainers, seconds = variants(hp, ranks, only), defaultdict(list)
     for trainer in trainers.values():
         timed(lambda trainer=trainer: trainer.step(1.0, None), 2)  # compiles
     for _ in range(rounds):
         for name, trainer in trainers.items():
             seconds[name].append(timed(lambda trainer=trainer: trainer.step(1.0, None), steps))
     best = ceiling(ranks.device)
-    first = statistics.median(seconds[PLAIN if PLAIN in seconds else "as it is"])
+    first = statistics.median(seconds[PLAIN if PLAIN in seconds else next(iter(seconds))])
     device = (
         torch.cuda.get_device_name()
         if ranks.device.type == "cuda"
@@ -304,16 +347,18 @@ def measure(hp: t.Hyperparameters, steps: int, rounds: int, flops: float) -> Non
     print(
         f"\nmeasured on {device}, attention {attention}, torch {torch.__version__}; fastest "
         f"product {best / 1e12:.2f} TFLOP/s\n\n"
-        f"{'':20} {'ms/step':>9} {'low-high':>19} {'tokens/s':>11} {'MFU':>6} {'ratio':>6}"
+        f"{'':23} {'ms/step':>9} {'low-high':>19} {'tokens/s':>11} {'MFU':>6} {'ratio':>6}"
     )
     for name, all_rounds in seconds.items():
         middle = statistics.median(all_rounds)
         print(
-            f"{name:20} {1e3 * middle:>9.2f} "
+            f"{name:23} {1e3 * middle:>9.2f} "
             f"{f'{1e3 * min(all_rounds):.2f}-{1e3 * max(all_rounds):.2f}':>19} "
             f"{hp.train_batch_tokens / middle:>11,.0f} {flops / middle / best:>6.1%} "
             f"{middle / first:>6.2f}"
         )
+    if only:
+        return
     with torch.profiler.profile() as profile:
         timed(lambda: trainers["as it is"].step(1.0, None), 1)
     on_gpu = ranks.device.type == "cuda"
@@ -412,15 +457,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--count", action="store_true", help="count, measure nothing")
+    parser.add_argument("--only", nargs="+", default=(), metavar="VARIANT")
     args = parser.parse_args()
     hp = settings()
     flops = print_count(hp)
     small = hp.train_batch_tokens <= 1 << 16
     if not args.count and (small or torch.cuda.is_available()):
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and not args.only:
             check_gradients(hp, torch.device("cuda"))
             time_tiles(hp, torch.device("cuda"))
-        measure(hp, args.steps, args.rounds, flops)
+        measure(hp, args.steps, args.rounds, flops, args.only)
     elif not args.count:
         print(
             "\nnothing measured: there is no GPU, and a CPU takes minutes for a step of such size; "
