@@ -1,7 +1,7 @@
 """A training step: how much work is in it, counted, and how long it takes, measured also with each
 speed-up switched off.
 
-    python -m bench.step [--steps 10] [--rounds 3] [--count]
+    python -m bench.step [--steps 10] [--rounds 3] [--count] [--only VARIANT ...]
         settings: train_gpt.py's environment variables
 
 Counted, by meta tensors, without a GPU and without computing anything: the FLOPs and bytes of each
@@ -14,21 +14,26 @@ run in turn), tokens/s, MFU, the ratio to the plain compiled model, and the kern
 time. MFU is the rate of the counted FLOPs over that of the fastest bfloat16 product in the same run
 (float32 on a CPU). On a GPU it also compares the compiled bfloat16 model with kernels to the
 uncompiled float32 model without, and the MLP kernel with other tiles to the compiled plain form.
---count: only the first table. Batches are random tokens, in one process.
+--count: only the first table. --only: only these variants, without the tables after theirs.
+Batches are random tokens, in one process.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from torch._inductor import config as inductor_config
 
 from tools import common
 from tools.common import PEAK_BYTES, PEAK_FLOPS, micro_batch_rows, patched, t
 
 PLAIN = "plain, compiled"
+NO_MIX_ORDER = "mix-order reduction off"
 TILES = [
     dict(BM=m, BN=n, BK=k, num_warps=w, num_stages=s)
     for m, n, k, w, s in (
@@ -116,49 +121,91 @@ def ceiling(device: torch.device) -> float:
     return best
 
 
-def variants(hp: t.Hyperparameters) -> dict[str, Callable]:
-    """Name -> a function that takes a training step, with one speed-up switched off."""
-    on_gpu = torch.cuda.is_available()
+def flash_attention_4():
+    """FlashAttention 4, or None: it is not installed, or there is no GPU."""
+    if not torch.cuda.is_available():
+        return None
+    with contextlib.suppress(ImportError):
+        from flash_attn.cute import flash_attn_func
 
-    def step(**changes):
-        changed = dataclasses.replace(hp, **changes)
+        return torch.compiler.disable(flash_attn_func)  # its kernels have a compiler of their own
+    return None
+
+
+def new_step(hp: t.Hyperparameters, attention=None, **changes) -> Callable:
+    """A function that takes a training step on random tokens, with `changes` to the settings.
+    `attention`: what find_flash_attention should find, if not what it finds."""
+    changed = dataclasses.replace(hp, **changes)
+    attention = attention or t.find_flash_attention()
+    with patched(find_flash_attention=lambda: attention):
         return common.training_step(common.new_model(changed), RandomTokens(changed))
 
-    found = {"as it is": step()}
-    if on_gpu:
-        found[PLAIN] = step(fused_mlp=False)
-    if hp.compile == "1" or (hp.compile == "auto" and on_gpu):
-        found["not compiled"] = step(compile="0")
+
+def without_mix_order(hp: t.Hyperparameters) -> Callable:
+    """A step compiled without fusing reductions along rows with reductions along columns, as with
+    TORCHINDUCTOR_MIX_ORDER_REDUCTION=0. The option gives it a graph of its own."""
+    options = {"triton.mix_order_reduction": False}
+    loss = torch.compile(t.training_loss, dynamic=False, options=options)
+    with patched(compiled=lambda *_: loss):
+        return new_step(hp)
+
+
+def variants(hp: t.Hyperparameters, only: Sequence[str] = ()) -> dict[str, Callable]:
+    """Name -> a function that takes a training step, with one speed-up switched off. `only`: names
+    of those to make."""
+    on_gpu = torch.cuda.is_available()
+    is_compiled = hp.compile == "1" or (hp.compile == "auto" and on_gpu)
+    has_mix_order = hasattr(inductor_config.triton, "mix_order_reduction")
     attention, _ = t.find_flash_attention()
-    if attention != "sdpa":
-        with patched(find_flash_attention=lambda: ("sdpa", None)):
-            found["torch's attention"] = step()
+    flash_4 = flash_attention_4()
+    make = partial(new_step, hp)
+    possible = {
+        "as it is": (True, make),
+        PLAIN: (on_gpu, partial(make, fused_mlp=False)),
+        "not compiled": (is_compiled, partial(make, compile="0")),
+        NO_MIX_ORDER: (is_compiled and has_mix_order, partial(without_mix_order, hp)),
+        "torch's attention": (attention != "sdpa", partial(make, ("sdpa", None))),
+        "FlashAttention 4": (flash_4 is not None, partial(make, ("flash_attention_4", flash_4))),
+    }
+    found = {}
+    for name, (is_possible, maker) in possible.items():
+        if not only or name in only:
+            if is_possible:
+                found[name] = maker()
+            elif only:
+                print(f"{name}: not possible here")
+    if not found:
+        sys.exit(f"--only {' '.join(only)}: none of {', '.join(possible)}")
     return found
 
 
-def measure(hp: t.Hyperparameters, steps: int, rounds: int, flops: float) -> None:
+def measure(
+    hp: t.Hyperparameters, steps: int, rounds: int, flops: float, only: Sequence[str] = ()
+) -> None:
     """Print a row per variant, then the kernels that take most time."""
     device = t.Ranks({}).device
-    calls = variants(hp)
+    calls = variants(hp, only)
     for step in calls.values():
         repeat(step, 2)  # compiles
     several = {name: partial(repeat, step, steps) for name, step in calls.items()}
     seconds, _ = common.timed_in_turn(several, rounds)
     best = ceiling(device)
-    first = statistics.median(seconds[PLAIN if PLAIN in seconds else "as it is"]) / steps
+    first = statistics.median(seconds[PLAIN if PLAIN in seconds else next(iter(seconds))]) / steps
     print(
         f"\nmeasured on {common.describe_device()}; fastest product {best / 1e12:.2f} TFLOP/s\n\n"
-        f"{'':20} {'ms/step':>9} {'low-high':>19} {'tokens/s':>11} {'MFU':>6} {'ratio':>6}"
+        f"{'':23} {'ms/step':>9} {'low-high':>19} {'tokens/s':>11} {'MFU':>6} {'ratio':>6}"
     )
     for name, taken in seconds.items():
         all_rounds = [each / steps for each in taken]
         middle = statistics.median(all_rounds)
         print(
-            f"{name:20} {1e3 * middle:>9.2f} "
+            f"{name:23} {1e3 * middle:>9.2f} "
             f"{f'{1e3 * min(all_rounds):.2f}-{1e3 * max(all_rounds):.2f}':>19} "
             f"{hp.train_batch_tokens / middle:>11,.0f} {flops / middle / best:>6.1%} "
             f"{middle / first:>6.2f}"
         )
+    if only:
+        return
     with torch.profiler.profile() as profile:
         timed(calls["as it is"], 1)
     on_gpu = device.type == "cuda"
@@ -260,6 +307,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--count", action="store_true", help="count, measure nothing")
+    parser.add_argument("--only", nargs="+", default=(), metavar="VARIANT")
     args = parser.parse_args()
     hp = common.environment_settings()
     flops = print_count(hp)
@@ -268,7 +316,7 @@ def main() -> None:
         if torch.cuda.is_available():
             check_gradients(hp, torch.device("cuda"))
             time_tiles(hp, torch.device("cuda"))
-        measure(hp, args.steps, args.rounds, flops)
+        measure(hp, args.steps, args.rounds, flops, args.only)
     elif not args.count:
         print(
             "\nnothing is measured: there is no GPU, and a CPU takes minutes for a step of this "

@@ -34,10 +34,10 @@ SECTIONS = {
     "artifact": "artifact gptq",
     "scoring": "scoring",
     "ttt": "ttt",
-    "mixture": "mixture ngram decodable",
+    "mixture": "mixture ngram decodable predecessors",
     "run": "script faults ranks systems",
     "record": "record figures",
-    "bench": "bench",  # studies/ and tools/ too
+    "bench": "bench gpu_queue",  # studies/ and tools/ too
 }
 
 # --- random numbers and the order of tests --------------------------------------------------------

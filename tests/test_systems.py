@@ -76,6 +76,11 @@ def test_without_a_gpu_a_launch_script_starts_two_ranks(system, tmp_path):
     assert arguments == [*torchrun(2), str(SCRIPT)]
 
 
+def test_without_ranks_a_launch_script_starts_no_torchrun(tmp_path):
+    arguments, _ = launched("frontier", tmp_path, NPROC=0)
+    assert arguments == [str(SCRIPT)]
+
+
 @pytest.mark.parametrize("system", ["backoff", "order_adaptive", "prefill"])
 def test_both_numbers_are_in_the_log_and_only_the_valid_one_is_a_bpb(logs, system):
     log = logs[system][0]
