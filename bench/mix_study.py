@@ -22,13 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "studies")]
+import predecessors  # noqa: E402
+
 import train_gpt  # noqa: E402
 from train_gpt import (  # noqa: E402
     ByteCounter,
     Cache,
-    EntropyBackoff,
-    HashedCounts,
     Hyperparameters,
     Mixture,
     OnlineChain,
@@ -36,7 +37,7 @@ from train_gpt import (  # noqa: E402
     bits_per_byte,
 )
 
-# longest gram of the schemes with fixed weights, and of the hashed row: the predecessors'
+# longest gram of the schemes with fixed weights: the predecessors'
 FIXED_ORDER = 7
 CHOSEN_ON = 0.6  # share of the strong stream on which the constants of `online` were chosen
 
@@ -170,20 +171,9 @@ def mixed(tokens, nll: np.ndarray, entropy: np.ndarray, hp: Hyperparameters, rul
     return mixture
 
 
-def pseudo_mixed(
-    tokens: np.ndarray, nll: np.ndarray, entropy: np.ndarray, hp: Hyperparameters
-) -> Mixture:
-    """The same from hashed counts, α by entropy."""
-    mixture = Mixture(tokens, hp, EntropyBackoff(tokens, hp, HashedCounts(tokens, hp)))
-    mixture.samples = mixture.samples[:0]  # it is no code: there is nothing to audit
-    mixture.extend(nll, entropy)
-    return mixture
-
-
-def hashed_facts(counts: HashedCounts) -> str:
-    """What the hashed quotients of the winning orders sum to over the vocabulary: at the end,
-    and along the way."""
-    matched = np.flatnonzero(counts.order)
+def mass_facts(counts: predecessors.HashedCounts) -> str:
+    """What hashed counts sum to over the vocabulary: at the end, and along the way."""
+    matched = np.flatnonzero(counts.n)
     spread = matched[np.linspace(0, len(matched) - 1, min(64, len(matched))).astype(int)]
     end, mean = counts.mass(matched[-64:]), counts.mass(spread)
     return f"not a probability: its counts sum to {end:.1f} at the end, {mean:.1f} on average"
@@ -236,13 +226,11 @@ def study(tokens, nll, entropy, stream_bytes, unit: str, args) -> None:
     for label, rule in LEFT_OUT.items():
         mixture = mixed(tokens, nll, entropy, hp, rule)
         table.row(f"  2-{orders[0]} {label}", mixture.nll, mixture.audit())
-    mixture = pseudo_mixed(
-        tokens, nll, entropy, settings(ngram_alpha="entropy", ngram_counts="hashed", **fixed)
-    )
+    counts = predecessors.HashedCounts(tokens, predecessors.RULES["889"], args.vocab_size)
     table.row(
-        f"pseudo: hashed, α by entropy, orders 2-{FIXED_ORDER}",
-        mixture.nll,
-        pseudo=hashed_facts(mixture.rule.counts),
+        f"pseudo: hashed, α by entropy, orders 2-{predecessors.LONGEST}",
+        predecessors.mix(counts, nll, entropy, hp.alpha_min, hp.alpha_max),
+        pseudo=mass_facts(counts),
     )
 
     places = np.random.default_rng(0).permutation(len(nll))
