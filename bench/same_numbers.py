@@ -82,7 +82,7 @@ CASES = {
         "order_adaptive",
         dict(NUM_KV_HEADS=4, XSA_LAST_N=5, TTT_CHUNK_TOKENS=4096, NGRAM_MIN_COUNT=1),
     ),
-    "prefill": Case("prefill", dict(WARMDOWN_ITERS=20, LATE_QAT_THRESHOLD=0, NGRAM_BUCKETS=4096)),
+    "prefill": Case("prefill", dict(WARMDOWN_ITERS=20, LATE_QAT_THRESHOLD=0)),
     "eval_only": Case(
         "demo", dict(EVAL_STRIDE=96, NGRAM_MIN_ORDER=3, NGRAM_ORDER=12), "demo", "EVAL_ONLY"
     ),
@@ -219,7 +219,8 @@ def result(side: Side, name: str, ranks: int, data: Path, data_digest: str, befo
             if found != 1:
                 raise Failed("no line SIZE_CAP = ... to replace by an equal budget")
         (folder / "train_gpt.py").write_bytes(source)
-        shutil.copytree(ROOT / "runs", folder / "runs")
+        for part in ("runs", "studies"):  # a launch script may start a study after its run
+            shutil.copytree(ROOT / part, folder / part)
         (folder / "data").symlink_to(data)  # the same path in all logs
         if case.start == "EVAL_ONLY":
             shutil.copy(artifact(before), folder / "start.ptz")
