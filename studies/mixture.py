@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 import train_gpt
+from studies import predecessors
 from train_gpt import (
     ByteCounter,
     DocumentCache,
@@ -170,6 +171,14 @@ def mixed(tokens, nll: np.ndarray, entropy: np.ndarray, hp: Hyperparameters, rul
     return mixture
 
 
+def mass_facts(counts: predecessors.HashedCounts) -> str:
+    """What hashed counts sum to over the vocabulary: at the end, and along the way."""
+    matched = np.flatnonzero(counts.n)
+    spread = matched[np.linspace(0, len(matched) - 1, min(64, len(matched))).astype(int)]
+    end, mean = counts.mass(matched[-64:]), counts.mass(spread)
+    return f"not a probability: its counts sum to {end:.1f} at the end, {mean:.1f} on average"
+
+
 class Table:
     """The rows, each printed at once, and the audits, printed after all of them."""
 
@@ -217,6 +226,12 @@ def study(tokens, nll, entropy, stream_bytes, unit: str, args) -> None:
     for label, rule in LEFT_OUT.items():
         mixture = mixed(tokens, nll, entropy, hp, rule)
         table.row(f"  2-{orders[0]} {label}", mixture.nll, mixture.audit())
+    counts = predecessors.HashedCounts(tokens, predecessors.RULES["889"], args.vocab_size)
+    table.row(
+        f"pseudo: hashed, α by entropy, orders 2-{predecessors.LONGEST}",
+        predecessors.mix(counts, nll, entropy, hp.alpha_min, hp.alpha_max),
+        pseudo=mass_facts(counts),
+    )
 
     places = np.random.default_rng(0).permutation(len(nll))
     shuffled = np.append(tokens[:1], tokens[1:][places])

@@ -17,6 +17,7 @@ from helpers import logits, score, tiny
 from reference import Predictor
 
 import train_gpt as t
+from studies import predecessors
 
 TOKENS = 1_801  # 1,800 targets
 SMALL = dict(
@@ -101,9 +102,9 @@ def decode(blob: bytes, hp, words: np.ndarray, first_token: int, targets: int) -
             return np.array(tokens, np.uint16)
 
 
-def claimed_bits(model, tokens, hp, rule=None) -> float:
+def claimed_bits(model, tokens, hp) -> float:
     nll, entropy = score(model, tokens, hp.eval_stride)
-    mixture = t.Mixture(tokens, hp, rule)
+    mixture = t.Mixture(tokens, hp)
     mixture.extend(nll, entropy)
     return float(mixture.nll.sum() / math.log(2))
 
@@ -128,29 +129,19 @@ def test_hashed_counts_cannot_keep_what_they_claim(artifact):
     """What they give to the vocabulary sums to more than 1; a coder must scale it back,
     and the claim is gone."""
     blob, hp, tokens = artifact
-    hp = t.Hyperparameters(
-        **{**vars(hp), "ngram_alpha": "order", "ngram_counts": "hashed", "ngram_buckets": 2048}
-    )
-    model = load(blob, hp)
-    rule = t.RULES[hp.ngram_alpha](tokens, hp, t.HashedCounts(tokens, hp))
-    claimed, coded, largest = claimed_bits(model, tokens, hp, rule), 0.0, 0.0
-    known, V = tokens.tolist(), np.arange(hp.vocab_size)
-    filled = {n: np.zeros(hp.ngram_buckets, np.int64) for n in range(2, 8)}
-    keys = {n: t.hash_buckets(tokens, n, hp) for n in range(2, 8)}
+    model, rule, low, high = load(blob, hp), predecessors.RULES["825"], hp.alpha_min, hp.alpha_max
+    counts = predecessors.HashedCounts(tokens, rule, hp.vocab_size, buckets=2048)
+    nats = predecessors.mix(counts, *score(model, tokens, hp.eval_stride), low, high)
+    claimed, coded, largest = float(nats.sum() / math.log(2)), 0.0, 0.0
+    known = tokens.tolist()
     for j in range(TOKENS - 1):
-        p, n = model_distribution(model, known[: j + 1], TOKENS - 1), int(rule.counts.order[j])
-        if n:
-            context = keys[n][0][j - n + 2]
-            seen = np.count_nonzero(keys[n][0][: j - n + 2] == context)
-            asked = t.hash_buckets(tokens[j + 2 - n : j + 2], n, hp, V)[1]
-            counted = np.minimum(filled[n][asked.astype(np.int64)], seen) / seen
-            alpha = rule.weight(np.array([-(p * np.log(p)).sum()]), np.array([n]))[0]
-            p = (1 - alpha) * p + alpha * counted
+        p = model_distribution(model, known[: j + 1], TOKENS - 1)
+        entropy = np.array(-(p * np.log(p)).sum())
+        alpha = rule.weight(entropy, counts.n[j], low, high)
+        pairs, context = counts.continuations(j)
+        p = (1 - alpha) * p + alpha * pairs / context
         largest = max(largest, p.sum())
         coded -= math.log2(p[tokens[j + 1]] / p.sum())  # the best a coder can do with it
-        for m in range(2, 8):
-            if j >= m - 2:
-                filled[m][int(keys[m][1][j - m + 2])] += 1
     print(
         f"hashed: claimed:{claimed:.0f} 'bits' coded:{coded:.0f} bits largest sum over "
         f"the vocabulary:{largest:.1f}"

@@ -44,7 +44,7 @@ t.fit_artifact = endless
 # Settings, the line that says the phase has begun, what is left when it is stopped. Scoring takes
 # minutes, the others far longer than a DEADLINE: a run that ends early was ended by the signal.
 PHASES = dict(
-    warm_up=(dict(LONG, WARMUP_STEPS=100_000), "NGRAM_BUCKETS=", []),
+    warm_up=(dict(LONG, WARMUP_STEPS=100_000), "ALPHA_MAX=", []),
     training=(LONG, "step:3/", ["test.ckpt"]),
     packing=(BRIEF, "final_float_exact", ["test.ckpt"]),
     scoring=(

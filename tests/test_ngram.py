@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
-from helpers import ROOT, tiny
+from helpers import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Predictor
@@ -426,67 +426,3 @@ def test_the_audit_finds_a_rule_that_mixes_other_than_its_distribution(rng, kind
     mixture.extend(nll, entropy)
     with pytest.raises(RuntimeError, match="the mixture is no code; targets 0: mass"):
         mixture.audit()
-
-
-@pytest.mark.parametrize("rule", [t.EntropyBackoff, t.OrderBackoff])
-def test_the_audit_finds_hashed_counts(rng, rule):
-    hp = tiny(NGRAM_COUNTS="hashed", NGRAM_ALPHA="entropy", NGRAM_BUCKETS=64)
-    tokens = stream_of("noisy_copies", rng, 2000)
-    _, nll, entropy = model_of(tokens, rng, 300)
-    mixture = t.Mixture(tokens, hp, rule(tokens, hp, t.HashedCounts(tokens, hp)))
-    mixture.extend(nll, entropy)
-    assert max(mass for mass, _ in mixture.enumerated.values()) > 2
-    with pytest.raises(RuntimeError, match="1998: mass"):
-        mixture.audit()
-
-
-def plain_hash(tokens, i, n, v, B):
-    P = (36313, 27191, 51647, 81929, 131071, 175447, 209591)
-    w, h = n - 1, 0
-    for k in range(w):
-        h ^= int(tokens[i - w + k]) * P[k]
-    return h & (B - 1), ((h & (B - 1)) ^ int(v) * P[w]) & (B - 1)
-
-
-def test_hashed_counts_are_the_predecessors_per_token(rng):
-    """As defined in PR #889, with two dictionaries per order;
-    and the mass is the sum over the vocabulary."""
-    tokens, B = stream_of("noisy_copies", rng, 1500), 64
-    hp = tiny(NGRAM_COUNTS="hashed", NGRAM_ALPHA="entropy", NGRAM_BUCKETS=B, VOCAB_SIZE=300)
-    counts = t.HashedCounts(tokens, hp)
-    tables = {n: (Counter(), Counter()) for n in range(2, 8)}
-    for i in range(1, len(tokens)):
-        want, mass = (0, 0, 0), None
-        for n in range(7, 1, -1):
-            if i >= n - 1:
-                c, p = plain_hash(tokens, i, n, tokens[i], B)
-                seen = tables[n][0][c]
-                if seen >= 2:
-                    want = n, seen, min(tables[n][1][p], seen)
-                    row = [
-                        min(tables[n][1][plain_hash(tokens, i, n, v, B)[1]], seen)
-                        for v in range(300)
-                    ]
-                    mass = sum(row) / seen
-                    break
-        assert (counts.order[i - 1], counts.context[i - 1], counts.pair[i - 1]) == want
-        if mass is not None and i % 100 == 0:
-            assert counts.mass(np.array([i - 1])) == pytest.approx(mass)
-            pairs, context = counts.continuations(i - 1)
-            assert pairs.tolist() == row and context == want[1]
-        for n in range(2, 8):
-            if i >= n - 1:
-                c, p = plain_hash(tokens, i, n, tokens[i], B)
-                tables[n][0][c] += 1
-                tables[n][1][p] += 1
-
-
-def test_hashed_mass_on_the_real_sample_is_no_one():
-    """The figure of the design, where the sample lies beside the checkout."""
-    sample = ROOT.parent / "shared/data/fineweb_sample/fineweb_val_000000.bin"
-    if not sample.is_file():
-        pytest.skip("no FineWeb sample beside the checkout")
-    tokens = np.array(t.load_shard(sample))
-    hp = t.Hyperparameters(ngram_alpha="entropy", ngram_counts="hashed")
-    counts = t.HashedCounts(tokens, hp)
-    assert 35 < counts.mass(np.flatnonzero(counts.order)[-64:]) < 55

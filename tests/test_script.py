@@ -245,40 +245,21 @@ def test_a_bad_token_during_training_names_its_shard(corpus, tmp_path):
     assert "error: UserError" in (tmp_path / "logs/test.txt").read_text()
 
 
-# ---- the predecessors' estimator: reproduced, measured and never called a score
+# ---- saved scores
 
 
 @pytest.fixture(scope="module")
-def hashed(corpus, tmp_path_factory) -> tuple[str, dict[str, np.ndarray]]:
+def saved(corpus, tmp_path_factory) -> tuple[str, dict[str, np.ndarray]]:
     """(what a run said, its saved scores)."""
-    folder = tmp_path_factory.mktemp("hashed")
-    settings = dict(NGRAM_COUNTS="hashed", NGRAM_ALPHA="order", NGRAM_BUCKETS=4096)
-    done = run_script(folder, 0, **corpus, **settings, ITERATIONS=2, SAVE_SCORES=1)
+    folder = tmp_path_factory.mktemp("saved")
+    done = run_script(folder, 0, **corpus, NGRAM_ALPHA="order", ITERATIONS=2, SAVE_SCORES=1)
     assert done.returncode == 0, done.stderr[-3000:]
     with np.load(folder / "logs/test_scores.npz", allow_pickle=False) as arrays:
         return done.stdout, dict(arrays)
 
 
-def test_hashed_counts_get_no_bpb(hashed):
-    said, _ = hashed
-    line = values(said, "final_ngram_hashed")
-    assert float(line["mass"]) > 2
-    assert "val_bpb" not in line
-    assert "not a probability" in said
-
-
-def test_beside_hashed_counts_stands_the_score_of_exact_ones(hashed):
-    """With the same weights; it is what a decoder could use, and higher."""
-    said, _ = hashed
-    line, valid = values(said, "final_ngram_hashed"), values(said, "final_ngram_exact")
-    assert valid["counts"] == "exact"
-    assert valid["alpha"] == line["alpha"] == "order"
-    assert float(valid["val_bpb"]) > float(line["pseudo_bpb"])
-    assert values(said, "ngram_audit")["mass_max"] == "1.000000000000"
-
-
-def test_saved_scores_are_those_of_the_log(hashed):
-    said, arrays = hashed
+def test_saved_scores_are_those_of_the_log(saved):
+    said, arrays = saved
     of_targets = {name: (x.shape, x.dtype.name) for name, x in arrays.items() if x.ndim}
     assert of_targets == dict.fromkeys(("nll", "entropy", "mixed"), ((6000,), "float32"))
     for line, name in (("final_int6_sliding", "nll"), ("final_ngram_exact", "mixed")):
@@ -286,9 +267,15 @@ def test_saved_scores_are_those_of_the_log(hashed):
         assert arrays[name].mean() == pytest.approx(loss, abs=1e-5)
 
 
-def test_saved_scores_know_their_settings(hashed):
-    _, arrays = hashed
-    assert json.loads(str(arrays["settings"]))["NGRAM_BUCKETS"] == "4096"
+def test_saved_scores_know_their_settings(saved):
+    _, arrays = saved
+    assert json.loads(str(arrays["settings"]))["NGRAM_ALPHA"] == "order"
+
+
+def test_the_log_says_that_the_counts_are_exact(saved):
+    said, _ = saved
+    line = values(said, "final_ngram_exact")
+    assert (line["counts"], line["alpha"]) == ("exact", "order")
 
 
 # ---- errors, the log

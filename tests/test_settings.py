@@ -35,14 +35,9 @@ from train_gpt import Hyperparameters, UserError, mistyped
         ({"NGRAM_MIN_ORDER": "9"}, "NGRAM_MIN_ORDER=9, NGRAM_ORDER=7: no order is left"),
         ({"ALPHA_MIN": "0.9"}, "ALPHA_MIN=0.9, ALPHA_MAX=0.6: expected the first <= second < 1"),
         (
-            {"NGRAM_COUNTS": "hashed"},
-            "NGRAM_ORDER=7: hashed counts need alpha entropy or order, order <= 7",
-        ),
-        (
             {"EVAL_ONLY": "a.ptz", "RESUME": "a.ckpt"},
             "EVAL_ONLY=a.ptz, RESUME=a.ckpt: the weights are those of one file",
         ),
-        ({"NGRAM_BUCKETS": "1000"}, "NGRAM_BUCKETS=1000: expected a power of two, such as 1024"),
         ({"RECUR_LAYERS": "4,11"}, "RECUR_LAYERS=4,11: expected rising numbers from 0 to 10"),
         ({"RECUR_LAYERS": "5,4"}, "RECUR_LAYERS=5,4: expected rising numbers from 0 to 10"),
         ({"PARALLEL_START_LAYER": "11"}, "PARALLEL_START_LAYER=11: expected at most 10; 0: none"),

@@ -101,8 +101,6 @@ def load_scores(path: Path) -> Scores:
     )
     are_finite = all(np.isfinite(arrays[name]).all() for name in names)
     require(are_finite, f"{path}: some scores are not finite: the run diverged")
-    # the mixture that is saved: hashed counts are only reported beside it
-    hp = replace(hp, ngram_counts="exact")
     scores = (arrays[name] for name in names)
     return Scores(path, hp, validation.tokens, validation.target_bytes, *scores)
 
