@@ -1473,7 +1473,7 @@ class SummedGradients:
     """What `update_parameters` asks of an optimizer, for those of torch that work elementwise:
     every rank receives the whole sum of the gradients as one flat vector and does the whole step.
     An optimizer that shares its work out, as Muon does, has its own versions of these methods. All
-    of them but `schedule` are collective."""
+    of them but `schedule` are collective, and are called under torch.no_grad()."""
 
     def schedule(self, step: int, scale: float):
         """Set what changes from step to step; `scale` multiplies all learning rates."""
