@@ -140,6 +140,31 @@ def write_shard(path: Path, tokens) -> Path:
     return path
 
 
+def stream_of(kind: str, rng, length: int) -> np.ndarray:
+    """Tokens of a certain kind, uint16."""
+    zipf, motif = np.minimum(rng.zipf(1.3, length), 299), rng.integers(0, 30, 60)
+    copies = np.where(
+        rng.random(length) < 0.9, np.resize(motif, length), rng.integers(0, 30, length)
+    )
+    return dict(
+        random=rng.integers(0, 5, length),
+        zipf=zipf,
+        one_token=np.full(length, 7),
+        repetitive=np.resize(rng.integers(0, 300, 17), length),
+        noisy_copies=copies,
+        documents=np.where(rng.random(length) < 0.05, t.BOS, copies),
+        wide=rng.integers(65500, 65536, length),
+    )[kind].astype(np.uint16)
+
+
+def target_scores(tokens, rng, V: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(p[target, v], nll, entropy) of a random full distribution at every target."""
+    p = rng.dirichlet(np.full(V, 0.5), len(tokens) - 1) + 1e-9
+    p /= p.sum(-1, keepdims=True)
+    nll = -np.log(p[np.arange(len(p)), tokens[1:]])
+    return p, nll.astype(np.float32), -(p * np.log(p)).sum(-1).astype(np.float32)
+
+
 # --- models and scores ----------------------------------------------------------------------------
 
 ALONE = t.Ranks({})
