@@ -1159,6 +1159,8 @@ class GPT(nn.Module):
                 initial = parameter_row(name).initial
                 if initial:
                     initial(p, hp)
+        # For late QAT [6], by name: torch.compile cannot trace how names are matched.
+        self.largest_codes = {n: largest_code(n, p, hp) for n, p in self.named_parameters()}
 
     def forward(self, ids_BT: Tensor, target_ids_BT: Tensor, passes, shares_BT=None) -> Tensor:
         """The mean loss of the targets in nats or, with `shares`, the sum of nll * share."""
@@ -1415,7 +1417,7 @@ def fake_quantized(model, hardness: Tensor) -> dict[str, Tensor]:
     through the rounding or, with QAT_ROUNDING=soft, follow `soft_round`."""
     rounded = {}
     for name, p in model.named_parameters():
-        largest = largest_code(name, p, model.hp)
+        largest = model.largest_codes[name]
         if not largest:
             continue
         codes, delta = quantize_rows(p.detach(), largest)
