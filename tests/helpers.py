@@ -25,16 +25,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # What `make test T=<section>` runs: a section of train_gpt.py, or a folder beside it -> test files
 SECTIONS = {
-    "settings": "settings",
+    "settings": "settings source",
     "runtime": "runtime ranks ranks_of_hosts",
     "data": "data",
     "model": "model frontier",
     "kernels": "kernels",
-    "rounding": "artifact gptq",
+    "rounding": "artifact gptq quantizers",
     "optimizers": "optimizer ranks",
     "training": "training optimizer frontier ranks",
     "curvature": "gptq",
-    "artifact": "artifact gptq",
+    "artifact": "artifact gptq quantizers",
     "scoring": "scoring",
     "ttt": "ttt",
     "mixture": "mixture ngram decodable",
