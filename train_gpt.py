@@ -1215,6 +1215,8 @@ class GPT(nn.Module):
                 initial = parameter_row(name).initial
                 if initial:
                     initial(p, hp)
+        # by name, for late QAT: torch.compile cannot trace how names are matched with PARAMETERS
+        self.largest_codes = {n: largest_code(n, p, hp) for n, p in self.named_parameters()}
 
     def forward(self, ids_BT, target_ids_BT, passes, shares_BT=None) -> Tensor:
         """The mean loss of the targets in nats or, with `shares_BT`, their sum weighted by it."""
@@ -1488,7 +1490,7 @@ def fake_quantized(model, hardness: Tensor) -> dict[str, Tensor]:
     are rounded by `soft_round`, with its gradient; only then `hardness` matters."""
     rounded = {}
     for name, p in model.named_parameters():
-        largest = largest_code(name, p, model.hp)
+        largest = model.largest_codes[name]
         if not largest:
             continue
         codes, delta = quantize_rows(p.detach(), largest)
@@ -1548,7 +1550,7 @@ class SummedGradients:
     """The methods that `update_parameters` calls, for a torch optimizer that works elementwise:
     every rank receives the whole sum of the gradients as one flat vector, and does the whole step.
     Muon divides its work among the ranks, and so has its own versions. Every rank must call all of
-    them in the same order; only `schedule` may be called alone."""
+    them in the same order, under torch.no_grad(); only `schedule` may be called alone."""
 
     def schedule(self, step: int, scale: float):
         """Set the learning rates of this step: the initial ones times `scale`."""

@@ -1,4 +1,4 @@
-"""What several test modules use: small settings, data, models and trainers, and runs of the script.
+"""What several test modules use: small settings, data, models, training, and runs of the script.
 Fixtures are in conftest.py."""
 
 import contextlib
@@ -10,7 +10,10 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,16 +25,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # What `make test T=<section>` runs: a section of train_gpt.py, or a folder beside it -> test files
 SECTIONS = {
-    "settings": "settings",
+    "settings": "settings source",
     "runtime": "runtime ranks ranks_of_hosts",
     "data": "data",
     "model": "model frontier",
     "kernels": "kernels",
-    "rounding": "artifact gptq",
+    "rounding": "artifact gptq quantizers",
     "optimizers": "optimizer ranks",
     "training": "training optimizer frontier ranks",
     "curvature": "gptq",
-    "artifact": "artifact gptq",
+    "artifact": "artifact gptq quantizers",
     "scoring": "scoring",
     "ttt": "ttt",
     "mixture": "mixture ngram decodable predecessors",
@@ -137,7 +140,58 @@ def write_shard(path: Path, tokens) -> Path:
     return path
 
 
+def stream_of(kind: str, rng, length: int) -> np.ndarray:
+    """Tokens of a certain kind, uint16."""
+    zipf, motif = np.minimum(rng.zipf(1.3, length), 299), rng.integers(0, 30, 60)
+    copies = np.where(
+        rng.random(length) < 0.9, np.resize(motif, length), rng.integers(0, 30, length)
+    )
+    return dict(
+        random=rng.integers(0, 5, length),
+        zipf=zipf,
+        one_token=np.full(length, 7),
+        repetitive=np.resize(rng.integers(0, 300, 17), length),
+        noisy_copies=copies,
+        documents=np.where(rng.random(length) < 0.05, t.BOS, copies),
+        wide=rng.integers(65500, 65536, length),
+    )[kind].astype(np.uint16)
+
+
+def target_scores(tokens, rng, V: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(p[target, v], nll, entropy) of a random full distribution at every target."""
+    p = rng.dirichlet(np.full(V, 0.5), len(tokens) - 1) + 1e-9
+    p /= p.sum(-1, keepdims=True)
+    nll = -np.log(p[np.arange(len(p)), tokens[1:]])
+    return p, nll.astype(np.float32), -(p * np.log(p)).sum(-1).astype(np.float32)
+
+
 # --- models and scores ----------------------------------------------------------------------------
+
+ALONE = t.Ranks({})
+SILENT = t.RunLog()
+
+
+class FakeRanks(t.Ranks):
+    """Rank `rank` of `world_size`, of which the others are not there: sums are its own part, which
+    is kept in `sent`."""
+
+    def __init__(self, rank: int, world_size: int):
+        super().__init__({})
+        self.rank = rank
+        self.world_size = world_size
+        self.sent = []
+
+    def sum_over_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        self.sent.append(x.clone())
+        return x
+
+
+def shifted(model, size: float = 0.05):
+    """The model, its parameters moved away from where they begin."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * size)
+    return model
 
 
 def randomize(model):
@@ -151,92 +205,161 @@ def randomize(model):
     return model.double()
 
 
-def logits(model, hidden) -> torch.Tensor:
-    """(..., V): the logarithms of the probabilities."""
+def final_passes(model) -> tuple[int, ...]:
+    """The order in which blocks run when the model scores."""
+    _, passes = t.block_passes(model.hp)
+    return passes
+
+
+def hidden_states(model, ids: torch.Tensor, last: int | None = None) -> torch.Tensor:
+    """(B, T, D), or of the last positions alone, as the model has them when it scores."""
+    return model.hidden(ids, final_passes(model), last)
+
+
+def log_probabilities(model, hidden: torch.Tensor) -> torch.Tensor:
+    """(..., V): the logarithms of the probabilities, from hidden states."""
     return t.log_probabilities(model.logits(hidden), model.hp.logit_softcap)
 
 
+def loss_of(model, ids: torch.Tensor, target_ids: torch.Tensor, shares=None) -> torch.Tensor:
+    """The training loss, with the order of blocks that scoring has."""
+    return model(ids, target_ids, final_passes(model), shares)
+
+
+def scorer_of(model, trunk=None) -> t.Scorer:
+    """The model as it scores."""
+    return t.Scorer(model, final_passes(model), trunk)
+
+
 def collect(segments) -> np.ndarray:
-    """All segments of score_stream in one array, (2, targets): nll and entropy."""
+    """All segments of a score in one array, (2, targets): nll and entropy."""
     return np.concatenate(list(segments), 1)
 
 
-def score(model, tokens, stride, part=None) -> np.ndarray:
+def scores_of(model, tokens, stride: int, part=None) -> np.ndarray:
     """(2, targets): nll and entropy of the stream, or of the targets [begin, end) = `part`."""
-    return collect(t.score_stream(model.hidden, model, tokens, stride, t.Ranks({}), part))
+    return collect(t.score(scorer_of(model), tokens, stride, ALONE, part))
 
 
-# --- trainers -------------------------------------------------------------------------------------
+# --- test-time training ---------------------------------------------------------------------------
+
+
+def learning_model(**settings) -> t.GPT:
+    """A model of fixed random weights, with the settings TTT."""
+    torch.manual_seed(3)
+    return shifted(t.GPT(tiny(**{**TTT, **settings})))
+
+
+def validation_of(tokens, target_bytes) -> t.Validation:
+    """A stream whose targets have these bytes."""
+    return t.Validation(tokens, lambda _: target_bytes)
+
+
+def segments_while_learning(model, validation: t.Validation, stride: int, log=SILENT):
+    """The segments of `score_and_learn` on one rank."""
+    loss = t.training_loss
+    return t.score_and_learn(scorer_of(model), loss, validation, stride, ALONE, log)
+
+
+def scores_while_learning(tokens, target_bytes, stride=8, **settings) -> np.ndarray:
+    """(2, targets): what a `learning_model` scores that learns on the way."""
+    validation = validation_of(tokens, target_bytes)
+    return collect(segments_while_learning(learning_model(**settings), validation, stride))
+
+
+# --- curvature ------------------------------------------------------------------------------------
+
+
+def correlated_moments(count: int) -> torch.Tensor:
+    """Moments (float64) of inputs of very different scales, which go together."""
+    x = torch.randn(4 * count, count, dtype=torch.float64)
+    x = x @ torch.randn(count, count, dtype=torch.float64) * torch.logspace(-1, 1, count)
+    return x.T @ x / len(x)
+
+
+def matrices_with_curvature() -> tuple[dict[str, torch.Tensor], dict[str, t.Curvature]]:
+    """(state, curvature): matrices whose rows and inputs matter differently."""
+    state = {
+        f"blocks.{i}.attn.q.weight": torch.randn(60, 40 + 30 * i) * 0.1 * 2.0**-i for i in range(3)
+    }
+    curvature = {
+        name: t.Curvature(correlated_moments(w.size(1)).float(), torch.logspace(-3 - i, i, len(w)))
+        for i, (name, w) in enumerate(state.items())
+    }
+    return state, curvature
+
+
+# --- training -------------------------------------------------------------------------------------
 
 
 class KeptLog(t.RunLog):
     """Keeps its lines and prints nothing."""
 
-    def __init__(self, path: Path | None):
+    def __init__(self, path: Path | None = None):
         super().__init__()
         self.path = path
         self.lines = []
 
     def __call__(self, line: str, console: bool = True):
-        self.lines.append(line)
+        self.lines.extend(line.split("\n"))
+
+    def starting(self, start: str) -> list[str]:
+        """The lines that start like this."""
+        return [line for line in self.lines if line.startswith(start)]
 
 
-def new_trainer(corpus, log_path: Path | None = None, **changes) -> t.Trainer:
-    """As main() makes it, in this process and quiet;
-    with a `log_path` it writes checkpoints beside it."""
+class Training(NamedTuple):
+    """What `t.train` is given."""
+
+    model: t.GPT
+    loader: t.TokenLoader
+    validation: t.Validation
+    ranks: t.Ranks
+    log: KeptLog
+    stop: t.StopSignal
+
+
+def new_training(corpus, log_path: Path | None = None, **changes) -> Training:
+    """As `run` makes it, in this process and quiet, but for a validation of 32 targets. With a
+    `log_path` checkpoints are written beside it."""
     hp = tiny(**corpus, **changes)
     torch.manual_seed(hp.seed)
-    trainer = t.Trainer(
-        t.GPT(hp),
-        t.TokenLoader(hp, 0, 1),
-        t.load_validation(hp),
-        t.Ranks({}),
-        KeptLog(log_path),
-        t.StopSignal(),
-    )
-    trainer.validate = lambda: (0.0, 0.0)
-    return trainer
+    validation = validation_of(np.arange(33, dtype=np.uint16), np.ones(32))
+    loader = t.TokenLoader(hp, 0, 1)
+    return Training(t.GPT(hp), loader, validation, ALONE, KeptLog(log_path), t.StopSignal())
 
 
-def state(trainer: t.Trainer) -> dict:
-    """A copy of all that training changes, but for the clock."""
-    counts = {name: int(average.count) for name, average in trainer.averages.items()}
-    tensors = {name: x.clone() for name, x in trainer.tensors().items() if name != "progress"}
-    return tensors | dict(steps=trainer.steps, counts=counts)
+def train(corpus, log_path: Path | None = None, **changes) -> tuple[t.Trained, KeptLog]:
+    """Train in this process, and return what came of it and the log."""
+    training = new_training(corpus, log_path, **changes)
+    return t.train(*training), training.log
+
+
+def new_state(training: Training) -> tuple[t.TrainState, Callable]:
+    """The state that `t.train` makes, and the function with which it takes a step."""
+    state = t.TrainState(training.model, training.ranks, training.log)
+    return state, partial(t.training_step, state, training.loader, t.training_loss)
+
+
+def tensors_of(state: t.TrainState) -> dict[str, np.ndarray]:
+    """A copy of all that training changes."""
+    return {name: x.numpy(force=True).copy() for name, x in state.tensors().items()}
+
+
+def checkpoint(path: Path) -> dict[str, np.ndarray]:
+    """The tensors in a checkpoint."""
+    arrays = t.read_checkpoint(str(path))
+    return {name: x for name, x in arrays.items() if name != "settings"}
 
 
 def assert_same(a: dict, b: dict) -> None:
-    """Two results of `state` are equal, bit for bit."""
+    """Two results of `tensors_of` or `checkpoint` are equal, bit for bit, but for the clock."""
     assert list(a) == list(b)
     for name in a:
-        assert (
-            torch.equal(a[name], b[name])
-            if isinstance(a[name], torch.Tensor)
-            else a[name] == b[name]
-        ), name
-
-
-def trainer_with(tokens, stream_bytes, **settings) -> t.Trainer:
-    """A model of fixed random weights, and a stream."""
-    torch.manual_seed(3)
-    model = t.GPT(tiny(**{**TTT, **settings}))
-    validation = t.Validation(tokens, lambda _: stream_bytes)
-    trainer = t.Trainer(model, None, validation, t.Ranks({}), t.RunLog(), t.StopSignal())
-    with torch.no_grad():
-        for p in trainer.parameters:
-            p.add_(torch.randn_like(p) * 0.05)
-    return trainer
-
-
-def plain_scores(trainer, stride, part=None) -> np.ndarray:
-    """(2, targets): what the trainer's weights score as they are, without learning."""
-    model, tokens = trainer.model, trainer.validation.tokens
-    return collect(t.score_stream(model.hidden, model, tokens, stride, trainer.ranks, part))
-
-
-def scores_of(tokens, stream_bytes, stride=8, **settings) -> np.ndarray:
-    """(2, targets): what a model scores that learns on the way."""
-    return collect(t.score_and_learn(trainer_with(tokens, stream_bytes, **settings), stride))
+        first, second = a[name], b[name]
+        if name == "progress":
+            first, second = first[0], second[0]  # the steps
+        assert np.array_equal(first, second), name
 
 
 # --- runs of the script ---------------------------------------------------------------------------
@@ -344,12 +467,21 @@ t.start(dict(os.environ))
     return path
 
 
+# For `patched`: calls before(state) ahead of each training step. "signals" has the numbers of the
+# signals that came.
 BEFORE_STEP = """
-plain_step = t.Trainer.step
-def step(trainer, scale, hardness):
-    before(trainer)
-    return plain_step(trainer, scale, hardness)
-t.Trainer.step = step
+plain_step = t.training_step
+def training_step(state, *args):
+    before(state)
+    return plain_step(state, *args)
+t.training_step = training_step
+
+signals = []
+plain_handle = t.StopSignal.handle
+def handle(stop, number, frame):
+    signals.append(number)
+    plain_handle(stop, number, frame)
+t.StopSignal.handle = handle
 """
 
 

@@ -3,8 +3,7 @@ and a decoder that has the bytes and the artifact only.
 
 A small model is trained, packed and read back. The encoder turns 1,800 tokens of real text into
 bytes with the mixed probabilities; the decoder restores every token from those bytes. The length is
-what the score claims, to 64 bits. With the predecessors' hashed counts in the place of ours it is
-not. `make prove` runs this and shows the numbers.
+what the score claims, to 64 bits. `make prove` runs this and shows the numbers.
 """
 
 import math
@@ -13,7 +12,12 @@ import constriction
 import numpy as np
 import pytest
 import torch
-from helpers import logits, score, tiny
+from helpers import (
+    hidden_states,
+    log_probabilities,
+    new_training,
+    scores_of,
+)
 from reference import Predictor
 
 import train_gpt as t
@@ -23,8 +27,8 @@ TOKENS = 1_801  # 1,800 targets
 SMALL = dict(
     NUM_LAYERS=2,
     VE_LAYERS="1",
-    ITERATIONS=80,
-    WARMDOWN_ITERS=40,
+    ITERATIONS=40,
+    WARMDOWN_ITERS=20,
     TRAIN_BATCH_TOKENS=2048,
     TRAIN_LOG_EVERY=0,
 )
@@ -33,41 +37,37 @@ SMALL = dict(
 @pytest.fixture(scope="module")
 def artifact(corpus) -> tuple[bytes, t.Hyperparameters, np.ndarray]:
     """The bytes of a model trained here, and the stream."""
-    torch.manual_seed(7)
-    hp = tiny(**corpus, **SMALL)
-    tokens = np.array(t.load_validation(hp).tokens[:TOKENS])
-    validation = t.Validation(tokens, lambda _: np.ones(TOKENS - 1))
-    loader = t.TokenLoader(hp, 0, 1)
-    trainer = t.Trainer(t.GPT(hp), loader, validation, t.Ranks({}), t.RunLog(), t.StopSignal())
-    t.train(trainer)
-    return t.pack(trainer.model.state_dict(), hp).blob, hp, tokens
+    training = new_training(corpus, **SMALL)
+    hp = training.model.hp
+    trained = t.train(*training)
+    return t.pack(trained.state, hp).blob, hp, np.array(t.load_validation(hp).tokens[:TOKENS])
 
 
 def load(blob: bytes, hp) -> t.GPT:
     model = t.GPT(hp)
-    model.load_state_dict(t.unpack(blob))
+    model.load_state_dict(t.decompress(blob))
     return model
 
 
 @torch.no_grad()
-def model_distribution(model, known: list[int], targets: int) -> np.ndarray:
+def model_distribution(model, known: list[int], num_targets: int) -> np.ndarray:
     """p(v) of the token after `known`, in the window that scores it;
     what is not known yet is zeros."""
     hp, j = model.hp, len(known) - 1
-    starts, first, _ = t.windows(0, targets, hp.eval_seq_len, hp.eval_stride)
-    start = int(starts[np.searchsorted(first, j, "right") - 1])
+    starts, firsts, _ = t.windows(0, num_targets, hp.eval_seq_len, hp.eval_stride)
+    start = int(starts[np.searchsorted(firsts, j, "right") - 1])
     window = np.zeros(hp.eval_seq_len, np.int64)
     window[: j + 1 - start] = known[start:]
-    hidden = model.hidden(torch.from_numpy(window)[None])[0, j - start]
-    return torch.softmax(logits(model, hidden).double(), -1).numpy()
+    hidden = hidden_states(model, torch.from_numpy(window)[None])[0, j - start]
+    return torch.softmax(log_probabilities(model, hidden).double(), -1).numpy()
 
 
-def predictions(model, first_token: int, targets: int):
+def predictions(model, first_token: int, num_targets: int):
     """A coroutine: yields p(v) of the next token, is sent the token.
     Encoder and decoder run this same code."""
-    predictor, known = Predictor(first_token, targets, model.hp), [first_token]
-    while len(known) <= targets:
-        p = model_distribution(model, known, targets)
+    predictor, known = Predictor(first_token, num_targets, model.hp), [first_token]
+    while len(known) <= num_targets:
+        p = model_distribution(model, known, num_targets)
         token = yield predictor.predict(p, float(-(p * np.log(p)).sum()))
         predictor.learn(token)
         known.append(token)
@@ -89,10 +89,10 @@ def encode(model, tokens: np.ndarray) -> np.ndarray:
             return encoder.get_compressed()
 
 
-def decode(blob: bytes, hp, words: np.ndarray, first_token: int, targets: int) -> np.ndarray:
+def decode(blob: bytes, hp, words: np.ndarray, first_token: int, num_targets: int) -> np.ndarray:
     """All a receiver needs: the artifact, the bytes, where the stream begins and how long it is."""
     decoder = constriction.stream.queue.RangeDecoder(words)
-    stream = predictions(load(blob, hp), first_token, targets)
+    stream = predictions(load(blob, hp), first_token, num_targets)
     tokens, p = [first_token], next(stream)
     while True:
         tokens.append(int(decoder.decode(coder_model(p))))
@@ -103,10 +103,8 @@ def decode(blob: bytes, hp, words: np.ndarray, first_token: int, targets: int) -
 
 
 def claimed_bits(model, tokens, hp) -> float:
-    nll, entropy = score(model, tokens, hp.eval_stride)
-    mixture = t.Mixture(tokens, hp)
-    mixture.extend(nll, entropy)
-    return float(mixture.nll.sum() / math.log(2))
+    nll, entropy = scores_of(model, tokens, hp.eval_stride)
+    return float(t.mix(tokens, nll, entropy, hp).sum() / math.log(2))
 
 
 @pytest.mark.parametrize("alpha", ["online", pytest.param("order", marks=pytest.mark.slow)])
@@ -131,7 +129,7 @@ def test_hashed_counts_cannot_keep_what_they_claim(artifact):
     blob, hp, tokens = artifact
     model, rule, low, high = load(blob, hp), predecessors.RULES["825"], hp.alpha_min, hp.alpha_max
     counts = predecessors.HashedCounts(tokens, rule, hp.vocab_size, buckets=2048)
-    nats = predecessors.mix(counts, *score(model, tokens, hp.eval_stride), low, high)
+    nats = predecessors.mix(counts, *scores_of(model, tokens, hp.eval_stride), low, high)
     claimed, coded, largest = float(nats.sum() / math.log(2)), 0.0, 0.0
     known = tokens.tolist()
     for j in range(TOKENS - 1):

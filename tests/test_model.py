@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FRONTIER, logits, randomize, tiny
+from helpers import FRONTIER, hidden_states, log_probabilities, loss_of, randomize, tiny
 
 import train_gpt as t
 
@@ -39,14 +39,13 @@ def plain_attention(m, x_TD, hp, ve_TGK, v_first_TGK, layer):
         gate = torch.sigmoid(m.vrl_gate)
         v = (1 - gate) * v + gate * v_first_TGK
     out = torch.zeros(T, H, K, dtype=x_TD.dtype)
+    keys = [[plain_rope(k[j, g], j, T, hp) for j in range(T)] for g in range(G)]
     for h in range(H):
         g = h // (H // G)
         for i in range(T):
             qi = plain_rope(q[i, h], i, T, hp) * m.q_gain[h]
-            weights = torch.stack(
-                [qi @ plain_rope(k[j, g], j, T, hp) for j in range(i + 1)]
-            ) / math.sqrt(K)
-            y = torch.softmax(weights, 0) @ v[: i + 1, g]
+            scores = torch.stack([qi @ key for key in keys[g][: i + 1]]) / math.sqrt(K)
+            y = torch.softmax(scores, 0) @ v[: i + 1, g]
             if layer >= hp.num_layers - hp.xsa_last_n:
                 own = v[i, g] / v[i, g].norm()
                 y = y - (y @ own) * own
@@ -56,14 +55,14 @@ def plain_attention(m, x_TD, hp, ve_TGK, v_first_TGK, layer):
     return out.reshape(T, H * K) @ m.proj.weight.T, v_own
 
 
-def plain_order(hp):
+def plain_passes(hp):
     """Depth recurrence: 0 ... 5, 4, 5, 6 ... 10 for RECUR_LAYERS=4,5 of 11 layers."""
-    order = []
+    passes = []
     for layer in range(hp.num_layers):
-        order.append(layer)
+        passes.append(layer)
         if hp.recur_layers and layer == hp.recur_layers[-1]:
-            order += hp.recur_layers
-    return order
+            passes += hp.recur_layers
+    return passes
 
 
 def plain_forward(model, ids):
@@ -92,30 +91,30 @@ def plain_forward(model, ids):
             model.value_embed.table.weight[ids] @ model.value_embed.proj.weight.T
         ) * model.value_embed.scale
         ve = ve.view(T, hp.num_kv_heads, hp.head_dim)
-    x0, v_first, stack, order = x, None, [], plain_order(hp)
-    lanes = None
-    for i, layer in enumerate(order):
-        m, weight = model.blocks[layer], i - len(order) // 2
-        if hp.unet_skips and 0 <= weight < L // 2:
-            skip = model.skip_weights[weight] * stack.pop()
-            gate = torch.sigmoid(model.skip_gates[weight]) if hp.skip_gates else None
+    x0, v_first, stack, passes = x, None, [], plain_passes(hp)
+    mlp_lane = None
+    for i, layer in enumerate(passes):
+        m, number = model.blocks[layer], i - len(passes) // 2
+        if hp.unet_skips and 0 <= number < L // 2:
+            skip = model.skip_weights[number] * stack.pop()
+            gate = torch.sigmoid(model.skip_gates[number]) if hp.skip_gates else None
             x = x + skip if gate is None else gate * x + (1 - gate) * skip
-        if hp.parallel_start_layer and layer >= hp.parallel_start_layer and lanes is None:
-            lanes = x
+        if hp.parallel_start_layer and layer >= hp.parallel_start_layer and mlp_lane is None:
+            mlp_lane = x
         c = 1 / math.sqrt(layer + 1) if hp.ln_scale else 1.0
         x = m.mix_x * x + m.mix_x0 * x0
         y, v = plain_attention(m.attn, rms(x) * c, hp, ve, v_first, layer)
         v_first = v if v_first is None else v_first
         x = x + m.attn_scale * y
-        read = x if lanes is None else lanes
+        read = x if mlp_lane is None else mlp_lane
         hidden = (rms(read) * c) @ m.mlp.fc.weight.T
         hidden = torch.where(hidden > 0, hidden, hp.leaky_slope * hidden) ** 2
         written = read + m.mlp_scale * (hidden @ m.mlp.proj.weight.T)
-        x, lanes = (written, None) if lanes is None else (x, written)
-        if weight < 0:
+        x, mlp_lane = (written, None) if mlp_lane is None else (x, written)
+        if number < 0:
             stack.append(x)
-    if lanes is not None:
-        x = model.lane_mix * x + (1 - model.lane_mix) * lanes
+    if mlp_lane is not None:
+        x = model.lane_mix * x + (1 - model.lane_mix) * mlp_lane
     return rms(x) @ (model.embed.weight if hp.tie_embeddings else model.head.weight).T
 
 
@@ -166,12 +165,13 @@ def test_every_feature_equals_its_plain_reading(rng, in_float64, switch):
     model = randomize(t.GPT(tiny(**switch)))
     ids = torch.from_numpy(rng.integers(0, 300, (2, 7)))
     ids[0, 3] = t.BOS
-    hidden, cap = model.hidden(ids), model.hp.logit_softcap
+    hidden, cap = hidden_states(model, ids), model.hp.logit_softcap
     for row, row_hidden in zip(ids, hidden):
         z = plain_forward(model, row.tolist())
         torch.testing.assert_close(model.logits(row_hidden), z, rtol=1e-9, atol=1e-9)
         expected = F.log_softmax(cap * torch.tanh(z / cap) if cap else z, -1)
-        torch.testing.assert_close(logits(model, row_hidden), expected, rtol=1e-9, atol=1e-9)
+        found = log_probabilities(model, row_hidden)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("switch", SWITCHES[1:], ids=lambda s: ",".join(s))
@@ -190,7 +190,7 @@ def test_every_switch_changes_the_model(switch):
     )
     ids = torch.arange(12).view(1, 12) * 7 + 1  # the first is a BOS
     ids[0, 5] = t.BOS
-    found, changed = (logits(model, model.hidden(ids)) for model in (base, other))
+    found, changed = (log_probabilities(m, hidden_states(m, ids)) for m in (base, other))
     assert not torch.allclose(found, changed, rtol=0, atol=1e-6)
 
 
@@ -201,7 +201,7 @@ def test_xsa_on_more_layers_than_there_are_is_xsa_on_all():
         torch.manual_seed(1)
         model = randomize(t.GPT(tiny(XSA_LAST_N=layers)))
         assert [block.attn.xsa for block in model.blocks] == [True] * 4
-        found.append(logits(model, model.hidden(ids)))
+        found.append(log_probabilities(model, hidden_states(model, ids)))
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
@@ -226,11 +226,11 @@ def test_a_changed_token_changes_no_earlier_logit(rng, switches):
     """Causality of the whole model, bit for bit, at every position."""
     model = randomize(t.GPT(tiny(**switches))).float()
     ids = torch.from_numpy(rng.integers(0, 300, (1, 20)))
-    before = logits(model, model.hidden(ids))
+    before = log_probabilities(model, hidden_states(model, ids))
     for position in range(20):
         changed = ids.clone()
         changed[0, position] = (ids[0, position] + 1 + rng.integers(0, 298)) % 300
-        after = logits(model, model.hidden(changed))
+        after = log_probabilities(model, hidden_states(model, changed))
         assert torch.equal(before[0, :position], after[0, :position])
         assert not torch.equal(before[0, position], after[0, position])
 
@@ -238,17 +238,18 @@ def test_a_changed_token_changes_no_earlier_logit(rng, switches):
 def test_loss_is_the_mean_cross_entropy_of_the_logits(rng):
     model = randomize(t.GPT(tiny())).float()
     x, y = (torch.from_numpy(rng.integers(0, 300, (3, 9))) for _ in range(2))
-    expected = F.cross_entropy(logits(model, model.hidden(x)).flatten(0, 1), y.flatten())
-    torch.testing.assert_close(model(x, y), expected)
+    logp = log_probabilities(model, hidden_states(model, x)).flatten(0, 1)
+    expected = F.cross_entropy(logp, y.flatten())
+    torch.testing.assert_close(loss_of(model, x, y), expected)
 
 
-def test_a_weighted_loss_is_the_weighted_sum_over_the_targets(rng):
+def test_a_loss_with_shares_is_the_sum_of_nll_times_share(rng):
     model = randomize(t.GPT(tiny())).float()
     x, y = (torch.from_numpy(rng.integers(0, 300, (3, 9))) for _ in range(2))
-    weights = torch.from_numpy(rng.random((3, 9))).float()
-    logp = logits(model, model.hidden(x)).flatten(0, 1)
+    shares = torch.from_numpy(rng.random((3, 9))).float()
+    logp = log_probabilities(model, hidden_states(model, x)).flatten(0, 1)
     nll = F.cross_entropy(logp, y.flatten(), reduction="none")
-    torch.testing.assert_close(model(x, y, weights), (nll * weights.flatten()).sum())
+    torch.testing.assert_close(loss_of(model, x, y, shares), (nll * shares.flatten()).sum())
 
 
 @pytest.mark.parametrize(
@@ -259,56 +260,89 @@ def test_a_weighted_loss_is_the_weighted_sum_over_the_targets(rng):
 def test_the_last_positions_alone_are_those_of_all(rng, in_float64, switches):
     model = randomize(t.GPT(tiny(**switches)))
     ids = torch.from_numpy(rng.integers(0, 300, (2, 20)))
-    whole = model.hidden(ids)
+    whole = hidden_states(model, ids)
     for last in (1, 7, 20):
-        torch.testing.assert_close(model.hidden(ids, last), whole[:, -last:], rtol=1e-9, atol=1e-9)
+        found = hidden_states(model, ids, last)
+        torch.testing.assert_close(found, whole[:, -last:], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("cap", [0, 30])
 def test_scores_are_the_nll_and_the_entropy_of_the_logits(rng, cap):
     model = randomize(t.GPT(tiny(LOGIT_SOFTCAP=cap))).float()
-    hidden, targets = torch.randn(6, 64), torch.from_numpy(rng.integers(0, 300, 6))
-    logp = logits(model, hidden)
-    nll, entropy = model.scores(hidden, targets)
-    torch.testing.assert_close(nll, -logp[torch.arange(6), targets])
+    hidden, target_ids = torch.randn(6, 64), torch.from_numpy(rng.integers(0, 300, 6))
+    logp = log_probabilities(model, hidden)
+    nll, entropy = model.scores(hidden, target_ids)
+    torch.testing.assert_close(nll, -logp[torch.arange(6), target_ids])
     torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1))
-    torch.testing.assert_close(model.nll(hidden, targets), nll)
+    torch.testing.assert_close(model.nll(hidden, target_ids), nll)
 
 
-def test_defaults_are_the_design():
+# --- the design's model ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def default_model() -> t.GPT:
     torch.manual_seed(0)
-    model = t.GPT(t.Hyperparameters())
-    assert sum(p.numel() for p in model.parameters()) == 26_993_766
-    p = dict(model.named_parameters())
-    assert abs(p["embed.weight"].std().item() - 0.005) < 1e-4
-    assert abs(p["value_embed.table.weight"].std().item() - 0.01) < 1e-3
-    for name, tensor in p.items():
-        if (
-            name.endswith(("proj.weight",))
-            and "blocks" in name
-            or name in ("bigram.table.weight", "smear_gate")
-        ):
-            assert tensor.count_nonzero() == 0, name
-        elif name.endswith(".weight") and "embed.weight" not in name and ".table." not in name:
+    return t.GPT(t.Hyperparameters())
+
+
+def test_the_default_model_has_the_designs_number_of_parameters(default_model):
+    assert sum(p.numel() for p in default_model.parameters()) == 26_993_766
+
+
+def test_output_projections_bigram_table_and_smear_gate_begin_at_zero(default_model):
+    zero = {n for n, p in default_model.named_parameters() if not p.count_nonzero()}
+    projections = {f"blocks.{i}.{part}.proj.weight" for i in range(11) for part in ("attn", "mlp")}
+    mixes = {f"blocks.{i}.mix_x0" for i in range(11)}
+    assert zero == projections | mixes | {"bigram.table.weight", "smear_gate"}
+
+
+def test_the_other_matrices_begin_orthogonal(default_model):
+    for name, p in default_model.named_parameters():
+        row = t.parameter_row(name)
+        if row.kind == "matrix" and p.count_nonzero():
             scale = 22**-0.5 if name.startswith(("bigram", "value_embed")) else 1.0
-            singular = torch.linalg.svdvals(tensor)
-            torch.testing.assert_close(
-                singular, torch.full_like(singular, scale), rtol=1e-4, atol=1e-5
-            )
-    assert {round(b.attn.vrl_gate.item(), 3) for b in model.blocks[1:]} == {-1.5}
-    assert model.blocks[0].attn.vrl_gate is None
-    assert [b.attn.xsa for b in model.blocks] == [False] * 7 + [True] * 4
-    assert [b.attn.ve_scale is not None for b in model.blocks] == [False] * 9 + [True] * 2
-    assert model.skip_weights.shape == (5, 512) and p["blocks.0.attn.q_gain"].tolist() == [1.5] * 8
+            wide = (p if p.size(0) <= p.size(1) else p.T) / scale
+            torch.testing.assert_close(wide @ wide.T, torch.eye(len(wide)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, std", [("embed", 0.005), ("value_embed.table", 0.01)])
+def test_tables_begin_at_random(default_model, name, std):
+    weight = default_model.get_parameter(f"{name}.weight")
+    assert weight.std().item() == pytest.approx(std, rel=0.02)
+
+
+def test_features_of_layers_are_on_where_the_design_has_them(default_model):
+    attentions = [block.attn for block in default_model.blocks]
+    assert [a.xsa for a in attentions] == [False] * 7 + [True] * 4
+    assert [a.ve_scale is not None for a in attentions] == [False] * 9 + [True] * 2
+    assert [a.vrl_gate and round(a.vrl_gate.item(), 3) for a in attentions] == [None] + [-1.5] * 10
+    assert attentions[0].q_gain.tolist() == [1.5] * 8
+    assert default_model.skip_weights.shape == (5, 512)
+
+
+def test_each_row_of_the_table_of_parameters_matches_one():
+    """A row that matches nothing, or only what an earlier row has, is a mistake."""
+    names = [n for n, _ in t.GPT(tiny(TIE_EMBEDDINGS=0)).named_parameters()]
+    assert {t.parameter_row(name) for name in names} == set(t.PARAMETERS)
+
+
+def test_only_vectors_are_no_matrices():
+    for name, p in t.GPT(tiny(TIE_EMBEDDINGS=0)).named_parameters():
+        is_coded = p.ndim == 2 and name.endswith(".weight")
+        assert (t.parameter_row(name).kind != "vector") == is_coded, name
+
+
+# --- depth recurrence -----------------------------------------------------------------------------
 
 
 def test_recurrence_runs_its_layers_again_after_the_last_of_them():
-    plain, recurrent = t.block_orders(t.Hyperparameters(recur_layers=(4, 5)))
-    assert (plain, recurrent) == (tuple(range(11)), (0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9, 10))
+    once, recurrent = t.block_passes(t.Hyperparameters(recur_layers=(4, 5)))
+    assert (once, recurrent) == (tuple(range(11)), (0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9, 10))
 
 
-def test_without_recurrence_both_orders_are_one():
-    assert len(set(t.block_orders(t.Hyperparameters()))) == 1
+def test_without_recurrence_passes_before_and_after_its_start_are_equal():
+    assert len(set(t.block_passes(t.Hyperparameters()))) == 1
 
 
 def test_recurrence_adds_no_parameters():
@@ -319,21 +353,21 @@ def test_recurrence_adds_no_parameters():
     assert counts[0] == counts[1]
 
 
-def test_the_plain_order_is_the_model_without_recurrence(rng):
+def test_each_block_once_is_the_model_without_recurrence(rng):
     torch.manual_seed(1)
     model = randomize(t.GPT(tiny(RECUR_LAYERS="1,2"))).float()
     torch.manual_seed(1)
     plain = randomize(t.GPT(tiny())).float()
-    model.order, _ = t.block_orders(model.hp)
+    once, _ = t.block_passes(model.hp)
     ids = torch.from_numpy(rng.integers(0, 300, (2, 9)))
-    assert torch.equal(model.hidden(ids), plain.hidden(ids))
+    assert torch.equal(model.hidden(ids, once), hidden_states(plain, ids))
 
 
 @pytest.mark.parametrize("switches", [{}, FRONTIER], ids=["defaults", "frontier"])
 def test_gradients_reach_every_parameter(rng, switches):
     model = randomize(t.GPT(tiny(**switches))).float()
     x, y = (torch.from_numpy(rng.integers(0, 300, (4, 16))) for _ in range(2))
-    model(x, y).backward()
+    loss_of(model, x, y).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
 
@@ -344,3 +378,36 @@ def test_xsa_leaves_nothing_along_the_own_value(rng):
     left = (out * v[:, :, :, None]).sum(-1).abs()
     summed = y.view(2, 5, 2, 2, 16).norm(dim=-1) * v.norm(dim=-1)[..., None]
     assert (left <= 16 * torch.finfo(torch.float32).eps * summed).all()
+
+
+# --- the MLP's two forms --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch) -> list[float]:
+    """One item for each call of the kernels, which do nothing here."""
+    calls = []
+    monkeypatch.setattr(t, "has_kernels", lambda x: True)
+    monkeypatch.setattr(t, "fused_mlp", lambda x, fc, proj, slope: (x, calls.append(slope)))
+    return calls
+
+
+def test_an_mlp_takes_the_kernels_where_they_run(kernel_calls):
+    hp = tiny()
+    t.MLP(hp)(torch.randn(1, 3, hp.model_dim), torch.ones(hp.model_dim))
+    assert kernel_calls == [hp.leaky_slope]
+
+
+@pytest.mark.parametrize("part", ["fc", "proj"])
+def test_an_mlp_that_is_watched_takes_the_plain_form(kernel_calls, part):
+    """The kernels would not call the hooks, and the curvature would be of nothing."""
+    hp = tiny()
+    mlp, seen = t.MLP(hp), []
+    handle = getattr(mlp, part).register_forward_hook(lambda *_: seen.append(part))
+    x, scale = torch.randn(1, 3, hp.model_dim), torch.ones(hp.model_dim)
+    mlp(x, scale)
+    assert seen == [part]
+    assert not kernel_calls
+    handle.remove()
+    mlp(x, scale)
+    assert len(kernel_calls) == 1

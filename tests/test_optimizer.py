@@ -1,14 +1,158 @@
-"""Muon, AdamW, schedules, averages."""
+"""What every optimizer promises; Muon, AdamW, schedules, averages. How an optimizer shares its work
+out among ranks: update_driver.py."""
 
+import itertools
 import math
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import ALONE, ROOT, finish, shifted, start_python, tiny
 
 import train_gpt as t
 
-ALONE = t.Ranks({})
+# a model of the settings UNTIED has parameters of every kind
+UNTIED = dict(TIE_EMBEDDINGS=0)
+CLASSES = list(dict.fromkeys(group.optimizer for group in t.training_groups(tiny()).values()))
+
+
+def parameters_of(optimizer) -> list[torch.nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def optimizer_of(cls: type, model):
+    """The one of the model's optimizers that is of this class."""
+    (found,) = (o for o in t.build_optimizers(model, model.hp, ALONE) if type(o) is cls)
+    return found
+
+
+def take_step(optimizer, step: int, gradients: list[torch.Tensor]) -> None:
+    optimizer.schedule(step, 1.0)
+    for p, g in zip(parameters_of(optimizer), gradients):
+        p.grad = g.clone()
+    t.update_parameters([optimizer], clip=0.3)
+
+
+def random_gradients(optimizer) -> list[torch.Tensor]:
+    return [torch.randn_like(p) for p in parameters_of(optimizer)]
+
+
+# --- the contract ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=CLASSES, ids=lambda cls: cls.__name__)
+def cls(request) -> type:
+    """Each class in the table of training_groups."""
+    return request.param
+
+
+@pytest.fixture
+def optimizer(cls, seed):
+    """One of the class, with the parameters that it has in a model."""
+    return optimizer_of(cls, shifted(t.GPT(tiny(**UNTIED))))
+
+
+def test_a_step_moves_every_parameter(optimizer):
+    before = [p.detach().clone() for p in parameters_of(optimizer)]
+    take_step(optimizer, 0, random_gradients(optimizer))
+    assert not any(map(torch.equal, before, parameters_of(optimizer)))
+
+
+def test_the_state_is_there_before_the_first_step_and_stays_where_it_is(optimizer):
+    """So that warm-up can put it back, and a checkpoint can be copied into it."""
+    before = {name: x.data_ptr() for name, x in optimizer.state_tensors().items()}
+    take_step(optimizer, 0, random_gradients(optimizer))
+    optimizer.complete_state()
+    assert {name: x.data_ptr() for name, x in optimizer.state_tensors().items()} == before
+
+
+def test_a_fresh_optimizer_with_the_state_of_another_takes_its_steps(cls, optimizer):
+    for step in range(2):
+        take_step(optimizer, step, random_gradients(optimizer))
+    optimizer.complete_state()
+    fresh = optimizer_of(cls, t.GPT(tiny(**UNTIED)))
+    for p, q in zip(parameters_of(fresh), parameters_of(optimizer)):
+        p.data.copy_(q.detach())
+    found = fresh.state_tensors()
+    for name, x in optimizer.state_tensors().items():
+        found[name].copy_(x)
+    for step in range(2, 4):
+        gradients = random_gradients(optimizer)
+        take_step(optimizer, step, gradients)
+        take_step(fresh, step, gradients)
+    assert all(map(torch.equal, parameters_of(fresh), parameters_of(optimizer)))
+
+
+def test_a_schedule_scales_every_rate_from_its_initial_one(optimizer):
+    optimizer.schedule(0, 0.5)
+    optimizer.schedule(750, 0.25)
+    for group in optimizer.param_groups:
+        assert group["lr"] == 0.25 * group["initial_lr"] > 0
+
+
+def test_the_square_of_the_gradients_is_that_of_all_its_parameters(optimizer):
+    for p in parameters_of(optimizer):
+        p.grad = torch.randn_like(p)
+    expected = sum(p.grad.double().square().sum().item() for p in parameters_of(optimizer))
+    optimizer.send_gradients()
+    optimizer.receive_gradients()
+    assert optimizer.gradient_square().item() == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_gradients_that_the_caller_has_halved_are_those_of_half_the_size(cls, optimizer):
+    """As clipping does; in the second step, as the first of AdamW is the same for any size."""
+    other = optimizer_of(cls, t.GPT(tiny(**UNTIED)))
+    for p, q in zip(parameters_of(other), parameters_of(optimizer)):
+        p.data.copy_(q.detach())
+    for halve in (False, True):
+        for p, q in zip(parameters_of(optimizer), parameters_of(other)):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad / 2 if halve else p.grad.clone()
+        for o in (optimizer, other):
+            o.send_gradients()
+            received = o.receive_gradients()
+            if halve and o is optimizer:
+                torch._foreach_mul_(received, 0.5)
+            o.begin_step()
+            o.finish_step()
+    assert all(map(torch.equal, parameters_of(optimizer), parameters_of(other)))
+
+
+def test_each_parameter_has_exactly_one_optimizer():
+    """Also where all rates agree."""
+    rates = dict(EMBED_LR=0.1, HEAD_LR=0.1, SCALAR_LR=0.1, MATRIX_LR=0.1)
+    model = t.GPT(tiny(**UNTIED, **rates))
+    optimizers = t.build_optimizers(model, model.hp, ALONE)
+    owned = [id(p) for o in optimizers for p in parameters_of(o)]
+    assert sorted(owned) == sorted(map(id, model.parameters()))
+
+
+def test_no_two_optimizers_give_a_state_the_same_name():
+    model = t.GPT(tiny(**UNTIED))
+    optimizers = t.build_optimizers(model, model.hp, ALONE)
+    names = list(itertools.chain(*(o.state_tensors() for o in optimizers)))
+    assert len(set(names)) == len(names)
+
+
+@pytest.fixture(scope="module")
+def sharing() -> str:
+    """What update_driver.py said."""
+    done = finish(start_python(ROOT, ["-m", "tests.update_driver"], {}))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_shared_out_over_ranks_its_steps_and_state_are_those_of_one(sharing, cls, world_size):
+    assert f"world_size:{world_size} shared:{cls.__name__}\n" in sharing
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_updates_over_ranks_are_the_written_rule(sharing, world_size):
+    assert f"world_size:{world_size} written_rule\n" in sharing
+
+
+# --- Muon -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (96, 32), (32, 96), (3, 40, 24)])
@@ -48,7 +192,7 @@ def test_muon_step_is_the_written_rule(rng):
                 max(1, p.size(0) / p.size(1))
             )
             w.mul_(1 - 0.1 * 0.2).sub_(0.1 * update)
-        t.update([muon], clip=0)
+        t.update_parameters([muon], clip=0)
     for p, w in zip(params, plain):
         torch.testing.assert_close(p.detach(), w)
 
@@ -74,41 +218,56 @@ def test_muon_with_equal_rows_is_the_written_rule(rng):
         p.grad = torch.randn_like(p)
         update = (1 + momentum) * p.grad
         updates.append(t.orthogonalize(update / update.norm(dim=1, keepdim=True), 5))
-    t.update([muon], clip=0)
+    t.update_parameters([muon], clip=0)
     for p, w, update in zip(params, before, updates):
         rate = 0.1 * math.sqrt(max(1, p.size(0) / p.size(1)))
         torch.testing.assert_close(p.detach(), w - rate * update)
 
 
-def test_embeddings_have_a_weight_decay_of_their_own():
-    model = t.GPT(tiny(ADAM_WD=0.02, EMBED_WD=0.09))
-    _, adam = t.build_optimizers(model, model.hp, ALONE)
+def test_muon_momentum_warms_up():
+    hp = tiny()
+    found = [round(t.muon_momentum(step, hp), 4) for step in (0, 750, 1500, 9000)]
+    assert found == [0.92, 0.955, 0.99, 0.99]
+
+
+def test_a_schedule_sets_muons_momentum():
+    muon = optimizer_of(t.Muon, t.GPT(tiny()))
+    muon.schedule(750, 1.0)
+    assert {round(group["momentum"], 4) for group in muon.param_groups} == {0.955}
+
+
+# --- who trains what ------------------------------------------------------------------------------
+
+
+def training_of(model) -> dict[str, tuple[type, float, float]]:
+    """name -> (class of its optimizer, lr, weight decay)."""
     names = {id(p): n for n, p in model.named_parameters()}
-    decays = {names[id(p)]: g["weight_decay"] for g in adam.param_groups for p in g["params"]}
-    tables = {name for name, decay in decays.items() if decay == 0.09}
-    assert tables == {"embed.weight", "bigram.table.weight", "value_embed.table.weight"}
+    return {
+        names[id(p)]: (type(o), group["lr"], group["weight_decay"])
+        for o in t.build_optimizers(model, model.hp, ALONE)
+        for group in o.param_groups
+        for p in group["params"]
+    }
 
 
 @pytest.mark.parametrize("tied", [0, 1])
 def test_each_parameter_has_the_right_optimizer(tied):
-    model = t.GPT(tiny(TIE_EMBEDDINGS=tied))
-    muon, adam = t.build_optimizers(model, model.hp, ALONE)
-    names = {id(p): n for n, p in model.named_parameters()}
-    in_muon = {names[id(p)] for g in muon.param_groups for p in g["params"]}
-    assert in_muon == {
-        n for n in names.values() if n.startswith("blocks.") and n.endswith(".weight")
-    } | {"bigram.proj.weight", "value_embed.proj.weight"}
-    rates = {names[id(p)]: g["lr"] for g in adam.param_groups for p in g["params"]}
-    embed = model.hp.tied_embed_lr if tied else model.hp.embed_lr
-    for name, rate in rates.items():
-        table = name.endswith((".table.weight", "embed.weight"))
-        assert rate == (
-            embed if table else model.hp.head_lr if name == "head.weight" else model.hp.scalar_lr
-        ), name
-    assert {g["weight_decay"] for g in adam.param_groups} == {0.04}
-    assert adam.defaults["betas"] == (0.9, 0.95)
-    assert {g["lr"] for g in muon.param_groups} == {model.hp.matrix_lr}
-    assert {g["weight_decay"] for g in muon.param_groups} == {model.hp.muon_wd}
+    hp = tiny(TIE_EMBEDDINGS=tied, MUON_WD=0.05, ADAM_WD=0.02, EMBED_WD=0.09)
+    for name, found in training_of(t.GPT(hp)).items():
+        if name.endswith((".table.weight", "embed.weight")):
+            expected = t.AdamW, hp.tied_embed_lr if tied else hp.embed_lr, 0.09
+        elif name == "head.weight":
+            expected = t.AdamW, hp.head_lr, 0.02
+        elif name.endswith(".weight"):
+            expected = t.Muon, hp.matrix_lr, 0.05
+        else:
+            expected = t.AdamW, hp.scalar_lr, 0.02
+        assert found == expected, name
+
+
+def test_adamw_has_the_betas_of_the_settings():
+    adamw = optimizer_of(t.AdamW, t.GPT(tiny(BETA1=0.8, BETA2=0.93)))
+    assert adamw.defaults["betas"] == (0.8, 0.93)
 
 
 def test_a_parameter_without_an_optimizer_is_noticed(monkeypatch):
@@ -124,17 +283,6 @@ def test_a_parameter_without_an_optimizer_is_noticed(monkeypatch):
         t.build_optimizers(model, model.hp, ALONE)
 
 
-def test_a_schedule_scales_every_rate_from_its_initial_one():
-    model = t.GPT(tiny())
-    optimizers = t.build_optimizers(model, model.hp, ALONE)
-    for optimizer in optimizers:
-        optimizer.schedule(0, 0.5)
-        optimizer.schedule(750, 0.25)
-    for group in (g for o in optimizers for g in o.param_groups):
-        assert group["lr"] == 0.25 * group["initial_lr"]
-    assert {round(g["momentum"], 4) for g in optimizers[0].param_groups} == {0.955}
-
-
 def test_clipping_scales_all_gradients_to_the_norm(rng):
     """The norm is that of all parameters together, whatever optimizer has them."""
     model = t.GPT(tiny())
@@ -145,7 +293,7 @@ def test_clipping_scales_all_gradients_to_the_norm(rng):
     seen = []
     for optimizer in optimizers:
         keep_scaled_gradients(optimizer, seen)
-    t.update(optimizers, clip=0.3)
+    t.update_parameters(optimizers, clip=0.3)
     scaled = math.sqrt(sum(g.double().square().sum().item() for g in seen))
     assert length > 0.3 and scaled == pytest.approx(0.3, rel=1e-4)
 
@@ -165,22 +313,10 @@ def keep_scaled_gradients(optimizer, seen):
     optimizer.receive_gradients, optimizer.begin_step = receiving, beginning
 
 
-def test_each_parameter_has_exactly_one_optimizer_also_where_rates_agree():
-    model = t.GPT(tiny(TIE_EMBEDDINGS=0, EMBED_LR=0.1, HEAD_LR=0.1, SCALAR_LR=0.1, MATRIX_LR=0.1))
-    owned = [
-        id(p)
-        for o in t.build_optimizers(model, model.hp, ALONE)
-        for g in o.param_groups
-        for p in g["params"]
-    ]
-    assert sorted(owned) == sorted(map(id, model.parameters()))
-
-
-def test_adamw_has_its_whole_state_before_the_first_step(rng):
-    """So that a checkpoint can fill it; and it makes the steps that it would have made without."""
-    model = t.GPT(tiny())
-    _, adamw = t.build_optimizers(model, model.hp, ALONE)
-    params = [p for g in adamw.param_groups for p in g["params"]]
+def test_adamw_is_torchs(rng):
+    """It takes the steps that it would have taken had its state been made at the first of them."""
+    adamw = optimizer_of(t.AdamW, t.GPT(tiny()))
+    params = parameters_of(adamw)
     plain = [torch.nn.Parameter(p.detach().clone()) for p in params]
     rates = [g["lr"] for g in adamw.param_groups for _ in g["params"]]
     other = torch.optim.AdamW(
@@ -190,14 +326,15 @@ def test_adamw_has_its_whole_state_before_the_first_step(rng):
         weight_decay=0.04,
         fused=True,
     )
-    assert list(adamw.state) == params
-    assert all(set(s) == {"step", "exp_avg", "exp_avg_sq"} for s in adamw.state.values())
     for _ in range(2):
         for p, q in zip(params, plain):
             p.grad = q.grad = torch.randn_like(p)
         adamw.step()
         other.step()
-    assert all(torch.equal(p, q) for p, q in zip(params, plain))
+    assert all(map(torch.equal, params, plain))
+
+
+# --- schedules ------------------------------------------------------------------------------------
 
 
 def test_lr_scale_by_steps_and_by_time():
@@ -215,14 +352,7 @@ def test_rates_fall_to_the_last_step_however_much_time_is_left():
     assert [t.lr_scale(s, float(s), hp) for s in (80, 90, 100)] == [1, 0.5, 0]
 
 
-def test_muon_momentum_warms_up():
-    hp = tiny()
-    assert [round(t.muon_momentum(s, hp), 4) for s in (0, 750, 1500, 9000)] == [
-        0.92,
-        0.955,
-        0.99,
-        0.99,
-    ]
+# --- averages -------------------------------------------------------------------------------------
 
 
 def test_averages_are_the_means_they_claim(rng):
@@ -231,8 +361,8 @@ def test_averages_are_the_means_they_claim(rng):
     for s in snapshots:
         ema.update([s])
         swa.update([s])
-    weights = torch.tensor([0.8 ** (8 - i) for i in range(9)])
-    expected = (torch.stack(snapshots) * (weights / weights.sum())[:, None, None]).sum(0)
+    shares = torch.tensor([0.8 ** (8 - i) for i in range(9)])
+    expected = (torch.stack(snapshots) * (shares / shares.sum())[:, None, None]).sum(0)
     torch.testing.assert_close(ema.mean[0], expected)
     torch.testing.assert_close(swa.mean[0], torch.stack(snapshots).mean(0))
 
@@ -255,8 +385,7 @@ def test_long_running_ema_is_the_plain_recursion(rng):
 
 @pytest.mark.parametrize("averaging", ["none", "ema", "swa", "ema_swa"])
 def test_the_average_that_is_named_is_the_one_that_is_used(averaging, rng):
-    model = t.GPT(tiny(AVERAGING=averaging))
-    averages = t.Trainer(model, None, None, ALONE, t.RunLog(), t.StopSignal()).averages
+    averages = t.build_averages([torch.randn(3, 2)], tiny(AVERAGING=averaging))
     assert "_".join(averages) == averaging.replace("none", "")
     for average in averages.values():
         average.update([torch.randn_like(p) for p in average.mean])

@@ -8,13 +8,17 @@ import pytest
 import torch
 from helpers import (
     BRIEF,
-    collect,
-    logits,
-    plain_scores,
+    FakeRanks,
+    KeptLog,
+    hidden_states,
+    learning_model,
+    log_probabilities,
     run_script,
     scores_of,
+    scores_while_learning,
+    segments_while_learning,
     tiny,
-    trainer_with,
+    validation_of,
     values,
 )
 from reference import Predictor
@@ -27,11 +31,16 @@ def stream(rng) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, 500, 351).astype(np.uint16), rng.integers(0, 9, 350).astype(np.uint16)
 
 
+def learns(name: str) -> bool:
+    """With the settings TTT: the last block, the tied embedding, and vectors."""
+    return name.startswith("blocks.3.") or name == "embed.weight" or not name.endswith(".weight")
+
+
 def test_learning_changes_later_scores_and_never_earlier_ones(stream):
-    tokens, stream_bytes = stream
-    untrained = plain_scores(trainer_with(tokens, stream_bytes), 4)
+    tokens, target_bytes = stream
+    untrained = scores_of(learning_model(), tokens, 4)
     # 100 = 32 + 17 * 4: chunks end where windows do
-    learned = scores_of(tokens, stream_bytes, stride=4)
+    learned = scores_while_learning(tokens, target_bytes, stride=4)
     np.testing.assert_array_equal(learned[:, :100], untrained[:, :100])
     assert all(
         (learned[0, k : k + 100] != untrained[0, k : k + 100]).mean() > 0.9 for k in (100, 200, 300)
@@ -41,11 +50,12 @@ def test_learning_changes_later_scores_and_never_earlier_ones(stream):
 @pytest.mark.parametrize("position", [1, 57, 99, 100, 101, 230, 349])
 def test_a_changed_target_changes_nothing_before_it(stream, position, rng):
     """Scores of chunk k know nothing of later chunks, nor of later targets of their own chunk."""
-    tokens, stream_bytes = stream
-    changed, lengths = tokens.copy(), stream_bytes.copy()
+    tokens, target_bytes = stream
+    changed, lengths = tokens.copy(), target_bytes.copy()
     changed[position + 1 :] = rng.integers(0, 500, 350 - position)  # target j is token j + 1
     lengths[position:] = rng.integers(0, 9, 350 - position)
-    before, after = scores_of(tokens, stream_bytes), scores_of(changed, lengths)
+    before = scores_while_learning(tokens, target_bytes)
+    after = scores_while_learning(changed, lengths)
     np.testing.assert_array_equal(before[:, :position], after[:, :position])
     assert before[1, position] == after[1, position]  # the entropy is of the prefix alone
 
@@ -53,66 +63,54 @@ def test_a_changed_target_changes_nothing_before_it(stream, position, rng):
 def test_one_update_is_the_written_rule(stream):
     """One chunk, one epoch, one sequence: a step of AdamW on the byte-weighted loss, clipped;
     a quarter of it scores."""
-    tokens, stream_bytes = stream
-    tokens, stream_bytes = tokens[:65], stream_bytes[:64]
+    tokens, target_bytes = stream
+    tokens, target_bytes = tokens[:65], target_bytes[:64]
     settings = dict(TTT_EPOCHS=1, TTT_CHUNK_TOKENS=32, TTT_DECAY=0.75)
-    got = scores_of(tokens, stream_bytes, 32, **settings)
-    trainer = trainer_with(tokens, stream_bytes, **settings)
-    model, hp = trainer.model, trainer.hp
-    tuned = [
-        p
-        for n, p in model.named_parameters()
-        if n.startswith("blocks.3.") or n == "embed.weight" or not n.endswith(".weight")
-    ]
+    got = scores_while_learning(tokens, target_bytes, 32, **settings)
+    model = learning_model(**settings)
+    hp = model.hp
+    tuned = [p for n, p in model.named_parameters() if learns(n)]
     before = [p.detach().clone() for p in tuned]
     ids = torch.from_numpy(tokens[:33].astype(np.int64))
-    logp = torch.log_softmax(logits(model, model.hidden(ids[None, :32])), -1)[0]
-    weights = torch.from_numpy(stream_bytes[:32].astype(np.float32))
-    loss = -(logp[torch.arange(32), ids[1:]] * weights).sum() / weights.sum()
+    logp = log_probabilities(model, hidden_states(model, ids[None, :32]))[0]
+    shares = torch.from_numpy(target_bytes[:32].astype(np.float32))
+    loss = -(logp[torch.arange(32), ids[1:]] * shares).sum() / shares.sum()
     grads = torch.autograd.grad(loss, tuned)
     scale = min(1.0, 1 / (float(sum(g.square().sum() for g in grads)) ** 0.5 + 1e-6))
     for p, old, grad in zip(tuned, before, grads):  # AdamW's first step; its average with the old
         g = grad * scale
         p.data = old - 0.25 * hp.ttt_lr * g / (g.abs() + hp.adam_eps)
-    expected = plain_scores(trainer, 32, (32, 64))
+    expected = scores_of(model, tokens, 32, (32, 64))
     np.testing.assert_allclose(got[:, 32:], expected, rtol=2e-4, atol=2e-4)
 
 
 def test_only_the_named_parameters_learn_and_all_come_back(stream):
-    tokens, stream_bytes = stream
-    trainer = trainer_with(tokens, stream_bytes)
-    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-    segments = t.score_and_learn(trainer, 8)
+    model = learning_model()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    segments = segments_while_learning(model, validation_of(*stream), 8)
     for _ in range(2):
         next(segments)
-    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
-    expected = {
-        n
-        for n in before
-        if n.startswith("blocks.3.") or n == "embed.weight" or not n.endswith(".weight")
-    }
-    assert moved == expected
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if learns(n)}
     segments.close()  # as when the stride grows: all as it was
-    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("begin, end", [(0, 100), (100, 200), (90, 103), (0, 20), (32, 350)])
 def test_each_target_of_a_chunk_is_learned_from_once_an_epoch(stream, begin, end, monkeypatch):
     tokens, _ = stream
-    stream_bytes = np.arange(1, 351).astype(np.uint16)  # so that a weight names its target
+    target_bytes = np.arange(1, 351).astype(np.uint16)  # so that a share names its target
     monkeypatch.setattr(t, "TTT_BATCH", 4)
-    seen = np.zeros(350)
-    for ranks in (1, 3):
-        seen[:] = 0
-        for rank in range(ranks):
-            trainer = trainer_with(tokens, stream_bytes)
-            trainer.ranks.rank, trainer.ranks.world_size = rank, ranks
-            for ids, targets, weights in t.ttt_batches(
-                trainer.validation, begin, end, trainer.hp.eval_seq_len, trainer.ranks
+    validation, length = validation_of(tokens, target_bytes), tiny().eval_seq_len
+    for world_size in (1, 3):
+        seen = np.zeros(350)
+        for rank in range(world_size):
+            for ids, target_ids, shares in t.ttt_batches(
+                validation, begin, end, length, FakeRanks(rank, world_size)
             ):
-                assert ids.shape == targets.shape == weights.shape
+                assert ids.shape == target_ids.shape == shares.shape
                 assert len(ids)
-                for row_ids, row_targets, row in zip(ids, targets, weights):
+                for row_ids, row_target_ids, row in zip(ids, target_ids, shares):
                     used = torch.nonzero(row).flatten().tolist()
                     start = next(
                         s
@@ -120,7 +118,7 @@ def test_each_target_of_a_chunk_is_learned_from_once_an_epoch(stream, begin, end
                         if np.array_equal(tokens[s : s + len(row)], row_ids.numpy())
                     )
                     assert np.array_equal(
-                        tokens[start + 1 : start + 1 + len(row)], row_targets.numpy()
+                        tokens[start + 1 : start + 1 + len(row)], row_target_ids.numpy()
                     )
                     seen[[start + i for i in used]] += 1
         assert seen[begin:end].tolist() == [1] * (end - begin)
@@ -129,30 +127,21 @@ def test_each_target_of_a_chunk_is_learned_from_once_an_epoch(stream, begin, end
 
 def test_a_chunk_of_no_bytes_teaches_nothing(stream):
     tokens, _ = stream
-    scores = scores_of(tokens, np.zeros(350, np.uint16))
-    plain = trainer_with(tokens, None)
-    assert np.array_equal(
-        scores,
-        np.concatenate(
-            [
-                plain_scores(plain, 8, part)
-                for part in ((0, 100), (100, 200), (200, 300), (300, 350))
-            ],
-            1,
-        ),
-    )
+    scores = scores_while_learning(tokens, np.zeros(350, np.uint16))
+    parts = ((0, 100), (100, 200), (200, 300), (300, 350))
+    plain = [scores_of(learning_model(), tokens, 8, part) for part in parts]
+    assert np.array_equal(scores, np.concatenate(plain, 1))
 
 
 def test_only_a_stream_scored_to_its_end_is_reported(stream):
     """A stride that would take too long is given up after a few chunks."""
-    trainer, lines = trainer_with(*stream), []
-    trainer.log = lines.append
-    tried = t.score_and_learn(trainer, 8)
+    model, validation, log = learning_model(), validation_of(*stream), KeptLog()
+    tried = segments_while_learning(model, validation, 8, log)
     next(tried)
     tried.close()
-    assert lines == []
-    list(t.score_and_learn(trainer, 8))
-    assert [line.split()[0] for line in lines] == ["ttt:score_first"]
+    assert log.lines == []
+    list(segments_while_learning(model, validation, 8, log))
+    assert [line.split()[0] for line in log.lines] == ["ttt:score_first"]
 
 
 def test_the_learning_rate_rises_threefold_then_falls_to_zero():
@@ -185,33 +174,33 @@ def test_one_and_two_ranks_learn_the_same(corpus, tmp_path):
     )
 
 
-def distribution(trainer, buffer, j: int, begin: int, end: int) -> np.ndarray:
+def distribution(model, buffer, j: int, begin: int, end: int) -> np.ndarray:
     """p(v) of target j in the window of its chunk that scores it;
     what is not decoded yet is zeros."""
-    hp, length = trainer.hp, min(trainer.hp.eval_seq_len, end)
-    starts, first, _ = t.windows(begin, end, length, hp.eval_stride)
-    start = int(starts[np.searchsorted(first, j, "right") - 1])
+    length = min(model.hp.eval_seq_len, end)
+    starts, firsts, _ = t.windows(begin, end, length, model.hp.eval_stride)
+    start = int(starts[np.searchsorted(firsts, j, "right") - 1])
+    window = torch.from_numpy(buffer[start : start + length].astype(np.int64))
     with torch.no_grad():
-        hidden = trainer.model.hidden(
-            torch.from_numpy(buffer[start : start + length].astype(np.int64))[None]
-        )[0, j - start]
-        return torch.softmax(logits(trainer.model, hidden).double(), -1).numpy()
+        hidden = hidden_states(model, window[None])[0, j - start]
+        return torch.softmax(log_probabilities(model, hidden).double(), -1).numpy()
 
 
-def code(trainer, total: int, first_token: int, next_token):
+def code(model, target_bytes, first_token: int, next_token):
     """Encoder and decoder: `next_token(p)` codes or decodes one. The stream is known only up to it:
     chunk after chunk score_and_learn, which learns when asked for the next chunk, sees the tokens
     that were decoded before."""
-    buffer, chunk = np.zeros(total + 1, np.uint16), trainer.hp.ttt_chunk_tokens
+    total, chunk = len(target_bytes), model.hp.ttt_chunk_tokens
+    buffer = np.zeros(total + 1, np.uint16)
     buffer[0] = first_token
-    trainer.validation.tokens = buffer
-    predictor = Predictor(first_token, total, trainer.hp)
-    segments = t.score_and_learn(trainer, trainer.hp.eval_stride)
+    predictor = Predictor(first_token, total, model.hp)
+    validation = validation_of(buffer, target_bytes)
+    segments = segments_while_learning(model, validation, model.hp.eval_stride)
     for begin in range(0, total, chunk):
         next(segments)  # learns from the chunk before; these scores mean nothing
         end = min(begin + chunk, total)
         for j in range(begin, end):
-            p = distribution(trainer, buffer, j, begin, end)
+            p = distribution(model, buffer, j, begin, end)
             buffer[j + 1] = next_token(predictor.predict(p, float(-(p * np.log(p)).sum())))
             predictor.learn(int(buffer[j + 1]))
     segments.close()
@@ -219,15 +208,12 @@ def code(trainer, total: int, first_token: int, next_token):
 
 
 def test_a_decoder_that_learns_as_it_reads_restores_the_stream(corpus):
-    hp = tiny(**corpus)
-    tokens = np.array(t.load_validation(hp).tokens[:301])
-    stream_bytes = t.ByteCounter(hp)(tokens)
     settings = dict(**corpus, TTT_CHUNK_TOKENS=100)
-    trainer = trainer_with(tokens, stream_bytes, **settings)
-    nll, entropy = collect(t.score_and_learn(trainer, hp.eval_stride))
-    mixture = t.Mixture(tokens, trainer.hp)
-    mixture.extend(nll, entropy)
-    claimed = mixture.nll.sum() / math.log(2)
+    hp = learning_model(**settings).hp
+    tokens = np.array(t.load_validation(hp).tokens[:301])
+    target_bytes = t.ByteCounter(hp)(tokens)
+    nll, entropy = scores_while_learning(tokens, target_bytes, hp.eval_stride, **settings)
+    claimed = t.mix(tokens, nll, entropy, hp).sum() / math.log(2)
 
     def categorical(p):
         return constriction.stream.model.Categorical(p.astype(np.float64), perfect=False)
@@ -239,12 +225,12 @@ def test_a_decoder_that_learns_as_it_reads_restores_the_stream(corpus):
         encoder.encode(token, categorical(p))
         return token
 
-    code(trainer_with(None, stream_bytes, **settings), 300, int(tokens[0]), encode_next)
+    code(learning_model(**settings), target_bytes, int(tokens[0]), encode_next)
     words = encoder.get_compressed()
     decoder = constriction.stream.queue.RangeDecoder(words)
     restored = code(
-        trainer_with(None, stream_bytes, **settings),
-        300,
+        learning_model(**settings),
+        target_bytes,
         int(tokens[0]),
         lambda p: int(decoder.decode(categorical(p))),
     )

@@ -1,8 +1,7 @@
-"""Run by test_ranks.py: for each world size the ranks do with gloo what one
-process does by the written rule.
+"""Run by test_optimizer.py: for each world size the ranks do with gloo what one process does.
 
-Each rank makes its own gradients from a seed, so that rank 0 can make everybody's and
-apply the rule to their sum."""
+Each rank makes its own gradients from a seed, so that rank 0 can make everybody's and apply a rule
+to their sum. A line says what has held on all ranks."""
 
 import math
 import os
@@ -12,103 +11,116 @@ import sys
 import torch
 
 import train_gpt as t
-from tests.helpers import tiny
+from tests.helpers import ALONE, shifted, tiny
+
+# stacks of 10, 10, 5, 5, ... matrices: 2, 3 and 4 ranks do not divide all
+SETTINGS = dict(NUM_LAYERS=5, MLP_MULT=3, MUON_MOMENTUM_WARMUP_START=0.9, MUON_MOMENTUM=0.9)
 
 
-def gradients(model, seed):
+def gradients(params, seed):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(p.shape, generator=generator) / 30 for p in model.parameters()]
+    return [torch.randn(p.shape, generator=generator) / 30 for p in params]
 
 
-def groups_of(optimizers):
-    return [group for optimizer in optimizers for group in optimizer.param_groups]
+def groups_of(optimizers) -> dict[int, tuple[type, dict]]:
+    """id of a parameter -> (class of its optimizer, its group)."""
+    return {
+        id(p): (type(optimizer), group)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
 
 
-def written_rule(model, hp, clip, steps, ranks):
-    """The weights after `steps` updates on sums of all ranks' gradients: Muon and AdamW,
-    matrix by matrix."""
-    params = [p.detach().double() for p in model.parameters()]
-    muon, adamw = t.build_optimizers(model, hp, t.Ranks({}))
-    in_muon = {id(p) for g in muon.param_groups for p in g["params"]}
-    one = [torch.zeros_like(p) for p in params]
-    two = [torch.zeros_like(p) for p in params]
+def written_rule(model, hp, clip, steps, world_size):
+    """({index of a parameter: its value after `steps` updates on sums of all ranks' gradients}, how
+    many of these sums were clipped): Muon and AdamW, matrix by matrix."""
+    weights = [p.detach().double() for p in model.parameters()]
+    groups = groups_of(t.build_optimizers(model, hp, ALONE))
+    one = [torch.zeros_like(w) for w in weights]
+    two = [torch.zeros_like(w) for w in weights]
     clipped = 0
-    rates = {id(p): g["lr"] for g in groups_of([muon, adamw]) for p in g["params"]}
     for step in range(steps):
-        grads = [
-            sum(g).double() for g in zip(*(gradients(model, 100 * step + r) for r in range(ranks)))
-        ]
-        length = math.sqrt(sum(float(g.square().sum()) for g in grads))
+        shares = (gradients(weights, 100 * step + r) for r in range(world_size))
+        sums = [sum(g).double() for g in zip(*shares)]
+        length = math.sqrt(sum(float(g.square().sum()) for g in sums))
         scale = min(1.0, clip / (length + 1e-6)) if clip else 1.0
         clipped += scale < 1
-        for i, (p, g) in enumerate(zip(model.parameters(), grads)):
-            g, w, lr = g * scale, params[i], rates[id(p)]
-            if id(p) in in_muon:
+        for i, (p, g) in enumerate(zip(model.parameters(), sums)):
+            cls, group = groups[id(p)]
+            g, w, lr = g * scale, weights[i], group["initial_lr"]
+            w.mul_(1 - lr * group["weight_decay"])
+            if cls is t.Muon:
                 one[i] = 0.9 * one[i] + g
                 update = t.orthogonalize((g + 0.9 * one[i]).float(), hp.muon_backend_steps).double()
-                w.mul_(1 - lr * hp.muon_wd).sub_(
-                    lr * math.sqrt(max(1, p.size(0) / p.size(1))) * update
-                )
+                w.sub_(lr * math.sqrt(max(1, p.size(0) / p.size(1))) * update)
             else:
                 one[i] = hp.beta1 * one[i] + (1 - hp.beta1) * g
                 two[i] = hp.beta2 * two[i] + (1 - hp.beta2) * g * g
                 m, v = one[i] / (1 - hp.beta1 ** (step + 1)), two[i] / (1 - hp.beta2 ** (step + 1))
-                w.mul_(1 - lr * hp.adam_wd).sub_(lr * m / (v.sqrt() + hp.adam_eps))
-    return params, clipped
+                w.sub_(lr * m / (v.sqrt() + hp.adam_eps))
+    known = [groups[id(p)][0] in (t.Muon, t.AdamW) for p in model.parameters()]
+    return {i: w for i, w in enumerate(weights) if known[i]}, clipped
 
 
-def check_update(ranks, clip):
+def assert_near(found, expected, name):
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5, msg=lambda m: f"{name}: {m}")
+
+
+def assert_equal_on_all_ranks(ranks, name, p):
+    first = ranks.from_rank0(p.detach().clone())
+    assert torch.equal(first, p), f"{name} differs between ranks"
+
+
+def check_written_rule(ranks, clip):
     torch.manual_seed(3)
-    # stacks of 10, 10, 5, 5, ... matrices: 2, 3 and 4 ranks do not divide all
-    hp = tiny(NUM_LAYERS=5, MLP_MULT=3)
-    model = t.GPT(hp)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
+    hp = tiny(**SETTINGS)
+    model = shifted(t.GPT(hp), 0.1)
     expected, clipped = written_rule(model, hp, clip, 3, ranks.world_size)
     optimizers = t.build_optimizers(model, hp, ranks)
-    for group in optimizers[0].param_groups:
-        group["momentum"] = 0.9
+    params = list(model.parameters())
     for step in range(3):
-        for p, g in zip(model.parameters(), gradients(model, 100 * step + ranks.rank)):
+        for p, g in zip(params, gradients(params, 100 * step + ranks.rank)):
             p.grad = g
-        t.update(optimizers, clip)
+        for optimizer in optimizers:
+            optimizer.schedule(step, 1.0)
+        t.update_parameters(optimizers, clip)
     assert clipped == (3 if clip and clip < 1 else 0)
-    for (name, p), w in zip(model.named_parameters(), expected):
-        torch.testing.assert_close(
-            p.detach().double(), w, rtol=2e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
-        )
-        first = p.detach().clone()
-        ranks.broadcast(first)
-        assert torch.equal(first, p), f"{name} differs between ranks"
-    stacks = [len(g["params"]) for g in optimizers[0].param_groups]
-    assert ranks.world_size == 1 or any(n % ranks.world_size for n in stacks)
+    for i, (name, p) in enumerate(model.named_parameters()):
+        if i in expected:
+            assert_near(p.detach().double(), expected[i], name)
+        assert_equal_on_all_ranks(ranks, name, p)
 
 
-def check_state(ranks):
-    """Each rank keeps the momentum of its own matrices only; made complete, it is that of one
-    process."""
+def check_sharing(ranks, index: int) -> str:
+    """Shared out over the ranks, the optimizer of that index takes the steps of one process that
+    has the sums of the gradients, and its state, made complete, is that of one process. Returns the
+    name of its class."""
     torch.manual_seed(4)
-    hp = tiny(NUM_LAYERS=5)
-    model = t.GPT(hp)
-    alone = t.GPT(hp)
+    hp = tiny(**SETTINGS, TIE_EMBEDDINGS=0)
+    model, alone = shifted(t.GPT(hp)), t.GPT(hp)
     alone.load_state_dict(model.state_dict())
-    optimizers = t.build_optimizers(model, hp, ranks)
-    expected = t.build_optimizers(alone, hp, t.Ranks({}))
-    for step in range(2):
-        shares = [gradients(model, 100 * step + r) for r in range(ranks.world_size)]
-        for p, q, *all_shares in zip(model.parameters(), alone.parameters(), *shares):
+    optimizer = t.build_optimizers(model, hp, ranks)[index]
+    other = t.build_optimizers(alone, hp, ALONE)[index]
+    params, expected = (
+        [p for group in o.param_groups for p in group["params"]] for o in (optimizer, other)
+    )
+    for step in range(3):
+        shares = [gradients(params, 100 * step + r) for r in range(ranks.world_size)]
+        for p, q, *all_shares in zip(params, expected, *shares):
             p.grad = all_shares[ranks.rank].clone()
             q.grad = sum(all_shares)
-        t.update(optimizers, 0)
-        t.update(expected, 0)
-    for optimizer, other in zip(optimizers, expected):
-        optimizer.complete_state()
-        found = optimizer.state_tensors()
-        for name, tensor in other.state_tensors().items():
-            torch.testing.assert_close(
-                found[name], tensor, rtol=2e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
-            )
+        for o in (optimizer, other):
+            o.schedule(step, 0.5)
+            t.update_parameters([o], clip=0.5)
+    for i, (p, q) in enumerate(zip(params, expected)):
+        assert_near(p, q, f"parameter {i}")
+        assert_equal_on_all_ranks(ranks, f"parameter {i}", p)
+    optimizer.complete_state()
+    found = optimizer.state_tensors()
+    for name, tensor in other.state_tensors().items():
+        assert_near(found[name], tensor, name)
+    return type(optimizer).__name__
 
 
 def check_collectives(ranks):
@@ -117,8 +129,9 @@ def check_collectives(ranks):
     x = torch.full((2,), float(r))
     assert ranks.sum_over_ranks(x) is x and torch.equal(x, torch.full((2,), R * (R - 1) / 2))
     x = torch.full((2,), 5.0 + r)
-    ranks.broadcast(x)
-    assert torch.equal(x, torch.full((2,), 5.0))
+    assert ranks.from_rank0(x) is x and torch.equal(x, torch.full((2,), 5.0))
+    assert ranks.from_rank0(0.1 + r) == 0.1
+    assert ranks.any(r == R - 1, False, True, r == 0) == [True, False, True, True]
     rows = torch.arange(2.0 * R * 3).view(2 * R, 3)
     share = ranks.reduce_scatter(rows + r).wait()
     assert torch.equal(share, (rows * R + R * (R - 1) / 2)[2 * r : 2 * r + 2])
@@ -145,10 +158,17 @@ def one_rank(rank, world_size, port):
     torch.set_num_threads(1)
     ranks = t.Ranks(dict(os.environ))
     check_collectives(ranks)
+    held = ["collectives"]
     for clip in (0.0, 0.5):
-        check_update(ranks, clip)
-    check_state(ranks)
+        check_written_rule(ranks, clip)
+    held.append("written_rule")
+    model = t.GPT(tiny(**SETTINGS, TIE_EMBEDDINGS=0))
+    for index in range(len(t.build_optimizers(model, model.hp, ALONE))):
+        held.append(f"shared:{check_sharing(ranks, index)}")
+    ranks.barrier()
     ranks.close()
+    if rank == 0:
+        print("".join(f"world_size:{world_size} {what}\n" for what in held), end="", flush=True)
 
 
 if __name__ == "__main__":
