@@ -407,6 +407,7 @@ class Transfer:
     work: dist.Work | None = None  # None: a single rank has nothing to wait for
 
     def wait(self) -> Tensor:
+        """The result, once it is there."""
         if self.work is not None:
             self.work.wait()
         return self.result
@@ -493,6 +494,7 @@ class Ranks:
         self.sum_numbers(0)
 
     def close(self) -> None:
+        """Leave the group of ranks."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -550,6 +552,7 @@ class StopSignal:
         self.is_patient = False
 
     def install(self) -> None:
+        """Receive both signals from now on."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle)
 
@@ -558,6 +561,7 @@ class StopSignal:
         self.is_patient = patient
 
     def handle(self, number: int, frame) -> None:
+        """What Python calls when a signal comes."""
         is_first = not self.name
         self.name = signal.Signals(number).name
         if is_first and not self.is_patient:
@@ -783,6 +787,7 @@ class Validation:
 
     @property
     def num_targets(self) -> int:
+        """One fewer than tokens: nothing predicts the first."""
         return len(self.tokens) - 1
 
     @cached_property
@@ -856,6 +861,7 @@ class Linear(nn.Linear):
         return weight.to(dtype)
 
     def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
         return F.linear(x, self.matrix(x.dtype, factor))
 
 
@@ -936,6 +942,8 @@ class Shared(NamedTuple):
 
 
 class Attention(nn.Module):
+    """Causal attention, with the features that the settings give to this layer."""
+
     def __init__(self, hp, layer: int):
         super().__init__()
         D, H, G, K = hp.model_dim, hp.num_heads, hp.num_kv_heads, hp.head_dim
@@ -985,6 +993,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two matrices, and between them leaky_relu(x)^2."""
+
     def __init__(self, hp):
         super().__init__()
         D, W = hp.model_dim, int(hp.mlp_mult * hp.model_dim)
@@ -1046,6 +1056,7 @@ class NarrowEmbedding(nn.Module):
         self.scale = nn.Parameter(torch.tensor(scale))
 
     def forward(self, rows_BT: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, T, outputs) in `dtype`, from the table row of each position."""
         return self.proj(self.table(rows_BT).to(dtype), self.scale)
 
 
@@ -1091,10 +1102,12 @@ def orthogonal_table(p: Tensor, hp) -> None:
 
 
 def zeros(p: Tensor, hp) -> None:
+    """Makes a matrix zero."""
     nn.init.zeros_(p)
 
 
 def normal(std: float) -> Callable:
+    """A function that draws a matrix from N(0, std^2)."""
     return lambda p, hp: nn.init.normal_(p, std=std)
 
 
@@ -1782,22 +1795,26 @@ class TrainState:
 
     @property
     def steps(self) -> int:
+        """Steps done."""
         return int(self.progress[0])
 
     @property
     def seconds(self) -> float:
+        """Seconds of training so far."""
         return float(self.progress[1])
 
     def set_clock(self, seconds: float) -> None:
-        """Seconds of training so far."""
+        """`seconds` of training so far."""
         self.progress[1] = seconds
 
     @property
     def label(self) -> str:
+        """What log lines about a step begin with."""
         return f"step:{self.steps}/{self.hp.iterations}"
 
     @property
     def clock(self) -> str:
+        """What log lines say of the time."""
         ms = 1e3 * self.seconds
         return f"train_time:{ms:.0f}ms step_avg:{ms / max(self.steps, 1):.2f}ms"
 
@@ -2078,11 +2095,13 @@ class Moments:
     outputs_R: Tensor | float = 0.0  # of squared gradients
 
     def add_inputs(self, x: Tensor) -> None:
+        """`x`: (..., C), what the matrix multiplies."""
         x_NC = x.detach().flatten(0, -2).float()
         self.inputs_CC = self.inputs_CC + x_NC.T @ x_NC
 
     def add_gradients(self, g: Tensor, factor=1.0) -> None:
-        """`factor`: what the rows of the matrix were multiplied by in this pass."""
+        """`g`: (..., R), the gradient of what comes out; `factor`: what the rows of the matrix were
+        multiplied by in this pass."""
         self.outputs_R = self.outputs_R + (g.flatten(0, -2).float() * factor).square().sum(0)
 
     def watch_linear(self, module, args, y: Tensor) -> None:
@@ -2407,10 +2426,12 @@ class TensorEntry(NamedTuple):
     shape: tuple[int, ...]
 
     def line(self) -> str:
+        """As text, which `parse_entries` reads."""
         return " ".join(map(str, (self.name, int(self.is_coded), *self.shape))) + "\n"
 
     @property
     def num_weights(self) -> int:
+        """How many weights the tensor has."""
         return math.prod(self.shape)
 
     @property
@@ -3257,6 +3278,7 @@ class OnlineChain:
 
     @staticmethod
     def average(trust, p, model):
+        """The final probability: `p` of the chain and the model's, averaged."""
         return trust * p + (1 - trust) * model
 
     def links_of_block(self, begin: int, end: int, model, entropy) -> Iterator[Link]:
