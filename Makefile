@@ -19,7 +19,7 @@ VENV := .venv
 CONSTRAINTS := constraints.txt
 RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest tests -q -n 2 --dist worksteal --durations=8 $(if $(T),--section=$(T))
-BENCHES := $(filter-out __init__,$(basename $(notdir $(wildcard bench/*.py))))
+BENCHES := $(filter-out __init__ gpu_queue,$(basename $(notdir $(wildcard bench/*.py))))
 DEV := pytest pytest-xdist hypothesis constriction matplotlib jinja2 ruff
 
 .PHONY: demo test test-all test-field prove record check view lint bench bench-gpu setup clean

@@ -24,9 +24,12 @@ Where do I add ...
     a mixing rule         a class with Backoff's methods, and a row of RULES [13]
 
 Suffixes of tensors say their shape: B batch, T position in a window, D model width, W MLP width,
-H query heads, G key/value heads, K head width, V vocabulary, N any flat number of positions, R x C
-a matrix, S a stack of matrices or (in attention) the last positions. Losses are in nats per token
-until `bits_per_byte`. "Collective" in a docstring means that every rank must call the function.
+H query heads, G key/value heads, K head width, V vocabulary, N any flat number of positions, R rows
+and C columns of a matrix (outputs and inputs), S a stack of matrices or, in attention, the last
+positions. Losses are in nats per token until `bits_per_byte`.
+
+In docstrings "Collective" means that every rank must call the function, and "UserError: ..." says
+when it raises that error.
 """
 
 from __future__ import annotations
@@ -45,13 +48,13 @@ import sys
 import time
 import traceback
 import zlib
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import cache, cached_property, lru_cache, partial
-from itertools import chain, islice, pairwise, product
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -88,7 +91,7 @@ def require(holds: bool, message: str, error: type[Exception] = UserError) -> No
 
 # --- 1. Settings --------------------------------
 # Each setting is one field here, and an environment variable of the same name in capitals. A value
-# that cannot work is refused in one line, before any data is read.
+# that cannot work ends the run with a one-line error before any data is read.
 
 
 def setting(
@@ -98,56 +101,61 @@ def setting(
     high: float = math.inf,
     choices: Callable[[], list[str]] | None = None,
 ):
-    """A field of Hyperparameters: its default, one line of explanation, and either its bounds or a
-    function that lists its choices (a function, as most tables stand further down)."""
+    """A field of Hyperparameters: its default, one line of explanation and, where it has them, its
+    bounds (low=None: there are none) or its choices. Choices come from a function, because the
+    tables that they are read from, such as QUANTIZERS, are defined later in this file."""
     metadata = {"doc": doc, "low": low, "high": high, "choices": choices}
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """All settings of a run, checked. Their meaning and bounds stand beside them."""
+    """All settings of a run. `from_env` checks each of them, and whether they fit together."""
 
     # Files and the run
     data_path: str = setting(
         "./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin"
     )
-    train_data_path: str = setting("", "another folder for the training shards; empty: DATA_PATH")
+    train_data_path: str = setting(
+        "", "folder of the training shards; empty: DATA_PATH has them too"
+    )
     tokenizer_path: str = setting(
         "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the data"
     )
     run_id: str = setting("", "name of logs/<RUN_ID>.txt; empty: date, time and seed")
     seed: int = setting(1337, "seed of the initial weights and of the order of batches", 0)
-    eval_only: str = setting("", "score this final_model.int6.ptz and train nothing")
-    resume: str = setting("", "go on from this logs/<RUN_ID>.ckpt")
+    eval_only: str = setting(
+        "", "path of an artifact (final_model.int6.ptz) to score; nothing is trained"
+    )
+    resume: str = setting("", "path of a checkpoint (logs/<RUN_ID>.ckpt) to go on from")
     checkpoint_every: float = setting(
-        0.0, "seconds between checkpoints; 0: only at validations and SIGTERM", 0
+        0.0, "training seconds between checkpoints; 0: only at validations and stop signals", 0
     )
     compile: str = setting(
         "auto", "use torch.compile; auto: on CUDA only", choices=lambda: ["auto", "0", "1"]
     )
 
     # Training
-    iterations: int = setting(20_000, "most training steps", 1)
-    max_wallclock_seconds: float = setting(600.0, "most seconds of training; 0: no limit", 0)
+    iterations: int = setting(20_000, "maximum number of training steps", 1)
+    max_wallclock_seconds: float = setting(600.0, "maximum seconds of training; 0: no limit", 0)
     warmdown_iters: int = setting(
-        3500, "length of the final linear decay of the learning rates, in steps' worth of time", 0
+        3500, "last steps, over which learning rates fall linearly; WARMDOWN_FRAC replaces it", 0
     )
     warmdown_frac: float = setting(
-        0.0, "if not 0: length of that decay as a share of training, instead", 0, 1
+        0.0, "the last share of training, over which they fall; 0: use WARMDOWN_ITERS", 0, 1
     )
-    min_lr: float = setting(0.0, "factor of all learning rates at the end of the decay", 0, 1)
+    min_lr: float = setting(0.0, "final learning rates, as a share of the initial ones", 0, 1)
     warmup_steps: int = setting(
-        20, "untimed steps that compile every graph; then weights and data start again", 0
+        20, "steps before training that compile all code; not timed, and then undone", 0
     )
     train_batch_tokens: int = setting(786_432, "tokens per step, over all ranks", 1)
-    micro_batch_tokens: int = setting(98_304, "most tokens per forward pass on one rank", 1)
+    micro_batch_tokens: int = setting(98_304, "maximum tokens per forward pass on one rank", 1)
     train_seq_len: int = setting(2048, "tokens per training sequence", 1)
     train_log_every: int = setting(500, "steps between train_loss lines; 0: only the first ten", 0)
     fused_mlp: bool = setting(True, "use Triton kernels for the MLP on CUDA")
 
     # Model
-    vocab_size: int = setting(1024, "V, which must be the tokenizer's", 2, 65_536)
+    vocab_size: int = setting(1024, "V, vocabulary size; must equal the tokenizer's", 2, 65_536)
     num_layers: int = setting(11, "L, number of blocks", 1)
     model_dim: int = setting(512, "D, width of the residual stream", 1)
     num_heads: int = setting(8, "H, query heads", 1)
@@ -157,31 +165,37 @@ class Hyperparameters:
     tie_embeddings: bool = setting(True, "use the token embedding as output head")
     logit_softcap: float = setting(30.0, "c in c*tanh(logits/c); 0: no cap", 0)
     rope_base: float = setting(10_000.0, "RoPE base", 1)
-    rope_dims: int = setting(16, "rotated dimensions of each head; 0: no positions", 0)
+    rope_dims: int = setting(16, "rotated dimensions of each head; 0: no position encoding", 0)
     qk_gain_init: float = setting(1.5, "initial gain of the queries, per head", -100, 100)
     xsa_last_n: int = setting(
-        4, "last layers whose heads drop their own position's value (XSA); >= L: all", 0
+        4, "number of last layers with XSA, in which a head ignores its own position", 0
     )
-    ln_scale: bool = setting(True, "scale a block's normed inputs by 1/sqrt(layer + 1)")
+    ln_scale: bool = setting(True, "scale a block's normalised inputs by 1/sqrt(layer + 1)")
     unet_skips: bool = setting(True, "U-Net skips from the first half of the blocks to the second")
-    skip_gates: bool = setting(False, "blend skips in with a gate per channel, not by adding them")
+    skip_gates: bool = setting(
+        False, "combine a skip by a learned gate per channel instead of adding it"
+    )
     recur_layers: tuple[int, ...] = setting((), "layers (from 0) that run twice; empty: none")
-    recur_start: float = setting(0.5, "share of training after which they run twice", 0, 0.95)
+    recur_start: float = setting(
+        0.5, "share of training after which RECUR_LAYERS run twice", 0, 0.95
+    )
     parallel_start_layer: int = setting(
-        0, "first layer with separate lanes for attention and MLP; 0: none", 0
+        0, "first layer whose attention and MLP have residual streams of their own; 0: none", 0
     )
     attn_gate_dims: int = setting(
-        0, "input channels read by the gate on each head's output; 0: no gate", 0
+        0, "input channels from which the gate of each head's output is computed; 0: no gate", 0
     )
     smear_enabled: bool = setting(
         True, "SmearGate: mix each position's input with the one before it"
     )
     smear_crosses_bos: bool = setting(
-        True, "SmearGate also mixes the start of a document with the end of the last"
+        True, "SmearGate also mixes a document's start with the end of the previous one"
     )
     ve_enabled: bool = setting(True, "add a shared value embedding to the values of VE_LAYERS")
     ve_dim: int = setting(128, "width of the value embedding", 1)
-    ve_layers: tuple[int, ...] = setting((9, 10), "layers (from 0) that receive it")
+    ve_layers: tuple[int, ...] = setting(
+        (9, 10), "layers (from 0) that receive the value embedding"
+    )
     vrl_enabled: bool = setting(
         True, "value residual (VRL): mix each layer's values with layer 0's"
     )
@@ -196,11 +210,13 @@ class Hyperparameters:
     scalar_lr: float = setting(0.025, "AdamW lr of vectors and scalars", 0)
     muon_momentum: float = setting(0.99, "Muon momentum after its warm-up", 0, 1)
     muon_momentum_warmup_start: float = setting(0.92, "Muon momentum at step 0", 0, 1)
-    muon_momentum_warmup_steps: int = setting(1500, "steps over which it rises linearly", 0)
+    muon_momentum_warmup_steps: int = setting(
+        1500, "steps over which the momentum rises linearly", 0
+    )
     muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1)
     muon_wd: float = setting(0.04, "Muon decoupled weight decay", 0)
     muon_row_norm: bool = setting(
-        False, "give all rows the same norm before Newton-Schulz (MuonEq-R)"
+        False, "give all rows the same norm before Newton-Schulz (MuonEq-R, PR #1435)"
     )
     adam_wd: float = setting(0.04, "AdamW decoupled weight decay of vectors and head", 0)
     embed_wd: float = setting(0.04, "AdamW decoupled weight decay of embeddings", 0)
@@ -217,24 +233,26 @@ class Hyperparameters:
     swa_every: int = setting(50, "steps between snapshots of the uniform average", 1)
     swa_threshold: float = setting(0.2, "lr scale below which snapshots are taken", 0, 1)
     late_qat_threshold: float = setting(
-        0.15, "lr scale below which training rounds its weights; 0: never", 0
+        0.15, "lr scale below which training uses rounded weights (QAT); 0: never", 0
     )
     qat_rounding: str = setting(
         "straight",
-        "gradient of that rounding: straight through, or soft as in 2006.09952",
+        "gradient of QAT's rounding: passed straight through, or soft (arXiv 2006.09952)",
         choices=lambda: ["straight", "soft"],
     )
     quant_bits: int = setting(
-        6, "bits of a matrix's codes, before they are fitted to the cap", 3, 8
+        6, "bits per weight of a matrix, before they are fitted to the size cap", 3, 8
     )
-    fill_budget: bool = setting(True, "spend bytes that are left on codes of up to 8 bits")
+    fill_budget: bool = setting(
+        True, "use bytes left under the size cap for finer codes, of up to 8 bits"
+    )
     quantizer: str = setting(
         "gptq",
-        "how the artifact rounds; rows: each row by itself, without looking at the inputs",
+        "how the artifact rounds; gptq: by measured inputs; rows: each row by itself",
         choices=lambda: list(QUANTIZERS),
     )
     gptq_reserve_seconds: float = setting(
-        4.0, "seconds of training kept for GPTQ's curvature; at most a tenth of it", 0.1
+        4.0, "part of MAX_WALLCLOCK_SECONDS kept to measure GPTQ's curvature; at most 1/10", 0.1
     )
     gptq_tokens: int = setting(
         131_072, "training tokens that the curvature is measured on, in whole batches", 1
@@ -242,9 +260,11 @@ class Hyperparameters:
 
     # Scoring
     eval_seq_len: int = setting(2048, "tokens per scoring window", 1)
-    eval_stride: int = setting(64, "new targets per window of the final score", 1)
+    eval_stride: int = setting(
+        64, "targets scored by each window, at its end, in the final score", 1
+    )
     eval_budget_seconds: float = setting(
-        600.0, "the stride widens to stay within 95 % of it; 0: no limit", 0
+        600.0, "time limit of evaluation; EVAL_STRIDE grows to end within 95 % of it; 0: none", 0
     )
     val_loss_every: int = setting(4000, "steps between validations; 0: only after the last", 0)
     val_batch_size: int = setting(524_288, "tokens per scoring batch, over all ranks", 1)
@@ -253,27 +273,33 @@ class Hyperparameters:
     # Test-time training
     ttt_epochs: int = setting(0, "times to train on each chunk once it is scored; 0: off", 0)
     ttt_chunk_tokens: int = setting(32_768, "targets that are scored, then trained on", 1)
-    ttt_lr: float = setting(5e-4, "AdamW lr; rises to 3 times that, then falls to 0", 0)
-    ttt_blocks: int = setting(2, "last blocks that learn, beside vectors and output head", 0)
-    ttt_decay: float = setting(0.998, "decay per step of the average that scores", 0, 1)
+    ttt_lr: float = setting(
+        5e-4, "initial AdamW lr; rises up to 3 times over the stream, then falls to 0", 0
+    )
+    ttt_blocks: int = setting(
+        2, "number of last blocks that learn; all vectors and the output head always do", 0
+    )
+    ttt_decay: float = setting(
+        0.998, "decay per step of the weight average that is used for scoring", 0, 1
+    )
 
     # Mixture with n-gram counts
-    ngram_enabled: bool = setting(True, "mix the model with counts of the past")
-    ngram_min_order: int = setting(2, "shortest n-gram, its last token being the target", 2, 16)
-    ngram_order: int = setting(7, "longest n-gram", 2, 16)
+    ngram_enabled: bool = setting(True, "mix the model with counts of the n-grams that came before")
+    ngram_min_order: int = setting(2, "length of the shortest n-gram, target included", 2, 16)
+    ngram_order: int = setting(7, "length of the longest n-gram", 2, 16)
     ngram_alpha: str = setting(
         "online",
         "mixing rule; online: weights learned from earlier targets",
         choices=lambda: list(RULES),
     )
     ngram_min_count: int = setting(
-        2, "minimum count of a context before its order is used (backoff rules only)", 1
+        2, "minimum count of a context before its order is used (rules entropy and order)", 1
     )
     alpha_min: float = setting(
-        0.05, "weight of the counts where the model is sure (backoff rules only)", 0, 1
+        0.05, "weight of the counts where the model is sure (rules entropy and order)", 0, 1
     )
     alpha_max: float = setting(
-        0.60, "weight of the counts where the model is unsure (backoff rules only)", 0, 1
+        0.60, "weight of the counts where the model is unsure (rules entropy and order)", 0, 1
     )
 
     @property
@@ -288,14 +314,14 @@ class Hyperparameters:
         return min(most, self.max_wallclock_seconds / 10)
 
     @property
-    def step_seconds(self) -> float:
-        """The part of MAX_WALLCLOCK_SECONDS that training steps may use; 0: no limit."""
+    def seconds_for_steps(self) -> float:
+        """The part of MAX_WALLCLOCK_SECONDS that all training steps may use; 0: no limit."""
         return self.max_wallclock_seconds - self.gptq_seconds
 
     @classmethod
     def from_env(cls, env: dict[str, str]) -> Hyperparameters:
-        """The settings in `env`, defaults for the others. UserError: names the variable, its value
-        and what it may hold."""
+        """The settings in `env`, and defaults for the others. UserError: a value cannot work; the
+        message names the variable, its value and what it may hold."""
         given = [f for f in fields(cls) if f.name.upper() in env]
         return cls(**{f.name: parse_setting(f, env[f.name.upper()]) for f in given})
 
@@ -307,47 +333,51 @@ class Hyperparameters:
         return texts
 
     def __post_init__(self):
-        """UserError: settings that cannot work together."""
+        """UserError: some settings cannot work together; names the first conflict."""
         for names, rule in self.conflicts():
             texts = self.as_env()
             found = ", ".join(f"{name}={texts[name]}" for name in names.split())
             raise UserError(f"{found}: {rule}")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Yields (names of settings that cannot work together, what would work)."""
+        """Yields (names of settings that cannot work together, what is wrong or expected)."""
         if self.model_dim % self.num_heads:
-            yield "MODEL_DIM NUM_HEADS", "the number of heads must divide the width"
+            yield "MODEL_DIM NUM_HEADS", "expected heads that divide the width"
         if self.num_heads % self.num_kv_heads:
-            yield "NUM_HEADS NUM_KV_HEADS", "the second must divide the first"
+            yield "NUM_HEADS NUM_KV_HEADS", "expected NUM_KV_HEADS to divide NUM_HEADS"
         if self.rope_dims % 2 or self.rope_dims > self.head_dim:
             most = f"the head width MODEL_DIM/NUM_HEADS = {self.head_dim}"
             yield "ROPE_DIMS", f"expected an even number up to {most}"
         if self.mlp_mult * self.model_dim < 1:
             yield "MLP_MULT", "the MLP would have no units"
         if self.ve_enabled and not set(self.ve_layers) <= set(range(self.num_layers)):
-            yield "VE_LAYERS", f"layers run from 0 to {self.num_layers - 1}; or set VE_ENABLED=0"
-        rising = sorted(set(self.recur_layers) & set(range(self.num_layers)))
-        if list(self.recur_layers) != rising:
+            yield "VE_LAYERS", f"expected layers 0 to {self.num_layers - 1}, or VE_ENABLED=0"
+        valid = sorted(set(self.recur_layers) & set(range(self.num_layers)))
+        if list(self.recur_layers) != valid:  # not rising, or no such layer
             yield "RECUR_LAYERS", f"expected rising numbers from 0 to {self.num_layers - 1}"
         if self.parallel_start_layer >= self.num_layers:
             yield "PARALLEL_START_LAYER", f"expected at most {self.num_layers - 1}; 0: no lanes"
         if self.attn_gate_dims > self.model_dim:
-            yield "ATTN_GATE_DIMS MODEL_DIM", "the first must be at most the second"
+            yield "ATTN_GATE_DIMS MODEL_DIM", "expected at most MODEL_DIM"
         if self.bigram_vocab_size == 1:
             yield "BIGRAM_VOCAB_SIZE", "expected 0 (off) or at least 2"
         over = self.train_batch_tokens % self.train_seq_len
         if over:
             below = self.train_batch_tokens - over
-            rule = f"expected a multiple; nearest are {below} and {below + self.train_seq_len}"
+            nearest = [str(n) for n in (below, below + self.train_seq_len) if n]
+            rule = f"expected a multiple of the second; nearest: {' and '.join(nearest)}"
             yield "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN", rule
         if self.eval_stride > self.eval_seq_len:
             yield "EVAL_STRIDE EVAL_SEQ_LEN", "the windows would leave targets unscored"
         if self.eval_only and self.resume:
-            yield "EVAL_ONLY RESUME", "set one of them: each names the file that holds the weights"
+            yield "EVAL_ONLY RESUME", "set only one: each names the file to take the weights from"
         if self.ngram_min_order > self.ngram_order:
-            yield "NGRAM_MIN_ORDER NGRAM_ORDER", "expected the first to be at most the second"
+            yield (
+                "NGRAM_MIN_ORDER NGRAM_ORDER",
+                "expected NGRAM_MIN_ORDER to be at most NGRAM_ORDER",
+            )
         if not self.alpha_min <= self.alpha_max < 1:
-            yield "ALPHA_MIN ALPHA_MAX", "expected the first <= second < 1"
+            yield "ALPHA_MIN ALPHA_MAX", "expected ALPHA_MIN <= ALPHA_MAX < 1"
 
 
 def parse_bool(text: str) -> bool:
@@ -381,27 +411,33 @@ def parse_setting(f, text: str):
     with suppress(ValueError, KeyError):
         value = parse(text)
         is_inside = low is None or (low <= value <= high and value < math.inf)
-        if value in choices if choices else is_inside:
+        is_allowed = value in choices if choices else is_inside
+        if is_allowed:
             return value
     raise UserError(f"{f.name.upper()}={text!r}: expected {expected} (default {f.default!r})")
 
 
 def mistyped(env: dict[str, str]) -> list[str]:
-    """A warning for each name in `env` that is no setting but resembles one."""
+    """A warning for each name in `env` that is not a setting but resembles one."""
     known = {f.name.upper() for f in fields(Hyperparameters)}
-    near = {n: difflib.get_close_matches(n, known, cutoff=0.82) for n in sorted(set(env) - known)}
-    text = "{} is set but is no setting; did you mean {}?"
-    return [text.format(name, " or ".join(meant)) for name, meant in near.items() if meant]
+    warnings = []
+    for name in sorted(set(env) - known):
+        similar = difflib.get_close_matches(name, known, cutoff=0.82)  # of 1; chosen by hand
+        if similar:
+            question = f"did you mean {' or '.join(similar)}?"
+            warnings.append(f"{name} is set but is no setting; {question}")
+    return warnings
 
 
 # --- 2. Runtime ---------------------------------
-# What a run needs beside learning: the other ranks, the log, signals, progress. On a single rank
-# every collective returns its input, so that a laptop and a cluster run the same lines.
+# What a run needs apart from training itself: talking to the other ranks, the log, signals,
+# progress, safe writing of files. On a single rank every collective returns its input, so that a
+# laptop and a cluster run the same code.
 
 
 @dataclass
 class Transfer:
-    """A collective that is under way. Its result may be read only after `wait` returned it."""
+    """A collective that is under way. Do not read its result before `wait` has returned it."""
 
     result: Tensor
     work: dist.Work | None = None  # None: a single rank has nothing to wait for
@@ -414,9 +450,9 @@ class Transfer:
 
 
 class Ranks:
-    """This process among those that torchrun started: its rank, its device, and what the ranks tell
-    each other. All methods are collective. Numbers and CPU tensors travel by gloo, so that agreeing
-    on the clock never waits for a GPU."""
+    """This process's place among those that torchrun started, its device, and all communication
+    between them. Every rank must call each method, in the same order. Numbers and CPU tensors go
+    through gloo, not NCCL, so that ranks can agree on the time without waiting for their GPUs."""
 
     def __init__(self, env: dict[str, str]):
         self.rank = int(env.get("RANK", 0))
@@ -425,11 +461,11 @@ class Ranks:
         if torch.cuda.is_available():
             local_rank = int(env.get("LOCAL_RANK", 0))
             gpus = torch.cuda.device_count()
-            too_many = f"LOCAL_RANK={local_rank}, {gpus} GPUs: set --nproc_per_node={gpus}"
-            require(local_rank < gpus, too_many)
+            problem = f"LOCAL_RANK={local_rank}, {gpus} GPUs: set --nproc_per_node={gpus}"
+            require(local_rank < gpus, problem)
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
+            torch.set_float32_matmul_precision("high")  # TF32 where weights stay float32
         if self.world_size > 1:
             cuda = self.device.type == "cuda"
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
@@ -449,7 +485,8 @@ class Ranks:
         return [count > 0 for count in self.sum_numbers(*facts)]
 
     def from_rank0(self, x: Tensor | float) -> Tensor | float:
-        """Rank 0's `x`, on every rank. A tensor is overwritten in place."""
+        """Rank 0's `x`, on every rank. A tensor is overwritten in place; a number comes back as a
+        float."""
         if isinstance(x, Tensor):
             if self.world_size > 1:
                 dist.broadcast(x, 0)
@@ -457,11 +494,12 @@ class Ranks:
         return self.from_rank0(torch.tensor(x, dtype=torch.float64)).item()
 
     def reduce_scatter(self, x: Tensor) -> Transfer:
-        """Begin to sum `x` over the ranks. Each rank receives an equal share of the sum's rows."""
+        """Begin to sum `x` over the ranks. Rank r receives the r-th equal share of the sum's rows,
+        whose number the ranks must divide."""
         if self.world_size == 1:
             return Transfer(x)
         share = x.new_empty(len(x) // self.world_size, *x.shape[1:])
-        collective = getattr(dist, "reduce_scatter_single", None)  # its name since torch 2.13
+        collective = getattr(dist, "reduce_scatter_single", None)  # the new name, torch >= 2.13
         collective = collective or dist.reduce_scatter_tensor
         return Transfer(share, collective(share, x, async_op=True))
 
@@ -474,17 +512,17 @@ class Ranks:
         return Transfer(whole, collective(whole, share, async_op=True))
 
     def require_equal(self, facts: dict[str, object]) -> None:
-        """UserError: some rank has another value than rank 0 for one of the named `facts`. Values
-        are compared by their repr."""
+        """UserError: one of the named `facts` is not the same on every rank, compared by its
+        repr."""
         for name, fact in facts.items():
-            checksums = [0.0] * self.world_size
+            checksums = [0.0] * self.world_size  # every rank fills in its own; the sum has them all
             checksums[self.rank] = zlib.crc32(repr(fact).encode())
             checksums = self.sum_numbers(*checksums)
-            odd = [str(rank) for rank, sum_ in enumerate(checksums) if sum_ != checksums[0]]
+            differ = [str(rank) for rank, crc in enumerate(checksums) if crc != checksums[0]]
             require(
-                not odd,
-                f"rank {', '.join(odd)}: {name} differ from rank 0's: start the same files with "
-                "the same settings everywhere",
+                not differ,
+                f"rank {', '.join(differ)}: {name} differ from rank 0's: use the same files and "
+                "settings everywhere",
             )
 
     def barrier(self) -> None:
@@ -500,10 +538,9 @@ class Ranks:
 
 
 class RunLog:
-    """The log of a run, logs/<run_id>.txt, which also prints to the console. If the name is taken,
-    a number is appended. A line is on the disk when the call returns; lines that a full disk
-    refused are written with the next one. On other ranks than 0, and without a run_id, it does
-    nothing."""
+    """Writes each line to logs/<run_id>.txt and prints it. If that file exists, _2, _3 ... is added
+    to its name. When a call returns, the operating system has the line; what a full disk refused is
+    tried again with the next line. On ranks other than 0, or without a run_id, it does nothing."""
 
     def __init__(self, run_id: str = "", rank: int = 0):
         self.path: Path | None = None  # None: this log does nothing
@@ -524,7 +561,7 @@ class RunLog:
         if self.path is None:
             return
         self.unwritten += f"{line}\n".encode()
-        with suppress(OSError):  # of the console: a file on the same disk, or a closed pipe
+        with suppress(OSError):  # printing may fail too: into a full disk or a closed pipe
             try:
                 while self.unwritten:
                     written = self.file.write(self.unwritten)
@@ -535,17 +572,18 @@ class RunLog:
                 print(line, flush=True)
 
     def close(self) -> None:
-        """UserError: the disk never had room for the last lines."""
+        """UserError: the disk had no room for the last lines."""
         require(
             not self.unwritten,
-            f"{self.path}: no disk space for its last {len(self.unwritten)} bytes; free some and "
+            f"{self.path}: lacks its last {len(self.unwritten)} bytes, as the disk is full; "
             "keep what was printed",
         )
 
 
 class StopSignal:
-    """SIGTERM and SIGINT. The first one raises Stopped. While `is_patient` it is only noted, so
-    that training can end its step and leave a checkpoint."""
+    """The handler of SIGTERM and SIGINT. The first signal raises Stopped; while `is_patient`, it is
+    only noted in `name`, so that training can end its step and leave a checkpoint. Later signals
+    are only noted."""
 
     def __init__(self):
         self.name = ""  # of the signal that came
@@ -557,7 +595,7 @@ class StopSignal:
             signal.signal(number, self.handle)
 
     def be_patient(self, patient: bool = True) -> None:
-        """From now on note signals only, or raise Stopped at once."""
+        """True: from now on only note signals. False: let the first one raise Stopped."""
         self.is_patient = patient
 
     def handle(self, number: int, frame) -> None:
@@ -569,8 +607,8 @@ class StopSignal:
 
 
 class Progress:
-    """How much of `total` is done: call it with that number. A terminal gets a live bar; the log
-    gets a line every ten seconds."""
+    """Shows how much of `total` is done: call it with the amount done so far. A terminal gets a
+    live bar; the log gets a line every ten seconds."""
 
     def __init__(self, log, label: str, total: int):
         self.log = log
@@ -597,34 +635,35 @@ class Progress:
 
 
 def would_overrun(elapsed: float, more: float, limit: float) -> bool:
-    """Would a unit of work that takes `more` seconds pass the `limit`? A limit of 0 is none."""
+    """After `elapsed` seconds, would work of `more` seconds pass the `limit`? 0: there is none."""
     return 0 < limit < elapsed + more
 
 
 def replace_file(path: Path, write: Callable) -> None:
-    """Call `write(file)` on a file beside `path`, then rename it to `path`: the old file stays
-    until the new one is whole. UserError: it could not be written."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Call `write(file)` on a temporary file in the same folder, then rename it to `path`, so that
+    the old file stays until the new one is whole. UserError: it could not be written."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(aside, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; free space, then RESUME") from None
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 # --- 3. Data ------------------------------------
 # A shard is 256 little-endian int32 (20240520, 1, count, 0 ...), followed by `count` uint16 tokens.
-# The loader keeps no state: batch k holds the same tokens at any number of ranks, and after RESUME.
+# The loader keeps no state. Batch k is a function of k and SEED, so that it is the same at any
+# number of ranks and after RESUME.
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER = 256  # int32
-BOS = 1  # the token that opens a document
+BOS = 1  # stands before each document; as a target, it still belongs to the one before it
 GET_DATA = (
     "`make demo` needs no data; for FineWeb get the challenge repository and run its "
     "data/cached_challenge_fineweb.py, then set DATA_PATH and TOKENIZER_PATH"
@@ -632,16 +671,16 @@ GET_DATA = (
 
 
 def load_shard(path: Path) -> np.memmap:
-    """The uint16 tokens of a shard, memory-mapped. UserError: not a shard, another version, or of
-    another length than its header says."""
+    """The uint16 tokens of a shard, memory-mapped. UserError: the file is not a shard, has another
+    version than 1, or not the length that its header says."""
     size = path.stat().st_size
     header = np.fromfile(path, "<i4", SHARD_HEADER).tolist()
-    magic, version, count, *_ = [*header, 0, 0, 0]
+    magic, version, count, *_ = [*header, 0, 0, 0]  # zeros, if the file is shorter than that
     is_shard = (magic, version) == (SHARD_MAGIC, SHARD_VERSION) and count >= 1
     require(
         is_shard and size == 4 * SHARD_HEADER + 2 * count,
         f"{path}: magic {magic}, version {version}, {count} tokens in {size} bytes; expected "
-        f"magic {SHARD_MAGIC}, version {SHARD_VERSION}, n in 1024 + 2 n bytes; {GET_DATA}",
+        f"magic {SHARD_MAGIC}, version {SHARD_VERSION}, n tokens in 1024 + 2 n bytes; {GET_DATA}",
     )
     return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER, (count,))
 
@@ -660,28 +699,29 @@ def check_tokens(tokens: ndarray, vocab_size: int, source: str | Path) -> ndarra
     largest = tokens.max(initial=0)
     require(
         largest < vocab_size,
-        f"{source}: holds token {largest}, but VOCAB_SIZE={vocab_size}: data and VOCAB_SIZE must "
-        "come from the same tokenizer",
+        f"{source}: holds token {largest}, but VOCAB_SIZE={vocab_size}: set the size of the "
+        "tokenizer that the data was made with",
     )
     return tokens
 
 
 def window_starts(num_tokens: int, length: int, seed: int, epoch: int) -> ndarray:
-    """Where each training window of an epoch starts in a circular stream, int64, in the order in
-    which the windows are read. The stream is cut into windows of `length` tokens from a random
-    place on, and the windows are shuffled; both differ from epoch to epoch. (Reading neighbouring
-    windows in consecutive steps instead costs 0.04 to 0.19 bpb in small runs.)"""
+    """The start positions (int64) of an epoch's training windows, in reading order. The circular
+    stream is cut into windows of `length` tokens, starting at a random position, and the windows
+    are shuffled. Both differ from epoch to epoch; tokens after the last whole window are not read
+    in that epoch. (When consecutive steps read neighbouring windows, small runs ended 0.04 to 0.19
+    bits per byte worse.)"""
     rng = np.random.default_rng((seed, epoch))
     phase = rng.integers(num_tokens)
-    window = rng.permutation(max(1, num_tokens // length))
-    return (phase + window * length) % num_tokens
+    window_numbers = rng.permutation(max(1, num_tokens // length))
+    return (phase + window_numbers * length) % num_tokens
 
 
 class TokenLoader:
     """The training batches. All shards form one circular stream, cut into windows of TRAIN_SEQ_LEN
     tokens that are read in a random order, each once per epoch. Batch k is the k-th group of
-    windows in that order, a function of k and SEED. Of its sequences, rank r trains on the r-th
-    share, in `accumulation` micro-batches of `rows` sequences."""
+    windows in that order. Each rank trains on an equal share of them, in `accumulation`
+    micro-batches of `rows` windows."""
 
     def __init__(self, hp, rank: int, world_size: int):
         self.hp = hp
@@ -692,7 +732,7 @@ class TokenLoader:
         self.num_tokens = int(self.shard_ends[-1])
         self.windows_per_epoch = max(1, self.num_tokens // hp.train_seq_len)
         starts = partial(window_starts, self.num_tokens, hp.train_seq_len, hp.seed)
-        self.epoch_starts = lru_cache(2)(starts)  # of two: a batch may reach into the next epoch
+        self.epoch_starts = lru_cache(2)(starts)  # two are kept: a batch may reach into the next
         self.sequences = hp.train_batch_tokens // hp.train_seq_len
 
         fits = [n for n in range(1, self.sequences + 1) if self.sequences % n == 0]
@@ -700,7 +740,7 @@ class TokenLoader:
         require(
             world_size in fits,
             f"{world_size} ranks cannot share TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN = {self.sequences} "
-            f"sequences equally: start {' or '.join(map(str, near))} ranks",
+            f"sequences equally: start {' or '.join(map(str, near))} ranks instead",
         )
         self.share = self.sequences // world_size
         most = max(1, hp.micro_batch_tokens // hp.train_seq_len)
@@ -708,20 +748,18 @@ class TokenLoader:
         self.accumulation = self.share // self.rows
 
     def sequence_start(self, number: int) -> int:
-        """Where the run's training sequence of that number starts in the stream."""
-        epoch, place = divmod(number, self.windows_per_epoch)
-        return int(self.epoch_starts(epoch)[place])
+        """The position in the stream of the run's training sequence of that number, from 0 on."""
+        epoch, index = divmod(number, self.windows_per_epoch)
+        return int(self.epoch_starts(epoch)[index])
 
     def span(self, start: int, count: int) -> ndarray:
         """`count` tokens of the circular stream from `start` on, as int64."""
         pieces = []
         while count:
-            place = start % self.num_tokens
-            i = int(np.searchsorted(self.shard_ends, place, "right"))
-            from_end = place - int(
-                self.shard_ends[i]
-            )  # negative: counted back from the shard's end
-            piece = self.shards[i][from_end:][:count]
+            position = start % self.num_tokens
+            i = int(np.searchsorted(self.shard_ends, position, "right"))
+            left_in_shard = int(self.shard_ends[i]) - position
+            piece = self.shards[i][-left_in_shard:][:count]
             check_tokens(piece, self.hp.vocab_size, self.paths[i])
             pieces.append(piece.astype(np.int64))
             start += len(piece)
@@ -738,25 +776,26 @@ class TokenLoader:
 
 
 class ByteCounter:
-    """How many bytes of text each token stands for, by the challenge's rule. A piece counts its
-    UTF-8 length without the word mark U+2581, a byte piece 1, a control piece 0. The mark counts 1,
-    as a space, unless a control piece comes before it."""
+    """How many bytes of text each token stands for, by the challenge's rule. A byte piece stands
+    for 1 byte; control, unknown and unused pieces for 0. Any other piece counts its UTF-8 length
+    without word marks (U+2581), and 1 more, for a space, if it begins with a mark and a piece with
+    text comes before it."""
 
     def __init__(self, hp):
         from sentencepiece import SentencePieceProcessor
 
-        found = f"TOKENIZER_PATH={hp.tokenizer_path}"
+        setting_text = f"TOKENIZER_PATH={hp.tokenizer_path}"
         sp = SentencePieceProcessor()
         try:
             sp.Load(hp.tokenizer_path)
         except (RuntimeError, OSError, ValueError):
-            message = f"{found}: no such file or not a SentencePiece model; {GET_DATA}"
+            message = f"{setting_text}: no such file or not a SentencePiece model; {GET_DATA}"
             raise UserError(message) from None
         size = sp.vocab_size()
         require(
             size == hp.vocab_size,
-            f"{found}: has {size} pieces, but VOCAB_SIZE={hp.vocab_size}: set VOCAB_SIZE={size} or "
-            "name the data's own tokenizer",
+            f"{setting_text}: has {size} pieces, but VOCAB_SIZE={hp.vocab_size}: set "
+            f"VOCAB_SIZE={size} or name the data's own tokenizer",
         )
         self.is_text = np.ones(size, bool)
         self.opens_word = np.zeros(size, bool)
@@ -772,15 +811,15 @@ class ByteCounter:
                 self.length[i] = len(piece.replace("\u2581", "").encode())
 
     def __call__(self, tokens: ndarray) -> ndarray:
-        """The bytes (uint16) of each target of the stream `tokens`, one fewer than tokens."""
+        """The number of bytes (uint16) of each target; the targets are tokens[1:]."""
         target_ids, before = tokens[1:], tokens[:-1]
         return self.length[target_ids] + (self.opens_word[target_ids] & self.is_text[before])
 
 
 @dataclass
 class Validation:
-    """The stream x_0 ... x_T that is scored. Its target t, counted from 0 in arrays, is token
-    t + 1."""
+    """The token stream that is scored. Every token but the first is a target: target t is
+    tokens[t + 1]."""
 
     tokens: ndarray  # uint16
     count_bytes: Callable[[ndarray], ndarray]  # a ByteCounter
@@ -792,13 +831,13 @@ class Validation:
 
     @cached_property
     def target_bytes(self) -> ndarray:
-        """Bytes of text of each target. Counted when first asked for, as only rank 0 asks."""
+        """Bytes of text of each target, counted on first use, as only rank 0 needs it."""
         return self.count_bytes(self.tokens)
 
 
 def load_validation(hp) -> Validation:
-    """The whole validation stream. UserError: no shards, fewer tokens than a window, or tokens that
-    are not of the vocabulary."""
+    """The whole validation stream. UserError: no shards, fewer tokens than a window, or tokens
+    outside the vocabulary."""
     paths = find_shards("val", hp)
     shards = [check_tokens(load_shard(path), hp.vocab_size, path) for path in paths]
     tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)
@@ -811,7 +850,8 @@ def load_validation(hp) -> Validation:
 
 
 def fingerprint(hp) -> list[tuple[str, int, int]]:
-    """(name, size in bytes, CRC-32 of the first and last 64 KB) of every data file."""
+    """(name, size in bytes, CRC-32 of the first and last 64 KiB) of every data file that the run
+    reads, by which ranks find out whether they have the same files."""
     paths = [Path(hp.tokenizer_path), *find_shards("val", hp)]
     if not hp.eval_only:
         paths += find_shards("train", hp)
@@ -824,17 +864,23 @@ def fingerprint(hp) -> list[tuple[str, int, int]]:
 
 
 def bits_per_byte(nll: ndarray, target_bytes: ndarray) -> float:
-    """The score: the targets' code length in bits, from `nll` in nats, over their bytes. Sums are
-    in float64."""
+    """The score: the sum of `nll`, which is in nats, as bits, divided by the number of bytes of the
+    targets. It is the length of a code that a decoder could read."""
     bits = nll.sum(dtype=np.float64) / math.log(2)
     return float(bits / target_bytes.sum(dtype=np.int64))
 
 
 # --- 4. Model -----------------------------------
-# Plain torch. Weights are kept in float32; activations have one dtype throughout, bfloat16 on CUDA
-# and float32 elsewhere, without autocast. Ideas: GQA 2305.13245, RoPE 2104.09864, QK-norm
-# 2302.05442, value residual (VRL) 2410.17897, XSA and SmearGate PR #889, depth recurrence PR #1204,
-# U-Net skips and the mix with the first block's input from modded-nanogpt.
+# Plain torch. Weights are kept in float32. Inside the blocks all activations have one dtype:
+# bfloat16 on CUDA, float32 elsewhere, without autocast. Layer i is block i. Where the parts come
+# from:
+#   GQA (grouped-query attention)           arXiv 2305.13245
+#   RoPE (rotary position embedding)        arXiv 2104.09864
+#   norm of queries and keys                arXiv 2302.05442
+#   VRL (value residual)                    arXiv 2410.17897
+#   XSA, SmearGate, shared value embedding  PR #889 of the challenge
+#   depth recurrence                        PR #1204 of the challenge
+#   U-Net skips, mix with the first input   modded-nanogpt
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
@@ -848,15 +894,15 @@ def norm(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, kept in float32 and applied in the dtype of its input. A factor for
-    the outputs is multiplied into the matrix: that is cheaper than a pass over all tokens, in the
-    gradient too."""
+    """A matrix without bias, kept in float32 and applied in the dtype of its input. `factor`, if it
+    is given, scales the outputs. It is multiplied into the matrix: that is cheaper than scaling the
+    output of every token, forward and backward."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
     def matrix(self, dtype: torch.dtype, factor: Tensor | None = None) -> Tensor:
-        """The weights (outputs, inputs) as `dtype`, times a factor that broadcasts to them."""
+        """The weights (outputs, inputs) as `dtype`, times `factor`, (outputs, 1) or a scalar."""
         weight = self.weight if factor is None else self.weight * factor
         return weight.to(dtype)
 
@@ -866,12 +912,13 @@ class Linear(nn.Linear):
 
 
 def rotary_tables(T: int, hp, device=None) -> Tensor:
-    """cos and sin of RoPE's angles, (2, T, 1, ROPE_DIMS/2). Beyond 1024 positions the base grows
-    (NTK-aware); shorter windows use the training length's base."""
+    """cos and sin of RoPE's angles, (2, T, 1, ROPE_DIMS/2). The base grows with the larger of T and
+    TRAIN_SEQ_LEN, if that is above 1024 (NTK-aware scaling, as in PR #889): so windows up to the
+    training length have the same angles."""
     r = hp.rope_dims
     base = hp.rope_base
     span = max(T, hp.train_seq_len)
-    if span > 1024 and r > 2:
+    if span > 1024 and r > 2:  # with r = 2 the only frequency is 1, whatever the base
         base *= (span / 1024) ** (r / (r - 2))
     frequency = base ** -(torch.arange(0, r, 2, dtype=torch.float32, device=device) / max(r, 1))
     position = torch.arange(T, dtype=torch.float32, device=device)
@@ -879,9 +926,9 @@ def rotary_tables(T: int, hp, device=None) -> Tensor:
     return torch.stack((angle.cos(), angle.sin()))
 
 
-def rotate(x_BTHK: Tensor, rope: Tensor) -> Tensor:
-    """RoPE on the first ROPE_DIMS of K, in half-split pairs. The other dimensions carry no
-    position."""
+def rotate(x_BTHK, rope: Tensor) -> Tensor:
+    """RoPE on the first ROPE_DIMS of K: channel i is paired with channel i + ROPE_DIMS/2. The other
+    channels are not rotated."""
     cos, sin = rope
     half = cos.size(-1)
     a, b, rest = x_BTHK.tensor_split((half, 2 * half), -1)
@@ -889,21 +936,21 @@ def rotate(x_BTHK: Tensor, rope: Tensor) -> Tensor:
     return torch.cat((rotated, rest), -1)
 
 
-def remove_own_value(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
-    """XSA: each head's output loses its component along its own position's value, so that a head
-    tells of other positions only."""
-    B, T, H, K = y_BTHK.shape
-    y = y_BTHK.view(B, T, v_BTGK.size(2), -1, K)
-    v = F.normalize(v_BTGK, dim=-1).unsqueeze(3)
+def remove_own_value(y_BSHK, v_BSGK) -> Tensor:
+    """XSA: removes from each head's output the component parallel to the value of the same
+    position."""
+    B, S, H, K = y_BSHK.shape
+    y = y_BSHK.view(B, S, v_BSGK.size(2), -1, K)  # heads in groups that share a value
+    v = F.normalize(v_BSGK, dim=-1).unsqueeze(3)
     along = (y * v).sum(-1, keepdim=True)
-    return (y - along * v).view(B, T, H, K)
+    return (y - along * v).view(B, S, H, K)
 
 
 @cache
 def find_flash_attention() -> tuple[str, Callable | None]:
-    """("flash_attention_3", its function) if FlashAttention 3 is installed and this is the Hopper
-    GPU that it is made for, else ("sdpa", None): torch's own attention, which is faster there than
-    FlashAttention 2."""
+    """("flash_attention_3", its function) if FlashAttention 3 is installed and the GPU is a Hopper,
+    else ("sdpa", None): torch's own attention. (FlashAttention 2 is not tried: on an H200 it took
+    1.7 times as long as torch's own.)"""
     with suppress(ImportError):
         if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
             from flash_attn_interface import flash_attn_func
@@ -912,11 +959,11 @@ def find_flash_attention() -> tuple[str, Callable | None]:
     return "sdpa", None
 
 
-def causal_attention(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, flash=None) -> Tensor:
-    """softmax(q k' / sqrt K) v, (B, S, H, K). The queries belong to the last S of T positions, and
-    each sees the keys up to its own position; H/G heads share keys and values."""
+def causal_attention(q_BSHK, k_BTGK, v_BTGK, flash=None) -> Tensor:
+    """softmax(q k' / sqrt K) v, (B, S, H, K). The queries belong to the last S of T positions; each
+    sees the keys up to its own position. Each key/value head serves H/G query heads."""
     if flash is not None and q_BSHK.is_cuda:
-        y = flash(q_BSHK, k_BTGK, v_BTGK, causal=True)
+        y = flash(q_BSHK, k_BTGK, v_BTGK, causal=True)  # the last query sees the last key
         return y[0] if isinstance(y, tuple) else y
 
     q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BTGK, v_BTGK))
@@ -925,24 +972,25 @@ def causal_attention(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, flash=None)
         shares_keys = q.size(1) != k.size(1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shares_keys)
     else:
-        # torch's fast kernels that take a mask cannot share keys between heads
+        # with a mask, torch has no fast kernel for shared keys: repeat them
         group = q.size(1) // k.size(1)
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        # query s belongs to position T - S + s
         seen_ST = torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S)
         y = F.scaled_dot_product_attention(q, k, v, seen_ST)
     return y.transpose(1, 2)
 
 
 class Shared(NamedTuple):
-    """What all blocks of one forward pass read."""
+    """What all blocks read in one forward pass."""
 
     x0_BTD: Tensor  # the input of the first block
     rope: Tensor  # cos and sin
-    ve_BTGK: Tensor | None  # value embeddings of the tokens, for VE_LAYERS
+    ve_BTGK: Tensor | None  # value embeddings of the tokens; VE_LAYERS read them
 
 
 class Attention(nn.Module):
-    """Causal attention, with the features that the settings give to this layer."""
+    """Causal self-attention with the variants that the settings turn on."""
 
     def __init__(self, hp, layer: int):
         super().__init__()
@@ -952,7 +1000,7 @@ class Attention(nn.Module):
         self.k = Linear(D, G * K)
         self.v = Linear(D, G * K)
         self.proj = Linear(H * K, D)
-        self.q_gain = nn.Parameter(torch.full((H,), hp.qk_gain_init))
+        self.q_gain = nn.Parameter(torch.full((H,), hp.qk_gain_init))  # scales the products q k'
 
         takes_ve = hp.ve_enabled and layer in hp.ve_layers
         self.ve_scale = nn.Parameter(torch.ones(())) if takes_ve else None
@@ -963,10 +1011,11 @@ class Attention(nn.Module):
         self.gate = nn.Parameter(gate) if hp.attn_gate_dims else None
         _, self.flash = find_flash_attention()
 
-    def forward(self, x_BTD: Tensor, scale_D: Tensor, shared: Shared, v_first_BTGK, last: int):
-        """(the layer's contribution to the last `last` positions, (B, `last`, D), its channels
-        times `scale`; the layer's values before any change). `v_first`: the latter of layer 0, or
-        None in layer 0 itself."""
+    def forward(self, x_BTD, scale_D, shared: Shared, v_first_BTGK, last: int):
+        """Returns the output for the last positions, (B, last, D), with its channels scaled by
+        `scale_D`; and this layer's own values, (B, T, G, K), before the value embedding is added
+        and before they are mixed. `v_first_BTGK`: the own values of layer 0, None when it runs
+        first."""
         x_BSD = x_BTD[:, -last:]
         q = norm(self.q(x_BSD).unflatten(-1, (-1, self.head_dim)))
         q = q * self.q_gain.to(q.dtype)[:, None]
@@ -983,8 +1032,9 @@ class Attention(nn.Module):
             y = y * torch.sigmoid(F.linear(few, self.gate.to(y.dtype)))[..., None]
         return self.proj(y.flatten(2), scale_D[:, None]), v_own
 
-    def mixed_values(self, v_BTGK: Tensor, ve_BTGK, v_first_BTGK) -> Tensor:
-        """The values v, plus the value embedding, then mixed with layer 0's values (VRL)."""
+    def mixed_values(self, v_BTGK, ve_BTGK, v_first_BTGK) -> Tensor:
+        """The values v, plus the value embedding and mixed with layer 0's values (VRL), where the
+        layer has these."""
         if self.ve_scale is not None:
             v_BTGK = v_BTGK + self.ve_scale.to(v_BTGK.dtype) * ve_BTGK
         if self.vrl_gate is not None:
@@ -993,7 +1043,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices, and between them leaky_relu(x)^2."""
+    """Two matrices with a squared leaky ReLU between them."""
 
     def __init__(self, hp):
         super().__init__()
@@ -1003,18 +1053,19 @@ class MLP(nn.Module):
         self.fc = Linear(D, W)
         self.proj = Linear(W, D)
 
-    def forward(self, x_BTD: Tensor, scale_D: Tensor) -> Tensor:
+    def forward(self, x_BTD, scale_D) -> Tensor:
         """proj(leaky_relu(fc(x))^2), (B, T, D), its channels times `scale`."""
         if self.fused and has_kernels(x_BTD) and not self.is_watched():
             fc_WD = self.fc.matrix(x_BTD.dtype)
             proj_DW = self.proj.matrix(x_BTD.dtype, scale_D[:, None])
-            return fused_mlp(x_BTD.flatten(0, 1), fc_WD, proj_DW, self.slope)[0].view_as(x_BTD)
+            y_ND, *_ = fused_mlp(x_BTD.flatten(0, 1), fc_WD, proj_DW, self.slope)
+            return y_ND.view_as(x_BTD)
         h_BTW = F.leaky_relu(self.fc(x_BTD), self.slope).square()
         return self.proj(h_BTW, scale_D[:, None])
 
     def is_watched(self) -> bool:
-        """Do hooks watch the matrices (as those of the curvature [9] do)? The kernels would not
-        call them."""
+        """Whether the matrices have forward hooks (section 9 registers some). The kernels go past
+        the modules, so that hooks would not run."""
         return bool(self.fc._forward_hooks or self.proj._forward_hooks)
 
 
@@ -1032,16 +1083,16 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(D))
         self.norm_scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
 
-    def attend(self, x_BTD: Tensor, shared: Shared, v_first_BTGK, last: int):
-        """(the residual stream after attention, (B, `last`, D); the layer's values). Queries for
-        the last positions only; keys and values for all."""
+    def attend(self, x_BTD, shared: Shared, v_first_BTGK, last: int):
+        """Returns the residual stream after attention, (B, last, D), and the layer's own values.
+        There are queries for the last positions only, keys and values for all."""
         dtype = x_BTD.dtype
         x = self.mix_x.to(dtype) * x_BTD + self.mix_x0.to(dtype) * shared.x0_BTD
         normed = norm(x) * self.norm_scale
         y, v_own = self.attn(normed, self.attn_scale, shared, v_first_BTGK, last)
         return x[:, -last:] + y, v_own
 
-    def feed(self, x_BTD: Tensor) -> Tensor:
+    def feed(self, x_BTD) -> Tensor:
         """The residual stream after the MLP."""
         return x_BTD + self.mlp(norm(x_BTD) * self.norm_scale, self.mlp_scale)
 
@@ -1055,48 +1106,49 @@ class NarrowEmbedding(nn.Module):
         self.proj = Linear(width, outputs)
         self.scale = nn.Parameter(torch.tensor(scale))
 
-    def forward(self, rows_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, rows_BT, dtype: torch.dtype) -> Tensor:
         """(B, T, outputs) in `dtype`, from the table row of each position."""
         return self.proj(self.table(rows_BT).to(dtype), self.scale)
 
 
-def bigram_rows(ids_BT: Tensor, rows: int) -> Tensor:
-    """The table row of each token, a hash of it and the token before it. The first position of a
-    window has the last row to itself."""
+def bigram_rows(ids_BT, rows: int) -> Tensor:
+    """For each token a row of the table: a hash of the token and its predecessor. The first
+    position of a window has no predecessor and gets the last row, which no hash reaches."""
     hashed = (36313 * ids_BT[:, 1:]) ^ (27191 * ids_BT[:, :-1])
     return F.pad(hashed % (rows - 1), (1, 0), value=rows - 1)
 
 
-def log_probabilities(z_NV: Tensor, cap: float) -> Tensor:
+def log_probabilities(z_NV, cap: float) -> Tensor:
     """Log-softmax in float32 of cap * tanh(z / cap), or of z if cap is 0."""
     z_NV = z_NV.float()
     return F.log_softmax(cap * torch.tanh(z_NV / cap) if cap else z_NV, -1)
 
 
-def token_nll(z_NV: Tensor, target_ids_N: Tensor, cap: float) -> Tensor:
+def token_nll(z_NV, target_ids_N, cap: float) -> Tensor:
     """nll of the targets in nats, (N,) float32, from logits z before the softcap."""
     return F.nll_loss(log_probabilities(z_NV, cap), target_ids_N, reduction="none")
 
 
 def block_passes(hp) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(the order in which blocks run before RECUR_START, the order after it), as layer numbers.
-    Depth recurrence runs RECUR_LAYERS a second time, right after the last of them (PR #1204); the
-    two are equal if there are none."""
-    L = hp.num_layers
-    once = tuple(range(L))
+    """Two orders in which the blocks run, as layer numbers: until RECUR_START of training is done,
+    and after it. In the second, RECUR_LAYERS run again as a group, right after the last of them:
+    with 6 layers and RECUR_LAYERS=2,3 it is 0 1 2 3 2 3 4 5. Without RECUR_LAYERS both are the
+    same."""
+    once = tuple(range(hp.num_layers))
     again = hp.recur_layers
-    after = again[-1] + 1 if again else L
-    return once, once[:after] + again + once[after:]
+    split = again[-1] + 1 if again else len(once)
+    return once, once[:split] + again + once[split:]
 
 
 def orthogonal(p: Tensor, hp) -> None:
-    """Makes a matrix orthogonal, if both of its sides are at least 64."""
+    """Makes a matrix orthogonal if both of its sides are at least 64; smaller ones keep torch's
+    default."""
     if min(p.shape) >= 64:
         nn.init.orthogonal_(p)
 
 
 def orthogonal_table(p: Tensor, hp) -> None:
-    """The same, scaled by 1/sqrt(2 L), for the projection of a table."""
+    """As `orthogonal`, times 1/sqrt(2 L): for the projections of embedding tables."""
     if min(p.shape) >= 64:
         nn.init.orthogonal_(p, (2 * hp.num_layers) ** -0.5)
 
@@ -1114,15 +1166,15 @@ def normal(std: float) -> Callable:
 class ParameterRow(NamedTuple):
     """How parameters with a certain name are treated."""
 
-    pattern: str  # of the name, as a shell would match it
-    kind: str  # matrix, table, head or vector: how it is trained [7] and coded [6]
-    group: str  # under which the log counts its bytes in the artifact [10]
-    initial: Callable | None  # initial(p, hp) sets the first values; None: as its module drew them
-    at_test: str  # when test-time training [12] changes it
+    pattern: str  # shell-style pattern of the name; * also matches dots
+    kind: str  # matrix, table, head or vector: how it is trained (section 7) and coded (section 6)
+    group: str  # of the artifact's bytes in the log
+    initial: Callable | None  # initial(p, hp) sets the first values; None: keep the constructor's
+    at_test: str  # whether test-time training (section 12) changes it
 
 
-PARAMETERS = [  # the first row whose pattern matches the name
-    ParameterRow("embed.weight", "table", "embeddings", normal(0.005), "as head if tied"),
+PARAMETERS = [  # the first row that matches a name counts
+    ParameterRow("embed.weight", "table", "embeddings", normal(0.005), "if it is the head"),
     ParameterRow("head.weight", "head", "embeddings", zeros, "always"),
     ParameterRow("bigram.table.weight", "table", "embeddings", zeros, "never"),
     ParameterRow("value_embed.table.weight", "table", "embeddings", normal(0.01), "never"),
@@ -1142,9 +1194,9 @@ def parameter_row(name: str) -> ParameterRow:
 
 
 class GPT(nn.Module):
-    """The model. `hidden` is its trunk, for training and scoring; `forward` is the training loss.
-    The order in which blocks run is an argument, `passes` (see `block_passes`); when compiled, each
-    order is a graph of its own."""
+    """The model. `forward` returns the training loss, `hidden` what comes before the output head.
+    The order in which blocks run is an argument, `passes` (see `block_passes`); torch.compile makes
+    a graph for each order."""
 
     def __init__(self, hp):
         super().__init__()
@@ -1165,55 +1217,61 @@ class GPT(nn.Module):
         self.skip_gates = nn.Parameter(torch.zeros(L // 2, D)) if has_gates else None
         self.lane_mix = nn.Parameter(torch.tensor(0.5)) if hp.parallel_start_layer else None
         self.head = None if hp.tie_embeddings else Linear(D, V)
-        for T in {hp.train_seq_len, hp.eval_seq_len}:  # else compiled code would remake them
+        for T in {hp.train_seq_len, hp.eval_seq_len}:  # else compiled code computes them each time
             self.register_buffer(f"rope_{T}", rotary_tables(T, hp), persistent=False)
         with torch.no_grad():
             for name, p in self.named_parameters():
                 initial = parameter_row(name).initial
                 if initial:
                     initial(p, hp)
-        # For late QAT [6], by name: torch.compile cannot trace how names are matched.
+        # by name, for late QAT: torch.compile cannot trace how names are matched with PARAMETERS
         self.largest_codes = {n: largest_code(n, p, hp) for n, p in self.named_parameters()}
 
-    def forward(self, ids_BT: Tensor, target_ids_BT: Tensor, passes, shares_BT=None) -> Tensor:
-        """The mean loss of the targets in nats or, with `shares`, the sum of nll * share."""
+    def forward(self, ids_BT, target_ids_BT, passes, shares_BT=None) -> Tensor:
+        """The mean loss of the targets in nats or, with `shares_BT`, their sum weighted by it."""
         hidden_ND = self.hidden(ids_BT, passes).flatten(0, 1)
         nll_N = self.nll(hidden_ND, target_ids_BT.ravel())
         if shares_BT is None:
             return nll_N.mean()
         return (nll_N * shares_BT.ravel()).sum()
 
-    def hidden(self, ids_BT: Tensor, passes: tuple[int, ...], last: int | None = None) -> Tensor:
-        """The hidden states, (B, T, D). With `last`, those of the last positions alone, (B, `last`,
-        D): then the last pass has no other queries."""
+    def hidden(self, ids_BT, passes: tuple[int, ...], last: int | None = None) -> Tensor:
+        """The hidden states, (B, T, D). If `last` is given, only those of the last positions, (B,
+        last, D); the last block then computes queries only for them."""
         T = ids_BT.size(1)
         x = self.embedded(ids_BT)
         shared = self.shared(ids_BT, x)
 
-        mlp_lane = None  # the MLPs' lane, from PARALLEL_START_LAYER on; x is then attention's lane
+        # From PARALLEL_START_LAYER on there are two residual streams, called lanes: attention reads
+        # and writes x, the MLPs read and write mlp_lane. They are blended at the end.
+        mlp_lane = None
         v_first = None
         skips = []
-        half = len(passes) // 2
+        half = len(passes) // 2  # the first half of the passes leaves skips, the second takes them
         for i, layer in enumerate(passes):
             block = self.blocks[layer]
             if i >= half:
                 x = self.add_skip(x, skips, i - half)
-            if self.lane_mix is not None and layer == self.hp.parallel_start_layer:
-                mlp_lane = x if mlp_lane is None else mlp_lane
+            starts_lanes = self.lane_mix is not None and layer == self.hp.parallel_start_layer
+            if starts_lanes and mlp_lane is None:
+                mlp_lane = x
             queries = last if last and i == len(passes) - 1 else T
             x, v_own = block.attend(x, shared, v_first, queries)
-            v_first = v_own if v_first is None else v_first
+            if v_first is None:
+                v_first = v_own
             if mlp_lane is None:
                 x = block.feed(x)
             else:
                 mlp_lane = block.feed(mlp_lane[:, -queries:])
             if i < half:
                 skips.append(x)
-        return x if mlp_lane is None else torch.lerp(mlp_lane, x, self.lane_mix.to(x.dtype))
+        if mlp_lane is None:
+            return x
+        return torch.lerp(mlp_lane, x, self.lane_mix.to(x.dtype))
 
-    def embedded(self, ids_BT: Tensor) -> Tensor:
-        """The input of the first block: the token, its bigram, and a share of the position before
-        (SmearGate)."""
+    def embedded(self, ids_BT) -> Tensor:
+        """The input of the first block: the embedding of the token plus that of its bigram,
+        normalised and blended with that of the position before (SmearGate)."""
         x = self.embed(ids_BT)
         if self.bigram is not None:
             x = x + self.bigram(bigram_rows(ids_BT, self.hp.bigram_vocab_size), x.dtype)
@@ -1225,7 +1283,7 @@ class GPT(nn.Module):
             x = torch.lerp(x, before, torch.sigmoid(self.smear_gate).to(x.dtype))
         return x
 
-    def shared(self, ids_BT: Tensor, x_BTD: Tensor) -> Shared:
+    def shared(self, ids_BT, x_BTD) -> Shared:
         """What every block reads, given the input of the first."""
         T = ids_BT.size(1)
         rope = getattr(self, f"rope_{T}", None)
@@ -1236,26 +1294,27 @@ class GPT(nn.Module):
             ve = self.value_embed(ids_BT, x_BTD.dtype).unflatten(-1, (-1, self.hp.head_dim))
         return Shared(x_BTD, rope, ve)
 
-    def add_skip(self, x_BTD: Tensor, skips: list[Tensor], i: int) -> Tensor:
-        """Pop the newest skip and add it to x, as the i-th of the skip connections. There may be
-        fewer of them than passes; the other passes get none."""
+    def add_skip(self, x_BTD, skips: list[Tensor], i: int) -> Tensor:
+        """Pop the newest skip and add it to x with the weights of connection i or, with SKIP_GATES,
+        blend the two. Beyond the last connection x stays as it is."""
         if self.skip_weights is None or i >= len(self.skip_weights):
             return x_BTD
         skip = self.skip_weights[i].to(x_BTD.dtype) * skips.pop()
         if self.skip_gates is None:
             return x_BTD + skip
-        return torch.lerp(skip, x_BTD, torch.sigmoid(self.skip_gates[i]).to(x_BTD.dtype))
+        gate = torch.sigmoid(self.skip_gates[i]).to(x_BTD.dtype)  # the weight of x
+        return torch.lerp(skip, x_BTD, gate)
 
-    def logits(self, hidden_D: Tensor) -> Tensor:
+    def logits(self, hidden_D) -> Tensor:
         """(..., D) -> (..., V), before the softcap."""
         weight_VD = self.embed.weight if self.head is None else self.head.weight
         return F.linear(norm(hidden_D), weight_VD.to(hidden_D.dtype))
 
-    def nll(self, hidden_ND: Tensor, target_ids_N: Tensor) -> Tensor:
+    def nll(self, hidden_ND, target_ids_N) -> Tensor:
         """nll of the targets in nats, (N,) float32."""
         return token_nll(self.logits(hidden_ND), target_ids_N, self.hp.logit_softcap)
 
-    def scores(self, hidden_ND: Tensor, target_ids_N: Tensor) -> Tensor:
+    def scores(self, hidden_ND, target_ids_N) -> Tensor:
         """nll of the targets and entropy of the predictions in nats, (2, N) float32."""
         logp_NV = log_probabilities(self.logits(hidden_ND), self.hp.logit_softcap)
         nll_N = F.nll_loss(logp_NV, target_ids_N, reduction="none")
@@ -1264,13 +1323,15 @@ class GPT(nn.Module):
 
 
 # --- 5. Kernels ---------------------------------
-# The compiler fuses elementwise operations with each other, but not with the matrix product before
-# them. So a Triton kernel computes the MLP's first product together with its activation, and one
-# the gradient. MLP.forward [4] has the plain form, which runs on a CPU, without Triton, or if
-# FUSED_MLP=0. torch.library makes them single operations for torch.compile. After modded-nanogpt.
+# torch.compile fuses elementwise operations with each other, but not into the matrix product before
+# them. So a Triton kernel computes the MLP's first product and its activation in one pass; in the
+# backward pass the same kernel computes the gradient with respect to z. The other products are
+# ordinary ones. MLP.forward (section 4) has the same in plain PyTorch, which is used on a CPU, or
+# when Triton is missing, or with FUSED_MLP=0. torch.library.custom_op makes torch.compile treat
+# each of the two functions as one operation. The idea is modded-nanogpt's.
 
 jit = triton.jit if triton else lambda kernel: kernel
-MLP_TILE = dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=3)  # the fastest of 7 on an H200
+MLP_TILE = dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=3)  # fastest of 7 tried on an H200
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -1295,43 +1356,44 @@ def mlp_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One tile of the product P = a b, (M, K) (K, N), and what follows it, in registers. Forward:
-    z = P and out = leaky_relu(z)^2. Backward: P is the gradient of that square, and out becomes the
-    gradient of z."""
-    # neighbouring programs read the same rows of a; all of b stays in the cache
-    tile = tl.program_id(0)
-    tiles = tl.cdiv(N, BN)
-    m = (tile // tiles * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
-    n = (tile % tiles * BN + tl.arange(0, BN))[None, :]
+    """One program computes one (BM, BN) tile of P = a @ b, where a is (M, K) and b is (K, N), and
+    applies the elementwise step before the tile leaves the registers. Forward: z = P and out =
+    leaky_relu(z)^2. Backward: P is the gradient of h = leaky_relu(z)^2, and out that of z."""
+    # Programs are numbered along N first, so that neighbouring ones read the same rows of a.
+    program = tl.program_id(0)
+    tiles_per_row = tl.cdiv(N, BN)
+    m = (program // tiles_per_row * BM + tl.arange(0, BM)).to(tl.int64)[:, None]  # m * N is large
+    n = (program % tiles_per_row * BN + tl.arange(0, BN))[None, :]
     inside = (m < M) & (n < N)
-    place = m * N + n
+    offset = m * N + n
 
     product = tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
         a = tl.load(a_ptr + m * K + k[None, :], (m < M) & (k[None, :] < K), 0.0)
-        b_place = k[:, None] * stride_k + n * stride_n
-        b = tl.load(b_ptr + b_place, (k[:, None] < K) & (n < N), 0.0)
+        b_offset = k[:, None] * stride_k + n * stride_n
+        b = tl.load(b_ptr + b_offset, (k[:, None] < K) & (n < N), 0.0)
         product = tl.dot(a, b, product)
 
     if BACKWARD:
-        z = tl.load(z_ptr + place, inside, 0.0).to(tl.float32)
+        z = tl.load(z_ptr + offset, inside, 0.0).to(tl.float32)
         other = 2 * product
     else:
         z = product.to(z_ptr.dtype.element_ty)
-        tl.store(z_ptr + place, z, inside)
-        z = z.to(tl.float32)  # rounded, as backward will read it
+        tl.store(z_ptr + offset, z, inside)
+        z = z.to(tl.float32)  # of the rounded z, which is what backward will load
         other = z
-    tl.store(out_ptr + place, z * tl.where(z > 0, 1.0, slope * slope) * other, inside)
+    tl.store(out_ptr + offset, z * tl.where(z > 0, 1.0, slope * slope) * other, inside)
 
 
 def launch_mlp(a_MK: Tensor, b_KN: Tensor, z_MN: Tensor, slope: float, backward: bool) -> Tensor:
-    """Run `mlp_kernel` and return its `out`, (M, N). Forward fills z, backward reads it."""
+    """Run `mlp_kernel` and return its `out`, (M, N): M tokens, N the MLP's width. With
+    backward=False it also fills `z`; with backward=True it reads it."""
     M, N = z_MN.shape
     out_MN = torch.empty_like(z_MN)
     tile = dict(MLP_TILE)
     if z_MN.is_cuda and torch.cuda.get_device_capability()[0] not in (9, 10):
-        tile["BN"] = 64  # less shared memory
+        tile["BN"] = 64  # other GPUs than Hopper and Blackwell may lack shared memory for 128
     grid = (triton.cdiv(M, tile["BM"]) * triton.cdiv(N, tile["BN"]),)
     sizes = (M, N, len(b_KN), *b_KN.stride())
     mlp_kernel[grid](a_MK.contiguous(), b_KN, z_MN, out_MN, *sizes, slope, backward, **tile)
@@ -1342,8 +1404,8 @@ def launch_mlp(a_MK: Tensor, b_KN: Tensor, z_MN: Tensor, slope: float, backward:
 def fused_mlp(
     x_ND: Tensor, fc_WD: Tensor, proj_DW: Tensor, slope: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(the MLP's output h proj', z = x fc', h = leaky_relu(z, slope)^2); backward needs the last
-    two."""
+    """(h @ proj.mT, z, h), with z = x @ fc.mT and h = leaky_relu(z, slope)^2. The first is the
+    MLP's output; the others are returned because the backward pass needs them."""
     z_NW = x_ND.new_empty(len(x_ND), len(fc_WD))
     h_NW = launch_mlp(x_ND, fc_WD.mT, z_NW, slope, backward=False)
     return h_NW @ proj_DW.mT, z_NW, h_NW
@@ -1351,7 +1413,7 @@ def fused_mlp(
 
 @torch.library.custom_op("golf::fused_mlp_backward", mutates_args=())
 def fused_mlp_backward(g_ND: Tensor, proj_DW: Tensor, z_NW: Tensor, slope: float) -> Tensor:
-    """The gradient of z, given the gradient g of the MLP's output."""
+    """The gradient of z, (N, W), from the gradient g of the MLP's output."""
     return launch_mlp(g_ND, proj_DW, z_NW.contiguous(), slope, backward=True)
 
 
@@ -1367,12 +1429,14 @@ def _(g_ND, proj_DW, z_NW, slope):
 
 
 def save_for_mlp_gradients(ctx, inputs, output):
+    """Keep what `mlp_gradients` needs."""
     x_ND, fc_WD, proj_DW, ctx.slope = inputs
     _, z_NW, h_NW = output
     ctx.save_for_backward(x_ND, fc_WD, proj_DW, z_NW, h_NW)
 
 
 def mlp_gradients(ctx, g_ND, *_):
+    """The gradients of fused_mlp's arguments, given that of its first result."""
     x_ND, fc_WD, proj_DW, z_NW, h_NW = ctx.saved_tensors
     dz_NW = fused_mlp_backward(g_ND, proj_DW, z_NW, ctx.slope)
     return dz_NW @ fc_WD, dz_NW.mT @ x_ND, g_ND.mT @ h_NW, None
@@ -1382,52 +1446,57 @@ fused_mlp.register_autograd(mlp_gradients, setup_context=save_for_mlp_gradients)
 
 
 # --- 6. Rounding --------------------------------
-# A matrix becomes small integers, its codes, and one step size `delta` per row: weight = code *
-# delta. The artifact rounds like this [10], and so does late QAT, the last part of training, in
-# which the network learns to live with rounded weights.
+# Rounding replaces a matrix by small integers, called codes, and by one step size per row, called
+# delta: weight = code * delta. The weights of the artifact are rounded like this (section 10). So
+# are those of late QAT (quantisation-aware training): the last part of training, in which the
+# network gets used to rounded weights.
 
-LARGEST_CODE = 127
+LARGEST_CODE = 127  # of 8 bits, the most that the artifact stores
 
 
 def largest_code(name: str, tensor: Tensor, hp) -> int:
-    """The largest code of a parameter before its bits are fitted to the cap, 2^(bits - 1) - 1:
-    QUANT_BITS for matrices, 8 bits for tables and the output head. 0: it is not coded."""
+    """The largest code of a parameter, 2^(bits - 1) - 1, or 0 if it is stored as it is. Matrices
+    have QUANT_BITS bits, tables and the output head 8. (To fit the size cap, section 10 changes
+    this.)"""
     bits = {"matrix": hp.quant_bits, "table": 8, "head": 8, "vector": 0}[parameter_row(name).kind]
-    is_matrix = tensor.ndim == 2 and tensor.numel() > 0
-    return 2 ** (bits - 1) - 1 if bits and is_matrix else 0
+    has_rows = tensor.ndim == 2 and tensor.numel() > 0
+    return 2 ** (bits - 1) - 1 if bits and has_rows else 0
 
 
-def quantize_rows(w_RC: Tensor, largest: int | Tensor) -> tuple[Tensor, Tensor]:
-    """(codes (R, C), deltas (R, 1)) of a matrix, each row rounded by itself, both float32. Codes
-    lie within +-`largest` (at most 127; a number, or one per row). Deltas are rounded to bfloat16,
-    so that code * delta is exact. Each row is clipped where that makes its squared error smallest
-    (GPTQ-lite, PR #889). Quantising the result again changes nothing."""
+def quantize_rows(w_RC, largest: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds each row of a matrix by itself. Returns (codes (R, C), deltas (R, 1)), both float32.
+    `largest` is a number or a tensor (R, 1), at most 127; codes lie within +-`largest`. Deltas are
+    bfloat16 values, so that code * delta is exact in float32. Of three, a row gets the step size of
+    least squared error: they clip the row at its largest magnitude, or at about the 99.8 % or 99.4
+    % quantile (GPTQ-lite, PR #889). To quantise codes * deltas again changes nothing."""
     w = w_RC.float()
     last = w.size(-1) - 1
-    places = [last - round(q * last) for q in (1.0, 0.998, 0.994)]  # 0: the largest magnitude
-    magnitudes = w.abs().topk(max(places) + 1).values
-    clips = magnitudes[:, places].T[..., None]
-    deltas = (clips / largest).clamp_min(1e-30).bfloat16().float()
+    ranks = [last - round(q * last) for q in (1.0, 0.998, 0.994)]  # from the top, which is 0
+    top_magnitudes = w.abs().topk(max(ranks) + 1).values
+    clips = top_magnitudes[:, ranks].T[..., None]  # (3, R, 1): three candidates for each row
+    candidates = (clips / largest).clamp_min(1e-30).bfloat16().float()
 
-    def codes(delta: Tensor) -> Tensor:
+    def codes_for(delta: Tensor) -> Tensor:
         return (w / delta).round().clamp(-largest, largest)
 
-    errors = [(codes(d) * d - w).square().sum(-1, keepdim=True) for d in deltas]
-    best = torch.stack(errors).argmin(0, keepdim=True)
-    delta = deltas.gather(0, best)[0]
-    return codes(delta), delta
+    errors = [(codes_for(d) * d - w).square().sum(-1, keepdim=True) for d in candidates]
+    best = torch.stack(errors).argmin(0, keepdim=True)  # (1, R, 1)
+    delta = candidates.gather(0, best)[0]
+    return codes_for(delta), delta
 
 
 def soft_round(x: Tensor, hardness: Tensor) -> Tensor:
-    """A differentiable rounding: nearly the identity for small `hardness`, and `round` as it grows
-    (Agustsson and Theis, 2006.09952)."""
+    """A differentiable rounding: close to the identity when `hardness`, which must be above 0, is
+    small, and close to `round` when it is large (Agustsson and Theis, 2006.09952)."""
     low = x.detach().floor()
+    # the denominator makes it exact at the integers
     return low + 0.5 + torch.tanh(hardness * (x - low - 0.5)) / (2 * torch.tanh(hardness / 2))
 
 
 def fake_quantized(model, hardness: Tensor) -> dict[str, Tensor]:
-    """name -> rounded weights of each coded parameter, for late QAT. Their gradients pass straight
-    through the rounding or, with QAT_ROUNDING=soft, follow `soft_round`."""
+    """The weights that late QAT computes with, by name of each coded parameter. With
+    QAT_ROUNDING=straight they are rounded, and gradients pass as if they were not. With soft they
+    are rounded by `soft_round`, with its gradient; only then `hardness` matters."""
     rounded = {}
     for name, p in model.named_parameters():
         largest = model.largest_codes[name]
@@ -1435,15 +1504,16 @@ def fake_quantized(model, hardness: Tensor) -> dict[str, Tensor]:
             continue
         codes, delta = quantize_rows(p.detach(), largest)
         if model.hp.qat_rounding == "straight":
-            rounded[name] = p + (codes * delta - p.detach())
+            rounded[name] = p + (codes * delta - p.detach())  # the gradient is that of p
         else:
             rounded[name] = soft_round((p / delta).clamp(-largest, largest), hardness) * delta
     return rounded
 
 
 # --- 7. Optimizers ------------------------------
-# Muon (Jordan et al. 2024) for matrices: its update is the momentum, made orthogonal. AdamW for the
-# rest.
+# Muon (Jordan et al. 2024) trains the matrices: its update is the Nesterov momentum, made
+# orthogonal. AdamW trains all other parameters. In stacks of matrices R <= C: tall ones are stored
+# transposed.
 
 
 class TrainingGroup(NamedTuple):
@@ -1455,7 +1525,7 @@ class TrainingGroup(NamedTuple):
 
 
 def training_groups(hp) -> dict[str, TrainingGroup]:
-    """kind of parameter [4] -> how it is trained."""
+    """How each kind of parameter (section 4) is trained."""
     table_lr = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr
     return {
         "matrix": TrainingGroup(Muon, hp.matrix_lr, hp.muon_wd),
@@ -1465,10 +1535,10 @@ def training_groups(hp) -> dict[str, TrainingGroup]:
     }
 
 
-def orthogonalize(G_SRC: Tensor, iterations: int) -> Tensor:
-    """Nearly U V' of each wide matrix G = U S V', in bfloat16 on CUDA. The quintic Newton-Schulz
-    iteration is tuned to lift small singular values fast, and leaves all in about [0.7, 1.2]."""
-    a, b, c = 3.4445, -4.7750, 2.0315
+def orthogonalize(G_SRC, iterations: int) -> Tensor:
+    """Replaces the singular values of each matrix by numbers near 1: after five iterations those
+    that were not tiny lie in about [0.7, 1.2]. Zero matrices stay zero. In bfloat16 on CUDA."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's quintic Newton-Schulz, tuned for small values
     X = G_SRC.to(working_dtype(G_SRC))
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(iterations):
@@ -1477,31 +1547,33 @@ def orthogonalize(G_SRC: Tensor, iterations: int) -> Tensor:
     return X
 
 
-def equalize_rows(G_SRC: Tensor, is_tall_S11: Tensor) -> Tensor:
-    """The matrices with each row divided by its norm (MuonEq-R). Those marked as tall are stacked
-    transposed: their columns are the rows."""
-    rows, columns = (G_SRC.norm(dim=dim, keepdim=True) for dim in (-1, -2))
-    return G_SRC / (torch.where(is_tall_S11, columns, rows) + 1e-7)
+def equalize_rows(G_SRC, is_tall_S11) -> Tensor:
+    """The matrices with each row divided by its norm (MuonEq-R, PR #1435). A matrix marked as tall
+    is stored transposed: its rows are the columns here."""
+    row_norms = G_SRC.norm(dim=-1, keepdim=True)
+    column_norms = G_SRC.norm(dim=-2, keepdim=True)
+    return G_SRC / (torch.where(is_tall_S11, column_norms, row_norms) + 1e-7)
 
 
 class SummedGradients:
-    """What `update_parameters` asks of an optimizer, for those of torch that work elementwise:
-    every rank receives the whole sum of the gradients as one flat vector and does the whole step.
-    An optimizer that shares its work out, as Muon does, has its own versions of these methods. All
-    of them but `schedule` are collective, and are called under torch.no_grad()."""
+    """The methods that `update_parameters` calls, for a torch optimizer that works elementwise:
+    every rank receives the whole sum of the gradients as one flat vector, and does the whole step.
+    Muon divides its work among the ranks, and so has its own versions. Every rank must call all of
+    them in the same order, under torch.no_grad(); only `schedule` may be called alone."""
 
     def schedule(self, step: int, scale: float):
-        """Set what changes from step to step; `scale` multiplies all learning rates."""
+        """Set the learning rates of this step: the initial ones times `scale`."""
         for group in self.param_groups:
             group["lr"] = group["initial_lr"] * scale
 
     def send_gradients(self):
-        """Sum the gradients over the ranks, or begin to."""
+        """Start to sum the gradients over the ranks. (This class waits for the sum.)"""
         self.grads = [p.grad for group in self.param_groups for p in group["params"]]
         self.flat = self.ranks.sum_over_ranks(nn.utils.parameters_to_vector(self.grads))
 
     def receive_gradients(self):
-        """Wait for this rank's part of the sums; the caller may scale these tensors in place."""
+        """Wait, and return the tensors that hold this rank's part of the sums (here all of it). The
+        caller may scale them in place before `begin_step`."""
         return [self.flat]
 
     def gradient_square(self):
@@ -1510,47 +1582,50 @@ class SummedGradients:
 
     def begin_step(self):
         """Do the step, or begin it."""
-        nn.utils.vector_to_parameters(self.flat, self.grads)  # gradients become views of the sum
+        nn.utils.vector_to_parameters(self.flat, self.grads)  # gradients become views of the vector
         self.step()
 
     def finish_step(self):
         """Finish what `begin_step` left under way."""
 
     def complete_state(self):
-        """Make `state_tensors` whole on this rank."""
+        """Collect what `state_tensors` lacks from the other ranks (here nothing)."""
 
 
 class AdamW(SummedGradients, torch.optim.AdamW):
-    """torch's AdamW, fused, whose state exists before the first step."""
+    """torch's AdamW, fused, with moments that exist before the first step."""
 
     def __init__(self, groups: list[dict], hp, ranks):
         self.ranks = ranks
         super().__init__(groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True)
         for p in chain(*(group["params"] for group in groups)):
-            # torch would do this at the first step; warm-up and checkpoints need it before
+            # torch creates these in the first step; warm-up and checkpoints need them before
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.state[p] = {"step": p.new_zeros(()), **moments}
 
     def state_tensors(self):
-        """name -> what a step changes beside the parameters, for checkpoints."""
+        """The tensors that a step changes, apart from the parameters, by name."""
         states = list(self.state.values())
         names = ("step", "exp_avg", "exp_avg_sq")
         return {f"adamw.{k}.{i}": s[k] for k in names for i, s in enumerate(states)}
 
 
 def muon_momentum(step: int, hp) -> float:
-    """Muon's momentum at `step`: it rises linearly over MUON_MOMENTUM_WARMUP_STEPS."""
-    share = 1.0
+    """Muon's momentum at `step`: from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM, linearly over
+    MUON_MOMENTUM_WARMUP_STEPS steps."""
+    risen = 1.0
     if hp.muon_momentum_warmup_steps:
-        share = min(1.0, step / hp.muon_momentum_warmup_steps)
+        risen = min(1.0, step / hp.muon_momentum_warmup_steps)
     start = hp.muon_momentum_warmup_start
-    return start + share * (hp.muon_momentum - start)
+    return start + risen * (hp.muon_momentum - start)
 
 
 class Muon(torch.optim.Optimizer):
-    """Matrices of one shape form a stack, tall ones transposed. Each rank owns an equal share of
-    every stack, filled up with zeros: it receives the sums of these gradients, keeps their
-    momentum, makes them orthogonal in one batch, and sends the updates to the others."""
+    """Matrices of the same shape, tall ones transposed, form a stack. Each rank owns a share of
+    every stack: it receives the sums of these gradients, keeps their momentum, makes the updates
+    orthogonal in one batch, and sends them to the others. For sending, a stack is filled up with
+    zero matrices to a multiple of the number of ranks; the momentum is not, so that the last shares
+    may be short or empty."""
 
     def __init__(self, groups: list[dict], hp, ranks):
         self.ranks = ranks
@@ -1568,9 +1643,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__(stacks, {"momentum": hp.muon_momentum_warmup_start})
 
     def local_share(self, stack: Tensor) -> Tensor:
-        """A view of this rank's part of a stack. The last parts may be short, or empty."""
-        share = -(-len(stack) // self.ranks.world_size)
-        return stack[self.ranks.rank * share :][:share]
+        """A view of this rank's share of a stack."""
+        size = math.ceil(len(stack) / self.ranks.world_size)
+        return stack[self.ranks.rank * size :][:size]
 
     def schedule(self, step: int, scale: float):
         for group in self.param_groups:
@@ -1581,8 +1656,8 @@ class Muon(torch.optim.Optimizer):
         self.arriving = []
         for group in self.param_groups:
             wide = [p.grad.mT if p.size(0) > p.size(1) else p.grad for p in group["params"]]
-            missing = -len(wide) % self.ranks.world_size
-            wide += [torch.zeros_like(wide[0])] * missing
+            padding = -len(wide) % self.ranks.world_size
+            wide += [torch.zeros_like(wide[0])] * padding
             self.arriving.append(self.ranks.reduce_scatter(torch.stack(wide)))
 
     def receive_gradients(self):
@@ -1593,32 +1668,32 @@ class Muon(torch.optim.Optimizer):
         return self.ranks.sum_over_ranks(sum(share.square().sum() for share in self.shares))
 
     def begin_step(self):
-        """Make this rank's updates, and begin to send them."""
+        """Compute this rank's updates, and begin to send them."""
         self.arriving = []
         for group, grads_SRC in zip(self.param_groups, self.shares):
             momentum_SRC = self.local_share(group["buffer"])
-            own_SRC = grads_SRC[: len(momentum_SRC)]  # a view, without the zeros at the end
+            own_SRC = grads_SRC[: len(momentum_SRC)]  # a view of grads_SRC, without its padding
             momentum_SRC.mul_(group["momentum"]).add_(own_SRC)
             own_SRC.add_(momentum_SRC, alpha=group["momentum"])  # Nesterov
             if self.hp.muon_row_norm:
                 own_SRC.copy_(equalize_rows(own_SRC, self.local_share(group["is_tall"])))
-            update_SRC = orthogonalize(grads_SRC, self.hp.muon_backend_steps)
+            update_SRC = orthogonalize(grads_SRC, self.hp.muon_backend_steps)  # padding stays 0
             self.arriving.append(self.ranks.all_gather(update_SRC))
 
     def finish_step(self):
-        """Decay the weights, then apply the updates as they arrive, times
-        sqrt(max(1, rows / columns))."""
+        """Decay the weights. As the updates arrive, subtract each, times the learning rate and
+        sqrt(max(1, rows / columns)) of the parameter."""
         for group, transfer in zip(self.param_groups, self.arriving):
             torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
             for p, update in zip(group["params"], transfer.wait()):
-                R, C = p.shape
-                rate = group["lr"] * max(1, R / C) ** 0.5
-                p.sub_(update.mT if R > C else update, alpha=rate)
+                rows, columns = p.shape
+                rate = group["lr"] * max(1, rows / columns) ** 0.5
+                p.sub_(update.mT if rows > columns else update, alpha=rate)
 
     def complete_state(self):
         for group in self.param_groups:
             share = self.local_share(group["buffer"]).clone()
-            group["buffer"].zero_()  # so that the sum over the ranks is every rank's share
+            group["buffer"].zero_()  # so that the sum over the ranks puts all shares together
             self.local_share(group["buffer"]).copy_(share)
             self.ranks.sum_over_ranks(group["buffer"])
 
@@ -1628,38 +1703,41 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(model, hp, ranks) -> list:
-    """One optimizer per class in `training_groups`. Together they hold every parameter once."""
-    rows = training_groups(hp)
-    groups = {}  # by kind, in the order in which the model has them
+    """One optimizer for each class in `training_groups` that has parameters. Together they hold
+    every parameter exactly once."""
+    training = training_groups(hp)
+    groups = {}  # kind -> torch's group of parameters, in the order of the model
     for name, p in model.named_parameters():
         kind = parameter_row(name).kind
-        lr, decay = rows[kind].lr, rows[kind].weight_decay
-        new = {"params": [], "lr": lr, "initial_lr": lr, "weight_decay": decay}
-        groups.setdefault(kind, new)["params"].append(p)
+        if kind not in groups:
+            _, lr, decay = training[kind]
+            groups[kind] = {"params": [], "lr": lr, "initial_lr": lr, "weight_decay": decay}
+        groups[kind]["params"].append(p)
 
     optimizers = []
     # in the order of training_groups, so that Muon's updates travel while AdamW steps
-    for cls in dict.fromkeys(rows[kind].optimizer for kind in rows if kind in groups):
-        own = [group for kind, group in groups.items() if rows[kind].optimizer is cls]
-        optimizers.append(cls(own, hp, ranks))
+    for cls in dict.fromkeys(training[kind].optimizer for kind in training):
+        own = [group for kind, group in groups.items() if training[kind].optimizer is cls]
+        if own:
+            optimizers.append(cls(own, hp, ranks))
 
     held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     every = [id(p) for p in model.parameters()]
-    assert sorted(held) == sorted(every), "a parameter without exactly one optimizer"
+    assert sorted(held) == sorted(every), "a parameter has no optimizer, or several"
     return optimizers
 
 
 @torch.no_grad()
 def update_parameters(optimizers: list, clip: float) -> None:
-    """One step of all optimizers on the gradients' sum over the ranks, which is scaled down to norm
-    `clip` if it is larger (0: never). What one optimizer sends travels while the next one works.
-    Collective."""
+    """Sum the gradients over the ranks, and step all optimizers. If the norm of the sum exceeds
+    `clip`, it is first scaled down to that; 0 turns this off. Communication of one optimizer
+    overlaps with the work of the next. Collective."""
     for optimizer in optimizers:
         optimizer.send_gradients()
     gradients = [g for optimizer in optimizers for g in optimizer.receive_gradients()]
     if clip:
-        length = sum(optimizer.gradient_square() for optimizer in optimizers).sqrt()
-        torch._foreach_mul_(gradients, (clip / (length + 1e-6)).clamp_max(1))
+        norm = sum(optimizer.gradient_square() for optimizer in optimizers).sqrt()
+        torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp_max(1))
     for optimizer in optimizers:
         optimizer.begin_step()
     for optimizer in optimizers:
@@ -1667,10 +1745,10 @@ def update_parameters(optimizers: list, clip: float) -> None:
 
 
 # --- 8. Training --------------------------------
-# Everything that training changes is a TrainState, one dictionary of tensors: warm-up puts it back,
-# and a checkpoint holds it. Batches follow from the number of steps done, and nothing is random
-# after the first weights, so that a resumed run takes the steps that the stopped one would have
-# taken.
+# TrainState holds everything that training changes, and `tensors` lists it by name: warm-up copies
+# and restores it, checkpoints store it. A batch is a function of the number of steps done, and
+# nothing is random after initialisation. So a resumed run takes the steps that the stopped run
+# would have taken (learning rates depend on the clock where there is a time limit).
 
 
 class WeightAverage:
@@ -1684,14 +1762,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, parameters: list[Tensor]) -> None:
-        """Take a snapshot into the mean."""
+        """Add a snapshot, the weights of now, to the mean."""
         n = int(self.count.add_(1))
         share = (1 - self.decay) / (1 - self.decay**n) if self.decay < 1 else 1 / n
         torch._foreach_lerp_(self.mean, parameters, share)
 
 
 def build_averages(parameters: list[Tensor], hp) -> dict[str, WeightAverage]:
-    """The averages that AVERAGING names, still empty."""
+    """The averages that AVERAGING names, without a snapshot yet."""
     decays = {"ema": hp.ema_decay, "swa": 1.0}
     wanted = hp.averaging.split("_")
     return {name: WeightAverage(d, parameters) for name, d in decays.items() if name in wanted}
@@ -1704,34 +1782,36 @@ def takes_snapshot(name: str, step: int, scale: float, hp) -> bool:
 
 
 def averaged_parameters(averages: dict[str, WeightAverage]) -> list[Tensor]:
-    """The mean of the averages; an empty list if none has a snapshot yet."""
+    """For each parameter the mean of EMA and SWA, of those that have a snapshot. If none has, an
+    empty list."""
     means = [average.mean for average in averages.values() if average.count]
     return [torch.stack(same).mean(0) for same in zip(*means)]
 
 
 def training_share(step: int, seconds: float, hp) -> float:
-    """How much of training is done, 0 to 1: by ITERATIONS or by the clock, whichever says more."""
+    """How much of training is done, 0 to 1: by ITERATIONS or by the clock, whichever is larger."""
     share = step / hp.iterations
-    if hp.step_seconds:
-        share = max(share, seconds / hp.step_seconds)
+    if hp.seconds_for_steps:
+        share = max(share, seconds / hp.seconds_for_steps)
     return min(share, 1.0)
 
 
 def lr_scale(step: int, seconds: float, hp) -> float:
-    """The factor of all learning rates after `step` steps in `seconds`. It is 1 and falls linearly
-    to MIN_LR at the end: over the last WARMDOWN_FRAC of training if that is set, else over the last
-    WARMDOWN_ITERS steps, counted to ITERATIONS or, at the speed so far, to the time limit."""
-    left = 1 - training_share(step, seconds, hp)
-    decay = hp.warmdown_frac
-    if not decay and hp.warmdown_iters:
-        decay = hp.warmdown_iters
-        left = hp.iterations - step
-        if hp.step_seconds and step:
-            seconds_left = hp.step_seconds - seconds
-            left = min(left, seconds_left / (seconds / step))
-    if not decay:
-        return 1.0
-    return hp.min_lr + (1 - hp.min_lr) * min(1.0, max(left, 0.0) / decay)
+    """What all learning rates are multiplied by when `step` steps have taken `seconds`. It stays 1,
+    then falls linearly to MIN_LR at the end of training. The fall lasts WARMDOWN_FRAC of training
+    or, if that is 0, WARMDOWN_ITERS steps. The end is ITERATIONS or, if sooner, the step at which
+    the time limit will come at the average speed so far."""
+    if hp.warmdown_frac:
+        left = (1 - training_share(step, seconds, hp)) / hp.warmdown_frac
+    elif hp.warmdown_iters:
+        steps_left = hp.iterations - step
+        if hp.seconds_for_steps and step:
+            seconds_left = hp.seconds_for_steps - seconds
+            steps_left = min(steps_left, seconds_left / (seconds / step))
+        left = max(steps_left, 0.0) / hp.warmdown_iters
+    else:
+        left = 1.0
+    return hp.min_lr + (1 - hp.min_lr) * min(1.0, left)
 
 
 class StepPlan(NamedTuple):
@@ -1739,16 +1819,16 @@ class StepPlan(NamedTuple):
 
     scale: float  # factor of all learning rates
     passes: tuple[int, ...]  # the order in which blocks run
-    hardness: Tensor | None  # of late QAT's soft rounding; None: no rounding
+    hardness: Tensor | None  # None: no late QAT. Else how hard soft rounding is (see `soft_round`)
 
 
 def plan_step(step: int, seconds: float, hp, device) -> StepPlan:
-    """The plan of the step that follows `step` steps in `seconds`. Blocks recur once RECUR_START of
-    training is done. Weights are rounded while the lr scale is below LATE_QAT_THRESHOLD; hardness
-    rises from 1 to 16 as the scale falls from there to 0."""
+    """The plan of the next step, when `step` steps have taken `seconds`. From RECUR_START of
+    training on, RECUR_LAYERS run twice. While the lr scale is below LATE_QAT_THRESHOLD, weights are
+    rounded; the hardness rises from 1 at the threshold to 16 at a scale of 0."""
     scale = lr_scale(step, seconds, hp)
-    once, recurrent = block_passes(hp)
-    passes = recurrent if training_share(step, seconds, hp) >= hp.recur_start else once
+    before, after = block_passes(hp)
+    passes = after if training_share(step, seconds, hp) >= hp.recur_start else before
     if scale >= hp.late_qat_threshold:
         return StepPlan(scale, passes, None)
     hardness = 16 - 15 * scale / hp.late_qat_threshold
@@ -1756,8 +1836,8 @@ def plan_step(step: int, seconds: float, hp, device) -> StepPlan:
 
 
 def training_loss(model, ids_BT, target_ids_BT, passes, hardness=None, shares_BT=None) -> Tensor:
-    """The loss of GPT.forward. With `hardness` it is that of rounded weights, which is a graph of
-    its own when compiled."""
+    """The loss of GPT.forward, in nats. With `hardness`, the weights are rounded first; when
+    compiled, that is a graph of its own, so that warm-up runs both."""
     rounded = {} if hardness is None else fake_quantized(model, hardness)
     return torch.func.functional_call(model, rounded, (ids_BT, target_ids_BT, passes, shares_BT))
 
@@ -1770,28 +1850,27 @@ def compiled(function: Callable, hp, device: torch.device) -> Callable:
 
 
 class Trained(NamedTuple):
-    """What training returns."""
+    """What `train` returns."""
 
-    state: dict[str, Tensor]  # the weights to pack, averaged or not, by name
-    curvature: dict[str, Curvature]  # of their matrices, for GPTQ; empty with QUANTIZER=rows
+    weights: dict[str, Tensor]  # by name, averaged or not: a state dict, to be packed
+    curvature: dict[str, Curvature]  # by name of the matrix, for GPTQ; empty with QUANTIZER=rows
     steps: int
-    seconds: float  # on the training clock, curvature included
+    seconds: float  # on the training clock, with the measurement of the curvature
 
 
 class TrainState:
-    """All that training changes: the weights, optimizers, averages, and the clock. `hint` says how
-    to go on from the last checkpoint, for error messages."""
+    """All that training changes: weights, optimizers, averages, and the clock."""
 
     def __init__(self, model, ranks, log):
         self.model = model
         self.hp = model.hp
         self.ranks = ranks
         self.log = log
-        self.parameters = [p.data for p in model.parameters()]
+        self.parameters = [p.data for p in model.parameters()]  # the model's own tensors
         self.progress = torch.zeros(2, dtype=torch.float64)  # steps done, seconds of training
         self.optimizers = build_optimizers(model, self.hp, ranks)
         self.averages = build_averages(self.parameters, self.hp)
-        self.hint = "there is no checkpoint"
+        self.hint = "there is no checkpoint"  # for error messages: how to go on
 
     @property
     def steps(self) -> int:
@@ -1804,7 +1883,7 @@ class TrainState:
         return float(self.progress[1])
 
     def set_clock(self, seconds: float) -> None:
-        """`seconds` of training so far."""
+        """Set the seconds of training so far."""
         self.progress[1] = seconds
 
     @property
@@ -1819,7 +1898,8 @@ class TrainState:
         return f"train_time:{ms:.0f}ms step_avg:{ms / max(self.steps, 1):.2f}ms"
 
     def update(self, scale: float) -> None:
-        """One step on the gradients that the parameters hold now; averages follow. Collective."""
+        """One step on the gradients that the parameters hold now; then averages take their
+        snapshots. Collective."""
         for optimizer in self.optimizers:
             optimizer.schedule(self.steps, scale)
         update_parameters(self.optimizers, self.hp.grad_clip_norm)
@@ -1830,7 +1910,7 @@ class TrainState:
                 average.update(self.parameters)
 
     def load_averages(self) -> None:
-        """The model gets the averaged weights, if there are any."""
+        """Replace the model's weights by the averages, if there are any, and log which."""
         means = averaged_parameters(self.averages)
         if means:
             torch._foreach_copy_(self.parameters, means)
@@ -1840,7 +1920,8 @@ class TrainState:
         self.log(f"averaging:{used} {counts} parameters:{size}")
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name, to read or to overwrite."""
+        """name -> every tensor of the state. They are the live ones: to overwrite them is to change
+        the state. Those of an average are `ema.0`, its count, and `ema.1` ..., its mean."""
         named = {"progress": self.progress}
         named |= {f"model.{name}": t for name, t in self.model.state_dict().items()}
         for optimizer in self.optimizers:
@@ -1850,19 +1931,20 @@ class TrainState:
         return named
 
     def save(self) -> None:
-        """Rank 0 writes logs/<RUN_ID>.ckpt, which any number of ranks can resume. If it cannot, or
-        a number is not finite, the log says so and the last checkpoint stays. Collective."""
+        """Rank 0 writes logs/<RUN_ID>.ckpt, from which a run with any number of ranks can go on. If
+        writing fails, or a number is not finite, the log says so and the previous checkpoint is
+        kept. Collective."""
         for optimizer in self.optimizers:
             optimizer.complete_state()
         try:
-            if self.log.path is not None:
+            if self.log.path is not None:  # it is None on other ranks
                 self.write_checkpoint(self.log.path.with_suffix(".ckpt"))
         except UserError as error:
             self.log(f"warning: {error}")
         self.ranks.barrier()
 
     def write_checkpoint(self, path: Path) -> None:
-        """UserError: it cannot be written, or would hold a number that is not finite."""
+        """UserError: the file cannot be written, or a number is not finite."""
         arrays = {name: t.numpy(force=True) for name, t in self.tensors().items()}
         for name, array in arrays.items():
             problem = f"{name} is not finite, so step {self.steps} gets no checkpoint"
@@ -1872,9 +1954,9 @@ class TrainState:
         self.hint = f"RESUME={path} goes on from step {self.steps}"
 
     def restore(self, path: str) -> None:
-        """Every rank gets the checkpoint at `path`, which rank 0 reads, or rank 0's initial weights
-        if `path` is empty. Collective. UserError: there is no checkpoint, or it belongs to other
-        settings."""
+        """Every rank gets rank 0's state. If `path` is not empty, rank 0 first reads it from that
+        checkpoint. Collective. UserError: there is no checkpoint, or it has other shapes than the
+        settings make."""
         if path and self.ranks.rank == 0:
             self.copy_checkpoint(path, read_checkpoint(path))
         for tensor in self.tensors().values():
@@ -1884,7 +1966,7 @@ class TrainState:
             self.log(f"resume:{path} step:{self.steps} train_time:{1e3 * self.seconds:.0f}ms")
 
     def copy_checkpoint(self, path: str, arrays: dict[str, ndarray]) -> None:
-        """Overwrite `tensors` with `arrays`, and warn of settings that have changed."""
+        """Copy the arrays of a checkpoint into the state, and warn of settings that differ."""
         before = json.loads(str(arrays.get("settings", "{}")))
         for name, value in self.hp.as_env().items():
             may_differ = name in ("RUN_ID", "RESUME", "CHECKPOINT_EVERY")
@@ -1895,8 +1977,8 @@ class TrainState:
             needed = tuple(tensor.shape)
             require(
                 found == needed,
-                f"RESUME={path}: {name} is {found}, these settings need {needed}: set what the run "
-                "was begun with",
+                f"RESUME={path}: {name} has shape {found}, these settings make {needed}: set what "
+                "the run was begun with",
             )
             tensor.copy_(torch.from_numpy(arrays[name]))
 
@@ -1905,17 +1987,19 @@ def read_checkpoint(path: str) -> dict[str, ndarray]:
     """All arrays of a checkpoint. UserError: there is no such file, or it is cut or damaged."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            require(not archive.zip.testzip(), "damaged")  # NumPy checks only a part
+            # np.load by itself does not verify every checksum
+            require(not archive.zip.testzip(), "a checksum differs")
             return dict(archive)
-    except Exception as error:  # of many types: damage shows in NumPy, zipfile, zlib, struct ...
-        reason = getattr(error, "strerror", None) or "no whole checkpoint"
+    except Exception as error:  # damage raises many types: of NumPy, zipfile, zlib, struct ...
+        reason = getattr(error, "strerror", None) or f"not a whole checkpoint ({error})"
         raise UserError(f"RESUME={path}: {reason}") from None
 
 
 def train(model, loader: TokenLoader, validation: Validation, ranks, log, stop) -> Trained:
-    """Train `model`, in place, until ITERATIONS or MAX_WALLCLOCK_SECONDS, starting from RESUME if
-    it is set. At the end there is a checkpoint, the model holds the averaged weights, and their
-    curvature is measured. Collective. UserError: the loss is not finite. Stopped: by a signal."""
+    """Train `model` in place, from its initial weights or from RESUME, until ITERATIONS or
+    MAX_WALLCLOCK_SECONDS. After the last step a checkpoint is written; then the model gets the
+    averaged weights, and their curvature is measured. Collective. UserError: the loss is not
+    finite. Stopped: a signal came."""
     hp = model.hp
     state = TrainState(model, ranks, log)
     state.restore(hp.resume)
@@ -1927,10 +2011,11 @@ def train(model, loader: TokenLoader, validation: Validation, ranks, log, stop) 
     curvature = {}
     if hp.quantizer == "gptq":
         began = perf_counter()
-        _, passes = block_passes(hp)
+        _, passes = block_passes(hp)  # those of the network that is scored
         curvature, num_tokens = measure_curvature(model, passes, loader, state.steps, ranks)
-        seconds = perf_counter() - began
+        seconds = ranks.from_rank0(perf_counter() - began)
         state.set_clock(state.seconds + seconds)
+        # input channels that were always 0
         dead = sum(int((c.inputs_CC.diagonal() == 0).sum()) for c in curvature.values())
         facts = f"seconds:{seconds:.1f} matrices:{len(curvature)} dead_columns:{dead}"
         log(f"gptq_curvature tokens:{num_tokens} {facts} {state.clock}")
@@ -1939,8 +2024,8 @@ def train(model, loader: TokenLoader, validation: Validation, ranks, log, stop) 
 
 
 def training_step(state: TrainState, loader: TokenLoader, loss: Callable, plan: StepPlan) -> Tensor:
-    """An update on batch `state.steps`. Returns this rank's part of the batch's mean loss, which
-    the GPU may still be working on. Collective."""
+    """One update, on the batch whose number is `state.steps`. Returns this rank's part of the
+    batch's mean loss: summed over the ranks it is the mean. Collective."""
     device = state.ranks.device
     total = torch.zeros((), device=device)
     for micro in range(loader.accumulation):
@@ -1957,59 +2042,55 @@ def training_step(state: TrainState, loader: TokenLoader, loss: Callable, plan: 
 
 
 def warm_up(state: TrainState, take_step: Callable) -> None:
-    """Take WARMUP_STEPS steps, or as many as there are graphs, to compile every graph that training
-    may need; then put back all that they changed. Collective."""
+    """Compile every graph that training may need, by taking steps with each of them: WARMUP_STEPS
+    or, if that is not 0 but too few, one for each graph. Then restore all that they changed.
+    Collective."""
     hp = state.hp
     tensors = list(state.tensors().values())
     before = [t.clone() for t in tensors]
     hardnesses = [None]
     if hp.late_qat_threshold:
         hardnesses.append(torch.ones((), device=state.ranks.device))
-    graphs = list(product(dict.fromkeys(block_passes(hp)), hardnesses))
-    progress = Progress(state.log, "warm-up", len(graphs))
-    for i in range(hp.warmup_steps and max(hp.warmup_steps, len(graphs))):
-        take_step(StepPlan(1.0, *graphs[i % len(graphs)]))
-        if i < len(graphs):
+    orders = dict.fromkeys(block_passes(hp))  # one, if no layer recurs
+    plans = [StepPlan(1.0, passes, hardness) for passes in orders for hardness in hardnesses]
+    progress = Progress(state.log, "warm-up", len(plans))
+    steps = max(hp.warmup_steps, len(plans)) if hp.warmup_steps else 0
+    for i in range(steps):
+        take_step(plans[i % len(plans)])
+        if i < len(plans):
             progress(i + 1)
     torch._foreach_copy_(tensors, before)
     state.ranks.barrier()
 
 
 def run_steps(state: TrainState, take_step: Callable, validation: Validation, stop) -> None:
-    """Step until the end of training, with validations, log lines and checkpoints. The clock is
-    rank 0's; it stands still during validations, but not while a checkpoint is written. No step
-    begins that would pass the time limit if it took twice the average. Collective."""
+    """Take steps until the end of training, with validations, log lines and checkpoints. The clock
+    is rank 0's. It stands still during validations, as the challenge allows, but not while a
+    checkpoint is written. Collective."""
     hp, ranks, log = state.hp, state.ranks, state.log
-    stop.be_patient()  # signals wait for the end of a step
+    stop.be_patient()  # from here on signals wait for the end of a step
     saved_at = state.seconds
     started = perf_counter() - state.seconds
-    plan = StepPlan(1.0, block_passes(hp)[0], None)
-    losses = []  # of the last two steps
+    plan = StepPlan(1.0, block_passes(hp)[0], None)  # as if before the first step
+    losses = deque(maxlen=2)  # of the last two steps, the older one first
     while True:
-        # Wait for the step before the last one. So the GPU always has a step to work on, and the
-        # clock is right to within a step.
-        older_loss = losses[0].item() if losses else 0.0
+        if losses:
+            # Wait for the older step only, so that the GPU always has a step to work on.
+            require_finite(losses[0], state.steps + 1 - len(losses), state)
         state.set_clock(ranks.from_rank0(perf_counter() - started))
-        stopped, diverged = ranks.any(bool(stop.name), not math.isfinite(older_loss))
-        step, seconds = state.steps, state.seconds
-        require(
-            not diverged,
-            f"step:{step + 1 - len(losses)}/{hp.iterations}: the training loss is not finite; "
-            f"lower the learning rates; {state.hint}",
-        )
-        plan, before = plan_step(step, seconds, hp, ranks.device), plan
-        if losses and (step <= 10 or is_multiple(step, hp.train_log_every)):
-            loss = ranks.sum_over_ranks(losses[-1].clone()).item()
-            speed = f"tok/s:{hp.train_batch_tokens * step / seconds:.0f}"
-            line = f"train_loss:{loss:.4f} {state.clock} {speed} lr_scale:{plan.scale:.4f}"
-            log(f"{state.label} {line}")
+        (stopped,) = ranks.any(bool(stop.name))
+        previous_plan = plan
+        plan = plan_step(state.steps, state.seconds, hp, ranks.device)
+        if losses:
+            log_loss(losses[-1], plan, state)
 
-        capped = step > 0 and would_overrun(seconds, 2 * seconds / step, hp.step_seconds)
-        is_last = capped or step >= hp.iterations
-        validates = is_last or is_multiple(step, hp.val_loss_every)
-        if stopped or validates or 0 < hp.checkpoint_every <= seconds - saved_at:
-            saved_at = seconds
-            state.save()  # also before a validation, as signals wait until it ends
+        is_capped = time_is_up(state)
+        is_last = is_capped or state.steps >= hp.iterations
+        validates = is_last or is_multiple(state.steps, hp.val_loss_every)
+        is_due = 0 < hp.checkpoint_every <= state.seconds - saved_at
+        if stopped or validates or is_due:
+            saved_at = state.seconds
+            state.save()  # also before a validation, in case the run is killed during it
         if validates and not stopped:
             paused = perf_counter()
             loss, bpb = validate(Scorer(state.model, plan.passes), validation, ranks, log)
@@ -2022,19 +2103,68 @@ def run_steps(state: TrainState, take_step: Callable, validation: Validation, st
             raise Stopped(f"{state.label}: stopped by {stop.name or 'a signal'}; {state.hint}")
         if is_last:
             break
-        log_changes(state, plan, before)
-        losses = [*losses, take_step(plan)][-2:]
+        log_changes(previous_plan, plan, state)
+        losses.append(PendingLoss(take_step(plan)))
 
-    if capped:
-        log(f"stopping_early: wallclock_cap train_time:{1e3 * seconds:.0f}ms {state.label}")
+    if losses:
+        require_finite(losses[-1], state.steps, state)
+    if is_capped:
+        log(f"stopping_early: wallclock_cap {state.clock.split()[0]} {state.label}")
 
 
-def log_changes(state: TrainState, plan: StepPlan, before: StepPlan) -> None:
-    """Log that recurrence or late QAT begins with this plan."""
+class PendingLoss:
+    """The loss of a step, on its way to the CPU. (To read it from the GPU would also wait for all
+    work that is queued there, the next step included.)"""
+
+    def __init__(self, loss: Tensor):
+        self.copy = loss.to("cpu", non_blocking=True)
+        self.arrival = torch.cuda.Event() if loss.is_cuda else None
+        if self.arrival:
+            self.arrival.record()
+
+    def wait(self) -> Tensor:
+        """This rank's part of the mean loss in nats, on the CPU."""
+        if self.arrival:
+            self.arrival.synchronize()
+        return self.copy
+
+
+def require_finite(loss: PendingLoss, step: int, state: TrainState) -> None:
+    """UserError: the loss of `step` is not finite on some rank. Collective."""
+    (diverged,) = state.ranks.any(not math.isfinite(loss.wait()))
+    require(
+        not diverged,
+        f"step:{step}/{state.hp.iterations}: the training loss is not finite; lower the learning "
+        f"rates; {state.hint}",
+    )
+
+
+def time_is_up(state: TrainState) -> bool:
+    """Might another step pass the time limit, if it took twice the average? On a GPU the last step
+    is still under way when the clock is read, so that its time counts too."""
+    if not state.steps:
+        return False
+    units = 3 if state.ranks.device.type == "cuda" else 2
+    more = units * state.seconds / state.steps
+    return would_overrun(state.seconds, more, state.hp.seconds_for_steps)
+
+
+def log_loss(loss: PendingLoss, plan: StepPlan, state: TrainState) -> None:
+    """Log the loss of the last step, if it is due. Collective."""
+    hp, step = state.hp, state.steps
+    if step <= 10 or is_multiple(step, hp.train_log_every):
+        mean_loss = state.ranks.sum_over_ranks(loss.wait().clone()).item()
+        speed = f"tok/s:{hp.train_batch_tokens * step / state.seconds:.0f}"
+        line = f"train_loss:{mean_loss:.4f} {state.clock} {speed} lr_scale:{plan.scale:.4f}"
+        state.log(f"{state.label} {line}")
+
+
+def log_changes(previous: StepPlan, plan: StepPlan, state: TrainState) -> None:
+    """Log where recurrence or late QAT begins."""
     hp = state.hp
-    if plan.passes != before.passes:
+    if plan.passes != previous.passes:
         state.log(f"recurrence:on step:{state.steps} passes:{len(plan.passes)}")
-    if plan.hardness is not None and before.hardness is None:
+    if plan.hardness is not None and previous.hardness is None:
         facts = f"lr_scale:{plan.scale:.4f} bits:{hp.quant_bits} {hp.qat_rounding}"
         state.log(f"late_qat:on step:{state.steps} {facts}")
 
@@ -2045,25 +2175,29 @@ def is_multiple(step: int, every: int) -> bool:
 
 
 # --- 9. Curvature -------------------------------
-# How much an error in a weight raises the loss, measured on training tokens and on the training
-# clock. GPTQ [10] uses it to decide which weights must be kept most precisely.
+# How much an error in a weight raises the loss. It is measured on training tokens, and the time
+# counts as training time. GPTQ (section 10) uses it to keep those weights precise that matter most.
 
-PASS_TOKENS = 16_384  # of a rank at a time
+CHUNK_TOKENS = 16_384  # tokens of one rank in one forward and backward pass
 
 
 class Curvature:
-    """What errors of one matrix cost. An error E raises the loss, to second order, by half the sum
-    over rows r of `outputs_r * E_r inputs E_r'` nats per token (Kronecker-factored: 1503.05671)."""
+    """By how much errors in one matrix raise the loss: an error E costs, in nats per token,
 
-    def __init__(self, inputs_CC: Tensor, outputs_R: Tensor):
-        self.inputs_CC = inputs_CC  # mean of x x' over tokens, x being what the matrix multiplies
-        self.outputs_R = outputs_R  # mean over tokens of the squared gradient of what comes out
+        1/2 * sum over the rows r of  outputs_r * E_r @ inputs @ E_r'
+
+    (second order, Kronecker-factored, with squared gradients in the place of second derivatives:
+    1503.05671)."""
+
+    def __init__(self, inputs_CC, outputs_R):
+        self.inputs_CC = inputs_CC  # mean of x x' over tokens, where x is the input
+        self.outputs_R = outputs_R  # mean over tokens of the squared gradient of output r
 
     @cached_property
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """(perm, U): the columns sorted by falling moment, and the upper Cholesky factor of the
-        inverse of the damped moments in that order. None: there is no such factor, or a moment is
-        not finite."""
+        """perm, the columns by falling diagonal of inputs_CC; and U, upper triangular, with U' U =
+        (inputs_CC[perm, perm] + damping)^-1, which GPTQ needs. None, if the matrix is not positive
+        definite even with the strongest damping, or a number is not finite."""
         H_CC = self.inputs_CC.double()
         perm_C = H_CC.diagonal().argsort(descending=True)
         H_CC = H_CC[perm_C][:, perm_C]
@@ -2077,19 +2211,23 @@ class Curvature:
 
     @cached_property
     def deltas(self) -> Tensor:
-        """(R, 1): step sizes, up to a common factor, at which one more bit reduces the loss equally
-        in every row of every matrix (reverse water-filling). An error of 1 in column c costs
-        U_cc^-2, once later columns have compensated for it. They are powers of 2^(1/8), as few
-        different numbers take few bytes."""
-        residual = self.factors[1].diagonal().double().pow(-2).mean()
+        """(R, 1): relative step sizes, for `factors` that are not None. GPTQ multiplies those of
+        all matrices by one number. They go as 1/sqrt(the cost of an error of 1), so that one more
+        bit reduces the loss equally in every row of every matrix (reverse water-filling). That cost
+        is outputs_r times the mean of U_cc^-2, which is what remains of an error in column c once
+        later columns have compensated for it."""
+        column_cost = self.factors[1].diagonal().double().pow(-2).mean()
         outputs_R = self.outputs_R.double()
-        cost_R = residual * (outputs_R + 0.01 * outputs_R.mean())
-        return torch.exp2((-4 * cost_R.clamp_min(1e-30).log2()).round() / 8).float().cpu()[:, None]
+        cost_R = column_cost * (outputs_R + 0.01 * outputs_R.mean())
+        eighths = (
+            -4 * cost_R.clamp_min(1e-30).log2()
+        ).round()  # of log2: few values take few bytes
+        return torch.exp2(eighths / 8).float().cpu()[:, None]
 
 
 @dataclass
 class Moments:
-    """Sums over tokens, from which a Curvature is made."""
+    """Sums over tokens, from which a Curvature is made. (0.0 takes the shape of what is added.)"""
 
     inputs_CC: Tensor | float = 0.0  # of x x'
     outputs_R: Tensor | float = 0.0  # of squared gradients
@@ -2100,21 +2238,19 @@ class Moments:
         self.inputs_CC = self.inputs_CC + x_NC.T @ x_NC
 
     def add_gradients(self, g: Tensor, factor=1.0) -> None:
-        """`g`: (..., R), the gradient of what comes out; `factor`: what the rows of the matrix were
-        multiplied by in this pass."""
+        """Add squares. g is the gradient of factor * (W x); so g * factor is that of W x."""
         self.outputs_R = self.outputs_R + (g.flatten(0, -2).float() * factor).square().sum(0)
 
     def watch_linear(self, module, args, y: Tensor) -> None:
         """A forward hook of Linear: adds its input and, in the backward pass, its gradient."""
-        x, *factors = args
-        self.add_inputs(x)
-        factor = factors[0].detach().flatten() if factors else 1.0
+        self.add_inputs(args[0])
+        factor = args[1].detach().flatten() if len(args) > 1 else 1.0
         y.register_hook(lambda g: self.add_gradients(g, factor))
 
     def watch_embedding(self, module, args, y: Tensor) -> None:
-        """A forward hook of an embedding, which is treated as a matrix applied to one-hot tokens.
-        The roles are swapped, as tables are coded by rows: a row's weight is how often it is looked
-        up, and errors of its columns cost by the moments of the gradient."""
+        """A forward hook of an embedding: treat the table (V, D) as the transpose of a matrix
+        applied to one-hot tokens. Then outputs_R is how often each row is looked up, and inputs_CC
+        the moments of the gradient of what was looked up."""
         counts_R = torch.bincount(args[0].flatten(), minlength=len(module.weight))
         self.outputs_R = self.outputs_R + counts_R
         y.register_hook(self.add_inputs)
@@ -2122,15 +2258,17 @@ class Moments:
 
 @contextmanager
 def watched(model) -> Iterator[dict[str, Moments]]:
-    """Within, every forward and backward pass of `model` adds to the Moments that this gives, by
-    the name of the matrix."""
+    """While this context is open, each forward and backward pass adds to the Moments that it
+    yields, by name of the matrix. At the end, hooks and gradients are removed."""
     moments = defaultdict(Moments)
-    hooks = {Linear: Moments.watch_linear, nn.Embedding: Moments.watch_embedding}
     handles = []
     try:
         for name, module in model.named_modules():
-            if type(module) in hooks:
-                hook = partial(hooks[type(module)], moments[f"{name}.weight"])
+            if isinstance(module, Linear):
+                hook = moments[f"{name}.weight"].watch_linear
+                handles.append(module.register_forward_hook(hook))
+            elif isinstance(module, nn.Embedding):
+                hook = moments[f"{name}.weight"].watch_embedding
                 handles.append(module.register_forward_hook(hook))
         yield moments
     finally:
@@ -2140,9 +2278,9 @@ def watched(model) -> Iterator[dict[str, Moments]]:
 
 
 def curvature_batches(hp, loader: TokenLoader, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields this rank's (ids, target ids) of the training batches from `step` on, PASS_TOKENS at a
-    time: whole batches, at least GPTQ_TOKENS in all."""
-    rows = max(1, PASS_TOKENS // hp.train_seq_len)
+    """Yields this rank's (ids, target ids) of the batches that would follow after `step` steps, in
+    chunks of about CHUNK_TOKENS: as many whole batches, of all ranks, as GPTQ_TOKENS needs."""
+    rows = max(1, CHUNK_TOKENS // hp.train_seq_len)
     for batch in range(math.ceil(hp.gptq_tokens / hp.train_batch_tokens)):
         for micro in range(loader.accumulation):
             ids, target_ids = loader.micro_batch(step + batch, micro)
@@ -2152,14 +2290,14 @@ def curvature_batches(hp, loader: TokenLoader, step: int) -> Iterator[tuple[Tens
 def measure_curvature(
     model, passes: tuple[int, ...], loader: TokenLoader, step: int, ranks
 ) -> tuple[dict[str, Curvature], int]:
-    """(name -> Curvature of every coded matrix, the number of tokens it was measured on), from the
-    batches after `step` steps. With a time limit it ends early where the next pass, at twice the
-    mean time, would take longer than the seconds that are kept for it. Collective."""
+    """Returns the Curvature of every coded matrix, by name, and the number of tokens that it was
+    measured on: those of the batches after `step` steps. With a time limit it ends early, when one
+    more chunk of twice the mean time would exceed the seconds kept for it. Collective."""
     hp, device = model.hp, ranks.device
     began = perf_counter()
     num_tokens = 0
     with watched(model) as moments:
-        head = moments["head.weight"]
+        head = moments["head.weight"]  # GPT.logits uses the matrix without its module: no hook
         for done, (ids, target_ids) in enumerate(curvature_batches(hp, loader, step), start=1):
             num_tokens += ids.numel() * ranks.world_size
             hidden_ND = model.hidden(ids.to(device), passes).flatten(0, 1)
@@ -2175,11 +2313,13 @@ def measure_curvature(
 
     found = {}
     for name in sorted(moments):
-        sums = (moments[name].inputs_CC, moments[name].outputs_R)
-        found[name] = Curvature(*(ranks.sum_over_ranks(x) / num_tokens for x in sums))
+        inputs_CC = ranks.sum_over_ranks(moments[name].inputs_CC) / num_tokens
+        outputs_R = ranks.sum_over_ranks(moments[name].outputs_R) / num_tokens
+        found[name] = Curvature(inputs_CC, outputs_R)
     if model.head is None:
-        # The embedding table is also the output head: its costs in both places are added, as if its
-        # rows were looked up in proportion to their gradients in the head.
+        # The embedding table is also the output head, and its costs in both places add up. That
+        # keeps the form of a Curvature only if rows have the same weights in both: so how often
+        # each is looked up is replaced by its share of the head's squared gradients.
         table, head = found["embed.weight"], found.pop("head.weight")
         looked_up_CC = table.inputs_CC / head.outputs_R.sum()
         found["embed.weight"] = Curvature(head.inputs_CC + looked_up_CC, head.outputs_R)
@@ -2187,28 +2327,30 @@ def measure_curvature(
 
 
 # --- 10. Artifact -------------------------------
-# Weights <-> codes <-> bytes, and the step sizes at which they fit. Codes are compressed by rANS
-# (Duda, 1311.2540) with frequency tables chosen by the spread of a code's row and column, which
-# takes fewer bytes than their zeroth-order entropy. The file holds numbers, never anything that can
+# Quantise weights to codes, compress the codes to bytes, and search for the step sizes at which the
+# file fits the budget. Codes are compressed by rANS (asymmetric numeral systems, Duda 1311.2540).
+# Each uses one of 64 frequency tables, chosen by the spread of its row and of its column; that
+# takes fewer bytes than one table for all. The natural step size of a weight is the one that
+# QUANT_BITS would give (8 bits for tables and head). The file holds data only, nothing that can
 # run:
 #
-#     "PGOLF" 3 | SHA-256 of the rest | u32 size of the side stream | side stream | rANS words
+#     "PGOLF", byte 3 | SHA-256 of the rest | u32 size of the side stream | side stream | rANS words
 #
 # The side stream is LZMA2 of everything but the codes. docs/container.md describes every byte.
 
 MAGIC = b"PGOLF\x03"
-CHECKSUM = slice(len(MAGIC), len(MAGIC) + 32)
+CHECKSUM_PLACE = slice(len(MAGIC), len(MAGIC) + 32)
 TABLES = 64  # frequency tables
-SYMBOLS = 256  # of a table: code + 128
+SYMBOLS = 256  # symbols of a table; a symbol is a code plus 128
 SCALE = 14  # the frequencies of a table sum to 2^SCALE
-LEAST_STATE = 1 << 16  # of rANS, and its first
+LEAST_STATE = 1 << 16  # the smallest rANS state, which is also the first
 MOST_WEIGHTS = 1 << 28  # a file that claims more is refused before memory is taken
 MOST_SIDE = 1 << 24  # bytes of the side stream once it is decompressed
-MOST_TEXT = 1 << 20  # of these, of the tensor table
-COARSEST = 254.0  # times the natural step size: then all codes are -1, 0 or 1
+MOST_TEXT = 1 << 20  # bytes of the tensor table in it
+COARSEST = 254.0  # the largest factor of the natural step sizes: all codes are -1, 0 or 1
 GPTQ_BLOCK = 128  # columns
 TOLERANCE = 4096  # bytes of the budget that may stay unused
-AIM = 2000  # bytes below the budget at which the search aims first
+AIM = 2000  # the search aims this many bytes below the budget
 LZMA = dict(
     format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=1 << 20, pb=0)]
 )
@@ -2223,31 +2365,32 @@ class RowQuantizer:
     """Rounds each row by itself, without looking at the inputs of the matrix (GPTQ-lite)."""
 
     def __init__(self, state: dict[str, Tensor], hp, curvature: dict[str, Curvature]):
-        """`state`: the weights to be packed; `curvature`: ignored."""
+        """`state`: the weights to be packed. It and `curvature` are for other quantisers."""
         self.hp = hp
 
-    def quantize(self, name: str, w_RC: Tensor, coarsen: float) -> tuple[Tensor, Tensor]:
-        """(codes, deltas) as of `quantize_rows`, with about `coarsen` times the natural step size,
-        which is that of QUANT_BITS."""
+    def quantize(self, name: str, w_RC, coarsen: float) -> tuple[Tensor, Tensor]:
+        """(codes (R, C), step sizes (R, 1)) as of `quantize_rows`, with about `coarsen` times the
+        natural step sizes."""
         largest = largest_code(name, w_RC, self.hp) / coarsen
         return quantize_rows(w_RC, dithered_codes(len(w_RC), largest))
 
-    draft = quantize  # a quicker version, if there is one, whose codes take about as many bytes
+    draft = quantize  # a quicker version, of about as many bytes; there is no need for one here
 
 
 def dithered_codes(rows: int, largest: float) -> Tensor:
-    """(rows, 1): the largest code of each row, an integer from 1 to 127, on average `largest`. They
-    differ from row to row, so that a small change of `largest` changes a few rows."""
+    """(rows, 1): the largest code of each row, an integer from 1 to 127, on average `largest`. Rows
+    differ, so that a small change of `largest` changes only a few of them, and the size of the file
+    by little."""
     golden = 0.6180339887498949
     dither = torch.arange(rows, dtype=torch.float64)[:, None] * golden % 1
     return (largest + dither).floor().clamp(1, LARGEST_CODE).float()
 
 
 class GPTQ:
-    """Step sizes from `Curvature.deltas`; then columns are rounded in turn, and those still to come
-    compensate for the error so far (GPTQ, 2210.17323). Their common factor is such that they have
-    the geometric mean of RowQuantizer's. Matrices without a usable curvature are rounded by
-    rows."""
+    """Takes step sizes from `Curvature.deltas`, then rounds columns in turn, so that later columns
+    compensate for the error of earlier ones (GPTQ, 2210.17323). One factor scales all step sizes,
+    so that their geometric mean is that of the natural ones. Matrices without a usable curvature
+    are rounded by rows."""
 
     def __init__(self, state: dict[str, Tensor], hp, curvature: dict[str, Curvature]):
         self.rows = RowQuantizer(state, hp, curvature)
@@ -2261,7 +2404,7 @@ class GPTQ:
             num_weights += w_RC.numel()
         self.scale = 2 ** (log_ratio / max(num_weights, 1))
 
-    def quantize(self, name: str, w_RC: Tensor, coarsen: float) -> tuple[Tensor, Tensor]:
+    def quantize(self, name: str, w_RC, coarsen: float) -> tuple[Tensor, Tensor]:
         """As RowQuantizer.quantize."""
         if name not in self.curvature:
             return self.rows.quantize(name, w_RC, coarsen)
@@ -2272,15 +2415,17 @@ class GPTQ:
         codes_CR[perm_C] = round_in_turn(w_CR, delta.to(w_CR.device)[:, 0], factor_CC)
         return codes_CR.T.cpu().contiguous(), delta
 
-    def draft(self, name: str, w_RC: Tensor, coarsen: float) -> tuple[Tensor, Tensor]:
-        """The same step sizes, but each weight is rounded by itself: quick, and about as large."""
+    def draft(self, name: str, w_RC, coarsen: float) -> tuple[Tensor, Tensor]:
+        """The same step sizes, but each weight is rounded by itself. That is quicker, and the file
+        is about as large."""
         if name not in self.curvature:
             return self.rows.quantize(name, w_RC, coarsen)
         delta = self.delta(name, w_RC, coarsen)
         return round_to(delta, w_RC), delta
 
-    def delta(self, name: str, w_RC: Tensor, coarsen: float) -> Tensor:
-        """Step sizes (R, 1), large enough that no code passes 127."""
+    def delta(self, name: str, w_RC, coarsen: float) -> Tensor:
+        """Step sizes (R, 1), rounded to bfloat16 as they are stored, and large enough for codes of
+        at most 127."""
         delta = self.curvature[name].deltas * (self.scale * coarsen)
         least = w_RC.abs().amax(1, keepdim=True) / LARGEST_CODE
         return torch.maximum(delta, least).clamp_min(1e-30).bfloat16().float()
@@ -2294,10 +2439,11 @@ def round_to(delta: Tensor, w: Tensor) -> Tensor:
     return (w / delta).round().clamp(-LARGEST_CODE, LARGEST_CODE)
 
 
-def round_in_turn(w_CR: Tensor, delta_R: Tensor, factor_CC: Tensor) -> Tensor:
-    """Codes (C, R) of the columns of a matrix, which are the rows of `w`, rounded one after the
-    other. `factor`: from Curvature.factors. Within a block of columns each error changes the later
-    columns at once; the columns after the block are changed by one product."""
+def round_in_turn(w_CR, delta_R, factor_CC) -> Tensor:
+    """Codes (C, R) of a transposed matrix: each row of `w` is a column of the matrix. The columns
+    are rounded one after the other. `factor`: U of Curvature.factors. Within a block of columns,
+    each error is passed on to the later columns immediately; the columns after the block get all of
+    them by one product."""
     w_CR = w_CR.clone()
     codes_CR = torch.empty_like(w_CR)
     for start in range(0, len(w_CR), GPTQ_BLOCK):
@@ -2318,8 +2464,9 @@ def round_in_turn(w_CR: Tensor, delta_R: Tensor, factor_CC: Tensor) -> Tensor:
 
 
 def spread_classes(codes_RC: ndarray) -> tuple[ndarray, ndarray]:
-    """(of each row, of each column), int16: 16 + 4 log2 of the root mean square of the codes, for
-    columns relative to their rows."""
+    """(classes of the rows, classes of the columns), int16: 16 + 4 log2 of the root mean square of
+    the codes, rounded. For a column, each code is first divided by the root mean square of its row.
+    Small constants keep rows and columns of zeros finite."""
     row = np.sqrt(np.square(codes_RC, dtype=np.float32).mean(1) + 0.03)
     column = np.sqrt(np.square(codes_RC / row[:, None]).mean(0) + 0.003)
     row, column = (np.rint(4 * np.log2(16 * spread)).astype("<i2") for spread in (row, column))
@@ -2332,24 +2479,29 @@ def tables_of(rows: ndarray, columns: ndarray) -> ndarray:
 
 
 def num_states(num_symbols: int) -> int:
-    """How many rANS states, of 4 bytes each in the file, take turns in coding so many symbols."""
+    """How many rANS states take turns in coding so many symbols. More are faster, as they are coded
+    side by side; each takes 4 bytes in the file."""
     return min(1024, 16 + (num_symbols >> 12))
 
 
 def table_frequencies(pairs: ndarray) -> ndarray:
-    """The frequency of each `pair`, an int16 SYMBOLS * table + symbol: uint16, scaled to sum to
-    2^SCALE in each table, and at least 1 for every pair that occurs."""
+    """How often each pair occurs, uint16, scaled to sum to 2^SCALE in each table, and at least 1
+    for every pair that occurs. A pair is SYMBOLS * table + symbol, int16."""
     count = np.bincount(pairs, minlength=SYMBOLS * TABLES).reshape(TABLES, SYMBOLS)
     occurs = count > 0
     spare = (1 << SCALE) - occurs.sum(1, keepdims=True)
     freq = occurs + count * spare // np.maximum(count.sum(1, keepdims=True), 1)
-    freq[np.arange(TABLES), freq.argmax(1)] += (1 << SCALE) - freq.sum(1)  # what rounding has left
+    freq[np.arange(TABLES), freq.argmax(1)] += (1 << SCALE) - freq.sum(
+        1
+    )  # the rest of the rounding
     return freq.astype("<u2").ravel()
 
 
 def rans_encode(pairs: ndarray) -> tuple[ndarray, bytes]:
-    """(`table_frequencies`, coded bytes) of `pairs`. Undoes the steps of `rans_decode`, from the
-    last to the first."""
+    """(`table_frequencies`, coded bytes) of `pairs`. rANS encodes backwards: this undoes the steps
+    of `rans_decode` from the last to the first. The bytes are the final states (u32), then 16-bit
+    words in the order in which the decoder reads them. States lie in [2^16, 2^32); one that would
+    grow beyond that first spills its low 16 bits into a word."""
     freq = table_frequencies(pairs)
     start = np.cumsum(freq, dtype=np.uint32) - freq
     count = num_states(len(pairs))
@@ -2361,12 +2513,15 @@ def rans_encode(pairs: ndarray) -> tuple[ndarray, bytes]:
         spills = (x >> (32 - SCALE)) >= freq[pair]
         words.append(x[spills].astype("<u2"))
         quotient, rest = np.divmod(np.where(spills, x >> 16, x), freq[pair])
-        x[:] = (quotient << SCALE) + rest + start[pair] % (1 << SCALE)  # start within its table
+        x[:] = (
+            (quotient << SCALE) + rest + start[pair] % (1 << SCALE)
+        )  # tables follow each other, each 2^SCALE long
     return freq, b"".join([states, *reversed(words)])
 
 
 def rans_decode(coded: bytes, tables: ndarray, freq: ndarray) -> ndarray:
-    """The symbols (uint8), given the table of each. ValueError: too few bytes, or too many."""
+    """The symbols (uint8); `tables` has the number of each one's frequency table. ValueError: too
+    few bytes, or too many."""
     start = np.cumsum(freq, dtype=np.uint32) - freq
     pair_of_slot = np.repeat(np.arange(len(freq), dtype="<u2"), freq)
     count = num_states(len(tables))
@@ -2382,17 +2537,18 @@ def rans_decode(coded: bytes, tables: ndarray, freq: ndarray) -> ndarray:
         x[:] = freq[pair] * (x >> SCALE) + slot - start[pair]
 
         low = np.flatnonzero(x < LEAST_STATE)
-        require_valid(len(low) <= len(words), "codes end early")
+        require_valid(len(low) <= len(words), "codes end too early")
         x[low] = x[low] << 16 | words[: len(low)]
         words = words[len(low) :]
     is_whole = not len(words) and (states == LEAST_STATE).all()
-    require_valid(is_whole, "codes do not end where they should")
+    require_valid(is_whole, "codes are damaged, or bytes are left over")
     return symbols
 
 
 def encode_matrices(matrices: list[ndarray]) -> tuple[ndarray, list[ndarray], bytes, list[int]]:
-    """(frequencies, spread classes of the rows of each matrix and then of the columns of each, rANS
-    words): what `decode_matrices` needs. And about how many bytes each matrix takes."""
+    """What `decode_matrices` needs: frequencies; the spread classes of the rows of all matrices,
+    followed by those of the columns; the coded bytes. And fourth, about how many bytes each matrix
+    takes."""
     classes = [spread_classes(codes) for codes in matrices]
     pairs = []
     for codes, (rows, columns) in zip(matrices, classes):
@@ -2445,14 +2601,15 @@ class Container(NamedTuple):
     """A packed state dict."""
 
     blob: bytes
-    sizes: dict[str, int]  # its bytes, by group of parameters; "side": all that is not codes
-    error: float  # of the coded weights: norm of the difference over norm
-    num_coded: int  # how many weights were coded, at least 1
+    sizes: dict[str, int]  # bytes of the codes by group of parameters, and of all else as "side"
+    error: float  # relative error of the coded weights: |decoded - w| / |w|
+    num_coded: int  # number of coded weights (1 if there are none)
 
 
 def quantize_state(state: dict[str, Tensor], hp, coarsen: float, quantize: Callable):
     """(entries, codes of the coded matrices, 16-bit numbers of all tensors, relative error).
-    Tensors that are not coded become float16. UserError: a weight is NaN, infinite or huge."""
+    Tensors that are not coded become float16, which ends at 65504. UserError: a weight is NaN,
+    infinite or huge."""
     entries, codes, numbers = [], [], []
     lost = total = 0.0  # sums of squares
     for name, tensor in state.items():
@@ -2460,7 +2617,8 @@ def quantize_state(state: dict[str, Tensor], hp, coarsen: float, quantize: Calla
         largest = largest_code(name, tensor, hp)
         require(
             bool((w.abs() <= (1e30 if largest else 65504)).all()),
-            f"{name}: holds NaN, infinity or huge values; training diverged, lower the rates",
+            f"{name}: holds NaN, infinity or huge values: training diverged; lower the learning "
+            "rates",
         )
         entries.append(TensorEntry(name, largest > 0, tuple(w.shape)))
         if not largest:
@@ -2477,13 +2635,14 @@ def quantize_state(state: dict[str, Tensor], hp, coarsen: float, quantize: Calla
 def pack(
     state: dict[str, Tensor], hp, coarsen: float = 1.0, quantize: Callable | None = None
 ) -> Container:
-    """The container of a state dict, with about `coarsen` times the natural step sizes. `quantize`
-    is a method of a quantiser, by default RowQuantizer's. UserError: a weight is NaN or huge."""
+    """The container of a state dict, with about `coarsen` times the natural step sizes. `quantize`:
+    the `quantize` or `draft` of a quantiser, by default RowQuantizer's. UserError: a weight is NaN,
+    infinite or huge."""
     quantize = quantize or RowQuantizer(state, hp, {}).quantize
     entries, codes, numbers, error = quantize_state(state, hp, coarsen, quantize)
     freq, classes, words, coded_sizes = encode_matrices(codes)
     numbers = b"".join([freq, *classes, *numbers])
-    by_byte = np.frombuffer(numbers, np.uint8).reshape(-1, 2).T.tobytes()
+    by_byte = np.frombuffer(numbers, np.uint8).reshape(-1, 2).T.tobytes()  # low bytes, then high
     text = "".join(entry.line() for entry in entries).encode()
     side = lzma.compress(text + b"\0" + by_byte, **LZMA)
     body = len(side).to_bytes(4, "little") + side + words
@@ -2498,15 +2657,15 @@ def pack(
 
 
 def decompress(blob: bytes, like: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The state dict of a container, float32 on the CPU. With `like`, it must have the same names
-    and shapes. ValueError: it is no container, cut or damaged, of another model, or claims what
-    cannot be; claims are checked before memory is taken."""
+    """The state dict of a container, float32 on the CPU. ValueError: it is not a container, is
+    damaged, claims impossible sizes, or has other names and shapes than the state dict `like`.
+    Sizes are checked before memory is taken for them."""
     try:
         magic = blob[: len(MAGIC)]
-        found = f"starts with {magic!r}, expected {MAGIC!r}: no artifact of this script"
+        found = f"starts with {magic!r}, expected {MAGIC!r}: not an artifact of this script"
         require_valid(magic == MAGIC, found)
-        body = blob[CHECKSUM.stop :]
-        is_intact = hashlib.sha256(body).digest() == blob[CHECKSUM]
+        body = blob[CHECKSUM_PLACE.stop :]
+        is_intact = hashlib.sha256(body).digest() == blob[CHECKSUM_PLACE]
         require_valid(is_intact, "SHA-256 differs: cut or damaged")
         side_end = 4 + int.from_bytes(body[:4], "little")
         text, numbers = inflate(body[4:side_end])
@@ -2525,8 +2684,8 @@ def require_shapes(found: dict[str, tuple[int, ...]], like: dict[str, Tensor]) -
         needed = tuple(like[name].shape) if name in like else "absent"
         require_valid(
             here == needed,
-            "is of another model than the settings (its log has those that it was trained with): "
-            f"{name} is {here} in the file, {needed} by the settings",
+            f"belongs to a model of other settings: {name} is {here} in the file, but {needed} by "
+            "the settings of now; the log of its run has those that it was trained with",
         )
 
 
@@ -2550,10 +2709,10 @@ def parse_entries(text: bytes) -> list[TensorEntry]:
         entries.append(TensorEntry(match[1].decode(), match[2] == b"1", shape))
 
     names = {entry.name for entry in entries}
-    require_valid(len(names) == len(entries), "a name twice")
+    require_valid(len(names) == len(entries), "a tensor name occurs twice")
     coded_shapes = [entry.shape for entry in entries if entry.is_coded]
     are_matrices = all(len(shape) == 2 and min(shape) > 0 for shape in coded_shapes)
-    require_valid(are_matrices, "codes of no matrix")
+    require_valid(are_matrices, "a coded tensor is not a matrix")
     claimed = sum(entry.num_weights for entry in entries)
     require_valid(claimed <= MOST_WEIGHTS, "absurdly many weights")
     return entries
@@ -2568,7 +2727,7 @@ def read_tensors(entries: list[TensorEntry], numbers: bytes, words: bytes) -> di
         *(entry.shape[1] for entry in coded),
         *(entry.num_numbers for entry in entries),
     ]
-    require_valid(len(numbers) == 2 * sum(sizes), "a side stream of another length")
+    require_valid(len(numbers) == 2 * sum(sizes), "a side stream of the wrong length")
     by_byte = np.frombuffer(numbers, np.uint8).reshape(2, -1)
     parts = iter(np.split(by_byte.T.copy().view("<i2").ravel(), np.cumsum(sizes)[:-1]))
     freq = next(parts)
@@ -2595,11 +2754,10 @@ class Packed(NamedTuple):
     """What `compress` returns: a container, and facts for the log."""
 
     container: Container
-    coarsen: float  # what all natural step sizes were multiplied by; below 1: finer
-    error_before: float  # the coded weights' relative error at the natural step sizes
+    coarsen: float  # the factor of the natural step sizes; below 1: finer
+    error_before: float  # the coded weights' relative error at the natural step sizes, as drafted
     bits_per_parameter: float
-    levels: float  # the largest code that a matrix of QUANT_BITS has left, at most 127
-    rounded_by_rows: list[str]  # matrices whose curvature could not be used
+    levels: float  # the largest code of a matrix of QUANT_BITS, after coarsening; at most 127
 
 
 def compress(
@@ -2609,12 +2767,22 @@ def compress(
     budget: int,
     progress: Callable | None = None,
 ) -> Packed:
-    """Pack a state dict into at most `budget` bytes. One factor multiplies all step sizes. It is
-    found by packing, to within TOLERANCE bytes: above 1 if bytes are few; below 1, with FILL_BUDGET
-    and up to codes of 8 bits, if some are left. The search first packs with the quantiser's quicker
-    draft, then with the quantiser itself from where the draft fits. `progress(n, size)` is called
-    after the n-th packing. UserError: even codes of -1, 0 and 1 take too many bytes."""
+    """Pack a state dict into at most `budget` bytes, with the quantiser that QUANTIZER names
+    (RowQuantizer, if there is no curvature). `progress(n, size)` is called after the n-th packing.
+    UserError: even codes of -1, 0 and 1 take too many bytes, or a weight is NaN, infinite or
+    huge."""
     quantizer = QUANTIZERS[hp.quantizer if curvature else "rows"](state, hp, curvature)
+    return fit(state, hp, quantizer, budget, progress)
+
+
+def fit(
+    state: dict[str, Tensor], hp, quantizer, budget: int, progress: Callable | None = None
+) -> Packed:
+    """As `compress`, with a given quantiser. One factor multiplies all natural step sizes. It is
+    above 1 if the file would else be too large. With FILL_BUDGET it may fall below 1, until codes
+    have 8 bits, to use the bytes that are left. It is found by packing again and again: first with
+    the quantiser's quicker draft, then, starting at the factor found so, with the quantiser
+    itself."""
     natural = 2 ** (hp.quant_bits - 1) - 1
     finest = (natural + 1) / (2 * (LARGEST_CODE + 1)) if hp.fill_budget else 1.0
     *_, before = quantize_state(state, hp, 1.0, quantizer.draft)
@@ -2629,7 +2797,7 @@ def compress(
             progress(packings, len(container.blob))
         return container
 
-    for quantize in dict.fromkeys((quantizer.draft, quantizer.quantize)):  # once, if equal
+    for quantize in dict.fromkeys((quantizer.draft, quantizer.quantize)):  # one, for RowQuantizer
         most = 100 if quantize == quantizer.draft else 4
         search = partial(pack_at, quantize=quantize)
         best, coarsen = largest_that_fits(search, budget, finest, coarsen, most)
@@ -2639,18 +2807,17 @@ def compress(
         "MODEL_DIM, MLP_MULT, VOCAB_SIZE or BIGRAM_VOCAB_SIZE",
     )
     count = max(1, sum(tensor.numel() for tensor in state.values()))
-    unused = [name for name, c in curvature.items() if c.factors is None]
     levels = min(LARGEST_CODE, natural / coarsen)
-    return Packed(best, coarsen, before, 8 * len(best.blob) / count, levels, unused)
+    return Packed(best, coarsen, before, 8 * len(best.blob) / count, levels)
 
 
 def largest_that_fits(
     pack_at: Callable, budget: int, finest: float, coarsen: float, most: int
 ) -> tuple[Container | None, float]:
-    """(the container, its factor of the step sizes): the first one within TOLERANCE below `budget`,
-    or the largest that fits after about `most` packings; None if none does. `pack_at(coarsen)`
-    packs; the search begins at `coarsen` and assumes that a bit less per weight doubles the step
-    size."""
+    """(a container that fits, its factor of the step sizes); None in its place if none fits. The
+    search ends with the first container at most TOLERANCE bytes below `budget`, or with the last
+    one that fits once there were `most` packings. `pack_at(coarsen)` packs. The search begins at
+    `coarsen`, and assumes that doubling the step sizes saves a bit per weight."""
     best = None
     low, high = finest, COARSEST
     packings = 0
@@ -2664,7 +2831,7 @@ def largest_that_fits(
         bits_over = (excess + aim) * 8 / container.num_coded  # of each weight
         if excess > 0:
             low = coarsen
-            aim *= 2  # sizes change in jumps, as step sizes are bfloat16: aim lower
+            aim *= 2  # sizes move in jumps, as step sizes are bfloat16: aim lower
         else:
             high = coarsen
             aim = AIM
@@ -2675,37 +2842,41 @@ def largest_that_fits(
 
 
 # --- 11. Scoring --------------------------------
-# Overlapping windows give every target a long context, and each target is scored once, by the first
-# window that reaches it. The ranks share the windows; rank 0 gets nll[t] and entropy[t] in the
-# order of the stream.
+# Target t is token t + 1, predicted from the tokens up to t. The stream is read in overlapping
+# windows, so that targets have a long context. Each target is scored once, by the first window that
+# contains it. The windows are divided among the ranks; rank 0 gets, in the order of the stream, the
+# nll of each target and the entropy of the predicted distribution.
 
-SEGMENT_BATCHES = 32  # most global batches between two sums over the ranks
-HEAD_LOGITS = 2**26  # most logits at a time
+SEGMENT_BATCHES = (
+    32  # at most so many batches (of all ranks) before scores are summed over the ranks
+)
+HEAD_LOGITS = 2**26  # at most so many logits are in memory at once
 
 
 class Scorer(NamedTuple):
-    """A model that scores. `trunk` is a compiled model.hidden, or None: the plain one."""
+    """What scoring needs of a model."""
 
     model: GPT
-    passes: tuple[int, ...]
-    trunk: Callable | None = None
+    passes: tuple[int, ...]  # the order in which its blocks run
+    trunk: Callable | None = None  # model.hidden compiled; None: use it as it is
 
 
 def windows(begin: int, end: int, length: int, stride: int) -> ndarray:
-    """(start, first scored target, end of the scored targets) of each window, (3, windows):
-    together they score the targets [begin, end) once, in order. A window reads the tokens [start,
-    start + length). The first one of the stream scores all its targets, each later one its last
-    `stride`, and the last one, which is aligned to the end, what is left."""
+    """An array (3, number of windows), whose rows are the start of each window, its first scored
+    target, and the end of its scored targets. Together the windows score each target of [begin,
+    end) once, in order. A window reads the tokens [start, start + length). If `begin` is 0, the
+    first window scores all its targets. Every other one scores `stride` targets, the final one what
+    remains: it ends at `end`."""
     first_end = begin + stride if begin else length
-    ends = np.minimum(np.arange(first_end, end + stride, stride), end)
+    ends = np.minimum(np.arange(first_end, end + stride, stride), end)  # the last is cut to `end`
     starts = np.maximum(ends - length, 0)
     firsts = np.append(begin, ends[:-1])
     return np.stack((starts, firsts, ends))
 
 
 def window_targets(spans: ndarray, length: int) -> tuple[ndarray, ndarray]:
-    """(the targets that windows predict, (B, length), as positions in the stream; which of them
-    they score, bool)."""
+    """Two arrays (B, length): the positions in the stream of all targets of each window, and
+    whether the window scores them."""
     starts, firsts, ends = spans[:, :, None]
     positions = starts + np.arange(length)
     return positions, (positions >= firsts) & (positions < ends)
@@ -2715,75 +2886,82 @@ def window_targets(spans: ndarray, length: int) -> tuple[ndarray, ndarray]:
 def score(
     scorer: Scorer, tokens: ndarray, stride: int, ranks, part: tuple[int, int] | None = None
 ) -> Iterator[ndarray]:
-    """Yields (2, N) float32, nll and entropy in nats, of the targets [begin, end) = `part`, by
-    default of all, in segments that grow; N = 0 on ranks other than 0. A target has at least
-    EVAL_SEQ_LEN - stride tokens of context, after the first window. Collective."""
+    """Scores the targets [begin, end) = `part`, by default all. Yields consecutive segments of
+    them, each an array (2, N) float32 of nll and entropy in nats; on ranks other than 0, N is 0.
+    Segments double in size up to a limit, so that the first come early. Every target after the
+    first window has at least EVAL_SEQ_LEN - stride tokens of context. Collective: to the last
+    segment."""
     hp = scorer.model.hp
     begin, end = part or (0, len(tokens) - 1)
     length = min(hp.eval_seq_len, end)
     spans = windows(begin, end, length, stride)
     count = spans.shape[1]
-    batch = max(1, hp.val_batch_size // (length * ranks.world_size))
+    batch = max(1, hp.val_batch_size // (length * ranks.world_size))  # windows of one rank
     done = 0
-    batches = 1
+    segment_batches = 1
     while done < count:
-        # Each rank fills in the targets of its windows; the sum over the ranks has all of them.
-        until = min(done + batches * batch * ranks.world_size, count)
-        _, (offset, *_), (*_, segment_end) = spans[:, done:until]
-        scores_2N = torch.zeros(2, segment_end - offset, device=ranks.device)
-        own = np.array_split(spans[:, done:until], ranks.world_size, axis=1)[ranks.rank]
+        # Each rank writes the scores of its windows and leaves 0 elsewhere: the sum is complete.
+        until = min(done + segment_batches * batch * ranks.world_size, count)
+        segment = spans[:, done:until]
+        segment_begin, segment_end = segment[1, 0], segment[2, -1]
+        scores_2N = torch.zeros(2, segment_end - segment_begin, device=ranks.device)
+        own = np.array_split(segment, ranks.world_size, axis=1)[ranks.rank]
         for i in range(0, own.shape[1], batch):
             some = own[:, i : i + batch]
             if count > batch:
-                some = repeat_last_window(some, batch)  # batches of one shape need one graph
-            for positions, scores_2n in score_windows(scorer, tokens, some, length, stride):
-                scores_2N[:, positions - offset] = scores_2n
+                some = repeat_last_window(some, batch)  # equal shapes are compiled once
+            for positions, chunk_scores in score_windows(scorer, tokens, some, length, stride):
+                scores_2N[:, positions - segment_begin] = chunk_scores
 
         scores_2N = ranks.sum_over_ranks(scores_2N)
         if ranks.rank:
             scores_2N = scores_2N[:, :0]
-        yield scores_2N.cpu().numpy().copy()  # a view would keep the whole segment alive
+        yield scores_2N.cpu().numpy().copy()  # an empty view would keep the segment in memory
         done = until
-        batches = min(2 * batches, SEGMENT_BATCHES)
+        segment_batches = min(2 * segment_batches, SEGMENT_BATCHES)
 
 
 def repeat_last_window(spans: ndarray, count: int) -> ndarray:
-    """`spans` filled up to `count` windows with copies of the last one that score nothing."""
+    """`spans` filled up to `count` windows; the added ones repeat the last, but score no
+    targets."""
     missing = count - spans.shape[1]
     padded = np.pad(spans, ((0, 0), (0, missing)), "edge")
-    padded[1, spans.shape[1] :] = padded[2, -1]
+    padded[1, spans.shape[1] :] = padded[2, -1]  # first = end
     return padded
 
 
 def score_windows(
     scorer: Scorer, tokens: ndarray, spans: ndarray, length: int, stride: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (positions (n,), scores (2, n)), on the device, of the targets that these windows
-    score. Only positions that may be scored go through the last block's queries and the output
-    head."""
+    """Yields, in chunks and on the device, the positions (n,) of the targets that these windows
+    score, and their nll and entropy (2, n). The last block computes queries for no more than the
+    last `stride` positions, where that is enough; the output head runs on scored positions only."""
     model, passes, trunk = scorer
     device = model.embed.weight.device
     starts, firsts, _ = spans
-    reaches_back = (starts + length - firsts).max()  # to the first scored target, from the end
-    last = min(stride, length) if reaches_back <= stride else length
-    if trunk is None or last == length:  # whole windows are few: their graph would not pay
+    tail = (starts + length - firsts).max()  # from the first scored target to the window's end
+    last = min(stride, length) if tail <= stride else length
+    if trunk is None or last == length:
+        # Where windows overlap, few are scored whole: to compile for them would take too long.
         trunk = model.hidden
 
     positions, scored = window_targets(spans, length)
     ids_BT = torch.from_numpy(tokens[positions].astype(np.int64)).to(device)
     hidden_ND = trunk(ids_BT, passes, last=last).flatten(0, 1)
-    positions, scored = positions[:, -last:], scored[:, -last:]
-    rows = torch.from_numpy(np.flatnonzero(scored)).to(device)
-    target_ids = torch.from_numpy(tokens[positions[scored] + 1].astype(np.int64)).to(device)
-    positions = torch.from_numpy(positions[scored]).to(device)
+    scored = scored[:, -last:]
+    scored_positions = positions[:, -last:][scored]
+    target_ids = torch.from_numpy(tokens[scored_positions + 1].astype(np.int64)).to(device)
+    rows = torch.from_numpy(np.flatnonzero(scored)).to(device)  # of hidden_ND
+    scored_positions = torch.from_numpy(scored_positions).to(device)
     size = max(1, HEAD_LOGITS // model.hp.vocab_size)
-    for r, t, v in zip(rows.split(size), positions.split(size), target_ids.split(size)):
-        yield t, model.scores(hidden_ND[r], v)
+    chunks = zip(rows.split(size), scored_positions.split(size), target_ids.split(size))
+    for some_rows, some_positions, some_ids in chunks:
+        yield some_positions, model.scores(hidden_ND[some_rows], some_ids)
 
 
 def validate(scorer: Scorer, validation: Validation, ranks, log) -> tuple[float, float]:
-    """(nats per target, bits per byte) of the validation stream in windows that do not overlap, on
-    rank 0; zeros on the others. Collective."""
+    """Scores the validation stream in windows that do not overlap, except the final one. Returns
+    (nats per target, bits per byte) on rank 0, and zeros on the others. Collective."""
     stride = scorer.model.hp.eval_seq_len
     progress = Progress(log, "validation", validation.num_targets)
     nll = np.empty(0, np.float32)
@@ -2792,19 +2970,21 @@ def validate(scorer: Scorer, validation: Validation, ranks, log) -> tuple[float,
         progress(len(nll))
     if ranks.rank:
         return 0.0, 0.0
-    return nll.mean(dtype=float), bits_per_byte(nll, validation.target_bytes)
+    return float(nll.mean(dtype=float)), bits_per_byte(nll, validation.target_bytes)
 
 
 # --- 12. Test-time training ---------------------
-# Score first, then learn (PR #825): a chunk of the stream is scored with an average of the weights,
-# and only then do the weights learn from it, for the chunks to come. Off by default.
+# Score first, then learn (PR #825). A chunk of the stream is scored with a moving average of the
+# weights. Only then are the weights trained on it, which can help later chunks. TTT_EPOCHS turns it
+# on.
 
-TTT_BATCH = 32  # sequences per step, over all ranks
+TTT_BATCH = 32  # most sequences per step, over all ranks
 
 
 def ttt_scale(done: float) -> float:
-    """The factor of TTT_LR when the share `done` of the stream is scored: a cosine that falls to 0,
-    times 1 to 3, which it reaches after 30 % of the stream."""
+    """What TTT_LR is multiplied by, where the share `done` of the stream came before the chunk. It
+    is half a cosine, from 1 to 0, times a ramp, which rises from 1 to 3 over the first 30 % of the
+    stream and then stays."""
     rise = 1 + 2 * min(1.0, done / 0.3)
     return rise * (1 + math.cos(math.pi * done)) / 2
 
@@ -2812,17 +2992,18 @@ def ttt_scale(done: float) -> float:
 def ttt_batches(
     validation: Validation, begin: int, end: int, length: int, ranks
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields this rank's (ids, target ids, shares), (B, T) each: the targets [begin, end) in
-    sequences that do not overlap, TTT_BATCH at a time over all ranks. A target's share in the loss
-    is that of its bytes."""
-    length = min(length, end)
+    """Yields this rank's part of each training batch: (ids, target ids, shares), (B, T) each. The
+    batches hold the targets [begin, end), each once. A target's share in the loss is its bytes over
+    those of the whole batch. Windows may overlap in their context, whose share is 0."""
+    length = min(length, end)  # a window may reach back before `begin`, but not before the stream
     spans = windows(begin, end, length, length)
-    for some in np.array_split(spans, -(-spans.shape[1] // TTT_BATCH), axis=1):
-        missing = -some.shape[1] % ranks.world_size
-        padded = repeat_last_window(some, some.shape[1] + missing)  # as many for each rank
+    steps = math.ceil(spans.shape[1] / TTT_BATCH)
+    for some in np.array_split(spans, steps, axis=1):
+        missing = -some.shape[1] % ranks.world_size  # to a number that the ranks divide
+        padded = repeat_last_window(some, some.shape[1] + missing)
         positions, scored = window_targets(padded, length)
-        shares = validation.target_bytes[positions] * scored
-        shares = (shares / max(shares.sum(), 1)).astype(np.float32)
+        counted_bytes = validation.target_bytes[positions] * scored
+        shares = (counted_bytes / max(counted_bytes.sum(), 1)).astype(np.float32)
         ids = validation.tokens[positions].astype(np.int64)
         target_ids = validation.tokens[positions + 1].astype(np.int64)
         own = (np.split(x, ranks.world_size)[ranks.rank] for x in (ids, target_ids, shares))
@@ -2830,19 +3011,20 @@ def ttt_batches(
 
 
 def ttt_parameters(model) -> list[nn.Parameter]:
-    """The parameters that learn, by the column `at_test` of PARAMETERS [4]. The others are
-    frozen."""
+    """The parameters to train, by the column `at_test` of PARAMETERS [4]. Sets requires_grad of
+    every parameter accordingly."""
     hp = model.hp
     first = max(0, hp.num_layers - hp.ttt_blocks)
     last_blocks = tuple(f"blocks.{i}." for i in range(first, hp.num_layers))
     tuned = []
     for name, p in model.named_parameters():
+        rule = parameter_row(name).at_test
         learns = {
             "always": True,
             "never": False,
-            "as head if tied": hp.tie_embeddings,
+            "if it is the head": hp.tie_embeddings,
             "in last blocks": name.startswith(last_blocks),
-        }[parameter_row(name).at_test]
+        }[rule]
         p.requires_grad_(learns)
         if learns:
             tuned.append(p)
@@ -2852,42 +3034,42 @@ def ttt_parameters(model) -> list[nn.Parameter]:
 def score_and_learn(
     scorer: Scorer, loss: Callable, validation: Validation, stride: int, ranks, log
 ) -> Iterator[ndarray]:
-    """Yields segments as `score` does, one per chunk. A chunk is scored by an average of the
-    weights, which learn from it only when the next segment is asked for. `loss`: `training_loss`,
-    compiled or not. At the end all weights are as before. Collective."""
+    """Yields (2, N) arrays as `score` does, one per chunk. A chunk is scored by the moving average
+    of the weights. The weights are trained on it only when the next array is asked for. `loss`:
+    `training_loss`, compiled or not. When all is scored, or the generator is closed, the initial
+    weights are back. Collective."""
     hp, num_targets = scorer.model.hp, validation.num_targets
     tuned = ttt_parameters(scorer.model)
-    live = [p.data for p in tuned]  # the model's own: in turn those that score and those that learn
-    initial, learning, mean = ([p.clone() for p in live] for _ in range(3))
+    live = [p.data for p in tuned]  # the model's own: the average to score, the learner to train
+    initial, learner, average = ([p.clone() for p in live] for _ in range(3))
     optimizer = torch.optim.AdamW(tuned, betas=(hp.beta1, hp.beta2), weight_decay=0.0, fused=True)
-    loss = partial(loss, scorer.model)
     try:
         for begin in range(0, num_targets, hp.ttt_chunk_tokens):
             end = min(begin + hp.ttt_chunk_tokens, num_targets)
             segments = score(scorer, validation.tokens, stride, ranks, (begin, end))
             yield np.concatenate(list(segments), 1)
             if end == num_targets:
-                moved = sum((a - b).square().sum() for a, b in zip(learning, initial)).sqrt()
+                moved = sum((a - b).square().sum() for a, b in zip(learner, initial)).sqrt()
                 log(f"ttt:score_first epochs:{hp.ttt_epochs} moved:{moved:.4f}")
                 return
 
-            torch._foreach_copy_(live, learning)
+            torch._foreach_copy_(live, learner)
             optimizer.param_groups[0]["lr"] = hp.ttt_lr * ttt_scale(begin / num_targets)
             for _ in range(hp.ttt_epochs):
                 for ids, target_ids, shares in ttt_batches(
                     validation, begin, end, hp.eval_seq_len, ranks
                 ):
-                    loss(ids, target_ids, scorer.passes, None, shares).backward()
+                    loss(scorer.model, ids, target_ids, scorer.passes, shares_BT=shares).backward()
                     ttt_step(optimizer, tuned, ranks)
-                    torch._foreach_lerp_(mean, live, 1 - hp.ttt_decay)
-            torch._foreach_copy_(learning, live)
-            torch._foreach_copy_(live, mean)
+                    torch._foreach_lerp_(average, live, 1 - hp.ttt_decay)
+            torch._foreach_copy_(learner, live)
+            torch._foreach_copy_(live, average)
     finally:
         torch._foreach_copy_(live, initial)
 
 
 def ttt_step(optimizer, tuned: list[nn.Parameter], ranks) -> None:
-    """One step on the sum of all ranks' gradients, scaled down to a norm of at most 1.
+    """Sum the gradients over the ranks, scale the sum down to a norm of at most 1, and take a step.
     Collective."""
     flat = ranks.sum_over_ranks(nn.utils.parameters_to_vector(p.grad for p in tuned))
     flat *= (1 / (flat.norm() + 1e-6)).clamp_max(1)
@@ -2897,27 +3079,33 @@ def ttt_step(optimizer, tuned: list[nn.Parameter], ranks) -> None:
 
 
 # --- 13. Mixture --------------------------------
-# The model's probabilities are mixed with counts of what came before in the stream. The mixture is
-# fixed by the past alone and sums to 1 over the vocabulary, so that a decoder could use it.
-# Counting is sorting: positions are grouped by the n - 1 tokens before them, in stream order within
-# a group; sorting a group by its next token splits it into the groups for n + 1. So the counts of
-# every n are exact, and they are made while the GPUs score.
+# The model's probabilities are mixed with frequencies of what came before in the stream. Each mixed
+# distribution depends on earlier tokens alone and sums to 1 over the vocabulary. So the score is
+# the length of a code: a decoder could compute the same distributions.
+#
+# Counts are exact, by sorting. Positions are grouped by the n - 1 tokens before them, and keep the
+# order of the stream within a group. In a group, a position's rank among those with the same token
+# is the count of its n-gram so far. Sorting each group by these tokens gives the groups for n + 1.
+# All of it happens while the GPUs score.
 
-CHUNK = 1 << 18  # positions sorted at a time, so that a sort stays in the cache
-# The online rule has a set of mixing weights for each bucket of targets. Buckets differ, coarsest
-# distinction first, in: the model's entropy in whole nats; how often the context came before in the
-# document; and the context's state, which is how far back it last came, which share of its
-# followers was not new, and how often it came.
-BUCKETS = (6, 4, 3, 4, 8)
-STATES = 3 * 4 * 8
-FAR, FARTHER = 512, 2048  # tokens back: the model may still see it, the model no longer sees it
-OFTEN = 255  # the largest count kept within a document; it means "255 or more, exact count unknown"
-# What to add to a context's state, by how often it came in its document: never, once, 2 or 3 times,
-# more. States are counted from 1.
-DOC_OFFSET = STATES * np.array((0, 1, 2, 2, *[3] * (OFTEN - 3))) - 1
-LARGEST_SURPRISE = 40.0  # nats; its cube still fits into a uint16
-PRIOR_STRENGTH = 60  # of the prior from the coarser level of buckets, in pseudo-observations
-ALPHA_CENTERS = {  # nats of entropy at which the weight of backoff is half-way, for n = 2 ... 7
+CHUNK = 1 << 18  # positions sorted at a time: they fit into the CPU's cache
+# The online rule has a set of mixing weights for each bucket of targets, which is made of:
+BUCKETS = (
+    6,  # the model's entropy, in whole nats
+    4,  # how often the context came before in the document: never, once, 2 or 3 times, more
+    3,  # how far back it last came: less than FAR tokens, less than FARTHER, more
+    4,  # the share of its followers that had followed it before, in quarters
+    8,  # how often it came, as floor(log2)
+)
+STATES = math.prod(BUCKETS[2:])  # the last three are one number, the context's state
+FAR, FARTHER = 512, 2048  # at 2048 tokens, its default, a scoring window no longer reaches back
+OFTEN = 255  # the largest count kept within a document: "255 or more, the exact count is unknown"
+# What to add to a context's state to get its bucket, by how often the context came in its document.
+# (1 less than STATES times 0 ... 3, as states are counted from 1.)
+DOC_OFFSET = STATES * np.repeat((0, 1, 2, 3), (1, 1, 2, OFTEN - 3)) - 1
+LARGEST_SURPRISE = 40.0  # nats; what costs more counts as this, whose cube fits into a uint16
+PRIOR_STRENGTH = 60  # pseudo-observations that the weights of the coarser buckets are worth
+ALPHA_CENTERS = {  # entropy in nats at which alpha is midway between its limits, for n = 2 ... 7
     "entropy": np.full(6, 4.0),  # PR #889, #806
     "order": np.array((4.5, 4.2, 3.8, 3.5, 3.2, 3.0)),  # PR #825
 }
@@ -2927,21 +3115,23 @@ ALPHA_CENTERS = {  # nats of entropy at which the weight of backoff is half-way,
 
 
 def since_start(values: ndarray, first: ndarray) -> ndarray:
-    """`values` minus the value at the start of their run; `first` marks where runs start."""
+    """`values` minus the value at the start of their run. A run is a number of consecutive entries,
+    and `first` marks the first of each."""
     starts = np.flatnonzero(first)
     lengths = np.diff(starts, append=len(first))
     return values - np.repeat(values[starts], lengths)
 
 
 def sum_before(values: ndarray, first: ndarray) -> ndarray:
-    """The sum of the values before each one in its run."""
+    """For each value, the sum of the earlier values of its run."""
     return since_start(np.cumsum(values) - values, first)
 
 
 def sort_runs(keys: ndarray) -> tuple[ndarray, ndarray, ndarray]:
-    """(perm, first, prior): `perm` brings equal keys together, in stream order; `first` marks where
-    runs of them start; prior[t] is how many positions before t hold the same key. Key and position
-    are packed into 64 bits, so that one in-place sort is stable."""
+    """(perm, first, earlier): `perm` sorts the positions by key, equal keys in stream order;
+    `first` marks, in that order, where a new key begins; earlier[t] is how many positions before t
+    hold the same key. Key and position are packed into one 64-bit number, so that an ordinary sort
+    keeps the order of the stream."""
     index = np.arange(len(keys), dtype=np.uint32)
     bits = np.uint64(len(keys).bit_length())
     packed = keys.astype(np.uint64) << bits | index
@@ -2950,10 +3140,10 @@ def sort_runs(keys: ndarray) -> tuple[ndarray, ndarray, ndarray]:
     perm = (packed & position_mask).view(np.int64)
     np.right_shift(packed, bits, out=packed)  # leaves the keys
 
-    first = np.append(True, packed[1:] != packed[:-1])[: len(keys)]
-    prior = np.empty_like(index)
-    prior[perm] = since_start(index, first)
-    return perm, first, prior
+    first = np.append(True, packed[1:] != packed[:-1])[: len(keys)]  # cut, if there are no keys
+    earlier = np.empty_like(index)
+    earlier[perm] = since_start(index, first)
+    return perm, first, earlier
 
 
 def floor_log2(x: ndarray) -> ndarray:
@@ -2962,25 +3152,25 @@ def floor_log2(x: ndarray) -> ndarray:
 
 
 def context_states(t: ndarray, first: ndarray, ngram_count: ndarray) -> ndarray:
-    """The state of each position's context: 0 if the context is new, else 1 + a number made of how
-    far back it last came, which share of its followers was not new, and how often it came. It knows
-    the past alone. `t`: positions grouped by context; `first` marks where groups start;
-    `ngram_count`: how often the position's token followed the context before."""
+    """The state of each position's context, from the past alone: 0 if the context is new, else 1 +
+    a number made of the last three parts of BUCKETS. `t`: positions grouped by context; `first`
+    marks where groups start; `ngram_count`: how many times the position's token had followed the
+    context already."""
     seen = since_start(np.arange(len(t), dtype=np.int32), first)  # c(u)
-    is_known = (ngram_count > 0).astype(np.int32)
-    known_before = since_start(np.cumsum(is_known, dtype=np.int32) - is_known, first)
-    gap = np.diff(t, prepend=t[:1])
+    is_repeat = (ngram_count > 0).astype(np.int32)
+    repeats_before = since_start(np.cumsum(is_repeat, dtype=np.int32) - is_repeat, first)
+    gap = np.diff(t, prepend=t[:1])  # meaningless where a group starts, but there the state is 0
 
-    often = np.maximum(seen, 1)
-    frequency = np.minimum(floor_log2(often), 7)
-    share_known = 4 * known_before // often  # 0 ... 3, as a context's first follower is new
-    distance = (gap >= FAR).astype(np.int32) + (gap >= FARTHER)
-    return np.where(seen, 1 + (distance * 4 + share_known) * 8 + frequency, 0)
+    divisor = np.maximum(seen, 1)
+    count_class = np.minimum(floor_log2(divisor), 7)
+    share_class = 4 * repeats_before // divisor  # 0 ... 3, as a context's first follower is new
+    distance_class = (gap >= FAR).astype(np.int32) + (gap >= FARTHER)
+    return np.where(seen, 1 + (distance_class * 4 + share_class) * 8 + count_class, 0)
 
 
 def ranks_in_document(document: ndarray, first: ndarray) -> ndarray:
-    """uint8, for positions in runs, in stream order: how many positions of the run lie before it in
-    the same document, at most OFTEN."""
+    """For each position of a run, in stream order: how many earlier positions of the run are in the
+    same document, uint8, at most OFTEN."""
     first = first.copy()
     first[1:] |= document[1:] != document[:-1]
     ranks = since_start(np.arange(len(first), dtype=np.uint32), first)
@@ -2988,16 +3178,18 @@ def ranks_in_document(document: ndarray, first: ndarray) -> ndarray:
 
 
 class Counts(NamedTuple):
-    """Of one n, for every position t of the stream, which ends an n-gram (u, v)."""
+    """The counts for one n. Entry t is about the n-gram that ends at position t: the context u, n -
+    1 tokens, then the token v."""
 
     ngram_count: ndarray  # c(u, v): how many earlier positions end the same n-gram
-    doc_count: ndarray  # the same within the document, at most OFTEN, uint8
+    doc_count: ndarray  # how many of them are in the same document, at most OFTEN, uint8
     context_state: ndarray  # of u, uint8, see `context_states`; empty for n = 1
 
 
 def ngram_counts(tokens: ndarray, longest: int, describe: bool = True) -> Iterator[Counts]:
-    """Yields the Counts for n = 1 ... `longest`. The count c(u) of a context is the ngram_count of
-    n - 1, one position earlier. Without `describe`, only ngram_count is made."""
+    """Yields the Counts for n = 1 ... `longest`. c(u), how often a context was followed by
+    something, is not among them: it is the ngram_count of n - 1, one position earlier. Without
+    `describe`, only ngram_count is made."""
     perm, first, count = sort_runs(tokens)
     stream = tokens
     doc_count = np.zeros(len(tokens) if describe else 0, np.uint8)
@@ -3011,7 +3203,8 @@ def ngram_counts(tokens: ndarray, longest: int, describe: bool = True) -> Iterat
     yield Counts(narrowed(count), doc_count, np.zeros(0, np.uint8))
 
     # t holds positions, grouped by the n - 1 tokens before them; `first` marks where groups start.
-    # The last position of the stream is followed by nothing; it is the last of its group.
+    # The last position of the stream has no next one to enter; as it is the last of its group, no
+    # group loses its start.
     is_followed = perm < len(tokens) - 1
     t = perm[is_followed].astype(np.uint32) + 1
     first = first[is_followed]
@@ -3019,14 +3212,14 @@ def ngram_counts(tokens: ndarray, longest: int, describe: bool = True) -> Iterat
     for _ in range(2, longest + 1):
         ngram_count = np.zeros(len(tokens), np.uint32)
         doc_count, context_state = np.zeros((2, len(doc_count)), np.uint8)
-        kept = 0  # the next n's t and first overwrite this one's, which have been read by then
+        kept = 0  # t and first for n + 1 are written over those for n, as far as these were read
         for start, stop in chunks_of_groups(first):
             place = t[start:stop]
             begins = first[start:stop]
             document_and_token = stream[place]
             group = np.cumsum(begins, dtype=np.uint64)
             keys = group << np.uint64(16) | (document_and_token & 0xFFFF)
-            by_token, next_begins, count = sort_runs(keys)
+            by_token, next_begins, count = sort_runs(keys)  # the 1st and 2nd: of the sorted order
             ngram_count[place] = count
             sorted_place = place[by_token]
             if describe:
@@ -3035,7 +3228,8 @@ def ngram_counts(tokens: ndarray, longest: int, describe: bool = True) -> Iterat
                 context_state[place] = context_states(place, begins, count)
 
             following = sorted_place + 1
-            is_alone = next_begins & np.append(next_begins[1:], True)  # its counts stay 0
+            # an n-gram that comes once is dropped: with any longer context its counts are 0
+            is_alone = next_begins & np.append(next_begins[1:], True)
             keep = ~is_alone & (following < len(tokens))
             end = kept + np.count_nonzero(keep)
             t[kept:end] = following[keep]
@@ -3052,26 +3246,25 @@ def narrowed(count: ndarray) -> ndarray:
 
 
 def chunks_of_groups(first: ndarray) -> Iterator[tuple[int, int]]:
-    """Yields (start, stop) of chunks of at least CHUNK positions that end where a group ends.
-    `first` is read beyond the current chunk only, so that the caller may overwrite what lies
-    before."""
+    """Yields (start, stop) of chunks that end where a group ends, of at least CHUNK positions but
+    for the last. The caller may overwrite `first` up to `stop`: it is not read again."""
     stop = 0
     while stop < len(first):
         start = stop
         rest = first[start + CHUNK :]
-        stop = start + CHUNK + int(rest.argmax()) if rest.any() else len(first)
+        stop = start + CHUNK + int(rest.argmax()) if rest.any() else len(first)  # next True
         yield start, stop
 
 
 def document_numbers(tokens: ndarray) -> ndarray:
-    """uint32: how many BOS lie before each position. As a target, a BOS still belongs to the
-    document that it ends."""
+    """How many BOS lie strictly before each position, uint32: so a BOS still belongs to the
+    document before it."""
     closes = tokens == BOS
     return np.cumsum(closes, dtype=np.uint32) - closes
 
 
 def document_start(tokens: ndarray, target: int) -> int:
-    """The position after the last BOS before the target."""
+    """The position of the first token of the document that the target belongs to."""
     closes = np.flatnonzero(tokens[: target + 1] == BOS)
     return closes[-1] + 1 if len(closes) else 0
 
@@ -3079,9 +3272,9 @@ def document_start(tokens: ndarray, target: int) -> int:
 def earlier_continuations(
     tokens: ndarray, target: int, lengths: range
 ) -> Iterator[tuple[int, ndarray]]:
-    """Yields (n, the positions of all tokens that followed the target's context of n - 1 tokens
-    before) for each n >= 2 of `lengths` whose context came before. It looks at every position:
-    slow, and independent of `ngram_counts`."""
+    """Yields (n, positions) for each n >= 2 of `lengths`: the positions of all earlier tokens that
+    have the target's context, the same n - 1 tokens, before them; nothing, where there are none. It
+    looks at every position: slow, but a check on `ngram_counts`."""
     t = target + 1
     places = np.flatnonzero(tokens[: t - 1] == tokens[t - 1]) + 1
     for n in range(2, min(lengths.stop, t + 2)):
@@ -3092,39 +3285,40 @@ def earlier_continuations(
 
 
 # Mixing rules: how the model's p and the counts become one probability. `mix` takes a block of
-# targets; `distribution` gives the probability of every token at one target of the block mixed
-# last, from counts made anew, by the same formula; `evidence` is the counts, which a prefix of the
+# targets. `distribution` gives the probability of every token at one target of the most recent
+# block, from counts made anew, by the same formula. `evidence` is the counts, which a prefix of the
 # stream must reproduce.
 
 
 class Backoff:
-    """The longest n-gram whose context came at least NGRAM_MIN_COUNT times before gives c(u, v) /
-    c(u); the choice never looks at the target. p = (1 - alpha) * model + alpha * c(u, v) / c(u),
-    where alpha rises with the model's entropy from ALPHA_MIN to ALPHA_MAX, half-way at
-    ALPHA_CENTERS."""
+    """p = (1 - alpha) * model + alpha * c(u, v) / c(u), for the longest n whose context u came at
+    least NGRAM_MIN_COUNT times before; the choice never looks at the target. alpha rises with the
+    model's entropy from ALPHA_MIN to ALPHA_MAX (PR #889, #825, #806)."""
 
     def __init__(self, tokens: ndarray, hp):
         self.tokens = tokens
         self.hp = hp
         self.lengths = range(hp.ngram_min_order, hp.ngram_order + 1)
         num_targets = len(tokens) - 1
-        self.n = np.zeros(num_targets, np.uint8)  # the n that wins; 0: none
+        self.n = np.zeros(num_targets, np.uint8)  # the n that is used; 0: none
         self.context_count = np.zeros(num_targets, np.uint32)  # its c(u)
         self.ngram_count = np.zeros(num_targets, np.uint32)  # its c(u, v)
         shorter = None  # the counts of n - 1
+        # Target i is token i + 1, and its context ends at token i. The first target that has a
+        # whole context is n - 2.
         counts = ngram_counts(tokens, hp.ngram_order, describe=False)
         for n, (count, *_) in enumerate(counts, start=1):
             if n in self.lengths:
                 context_count = shorter[n - 2 : -1]
-                wins = context_count >= hp.ngram_min_count
-                self.n[n - 2 :][wins] = n
-                self.context_count[n - 2 :][wins] = context_count[wins]
-                self.ngram_count[n - 2 :][wins] = count[n - 1 :][wins]
+                qualifies = context_count >= hp.ngram_min_count
+                self.n[n - 2 :][qualifies] = n
+                self.context_count[n - 2 :][qualifies] = context_count[qualifies]
+                self.ngram_count[n - 2 :][qualifies] = count[n - 1 :][qualifies]
             shorter = count
 
     def blend(self, n, context_count, ngram_count, model, entropy):
-        """The formula. All arguments are arrays along targets or, for every token at one target,
-        scalars and arrays along the vocabulary."""
+        """The formula. For a block, all arguments are arrays along its targets. For every token at
+        one target, ngram_count and model are arrays along the vocabulary and the others scalars."""
         centers = ALPHA_CENTERS[self.hp.ngram_alpha]
         center = centers[np.clip(n.astype(int) - 2, 0, len(centers) - 1)]
         rising = 1 / (1 + np.exp(-2 * (entropy.astype(np.float64) - center)))
@@ -3151,24 +3345,24 @@ class Backoff:
 
 
 class DocumentCache:
-    """What the document has said so far, each token as often as the model was surprised by it: it
-    predicts v with S(v) / S, where S(v) is the sum of the cubes of the nats that v has cost in this
-    document. Names and terms return in a document more often than the model expects; what it did
-    expect tells nothing new."""
+    """Counts the tokens of the document so far, each weighted by the cube of the nats that it cost
+    the model. It predicts v with S(v) / S: the weights of v over those of all tokens. Names and
+    terms return in a document more often than the model expects; tokens that it expected tell
+    nothing new."""
 
     def __init__(self, tokens: ndarray):
         self.tokens = tokens
         self.cubes = np.zeros(len(tokens), np.uint16)  # whole numbers: their sums are exact
-        self.open = np.zeros(1 << 16)  # S(v) of the document in which the last block ended
+        self.open_sums = np.zeros(1 << 16)  # S(v) of the document in which the last block ended
 
     @staticmethod
     def surprise(nats):
-        """How much a token counts that has cost so many nats."""
+        """The weight of a token that cost so many nats."""
         return np.rint(nats * nats * nats)
 
     def extend(self, begin: int, end: int, model: ndarray) -> tuple[ndarray, ndarray]:
         """(S(v) of the target, S) at each of the targets [begin, end), from earlier targets alone.
-        `model`: the model's p of the targets, which is learned for later ones."""
+        `model`: the model's p of the targets, which counts for later ones."""
         token = self.tokens[begin + 1 : end + 1]
         opens = self.tokens[begin:end] == BOS  # does a document open with this target?
         cubes = self.surprise(np.minimum(-np.log(model), LARGEST_SURPRISE))
@@ -3182,64 +3376,67 @@ class DocumentCache:
         sum_of_token[perm] = sum_before(cubes[perm], np.append(True, first))
         sum_of_all = sum_before(cubes, np.append(True, opens[1:]))
 
+        # The document that was open goes on until the first BOS; the last one stays open.
         starts = np.flatnonzero(opens)
-        old = slice(starts[0] if len(starts) else None)  # targets of the document that was open
-        sum_of_token[old] += self.open[token[old]]
-        sum_of_all[old] += self.open.sum()
+        before = slice(starts[0] if len(starts) else None)
+        sum_of_token[before] += self.open_sums[token[before]]
+        sum_of_all[before] += self.open_sums.sum()
         if len(starts):
-            self.open[:] = 0
-        new = slice(starts[-1] if len(starts) else 0, None)
-        self.open += np.bincount(token[new], cubes[new], len(self.open))
+            self.open_sums[:] = 0
+        last = slice(starts[-1] if len(starts) else 0, None)
+        self.open_sums += np.bincount(token[last], cubes[last], len(self.open_sums))
         return sum_of_token, sum_of_all
 
     def distribution(self, target: int, V: int) -> tuple[ndarray, float]:
         """(S(v) of every token, S) at `target`, summed anew."""
-        known = slice(document_start(self.tokens, target), target + 1)
-        sums = np.bincount(self.tokens[known], self.cubes[known], V)
+        past = slice(document_start(self.tokens, target), target + 1)
+        sums = np.bincount(self.tokens[past], self.cubes[past], V)
         return sums, sums.sum()
 
 
 class Link(NamedTuple):
-    """A link of the online chain: it mixes the probability so far with that of some experts."""
+    """A link of the online chain: it mixes the probabilities so far with those of some experts."""
 
-    n: int  # of the n-gram; 1: the document's cache
-    rows: ndarray | slice  # the probabilities that it changes
-    bucket: ndarray | int  # the bucket of mixing weights, for each of them
-    experts: list[ndarray]  # what each expert gives, for each of them
+    n: int  # the n of its counts; 1: DocumentCache
+    rows: ndarray | slice  # indices of the probabilities that it changes
+    bucket: ndarray | int  # which mixing weights to use, one for each row or one for all
+    experts: list[ndarray]  # each expert's probabilities, one for each row
 
 
 class OnlineChain:
-    """A chain that begins with the model's p. Its first link mixes in the document's cache,
+    """A chain of mixtures that begins with the model's p. The first link mixes in DocumentCache,
 
         p_1(v) = w0 * p(v) + w1 * S(v) / S,
 
-    and each longer n, where the context u of n - 1 tokens has come before, two counting experts,
+    unless S is 0. Each longer n, whose context u of n - 1 tokens came before, mixes in two experts:
 
         p_n(v) = w0 * p_{n-1}(v) + w1 * c(u, v) / c(u) + w2 * d(u, v) / d(u).
 
-    c counts in the stream, d in the document; where d knows nothing, c takes its place. Each bucket
-    of targets has its own weights w, learned by EM from strictly earlier blocks. In the end the
-    last p_n and the model's p are averaged, weighted by their likelihood on all earlier targets
-    (Bayes); over the whole stream that costs at most one bit more than the better of the two."""
+    c counts in the stream, d in the document. Where d(u) is 0 or has reached OFTEN, the third term
+    uses c instead. Each bucket of targets has its own mixing weights w, learned from strictly
+    earlier blocks by expectation maximisation (EM). The result at each target is the average of the
+    last p_n and of the model's p, weighted by their likelihood on all earlier targets (Bayes). Over
+    the whole stream that costs at most one bit more than the better of the two."""
 
-    forgetting = 0.97  # factor, per block, of what was learned before
+    forgetting = 0.97  # forgetting factor per block: credits are multiplied by it
 
     def __init__(self, tokens: ndarray, hp):
         self.tokens = tokens
         self.lengths = range(hp.ngram_min_order, hp.ngram_order + 1)
         self.counts = dict(enumerate(ngram_counts(tokens, hp.ngram_order), start=1))
         self.cache = DocumentCache(tokens)
-        # For EM: the share of earlier targets that each expert explained, by n and bucket.
+        # For EM: how many earlier targets each expert explained, by n and bucket, old ones fading.
         self.credits = {n: np.zeros((3, *BUCKETS)) for n in self.lengths}
         self.credits[1] = np.zeros((2, BUCKETS[0]))
-        self.mix_weights = {}  # (experts, buckets) by n, for the block mixed last
-        self.log_odds = 0.0  # of the last p_n against the model, by likelihood so far
-        self.begin = 0  # of the block mixed last
-        self.trust = np.empty(0)  # weight of the last p_n, for each target of that block
+        self.log_odds = 0.0  # log of the likelihood ratio of chain and model on all earlier targets
+        # Of the most recent block:
+        self.mix_weights = {}  # (experts, buckets) by n
+        self.begin = 0  # its first target
+        self.trust = np.empty(0)  # the weight of the chain against the model, for each target
 
     def mix(self, begin: int, end: int, model: ndarray, entropy: ndarray):
-        """(p, longest n that matched) of the targets [begin, end). Afterwards it learns from
-        them."""
+        """(p, longest n that matched) of the targets [begin, end). What it learns from them takes
+        effect in the next block."""
         self.mix_weights = {n: bucket_weights(credits) for n, credits in self.credits.items()}
         p = model.copy()
         matched_n = np.zeros(end - begin, np.uint8)
@@ -3248,6 +3445,7 @@ class OnlineChain:
             if link.n > 1:
                 matched_n[link.rows] = link.n
 
+        # before each target, and after the last: a target must not judge itself
         log_odds = np.cumsum(np.append(self.log_odds, np.log(p / model)))
         self.log_odds = log_odds[-1]
         self.begin = begin
@@ -3255,26 +3453,28 @@ class OnlineChain:
         return self.average(self.trust, p, model), matched_n
 
     def distribution(self, target: int, model_V: ndarray, entropy):
-        """p of every token at `target`, which must lie in the block mixed last."""
+        """p of every token at `target`, which must lie in the most recent block."""
         p = model_V.copy()
         for link in self.links_of_target(target, len(model_V), entropy):
             self.apply(link, p)
         return self.average(self.trust[target - self.begin], p, model_V)
 
     def apply(self, link: Link, p: ndarray) -> list[ndarray]:
-        """Mix the experts of a link into p, in place. Returns what p and each expert
-        contributed."""
+        """Mix the experts of a link into p, in place: the formula of the chain, for the targets of
+        a block or for every token at one target. Returns what p and each expert contributed."""
         mix_weights = [w[link.bucket] for w in self.mix_weights[link.n]]
         parts = [w * q for w, q in zip(mix_weights, (p[link.rows], *link.experts))]
         p[link.rows] = sum(parts)
         return parts
 
     def learn(self, link: Link, parts: list[ndarray]) -> None:
-        """A step of EM: each target's credit is divided by what the parts contributed to its p."""
+        """A step of EM: each target gives a credit of 1, shared among the parts in proportion to
+        what they contributed to its p."""
         total = sum(parts)
         self.credits[link.n] *= self.forgetting
-        for credit, part in zip(self.credits[link.n].reshape(len(parts), -1), parts):
-            credit += np.bincount(link.bucket, part / total, len(credit))  # a view of credits[n]
+        views = self.credits[link.n].reshape(len(parts), -1)
+        for credit, part in zip(views, parts):
+            credit += np.bincount(link.bucket, part / total, len(credit))
 
     @staticmethod
     def average(trust, p, model):
@@ -3289,27 +3489,28 @@ class OnlineChain:
         yield Link(1, rows, entropy_bucket[rows], [sums[rows] / total[rows]])
         for n in self.lengths:
             # target t is token t + 1; its context ends at token t
-            ngram, doc_ngram, state = (counts[begin + 1 : end + 1] for counts in self.counts[n])
-            context, doc_context, _ = (counts[begin:end] for counts in self.counts[n - 1])
-            rows = np.flatnonzero(state)
-            bucket = self.bucket(state[rows], doc_context[rows], entropy_bucket[rows])
-            counted = (ngram[rows], context[rows], doc_ngram[rows], doc_context[rows])
-            yield Link(n, rows, bucket, self.frequencies(*counted))
+            here, shorter = self.counts[n], self.counts[n - 1]
+            rows = np.flatnonzero(here.context_state[begin + 1 : end + 1])
+            ends, context_ends = rows + begin + 1, rows + begin
+            doc_context = shorter.doc_count[context_ends]
+            bucket = self.bucket(here.context_state[ends], doc_context, entropy_bucket[rows])
+            counted = (here.ngram_count[ends], shorter.ngram_count[context_ends])
+            experts = self.frequencies(*counted, here.doc_count[ends], doc_context)
+            yield Link(n, rows, bucket, experts)
 
     def links_of_target(self, target: int, V: int, entropy) -> Iterator[Link]:
-        """Yields the same links for one target, with what each expert gives every token. All is
-        counted anew but the context's state."""
+        """Yields the same links for one target, with what each expert gives every token. Everything
+        except the context's state is counted anew."""
         entropy_bucket = self.entropy_bucket(entropy)
         sums, total = self.cache.distribution(target, V)
         if total:
             yield Link(1, slice(None), entropy_bucket, [sums / total])
         start = document_start(self.tokens, target)
         for n, places in earlier_continuations(self.tokens, target, self.lengths):
-            here = places[places >= start]
-            ngram_V, doc_ngram_V = (
-                np.bincount(self.tokens[some], minlength=V) for some in (places, here)
-            )
-            doc_context = np.uint8(min(len(here), OFTEN))
+            in_document = places[places >= start]
+            ngram_V = np.bincount(self.tokens[places], minlength=V)
+            doc_ngram_V = np.bincount(self.tokens[in_document], minlength=V)
+            doc_context = np.uint8(min(len(in_document), OFTEN))
             state = int(self.counts[n].context_state[target + 1])
             bucket = self.bucket(state, doc_context, entropy_bucket)
             experts = self.frequencies(ngram_V, len(places), doc_ngram_V, doc_context)
@@ -3322,16 +3523,17 @@ class OnlineChain:
 
     @staticmethod
     def bucket(context_state, doc_context, entropy_bucket):
-        """The bucket of a target whose context has this state and came so often in the document."""
+        """The bucket of a target whose context has this state, and came `doc_context` times in the
+        document."""
         return entropy_bucket * (BUCKETS[1] * STATES) + DOC_OFFSET[doc_context] + context_state
 
     @staticmethod
     def frequencies(ngram_count, context_count, doc_ngram_count, doc_context_count):
         """What the two counting experts give: c(u, v) / c(u) and d(u, v) / d(u)."""
         frequency = ngram_count / context_count
-        is_known = (doc_context_count > 0) & (doc_context_count < OFTEN)
+        is_usable = (doc_context_count > 0) & (doc_context_count < OFTEN)
         doc_frequency = doc_ngram_count / np.maximum(doc_context_count, np.uint8(1))
-        return [frequency, np.where(is_known, doc_frequency, frequency)]
+        return [frequency, np.where(is_usable, doc_frequency, frequency)]
 
     def evidence(self) -> list[ndarray]:
         return [array for counts in self.counts.values() for array in counts]
@@ -3339,9 +3541,10 @@ class OnlineChain:
 
 def bucket_weights(credits: ndarray) -> ndarray:
     """(experts, buckets): the posterior mean of the mixing weights, given credits[expert,
-    *BUCKETS]. The weights of coarser buckets are the Dirichlet prior of finer ones. Before anything
-    was seen, the first expert, the probability so far, has 0.98."""
-    levels = [credits]
+    *BUCKETS]. Coarser buckets, which leave out the first parts of BUCKETS, are the Dirichlet prior
+    of finer ones. At first the probability so far has the weight 0.98, and the experts share
+    0.02."""
+    levels = [credits]  # (experts, 6, 4, 3, 4, 8), then without the 6, then without the 4 ...
     while levels[-1].ndim > 1:
         levels.append(levels[-1].sum(1))
     others = len(credits) - 1
@@ -3359,8 +3562,8 @@ RULES = {"online": OnlineChain, "entropy": Backoff, "order": Backoff}
 
 
 def block_edges(total: int) -> list[int]:
-    """0 ... `total`: the edges of blocks that grow with the stream, from 64 targets to 65,536,
-    which a cache holds. Weights change from block to block."""
+    """The borders of the blocks, from 0 to `total`. Blocks grow with the stream, from 64 targets to
+    65,536, whose data fit into the CPU's cache. Mixing weights change from block to block."""
     edges = [0]
     while edges[-1] < total:
         size = min(max(64, edges[-1] // 32), 1 << 16)
@@ -3369,12 +3572,12 @@ def block_edges(total: int) -> list[int]:
 
 
 class Mixture:
-    """The scores of a model mixed with counts, block after block, as they arrive. NGRAM_ALPHA names
+    """Mixes the scores of a model with counts, block after block, as they arrive; NGRAM_ALPHA names
     the rule. For the audit, the whole distribution is made at some targets."""
 
     def __init__(self, tokens: ndarray, hp, rule=None):
-        """Counts the whole stream `tokens`, uint16 (62 million: 3.4 GB at the peak). `rule`: one
-        that is not in RULES."""
+        """Counts the whole stream `tokens`, uint16 (62 million: 3.4 GB at the peak). `rule`: a rule
+        to use instead of the one that NGRAM_ALPHA names."""
         self.tokens = tokens
         self.hp = hp
         self.rule = rule or RULES[hp.ngram_alpha](tokens, hp)
@@ -3383,13 +3586,14 @@ class Mixture:
         self.matched_n = np.zeros(self.num_targets, np.uint8)  # longest n known; 0: none
         self.edges = block_edges(self.num_targets)
         self.next_block = 0
-        places = [f(1, max(self.num_targets, 1), 16) for f in (np.geomspace, np.linspace)]
-        self.samples = np.unique(np.concatenate(places).astype(np.int64)) - 1
+        last = max(self.num_targets, 1)
+        spread = np.append(np.geomspace(1, last, 16), np.linspace(1, last, 16))
+        self.samples = np.unique(spread.astype(np.int64)) - 1  # targets, counted from 0
         self.enumerated = {}  # sampled target -> (what its distribution sums to, p of the target)
 
     def extend(self, nll: ndarray, entropy: ndarray) -> None:
-        """Mix every complete block of the first len(nll) targets; both arrays, in nats, begin with
-        the stream and grow from call to call. RuntimeError: a score is not finite."""
+        """Mix every block that is complete. Each call passes the scores of all targets so far, in
+        nats, from the first one on. RuntimeError: a score is not finite."""
         complete = np.searchsorted(self.edges, len(nll), "right")
         for begin, end in pairwise(self.edges[self.next_block : complete]):
             is_finite = np.isfinite(nll[begin:end] + entropy[begin:end]).all()
@@ -3403,8 +3607,8 @@ class Mixture:
                 self.enumerate(target, model[target - begin], entropy[target])
 
     def enumerate(self, target: int, p_target: float, entropy) -> None:
-        """Make the mixed distribution at `target`. The model's is known only at the target; its
-        rest is spread evenly over the other tokens."""
+        """Make the mixed distribution at `target`. Of the model's only the target's p is known
+        here: the rest of its mass is spread evenly over the other tokens."""
         V = self.hp.vocab_size
         token = self.tokens[target + 1]
         model_V = np.full(V, (1 - p_target) / (V - 1))
@@ -3417,15 +3621,17 @@ class Mixture:
         target another p than was scored, or a prefix of the stream has other counts."""
         faults = []
         for target, (mass, p) in self.enumerated.items():
-            nll = self.nll[target]
-            if abs(mass - 1) > 1e-9 or abs(nll + math.log(p)) > 1e-9:
-                faults.append(f"{target}: mass {mass}, p {p}, scored {nll} nats")
+            with np.errstate(divide="ignore"):
+                difference = abs(self.nll[target] + np.log(p))
+            if not (abs(mass - 1) <= 1e-9 and difference <= 1e-9):  # also if one is NaN
+                scored = f"scored {self.nll[target]} nats"
+                faults.append(f"at target {target} p sums to {mass}; {scored}, recounted {p}")
         prefix = self.tokens[: 1 << 14]
         alone = type(self.rule)(prefix, self.hp)
-        for some, full in zip(alone.evidence(), self.rule.evidence()):
-            if not np.array_equal(some, full[: len(some)]):
-                faults.append("the counts of a prefix differ alone")
-        require(not faults, f"the mixture is no code; targets {'; '.join(faults)}", RuntimeError)
+        pairs = zip(alone.evidence(), self.rule.evidence())
+        if not all(np.array_equal(some, full[: len(some)]) for some, full in pairs):
+            faults.append(f"the first {len(prefix)} tokens have other counts when counted alone")
+        require(not faults, f"the mixture is not a valid code: {'; '.join(faults)}", RuntimeError)
 
         masses = [mass for mass, _ in self.enumerated.values()]
         recounted = sum(self.matched_n[target] > 0 for target in self.enumerated)
@@ -3437,24 +3643,26 @@ class Mixture:
 
 
 def mix(tokens: ndarray, nll: ndarray, entropy: ndarray, hp) -> ndarray:
-    """The mixed nll, in nats, of every target of the stream `tokens`, float64. A run that mixes
-    while it scores uses Mixture itself."""
+    """The mixed nll, in nats, of every target of the stream `tokens`, float64, from the model's nll
+    and entropy. (A run uses Mixture itself, to mix while it scores.)"""
+    require(len(nll) == len(tokens) - 1, f"{len(nll)} scores for {len(tokens)} tokens", ValueError)
     mixture = Mixture(tokens, hp)
     mixture.extend(nll, entropy)
     return mixture.nll
 
 
 # --- 14. The run --------------------------------
-# Train -> compress -> write -> read back -> score -> mix -> report. Only this section opens the
-# artifact, and it decides what the log says about everything after training.
+# Train -> compress -> write -> read back -> score -> mix -> report. Only this section reads and
+# writes the artifact, and all that the log says after training is written here.
 
-FALLBACK_STRIDES = (96, 128, 256, 512, 1024, 2048)
-ENTROPY_EDGES = (0, 0.5, 1, 1.5, 2, 3, 4, 5, math.inf)  # nats, of the calibration table
+FALLBACK_STRIDES = (96, 128, 256, 512, 1024, 2048)  # tried in turn if EVAL_STRIDE takes too long
+ENTROPY_EDGES = (0, 0.5, 1, 1.5, 2, 3, 4, 5, math.inf)  # in nats, bins of the calibration table
 
 
 def run(hp, ranks, log, stop, warnings: list[str]) -> None:
-    """A whole run: from initial weights, a checkpoint or an artifact to the score. `warnings` go
-    into the log. Collective. UserError: data or files that do not fit."""
+    """A whole run. It starts from initial weights, from a checkpoint or from an artifact, and ends
+    with the score. `warnings` go into the log. Collective. UserError: data or files are missing, or
+    do not match the settings."""
     torch.manual_seed(hp.seed)
     loader = None if hp.eval_only else TokenLoader(hp, ranks.rank, ranks.world_size)
     validation = load_validation(hp)
@@ -3465,42 +3673,43 @@ def run(hp, ranks, log, stop, warnings: list[str]) -> None:
     for warning in warnings:
         log(f"warning: {warning}")
 
-    _, passes = block_passes(hp)
+    _, passes = block_passes(hp)  # those of the trained network
     path = Path(hp.eval_only or f"final_model.int{hp.quant_bits}.ptz")
     trained = Trained({}, {}, 0, 0.0)
-    began = perf_counter()
+    evaluation_began = perf_counter()
     if not hp.eval_only:
         trained = train(model, loader, validation, ranks, log, stop)
-        began = perf_counter()
+        evaluation_began = perf_counter()
         log_validation("final_float", Scorer(model, passes), validation, ranks, log)
         if ranks.rank == 0:
             write_artifact(path, trained, hp, log)
 
-    trunk = compiled(model.hidden, hp, ranks.device)  # here: compiling counts as evaluation
+    trunk = compiled(model.hidden, hp, ranks.device)  # only now: its time counts as evaluation
     size = read_artifact(path, model, ranks, log)
     if ranks.rank == 0 and not hp.eval_only and not hp.checkpoint_every:
-        log.path.with_suffix(".ckpt").unlink(missing_ok=True)  # the artifact is whole
-    scores = evaluate(Scorer(model, passes, trunk), validation, began, ranks, log)
+        # the artifact could be read, so that nobody needs to go on from the checkpoint
+        log.path.with_suffix(".ckpt").unlink(missing_ok=True)
+    scores = evaluate(Scorer(model, passes, trunk), validation, evaluation_began, ranks, log)
     if ranks.rank == 0:
         report(scores, trained, validation, size, hp, log)
 
 
 def require_same_start(hp, ranks) -> None:
-    """UserError: a rank was started with other files, settings or versions than rank 0.
-    Collective."""
+    """UserError: a rank has other files, settings or versions than rank 0. Collective."""
     ranks.require_equal(
         {
             "train_gpt.py": Path(__file__).read_bytes(),
             "settings": hp,
             "torch": torch.__version__,
-            "NumPy": np.__version__,  # which draws the order of the training windows
+            "NumPy": np.__version__,  # its generator shuffles the training windows
             "data files": fingerprint(hp),
         }
     )
 
 
 def log_header(hp, loader: TokenLoader | None, validation: Validation, ranks, log) -> None:
-    """What is needed to repeat the run: this source, versions, hardware, data, every setting."""
+    """Log what is needed to repeat the run: this source, versions, hardware, every setting, and
+    checksums of the first shards and of the tokenizer."""
     source = Path(__file__).read_text(encoding="utf-8")
     versions = (
         f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
@@ -3531,16 +3740,17 @@ def log_header(hp, loader: TokenLoader | None, validation: Validation, ranks, lo
 
 
 def code_size() -> int:
-    """Bytes of this script, which count like the weights."""
+    """Bytes of this script, which count toward SIZE_CAP."""
     return Path(__file__).stat().st_size
 
 
 def write_artifact(path: Path, trained: Trained, hp, log) -> None:
-    """Pack the trained weights into the file `path`, such that it and the code fit into SIZE_CAP.
-    UserError: they cannot fit, or the file cannot be written."""
-    packed = compress(trained.state, hp, trained.curvature, SIZE_CAP - code_size())
-    for name in packed.rounded_by_rows:
-        log(f"warning: {name}: its moments have no Cholesky factor; rounded by rows")
+    """Pack the trained weights into the file `path`, so that file and script have at most SIZE_CAP
+    bytes. UserError: that cannot be, or the file cannot be written."""
+    for name, curvature in trained.curvature.items():
+        if curvature.factors is None:
+            log(f"warning: {name}: its curvature is unusable; rounded row by row, without GPTQ")
+    packed = compress(trained.weights, hp, trained.curvature, SIZE_CAP - code_size())
     log(
         f"fit_artifact coarsen:{packed.coarsen:.9f} error_before:{packed.error_before:.6f} "
         f"error_after:{packed.container.error:.6f} "
@@ -3552,8 +3762,9 @@ def write_artifact(path: Path, trained: Trained, hp, log) -> None:
 
 
 def read_artifact(path: Path, model: GPT, ranks, log) -> int:
-    """Every rank's model gets the weights that rank 0 reads from `path`. Returns the bytes of code
-    and file. Collective. UserError: there is no such file, or it is damaged or of another model."""
+    """Every rank's model gets the weights that rank 0 reads from `path`. Returns the size of script
+    and file in bytes (0 on other ranks). Collective. UserError: there is no such file, or it is
+    damaged or of another model."""
     size = 0
     if ranks.rank == 0:
         try:
@@ -3572,48 +3783,51 @@ def read_artifact(path: Path, model: GPT, ranks, log) -> int:
 
 
 def log_validation(name: str, scorer: Scorer, validation: Validation, ranks, log) -> None:
-    """Validate, and log it with all digits. Collective."""
+    """Validate, and log loss and bits per byte with eight decimals. Collective."""
     loss, bpb = validate(scorer, validation, ranks, log)
     log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
 
 
 class Scores(NamedTuple):
-    """What evaluation returns: arrays along the stream, on rank 0, and times in seconds."""
+    """What evaluation returns. Arrays have one number per target of the stream, and are empty on
+    ranks other than 0. Times are in seconds."""
 
-    nll: ndarray  # nats
-    entropy: ndarray  # nats
+    nll: ndarray  # nats, of the model alone
+    entropy: ndarray  # nats, of the model's predictions
     mixture: Mixture | None
     stride: int
-    seconds: float  # of scoring
+    seconds: float  # of scoring, with compiling and with strides that were given up
     added: float  # between the last score and the end of mixing
-    began: float  # perf_counter() at the end of training
+    began: float  # perf_counter() when evaluation began
 
 
 def evaluate(scorer: Scorer, validation: Validation, began: float, ranks, log) -> Scores:
     """Score the stream. Meanwhile a thread of rank 0 counts n-grams, then mixes what is scored.
-    `began`: perf_counter() at the end of training. Collective."""
+    (It counts the whole stream at once, but the counts of a target are those before it.) `began`:
+    perf_counter() when evaluation began. Collective."""
     hp = scorer.model.hp
     worker = concurrent.futures.ThreadPoolExecutor(1)
-    counted = None  # the Mixture, once the worker has counted
+    counted = None  # the future of the Mixture: of its counts
     if hp.ngram_enabled and ranks.rank == 0:
         counted = worker.submit(Mixture, validation.tokens, hp)
     log_validation(f"final_int{hp.quant_bits}_roundtrip", scorer, validation, ranks, log)
 
     scoring_began = perf_counter()
     stride, segments = score_in_time(scorer, validation, began, ranks, log)
-    progress = Progress(log, "scoring", validation.num_targets)  # from here on nothing compiles
+    # its clock starts now, as nothing compiles any more
+    progress = Progress(log, "scoring", validation.num_targets)
     scores_2N = np.empty((2, 0 if ranks.rank else validation.num_targets), np.float32)
     done = 0
-    mixed = []
+    mixing = []  # futures
     for segment in segments:
-        end = done + segment.shape[1]
+        end = done + segment.shape[1]  # segments are empty on other ranks
         scores_2N[:, done:end] = segment
         done = end
         progress(done)
         if counted:
-            mixed.append(worker.submit(extend_when_counted, counted, scores_2N[:, :done]))
+            mixing.append(worker.submit(extend_when_counted, counted, scores_2N[:, :done]))
     scored = perf_counter()
-    for future in mixed:
+    for future in mixing:
         future.result()  # raises what the worker has raised
     mixture = counted.result() if counted else None
     added = perf_counter() - scored
@@ -3621,16 +3835,17 @@ def evaluate(scorer: Scorer, validation: Validation, began: float, ranks, log) -
 
 
 def extend_when_counted(counted: concurrent.futures.Future, scores_2N: ndarray) -> None:
-    """Mix what is scored, once the Mixture has counted."""
+    """Wait until the Mixture has counted, then let it mix the targets that are new in
+    `scores_2N`."""
     counted.result().extend(*scores_2N)
 
 
 def score_in_time(
     scorer: Scorer, validation: Validation, began: float, ranks, log
 ) -> tuple[int, Iterator[ndarray]]:
-    """(stride, segments) for the first of EVAL_STRIDE and wider strides that is expected to end
-    within 95 % of EVAL_BUDGET_SECONDS after `began`, at the speed of its third segment; the widest
-    if none is. Collective."""
+    """Returns the stride and the segments of its scores. EVAL_STRIDE and wider strides are tried in
+    turn, until one will end within 95 % of EVAL_BUDGET_SECONDS after `began`, judged by the speed
+    of its third segment; else the widest is used. Collective."""
     hp, num_targets = scorer.model.hp, validation.num_targets
     loss = compiled(training_loss, hp, ranks.device)
     wider = [s for s in FALLBACK_STRIDES if hp.eval_stride < s <= hp.eval_seq_len]
@@ -3640,17 +3855,20 @@ def score_in_time(
             segments = score_and_learn(scorer, loss, validation, stride, ranks, log)
         else:
             segments = score(scorer, validation.tokens, stride, ranks)
-        held = list(islice(segments, 2))  # the first ones compile
+        held = list(islice(segments, 2))  # these compile, so that they say nothing of the speed
         third_began = perf_counter()
         held += islice(segments, 1)
         now = perf_counter()
 
         done = sum(segment.shape[1] for segment in held)
         seconds_per_target = (now - third_began) / max(held[-1].shape[1], 1)
-        elapsed, more = now - began, seconds_per_target * (num_targets - done)
+        elapsed = now - began
+        remaining = seconds_per_target * (num_targets - done)
         budget = f"budget:{hp.eval_budget_seconds:g}s"
-        log(f"eval_budget projected:{elapsed + more:.1f}s {budget} stride:{stride}")
-        is_late = done < num_targets and would_overrun(elapsed, more, 0.95 * hp.eval_budget_seconds)
+        log(f"eval_budget projected:{elapsed + remaining:.1f}s {budget} stride:{stride}")
+        is_late = done < num_targets and would_overrun(
+            elapsed, remaining, 0.95 * hp.eval_budget_seconds
+        )
         if not ranks.from_rank0(is_late) or stride == strides[-1]:
             return stride, chain(held, segments)
         segments.close()
@@ -3658,7 +3876,7 @@ def score_in_time(
 
 def report(scores: Scores, trained: Trained, validation: Validation, size: int, hp, log) -> None:
     """Log all results, and save the scores if SAVE_SCORES says so. `size`: bytes of the submission.
-    RuntimeError: the mixture is no code."""
+    RuntimeError: the mixture is not a valid code."""
     nll, mixture = scores.nll, scores.mixture
     neural_bpb = bits_per_byte(nll, validation.target_bytes)
     log(
@@ -3689,9 +3907,8 @@ def report(scores: Scores, trained: Trained, validation: Validation, size: int, 
         result[f"{name}_bits_per_byte"] = round(float(bpb[name]), 8)
     if mixture:
         result["gain_bits_per_byte"] = round(float(bpb["neural"] - bpb["mixed"]), 8)
-    log(
-        f"result {json.dumps(result)}", console=False
-    )  # for programs, rounded as in the lines above
+    # one line for programs, rounded as in the lines for people and for other tools
+    log(f"result {json.dumps(result)}", console=False)
     if hp.save_scores:
         save_scores(scores, hp, log)
 
@@ -3703,12 +3920,13 @@ def report_mixture(scores: Scores, validation: Validation, hp, log) -> None:
     log(f"ngram_audit {mixture.audit()}")
     for low, high in pairwise(ENTROPY_EDGES):
         inside = (low <= entropy) & (entropy < high)
-        if inside.any():  # a calibrated model's mean nll is its mean entropy
+        if inside.any():  # the mean nll of a calibrated model is its mean entropy
             log(
                 f"calibration entropy:{low}-{high} targets:{inside.sum()} "
                 f"expected:{entropy[inside].mean():.4f} nll:{nll[inside].mean():.4f} "
                 f"mixed:{mixture.nll[inside].mean():.4f}"
             )
+    # in bits per byte, by the longest n that matched; together they are the whole gain
     gain = np.bincount(mixture.matched_n, nll - mixture.nll) / math.log(2) / target_bytes.sum()
     for n, count in zip(*np.unique(mixture.matched_n, return_counts=True)):
         log(f"ngram_order order:{n} targets:{count} gain:{gain[n]:.8f}")
@@ -3725,10 +3943,13 @@ def report_mixture(scores: Scores, validation: Validation, hp, log) -> None:
 def report_to_people(
     bpb: dict[str, float], trained: Trained, seconds: float, size: int, hp, log
 ) -> None:
-    """The last screen. `bpb`: "neural" and, unless it is off, "mixed"; `seconds`: of evaluation."""
-    mixed = f"{bpb['mixed']:.4f} bpb" if "mixed" in bpb else "off"
+    """The summary at the end of the console. `bpb`: "neural" and, unless it is off, "mixed";
+    `seconds`: of evaluation."""
+    mixed = "not mixed"
+    if "mixed" in bpb:
+        mixed = f"mixed with exact counts of the past {bpb['mixed']:.4f} bpb"
     log(
-        f"\n  neural {bpb['neural']:.4f} bpb, mixed with exact counts of the past {mixed}\n"
+        f"\n  neural {bpb['neural']:.4f} bpb, {mixed}\n"
         f"  artifact {size:,} bytes of {SIZE_CAP:,}, code included; {log.path}\n"
         f"  training {trained.seconds:.1f} s, {trained.steps} steps; evaluation {seconds:.1f} s"
     )
@@ -3764,42 +3985,45 @@ def main(env: dict[str, str]) -> None:
         ranks.close()
         log.close()
     except BaseException as error:
-        # The process group stays open, so that the other ranks wait. No signal cuts short the line
-        # that says why.
+        # The process group stays open: to close it would make the other ranks fail, and speak
+        # first. They wait until this process has ended. No signal interrupts what is said now.
         stop.be_patient()
-        error = explained(error, env, stop)
-        log(f"error: {type(error).__name__}: {error}", console=False)
-        raise error from None
+        shown = explained(error, env, stop)
+        log(f"error: {type(shown).__name__}: {shown}", console=False)
+        if shown is error:
+            raise
+        raise shown from None
 
 
 def explained(error: BaseException, env: dict[str, str], stop) -> BaseException:
-    """The error that a user should see in the place of `error`."""
-    if "gloo/transport" in str(error):  # connection closed, reset, pipe broken ...
+    """The error that a user should see instead of `error`."""
+    if "gloo/transport" in str(error):  # a connection to another rank was lost
         signalled = f"; {stop.name} came" if stop.name else ""
         error = UserError(f"another rank ended, see what it said{signalled}")
-    if type(error) is UserError:
+    if type(error) is UserError:  # not Stopped
         error = UserError("; ".join([str(error), *mistyped(env)]))
     return error
 
 
 def leave(error: BaseException | None, rank: int) -> None:
-    """End the process, with one line for an error the user can fix. It is rank 0's; the others wait
-    for torchrun to stop them. (Not by sys.exit, as gloo's threads may crash Python's shutdown.)"""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, once rank 0 has spoken
+    """End the process; print the error, if there is one, in one line if the user can fix it. Rank 0
+    prints at once and ends; then torchrun ends the other ranks, so that an error that all share is
+    printed once. Another rank prints after 5 seconds, if it still runs. (Not by sys.exit, as gloo's
+    threads may crash Python's shutdown.)"""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's may end the wait below
+    if error is not None and rank:
+        time.sleep(5)
     is_told_by_rank_0 = rank > 0 and isinstance(error, Stopped)
-    if error is not None and not is_told_by_rank_0:
-        if rank:
-            time.sleep(5)
-        if isinstance(error, (UserError, OSError)):
-            speaker = f"rank {rank}: " if rank else ""
-            print(f"train_gpt.py: error: {speaker}{error}", file=sys.stderr)
-        else:
-            traceback.print_exception(error)
+    if isinstance(error, (UserError, OSError)) and not is_told_by_rank_0:
+        speaker = f"rank {rank}: " if rank else ""
+        print(f"train_gpt.py: error: {speaker}{error}", file=sys.stderr)
+    elif error is not None and not is_told_by_rank_0:
+        traceback.print_exception(error)
     os._exit(1 if error else 0)
 
 
 def start(env: dict[str, str]) -> None:
-    """Run `main`, then leave the process, whatever came of it."""
+    """Run `main`, then end the process, with or without an error."""
     rank = int(env.get("RANK", 0))
     try:
         main(env)

@@ -1,20 +1,19 @@
-"""The artifact's bytes over the zeroth-order entropy of its codes,
-beside other coders of the same codes, in one run.
+"""The artifact's bytes over the zeroth-order entropy of its codes, compared in one run with other
+coders of the same codes.
 
     python -m bench.artifact [--seconds 60] [--bits 6] [--budget BYTES] [--state STATE.npz]
 
 Weights: a model of the default shapes (27.0M parameters), trained for --seconds on the built-in
-corpus; or the arrays of an npz, by parameter name. H0 is the entropy of each tensor's codes by
-their own frequencies, summed: what no coder with one table per tensor can beat. Everything is of
-the natural codes (QUANT_BITS, tables 8 bits); last, the codes that are chosen to fit
---budget bytes. One thread.
+corpus; or the arrays of an npz, by parameter name. H0 is the sum over tensors of the entropy of
+their codes, each by its own frequencies: no coder with one table per tensor can take fewer bytes.
+All rows are of the natural codes, as wide as QUANT_BITS (tables: 8 bits). The last line is of the
+codes that fit into --budget bytes. One thread.
 """
 
 import argparse
 import io
 import lzma
 import zlib
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,8 +23,8 @@ from tools.common import t, timed
 
 
 def trained_state(seconds: float) -> dict[str, torch.Tensor]:
-    """Weights of the default shapes after `seconds` of training on the built-in corpus,
-    small batches."""
+    """Weights of the default shapes after `seconds` of training on the built-in corpus, in small
+    batches."""
     common.make_demo_corpus()
     demo = common.demo_settings()
     hp = t.Hyperparameters(
@@ -41,36 +40,37 @@ def trained_state(seconds: float) -> dict[str, torch.Tensor]:
         compile="0",
         late_qat_threshold=0.0,
     )
-    done = common.train(hp)
+    _, done = common.train(hp)
     print(f"weights: default shapes, {done.steps} steps of 1024 tokens in {done.seconds:.0f} s")
-    return done.model.state_dict()
+    return done.state
 
 
 def entropy_bytes(codes: np.ndarray) -> float:
+    """The zeroth-order entropy of all codes together, in bytes."""
     p = np.unique(codes, return_counts=True)[1] / codes.size
     return float(-(p * np.log2(p)).sum() * codes.size / 8)
 
 
-def quantized(w: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The codes as pack makes them, int8, and their steps, bfloat16."""
-    codes, step = t.quantize_rows(w.detach(), levels)
-    return codes.to(torch.int8), step.bfloat16()
+def quantized(w: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes as t.pack makes them, int8; deltas, bfloat16)."""
+    codes, delta = t.quantize_rows(w.detach(), largest)
+    return codes.to(torch.int8), delta.bfloat16()
 
 
 def compare(state: dict[str, torch.Tensor], hp: t.Hyperparameters) -> None:
     """One row per coder of the same natural codes: bytes, bytes / H0, seconds."""
     coded, quantize_s = timed(
         lambda: {
-            name: quantized(w, levels)
+            name: quantized(w, largest)
             for name, w in state.items()
-            if (levels := t.natural_levels(name, w, hp))
+            if (largest := t.largest_code(name, w, hp))
         }
     )
     h0 = sum(entropy_bytes(codes.numpy()) for codes, _ in coded.values())
     stream = b"".join(codes.numpy().tobytes() for codes, _ in coded.values())
-    packed, pack_s = timed(lambda: common.pack(state, hp))
+    packed, pack_s = timed(lambda: t.pack(state, hp))
     encode_s = pack_s - quantize_s
-    _, decode_s = timed(lambda: common.unpack(packed.blob))
+    _, decode_s = timed(lambda: t.decompress(packed.blob))
     saved = io.BytesIO()
     torch.save(coded | {name: w.half() for name, w in state.items() if name not in coded}, saved)
     print(
@@ -82,7 +82,7 @@ def compare(state: dict[str, torch.Tensor], hp: t.Hyperparameters) -> None:
     rows = [
         ("this container, all of it", len(packed.blob), encode_s),
         (
-            "torch.save of codes and steps, lzma -9e",
+            "torch.save of codes and deltas, lzma -9e",
             *timed_size(lambda: lzma.compress(saved.getvalue(), preset=best)),
         ),
         ("codes alone, lzma -9e", *timed_size(lambda: lzma.compress(stream, preset=best))),
@@ -98,11 +98,13 @@ def compare(state: dict[str, torch.Tensor], hp: t.Hyperparameters) -> None:
 
 
 def timed_size(work) -> tuple[int, float]:
+    """(length of what `work` returns, its seconds)."""
     result, seconds = timed(work)
     return len(result), seconds
 
 
 def huffman(stream: bytes) -> bytes:
+    """`stream`, coded by a Huffman code of its bytes alone."""
     engine = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
     return engine.compress(stream) + engine.flush()
 
@@ -116,7 +118,7 @@ def main() -> None:
     parser.add_argument(
         "--budget",
         type=int,
-        default=t.SIZE_CAP - len(Path(t.__file__).read_bytes()),
+        default=t.SIZE_CAP - t.code_size(),
         help="default: what train_gpt.py leaves of the cap",
     )
     parser.add_argument("--state")
@@ -131,9 +133,13 @@ def main() -> None:
         state = trained_state(args.seconds)
     hp = t.Hyperparameters(quant_bits=args.bits)
     compare(state, hp)
-    (packed, facts), seconds = timed(lambda: common.fit(state, hp, args.budget))
-    size = len(packed.blob)
-    print(f"fitted to {args.budget:,} bytes: {size:,} bytes in {seconds:.1f} s, {facts}")
+    packed, seconds = timed(lambda: t.compress(state, hp, {}, args.budget))
+    size = len(packed.container.blob)
+    print(
+        f"fitted to {args.budget:,} bytes: {size:,} bytes in {seconds:.1f} s, step sizes times "
+        f"{packed.coarsen:.6f}, relative error {packed.error_before:.5f} before and "
+        f"{packed.container.error:.5f} after"
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""What the compiler fuses in a training step: kernels and bytes,
-with the MLP's own kernels off and on. No GPU.
+"""What the compiler fuses in a training step: kernels and bytes, without and with the script's own
+kernels for the MLP. It needs no GPU.
 
     python -m bench.fusion [--list]           settings: train_gpt.py's environment variables
 
-Inductor schedules forward and backward of one micro-batch (fake tensors: nothing is computed,
-nothing compiled) in the dtypes of CUDA, and tells for each kernel the bytes of all buffers that it
-reads and writes. Its CPU scheduler is asked to treat concatenations as its CUDA scheduler does;
-both fuse by the same rules, but a GPU's reductions can take in more of what follows them. Attention
-counts as one kernel that reads q, k, v and writes y. `floor`: those bytes at an H100's datasheet
-bandwidth. --list: every kernel of the model as it is, with the operations in it.
+Inductor schedules forward and backward of one micro-batch in the dtypes of CUDA. Its tensors are
+fake: nothing is computed or compiled. It says for each kernel the bytes of all buffers that the
+kernel reads and writes. The CPU scheduler is told to treat concatenations as the CUDA scheduler
+does. Both fuse by the same rules, but reductions on a GPU can include more of what follows them.
+Attention counts as one kernel that reads q, k, v and writes y. `floor`: those bytes at an H100's
+datasheet bandwidth. --list: every kernel of the model as it is, with the operations in it.
 """
 
 import argparse
@@ -65,8 +65,8 @@ attention.register_autograd(
 
 
 def schedule(hp: t.Hyperparameters) -> list[list[tuple[str, int, str]]]:
-    """Per graph (forward, backward): of each kernel whether a library's or generated, bytes,
-    operations."""
+    """Of each graph, forward and backward, its kernels: ("library" or "generated", bytes,
+    operations)."""
     graphs = []
 
     def operations(node) -> str:
@@ -90,12 +90,13 @@ def schedule(hp: t.Hyperparameters) -> list[list[tuple[str, int, str]]]:
         raise Scheduled
 
     def one_fake_mode():
-        """The caller's, of all its tensors: torch 2.9 refuses those of another than Dynamo's."""
+        """Makes Dynamo use the fake mode that the model's tensors have, as torch 2.9 refuses
+        tensors of another fake mode than its own."""
         return mock.patch.object(TracingContext.get(), "fake_mode", fake_mode)
 
     def inner(module, inputs, **options):
         found = len(graphs)
-        # as it is now: the passes may put what only the scheduler understands into the graph
+        # a copy: Inductor's passes may put operations into the graph that only its scheduler knows
         plain = GraphModule(module, copy.deepcopy(module.graph))
         try:
             with one_fake_mode():
@@ -109,23 +110,20 @@ def schedule(hp: t.Hyperparameters) -> list[list[tuple[str, int, str]]]:
         with one_fake_mode():
             return compile_fx(module, inputs, inner_compile=inner)
 
-    fake_mode, codegen = FakeTensorMode(), GraphLowering.codegen
+    fake_mode = FakeTensorMode()
     torch._dynamo.reset()
-    try:
-        GraphLowering.codegen = record
-        with (
-            as_on_cuda(),
-            patched(causal_attention=lambda q, k, v, flash=None: attention(q, k, v)),
-            config.patch(force_pointwise_cat=True, fx_graph_cache=False),
-            fake_mode,
-        ):
-            model = t.GPT(hp)
-            ids = torch.zeros(micro_batch_rows(hp), hp.train_seq_len, dtype=torch.int64)
-            torch.compile(t.training_loss, dynamic=False, backend=backend)(
-                model, ids, ids, None
-            ).backward()
-    finally:
-        GraphLowering.codegen = codegen
+    with (
+        mock.patch.object(GraphLowering, "codegen", record),
+        as_on_cuda(),
+        patched(causal_attention=lambda q, k, v, flash=None: attention(q, k, v)),
+        config.patch(force_pointwise_cat=True, fx_graph_cache=False),
+        fake_mode,
+    ):
+        model = t.GPT(hp)
+        ids = torch.zeros(micro_batch_rows(hp), hp.train_seq_len, dtype=torch.int64)
+        _, passes = t.block_passes(hp)
+        loss = torch.compile(t.training_loss, dynamic=False, backend=backend)
+        loss(model, ids, ids, passes).backward()
     return graphs
 
 

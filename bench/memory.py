@@ -1,13 +1,13 @@
-"""Host memory of scoring a long stream at world size 8: is there one copy of the stream,
-and one of the counts?
+"""Host memory of scoring a long stream on 8 ranks: is there one copy of the stream, and one of the
+counts?
 
     python -m bench.memory [--tokens 200000 2000000] [--full] [--ranks 8]
 
-EVAL_ONLY of a tiny model over a synthetic stream (spans of real text, in 360 pieces, so that the
-output head costs little), windows without overlap, n-gram mixture as by default. Every half second
-the proportional set sizes (/proc/PID/smaps_rollup) of all ranks are summed: what ranks share, the
-memory-mapped stream and the libraries, counts once. Rank 0 also mixes; its high-water mark is the
-kernel's (VmHWM), in which shared pages count fully. --full: 62M tokens, the challenge's.
+EVAL_ONLY of a tiny model over a synthetic stream: spans of real text, in 360 pieces, so that the
+output head costs little. Windows do not overlap, and the n-gram mixture is the default one. Every
+half second the proportional set sizes (/proc/PID/smaps_rollup) of all ranks are summed. So what the
+ranks share, the memory-mapped stream and the libraries, counts once. Rank 0 also mixes; its
+high-water mark (VmHWM) counts shared pages fully. --full: the challenge's 62M tokens.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import sentencepiece as spm
 
 from data.prepare_demo import shard, train_tokenizer
 from tests.helpers import workers
-from tools.common import ROOT, pack, t
+from tools.common import ROOT, t
 from tools.streams import FULL, resample
 
 MODEL = dict(
@@ -46,9 +46,10 @@ MODEL = dict(
 
 
 def megabytes(path: str, key: str) -> float:
+    """The number of kB in the line `key` of a file of /proc, as MB. 0: the process has ended."""
     try:
         lines = Path(path).read_text().splitlines()
-    except OSError:  # the rank has ended
+    except OSError:
         return 0.0
     return sum(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1e3 * 1.024
 
@@ -72,7 +73,7 @@ def measure(
         DATA_PATH=str(folder), TOKENIZER_PATH=f"{folder}/tokenizer"
     )
     hp = t.Hyperparameters.from_env(settings)
-    (folder / "m.ptz").write_bytes(pack(t.GPT(hp).state_dict(), hp).blob)
+    (folder / "m.ptz").write_bytes(t.pack(t.GPT(hp).state_dict(), hp).blob)
     env = dict(
         os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", EVAL_ONLY="m.ptz", **settings
     )

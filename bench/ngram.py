@@ -1,14 +1,14 @@
-"""Speed and memory of the n-gram stage, beside a dictionary cache and the predecessors' hash cache,
-in one run.
+"""Speed and memory of the n-gram stage, compared with a dictionary cache and the predecessors' hash
+cache, in one run.
 
     python -m bench.ngram [--tokens 1000000 8000000] [--full] [--repeat 3] [SHARD ...]
 
 Rows: exact counts + backoff (what NGRAM_ALPHA=entropy needs), the online mixture's counting and
 mixing, a plain dictionary that scores one token and then adds it, and chunked `np.add.at` into hash
-tables. Every measurement is a fresh process on one core (OMP_NUM_THREADS=1), so that no row sees
-another's memory. It times the call alone, not imports nor reading the stream, in seconds of CPU
-time, which on a busy machine says more than the clock does (each row has one thread); memory is
-the process's high-water mark (ru_maxrss). Nothing here can fail for being slow: read the ratios.
+tables. Every measurement is a fresh process on one core (OMP_NUM_THREADS=1), so that no row holds
+another's memory. It times the call alone, without imports and reading the stream, in seconds of CPU
+time, which on a busy machine says more than the clock (each row has one thread). Memory is the
+process's high-water mark (ru_maxrss). Nothing here fails because it is slow: read the ratios.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from tools.streams import FULL, resample
 # train_gpt, and torch with it, is imported only where it is measured: a process's high-water mark
 # starts at that of its parent, so the parent stays small.
 
-LOW, HIGH, MIN_COUNT = 2, 7, 2  # orders, and how often a context must have been seen
+LOW, HIGH, MIN_COUNT = 2, 7, 2  # shortest and longest n-gram; NGRAM_MIN_COUNT
 ONCE = 10_000_000  # more tokens than this are measured only once
 DICTIONARY_TOKENS, HASH_TOKENS = 300_000, 2_000_000  # most tokens of the two slow rows
 BUCKETS, CHUNK = 4_194_304, 65_536  # the predecessors' table and chunk
@@ -41,8 +41,8 @@ PRIMES = np.array((36313, 27191, 51647, 81929, 131071, 175447, 209591), np.uint6
 
 
 def make_stream(path: str, length: int, shards: list[str]) -> dict:
-    """Write up to `length` tokens (uint16) to the file `path`; returns how many,
-    and in words what they are."""
+    """Write up to `length` tokens (uint16) to the file `path`. Returns how many, and what they are
+    in words."""
     import train_gpt
 
     if shards:
@@ -74,7 +74,8 @@ def make_stream(path: str, length: int, shards: list[str]) -> dict:
 
 
 def high_water() -> int:
-    """Bytes: the most memory this process has held so far (Linux counts KiB, macOS bytes)."""
+    """The most memory that this process has held so far, in bytes (Linux counts KiB, macOS
+    bytes)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
@@ -88,6 +89,7 @@ def timed(label: str, call, *args) -> tuple[tuple, object]:
 
 
 def exact_settings():
+    """Settings for exact counts with backoff."""
     import train_gpt
 
     return train_gpt.Hyperparameters(
@@ -96,22 +98,18 @@ def exact_settings():
 
 
 def exact_row(tokens: np.ndarray) -> list[tuple]:
-    """Exact counts of all orders and the longest order that matched, per target."""
+    """Exact counts of n-grams of all lengths, and the longest one whose context came often enough,
+    per target."""
     import train_gpt
 
-    return [
-        timed(
-            f"exact counts + backoff, orders {LOW}-{HIGH}",
-            train_gpt.BackoffCounts,
-            tokens,
-            exact_settings(),
-        )[0]
-    ]
+    name = f"exact counts + backoff, orders {LOW}-{HIGH}"
+    row, _ = timed(name, train_gpt.Backoff, tokens, exact_settings())
+    return [row]
 
 
 def online_row(tokens: np.ndarray, highest: int) -> list[tuple]:
-    """The online mixture: counts and context codes,
-    then mixing block by block with made-up scores."""
+    """The online mixture: counts and states of contexts, then mixing, block by block, with invented
+    scores."""
     import train_gpt
 
     longest = dict(ngram_order=highest) if highest else {}
@@ -119,7 +117,7 @@ def online_row(tokens: np.ndarray, highest: int) -> list[tuple]:
     name = f"online mixture, orders {hp.ngram_min_order}-{hp.ngram_order}"
     counting, mixture = timed(f"{name}: counting", train_gpt.Mixture, tokens, hp)
     nll = rng.standard_exponential(len(tokens) - 1, np.float32)
-    nll *= 2  # in place: a run has no copy of its scores either
+    nll *= 2  # in place: a run holds no copy of its scores either
     entropy = rng.random(len(tokens) - 1, np.float32)
     entropy *= 6
     mixing, _ = timed(f"{name}: mixing", mixture.extend, nll, entropy)
@@ -127,8 +125,8 @@ def online_row(tokens: np.ndarray, highest: int) -> list[tuple]:
 
 
 def dictionary_cache(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(order, c(u), c(u, v)) per target with two dictionaries, keyed by the tokens' bytes:
-    score one, then add it."""
+    """(n, c(u), c(u, v)) per target from two dictionaries, keyed by the tokens' bytes: each token
+    is scored, then added."""
     raw, contexts, pairs = tokens.astype("<u2").tobytes(), {}, {}
     best = np.zeros((3, len(tokens) - 1), np.int64)
     for t in range(1, len(tokens)):
@@ -146,21 +144,19 @@ def dictionary_cache(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def dictionary_row(tokens: np.ndarray) -> list[tuple]:
-    """The dictionary cache; afterwards, untimed, a look whether BackoffCounts counts the same."""
+    """The dictionary cache. Afterwards its counts are compared with Backoff's, untimed."""
     import train_gpt
 
     row, found = timed(f"dictionary cache, orders {LOW}-{HIGH}", dictionary_cache, tokens)
-    exact = train_gpt.BackoffCounts(tokens, exact_settings())
-    same = all(
-        np.array_equal(x, y) for x, y in zip(found, (exact.order, exact.context, exact.pair))
-    )
+    exact = train_gpt.Backoff(tokens, exact_settings())
+    same = all(np.array_equal(x, y) for x, y in zip(found, exact.evidence()))
     return [(row[0] + ("" if same else " (DIFFERS from the exact counts)"), *row[1:])]
 
 
 def chunk_buckets(
     tokens: np.ndarray, start: int, stop: int, n: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(context bucket, pair bucket) of order n for the targets t in start ... stop - 1;
+    """(bucket of the context, bucket of the n-gram) for the targets t in start ... stop - 1, where
     start >= n - 1."""
     width, mask = n - 1, np.uint64(BUCKETS - 1)
     h = np.zeros(stop - start, np.uint64)
@@ -172,8 +168,8 @@ def chunk_buckets(
 
 
 def hash_cache(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(order, quotient) per target from hash tables, in the predecessors' manner: score a chunk,
-    then add it."""
+    """(n, quotient) per target from hash tables, as the predecessors did it: a chunk is scored,
+    then added."""
     tables = {n: np.zeros((2, BUCKETS), np.uint32) for n in range(LOW, HIGH + 1)}
     order, quotient = np.zeros(len(tokens) - 1, np.uint8), np.zeros(len(tokens) - 1)
     for begin in range(1, len(tokens), CHUNK):
@@ -193,7 +189,7 @@ def hash_cache(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def hash_row(tokens: np.ndarray) -> list[tuple]:
-    """The hash cache. Its quotients are no probabilities; it is here for its speed."""
+    """The hash cache. Its quotients are no probabilities; it is here to compare speeds."""
     return [timed(f"np.add.at hash cache, orders {LOW}-{HIGH}", hash_cache, tokens)[0]]
 
 
@@ -204,8 +200,8 @@ ROWS = dict(exact=exact_row, online=online_row, dictionary=dictionary_row, hash=
 
 
 def child(*args) -> object:
-    """This program as a fresh process on one core, doing one thing; what it found,
-    from the last line it printed."""
+    """Runs this program as a fresh process on one core that does one thing. Returns what it found,
+    from the last line that it printed."""
     done = subprocess.run(
         [sys.executable, "-m", "bench.ngram", *map(str, args)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -239,8 +235,8 @@ def serve(task: str, *args: str) -> None:
 
 
 def measure(task: str, path: str, tokens: int, repeat: int, *args) -> float:
-    """Measure one row in `repeat` processes and print its lines;
-    the median tokens/s of its first line."""
+    """Measure one row in `repeat` processes and print its lines. Returns the median tokens/s of the
+    first one."""
     runs = [child(f"_{task}", path, tokens, *args) for _ in range(1 if tokens > ONCE else repeat)]
     rates = []
     for same in zip(*runs):

@@ -1,15 +1,15 @@
-"""Scoring with overlapping windows: windows/s, time and bits per byte by stride,
-each switch off in turn, in one run.
+"""Scoring with overlapping windows: windows/s, time and bits per byte for each stride, with all
+speed-ups and with each of them switched off, in one run.
 
     python -m bench.scoring [final_model.int6.ptz] [--targets 60000] [--rounds 3]
         [--strides 64 96 128 256]
 
-Settings are train_gpt.py's environment variables, those that the artifact was trained with; without
-DATA_PATH the demo's model on the built-in corpus. Without an artifact the weights are random:
-times, but no bpb. One process; all variants in turn in each round, the median is shown. Variants:
-as it is; all positions through the last block and not only the scored ones; on a GPU also without
-the kernels, without both (plain: what the ratio is to), not compiled. The last column is scaled up
-from --targets to the whole stream: what this one device would take for it.
+Settings are train_gpt.py's environment variables. They must be those that the artifact was trained
+with. Without DATA_PATH it is the demo's model on the built-in corpus. Without an artifact the
+weights are random, and no bpb is shown. One process runs all variants in turn in each round; the
+medians are shown. The variants: as it is; all positions through the last block, not only the scored
+ones; on a GPU also without the kernels, without both (`plain`, which the ratio compares with), and
+not compiled. The last column is the time that this one device would take for the whole stream.
 """
 
 import argparse
@@ -29,10 +29,11 @@ from tools.common import t
 
 
 def variants(model: t.GPT, hp: t.Hyperparameters, on_gpu: bool) -> dict[str, tuple]:
-    """Name -> (trunk, model for the head); the first is as it is, the second the plain form."""
+    """Name -> (trunk, the model that it belongs to). The first is as it is, the second the plain
+    form."""
 
     def whole(trunk):
-        return lambda ids, last: trunk(ids)[:, -last:]
+        return lambda ids, passes, last: trunk(ids, passes)[:, -last:]
 
     if not on_gpu:
         return {"as it is": (model.hidden, model), "whole last block": (whole(model.hidden), model)}
@@ -58,7 +59,7 @@ def measure(
     target_bytes = validation.count_bytes(tokens)
     model = common.new_model(hp)
     if artifact:
-        common.read_artifact(model, artifact)
+        t.read_artifact(artifact, model, t.Ranks({}), t.RunLog())
     trunks = variants(model, hp, torch.cuda.is_available())
     calls = {}
     for stride, (name, (trunk, scorer)) in product(strides, trunks.items()):
@@ -68,7 +69,7 @@ def measure(
     seconds, nll = common.timed_in_turn(calls, rounds)
     bpb = {stride: t.bits_per_byte(nll[stride, "as it is"], target_bytes) for stride in strides}
     print(
-        f"{common.describe_device()}: {len(tokens) - 1:,} of {validation.targets:,} targets, "
+        f"{common.describe_device()}: {len(tokens) - 1:,} of {validation.num_targets:,} targets, "
         f"windows of {hp.eval_seq_len}\n\n"
         f"{'stride':>6} {'':17} {'windows':>8} {'windows/s':>10} {'ratio':>6} {'low-high s':>14} "
         f"{'bpb':>9} {'to first':>9} {'whole stream s':>15}"
@@ -83,7 +84,7 @@ def measure(
             if artifact
             else f"{'':19}"
         )
-        whole = middle * validation.targets / (len(tokens) - 1)
+        whole = middle * validation.num_targets / (len(tokens) - 1)
         ratio = statistics.median(seconds[stride, list(trunks)[1]]) / middle
         print(
             f"{stride:>6} {name:17} {windows:>8,} {windows / middle:>10,.1f} {ratio:>6.2f} "

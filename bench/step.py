@@ -1,34 +1,39 @@
-"""A training step: the work in it, counted, and the time it takes,
-measured with each switch off in turn.
+"""A training step: how much work is in it, counted, and how long it takes, measured also with each
+speed-up switched off.
 
-    python -m bench.step [--steps 10] [--rounds 3] [--count]
+    python -m bench.step [--steps 10] [--rounds 3] [--count] [--only VARIANT ...]
         settings: train_gpt.py's environment variables
 
-Counted, without a GPU and without computing anything (meta tensors): per step and kind of operation
-the FLOPs and the bytes that cross the memory bus if each operation reads its inputs and writes its
-outputs, in the dtypes of CUDA, with the project's kernels. The elementwise row is what the
-compiler's fusion can save (bench.fusion: what it does save). `floor`: the larger of FLOPs and
-bytes at an H100's datasheet rates.
-Measured, on a GPU, or on a CPU with settings that suit it: ms per step (median of the rounds,
-variants in turn), tokens/s, MFU: the counted FLOPs of products and attention over the fastest
-bfloat16 product seen in the same run (float32 on a CPU), the ratio to the plain compiled model, and
-the kernels that take most time. On a GPU also: the compiled bfloat16 model with kernels against the
-uncompiled float32 one without, and the MLP kernel with other tiles against the compiled plain form.
---count: only the first table. Batches are random tokens, in one process.
+Counted, by meta tensors, without a GPU and without computing anything: the FLOPs and bytes of each
+kind of operation, in the dtypes of CUDA and with the project's kernels. The bytes are those that
+cross the memory bus if each operation reads its inputs and writes its outputs. The elementwise row
+is what the compiler's fusion can save (bench.fusion says what it does save). `floor`: the larger of
+the times that FLOPs and bytes take at an H100's datasheet rates.
+Measured, on a GPU, or on a CPU with small settings: ms per step (the median of the rounds; variants
+run in turn), tokens/s, MFU, the ratio to the plain compiled model, and the kernels that take most
+time. MFU is the rate of the counted FLOPs over that of the fastest bfloat16 product in the same run
+(float32 on a CPU). On a GPU it also compares the compiled bfloat16 model with kernels to the
+uncompiled float32 model without, and the MLP kernel with other tiles to the compiled plain form.
+--count: only the first table. --only: only these variants, without the tables after theirs.
+Batches are random tokens, in one process.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from torch._inductor import config as inductor_config
 
 from tools import common
 from tools.common import PEAK_BYTES, PEAK_FLOPS, micro_batch_rows, patched, t
 
 PLAIN = "plain, compiled"
+NO_MIX_ORDER = "mix-order reduction off"
 TILES = [
     dict(BM=m, BN=n, BK=k, num_warps=w, num_stages=s)
     for m, n, k, w, s in (
@@ -47,7 +52,7 @@ TILES = [
 
 
 def print_count(hp: t.Hyperparameters) -> float:
-    """The table; returns the FLOPs of a step."""
+    """Print the table. Returns the FLOPs of a step."""
     found = common.count_step(hp)
     print(
         f"counted, one step of {hp.train_batch_tokens:,} tokens (x {hp.train_seq_len}), all on one "
@@ -116,51 +121,91 @@ def ceiling(device: torch.device) -> float:
     return best
 
 
-def variants(hp: t.Hyperparameters) -> dict[str, Callable]:
-    """Name -> a function that makes a training step, with one switch off."""
+def flash_attention_4():
+    """FlashAttention 4, or None: it is not installed, or there is no GPU."""
+    if not torch.cuda.is_available():
+        return None
+    with contextlib.suppress(ImportError):
+        from flash_attn.cute import flash_attn_func
+
+        return torch.compiler.disable(flash_attn_func)  # its kernels have a compiler of their own
+    return None
+
+
+def new_step(hp: t.Hyperparameters, attention=None, **changes) -> Callable:
+    """A function that takes a training step on random tokens, with `changes` to the settings.
+    `attention`: what find_flash_attention should find, if not what it finds."""
+    changed = dataclasses.replace(hp, **changes)
+    attention = attention or t.find_flash_attention()
+    with patched(find_flash_attention=lambda: attention):
+        return common.training_step(common.new_model(changed), RandomTokens(changed))
+
+
+def without_mix_order(hp: t.Hyperparameters) -> Callable:
+    """A step compiled without fusing reductions along rows with reductions along columns, as with
+    TORCHINDUCTOR_MIX_ORDER_REDUCTION=0. The option gives it a graph of its own."""
+    options = {"triton.mix_order_reduction": False}
+    loss = torch.compile(t.training_loss, dynamic=False, options=options)
+    with patched(compiled=lambda *_: loss):
+        return new_step(hp)
+
+
+def variants(hp: t.Hyperparameters, only: Sequence[str] = ()) -> dict[str, Callable]:
+    """Name -> a function that takes a training step, with one speed-up switched off. `only`: names
+    of those to make."""
     on_gpu = torch.cuda.is_available()
-
-    def step(torchs_attention=False, **changes):
-        changed = dataclasses.replace(hp, **changes)
-        model = common.new_model(changed)
-        if torchs_attention:
-            for block in model.blocks:
-                block.attn.flash = None
-        return common.training_step(model, RandomTokens(changed))
-
-    found = {"as it is": step()}
-    if on_gpu:
-        found[PLAIN] = step(fused_mlp=False)
-    if hp.compile == "1" or (hp.compile == "auto" and on_gpu):
-        found["not compiled"] = step(compile="0")
+    is_compiled = hp.compile == "1" or (hp.compile == "auto" and on_gpu)
+    has_mix_order = hasattr(inductor_config.triton, "mix_order_reduction")
     attention, _ = t.find_flash_attention()
-    if attention != "sdpa":
-        found["torch's attention"] = step(torchs_attention=True)
+    flash_4 = flash_attention_4()
+    make = partial(new_step, hp)
+    possible = {
+        "as it is": (True, make),
+        PLAIN: (on_gpu, partial(make, fused_mlp=False)),
+        "not compiled": (is_compiled, partial(make, compile="0")),
+        NO_MIX_ORDER: (is_compiled and has_mix_order, partial(without_mix_order, hp)),
+        "torch's attention": (attention != "sdpa", partial(make, ("sdpa", None))),
+        "FlashAttention 4": (flash_4 is not None, partial(make, ("flash_attention_4", flash_4))),
+    }
+    found = {}
+    for name, (is_possible, maker) in possible.items():
+        if not only or name in only:
+            if is_possible:
+                found[name] = maker()
+            elif only:
+                print(f"{name}: not possible here")
+    if not found:
+        sys.exit(f"--only {' '.join(only)}: none of {', '.join(possible)}")
     return found
 
 
-def measure(hp: t.Hyperparameters, steps: int, rounds: int, flops: float) -> None:
+def measure(
+    hp: t.Hyperparameters, steps: int, rounds: int, flops: float, only: Sequence[str] = ()
+) -> None:
+    """Print a row per variant, then the kernels that take most time."""
     device = t.Ranks({}).device
-    calls = variants(hp)
+    calls = variants(hp, only)
     for step in calls.values():
         repeat(step, 2)  # compiles
     several = {name: partial(repeat, step, steps) for name, step in calls.items()}
     seconds, _ = common.timed_in_turn(several, rounds)
     best = ceiling(device)
-    first = statistics.median(seconds[PLAIN if PLAIN in seconds else "as it is"]) / steps
+    first = statistics.median(seconds[PLAIN if PLAIN in seconds else next(iter(seconds))]) / steps
     print(
         f"\nmeasured on {common.describe_device()}; fastest product {best / 1e12:.2f} TFLOP/s\n\n"
-        f"{'':20} {'ms/step':>9} {'low-high':>19} {'tokens/s':>11} {'MFU':>6} {'ratio':>6}"
+        f"{'':23} {'ms/step':>9} {'low-high':>19} {'tokens/s':>11} {'MFU':>6} {'ratio':>6}"
     )
     for name, taken in seconds.items():
         all_rounds = [each / steps for each in taken]
         middle = statistics.median(all_rounds)
         print(
-            f"{name:20} {1e3 * middle:>9.2f} "
+            f"{name:23} {1e3 * middle:>9.2f} "
             f"{f'{1e3 * min(all_rounds):.2f}-{1e3 * max(all_rounds):.2f}':>19} "
             f"{hp.train_batch_tokens / middle:>11,.0f} {flops / middle / best:>6.1%} "
             f"{middle / first:>6.2f}"
         )
+    if only:
+        return
     with torch.profiler.profile() as profile:
         timed(calls["as it is"], 1)
     on_gpu = device.type == "cuda"
@@ -178,13 +223,14 @@ def measure(hp: t.Hyperparameters, steps: int, rounds: int, flops: float) -> Non
 
 
 def check_gradients(hp: t.Hyperparameters, device: torch.device) -> None:
-    """Loss and gradients of the compiled model with kernels (bfloat16) against the
-    uncompiled float32 one without."""
+    """Print how far loss and gradients of the compiled bfloat16 model with kernels are from those
+    of the uncompiled float32 model without."""
     torch.manual_seed(hp.seed)
     model = t.GPT(hp).to(device)
+    _, passes = t.block_passes(hp)
     ids = torch.randint(0, hp.vocab_size, (2, hp.train_seq_len + 1), device=device)
     with torch.no_grad():
-        for p in model.parameters():  # so that no matrix is zero, no weight one
+        for p in model.parameters():  # so that no matrix is zero and no factor is one
             p.add_(0.02 * torch.randn_like(p))
     plain = patched(
         working_dtype=lambda x: torch.float32,
@@ -192,9 +238,9 @@ def check_gradients(hp: t.Hyperparameters, device: torch.device) -> None:
         causal_attention=lambda q, k, v, flash=None, f=t.causal_attention: f(q, k, v),
     )
     with plain:
-        exact = t.training_loss(model, ids[:, :-1], ids[:, 1:], None)
+        exact = t.training_loss(model, ids[:, :-1], ids[:, 1:], passes)
         wanted = torch.autograd.grad(exact, list(model.parameters()))
-    loss = torch.compile(t.training_loss, dynamic=False)(model, ids[:, :-1], ids[:, 1:], None)
+    loss = torch.compile(t.training_loss, dynamic=False)(model, ids[:, :-1], ids[:, 1:], passes)
     found = torch.autograd.grad(loss, list(model.parameters()))
     errors = {
         name: float((a - b).norm() / b.norm().clamp_min(1e-12))
@@ -209,8 +255,8 @@ def check_gradients(hp: t.Hyperparameters, device: torch.device) -> None:
 
 
 def time_tiles(hp: t.Hyperparameters, device: torch.device) -> None:
-    """ms of the MLP's kernel, forward and backward, by tile;
-    beside it the compiled plain form of the same work."""
+    """Print the ms that the MLP's kernel takes forward and backward with each tile, and those of
+    the compiled plain form of the same work."""
     N = micro_batch_rows(hp) * hp.train_seq_len
     W, D = int(hp.mlp_mult * hp.model_dim), hp.model_dim
     x, g, z = (torch.randn(N, width, device=device, dtype=torch.bfloat16) for width in (D, D, W))
@@ -261,6 +307,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--count", action="store_true", help="count, measure nothing")
+    parser.add_argument("--only", nargs="+", default=(), metavar="VARIANT")
     args = parser.parse_args()
     hp = common.environment_settings()
     flops = print_count(hp)
@@ -269,11 +316,11 @@ def main() -> None:
         if torch.cuda.is_available():
             check_gradients(hp, torch.device("cuda"))
             time_tiles(hp, torch.device("cuda"))
-        measure(hp, args.steps, args.rounds, flops)
+        measure(hp, args.steps, args.rounds, flops, args.only)
     elif not args.count:
         print(
-            "\nnothing measured: there is no GPU, and a CPU takes minutes for a step of such size; "
-            "set smaller ones"
+            "\nnothing is measured: there is no GPU, and a CPU takes minutes for a step of this "
+            "size; set a smaller TRAIN_BATCH_TOKENS"
         )
 
 

@@ -100,15 +100,16 @@ def inside(path: Path, folder: Path) -> str:
     return path.relative_to(root).as_posix()
 
 
-def read_json(path: Path) -> dict:
-    require(path.exists(), f"{path}: does not exist; make it by `python -m record report`")
-    text = read_text(path, "JSON; mend it, or remove it and make it by `report`")
+def read_json(path: Path, made_by: str = "`python -m record report`") -> dict:
+    """The JSON object in `path`. RecordError: none; the message says which command makes it."""
+    require(path.exists(), f"{path}: does not exist; make it by {made_by}")
+    text = read_text(path, f"JSON; fix it, or remove it and make it by {made_by}")
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
         raise RecordError(
-            f"{path}:{error.lineno}: {error.msg}, expected JSON; mend it, or remove it and make it "
-            "by `report`"
+            f"{path}:{error.lineno}: {error.msg}, expected JSON; fix it, or remove it and make it "
+            f"by {made_by}"
         ) from None
     problem = f"found {type(found).__name__}, expected a JSON object"
     require(isinstance(found, dict), f"{path}:1: {problem}")

@@ -153,8 +153,7 @@ def check_result(line: Line, run: Run) -> None:
 
 
 def refuse_unfinished(log: Log) -> None:
-    """RecordError: the run died, is another one than its name says, trained nothing, or has no
-    honest score."""
+    """RecordError: the run died, is another one than its name says, or trained nothing."""
     for line in log.all("error:"):
         line.require(False, "expected a run without errors; repeat or RESUME it")
     for line in log.all("warning: SEED="):
@@ -164,9 +163,6 @@ def refuse_unfinished(log: Log) -> None:
     for line in more:
         problem = f"a second run in one log, the first ended in line {first.no}"
         line.require(False, f"{problem}; use one log per run")
-    for line in [] if log.has("final_ngram_exact") else log.all("final_ngram_hashed"):
-        problem = "hashed counts are no probability and have no bpb; run with NGRAM_COUNTS=exact"
-        line.require(False, problem)
     run_id = log.setting("RUN_ID")
     require(
         not run_id or re.fullmatch(rf"{re.escape(run_id)}(_\d+)?", log.name),

@@ -97,15 +97,15 @@ def results_table(runs: list[Run], folder: Path) -> str:
 
 def systems_table(systems: dict[str, list[Run]]) -> str:
     """A row per system: means over its seeds, and the sample standard deviation of the mixed
-    bpb. A system that counts nothing by hashes has no pseudo score."""
+    bpb. A system has a pseudo score if studies/predecessors.py has replayed each of its runs."""
     rows = []
     for name, runs in systems.items():
         bpbs = [run.mixed_bits_per_byte for run in runs]
         pseudo = mass = "-"
-        if all(run.log.has("final_ngram_hashed") for run in runs):
-            hashed = [run.log.find("final_ngram_hashed") for run in runs]
-            pseudo = f"*{fmean(line.number('pseudo_bpb') for line in hashed):.4f}*"
-            mass = f"{fmean(line.number('mass') for line in hashed):.1f}"
+        replayed = [found for run in runs if (found := replay_of(run))]
+        if len(replayed) == len(runs):
+            pseudo = f"*{fmean(found['pseudo_bpb'] for found in replayed):.4f}*"
+            mass = f"{fmean(found['mass'] for found in replayed):.1f}"
         rows.append(
             (
                 f"`runs/{name}.sh`",
@@ -133,6 +133,24 @@ def systems_table(systems: dict[str, list[Run]]) -> str:
         "targets. Hashed: what the pull request's method reports; its counts sum to the mass over "
         "the vocabulary, not 1.",
     )
+
+
+def replay_of(run: Run) -> dict[str, float] | None:
+    """What studies/predecessors.py wrote beside the run's log; None: nothing. RecordError: it
+    replayed another run's scores, or its numbers are missing."""
+    path = run.log.path.with_name(f"{run.log.name}_predecessors.json")
+    if not path.exists():
+        return None
+    made_by = "`python -m studies.predecessors SCORES.npz --rule ...`"
+    found = read_json(path, made_by)
+    for key in ("pseudo_bpb", "mass", "neural_bpb"):
+        problem = f"{key} is {found.get(key, 'missing')}, expected a number; make it by {made_by}"
+        require(isinstance(found.get(key), (int, float)), f"{path}: {problem}")
+    neural = run.neural_bits_per_byte
+    problem = f"neural_bpb is {found['neural_bpb']}, but {run.log.path} says {neural}"
+    is_its = abs(found["neural_bpb"] - neural) <= 1e-8
+    require(is_its, f"{path}: {problem}: scores of another run; replay this one's")
+    return found
 
 
 def settings_page(script: Path) -> str:

@@ -3,8 +3,9 @@
 #   bash runs/backoff.sh; SEED=42 bash runs/backoff.sh; every setting likewise.
 # Needs FineWeb under DATA_PATH and TOKENIZER_PATH; one rank per GPU.
 #
-# The log has both numbers: `final_ngram_exact` is the same method on exact counts, a valid bpb; `final_ngram_hashed` is
-# what the PR reported, its counts in two independent hash tables: a pseudo bpb, with the sum of its "probabilities".
+# Two numbers come of it. The log has `final_ngram_exact`, the same method on exact counts: a valid bpb. After the run
+# studies/predecessors.py replays the saved scores with the PR's counts, which lie in two independent hash tables, and writes
+# what the PR reported to logs/<RUN_ID>_predecessors.json: a pseudo bpb, with what its "probabilities" sum to.
 # Different here, and why:
 #   - one cache over the whole stream, not one per rank, so that the score does not depend on the number of GPUs
 #   - SWA is used: AVERAGING packs the middle of EMA and SWA. The PR collected SWA and packed EMA
@@ -16,5 +17,6 @@ cd "$(dirname "$0")/.."
 export AVERAGING=${AVERAGING:-ema_swa} EMA_DECAY=${EMA_DECAY:-0.997} SWA_EVERY=${SWA_EVERY:-50}
 export QUANT_BITS=${QUANT_BITS:-6} LATE_QAT_THRESHOLD=${LATE_QAT_THRESHOLD:-0.15}
 export QUANTIZER=${QUANTIZER:-rows}   # as the PR: each row by itself
-export NGRAM_ALPHA=${NGRAM_ALPHA:-entropy} NGRAM_COUNTS=${NGRAM_COUNTS:-hashed}
+export NGRAM_ALPHA=${NGRAM_ALPHA:-entropy} SAVE_SCORES=${SAVE_SCORES:-1}
 source runs/common.sh
+run_and_replay 889

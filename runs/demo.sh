@@ -25,3 +25,4 @@ export EVAL_SEQ_LEN=${EVAL_SEQ_LEN:-256} EVAL_STRIDE=${EVAL_STRIDE:-64} VAL_BATC
 export SAVE_SCORES=${SAVE_SCORES:-1}   # for `make view`: the text, coloured by what each token cost
 
 source runs/common.sh
+exec "${run[@]}"

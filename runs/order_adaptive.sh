@@ -4,8 +4,10 @@
 #   bash runs/order_adaptive.sh; SEED=42 bash runs/order_adaptive.sh; every setting likewise.
 # Needs FineWeb under DATA_PATH and TOKENIZER_PATH; one rank per GPU.
 #
-# The log has both numbers: `final_ngram_exact` is the same method on exact counts, a valid bpb; `final_ngram_hashed` is
-# what the PR reported: a pseudo bpb, with the sum of its "probabilities". `ttt:` says that test-time training ran.
+# Two numbers come of it. The log has `final_ngram_exact`, the same method on exact counts: a valid bpb. After the run
+# studies/predecessors.py replays the saved scores with the PR's hashed counts and writes what the PR reported to
+# logs/<RUN_ID>_predecessors.json: a pseudo bpb, with what its "probabilities" sum to. The log's `ttt:` says that test-time
+# training ran.
 # Different here, and why:
 #   - a chunk is scored, once, before anything learns from it, and the stream is scored in order by all ranks together
 #   - int5 is 5 bits unless the file would pass 16,000,000 bytes: this model's 33M parameters then get coarser steps,
@@ -22,5 +24,6 @@ export QAT_ROUNDING=${QAT_ROUNDING:-soft} LATE_QAT_THRESHOLD=${LATE_QAT_THRESHOL
 export TTT_EPOCHS=${TTT_EPOCHS:-3} TTT_CHUNK_TOKENS=${TTT_CHUNK_TOKENS:-32768} TTT_LR=${TTT_LR:-5e-4}
 export TTT_BLOCKS=${TTT_BLOCKS:-2} TTT_DECAY=${TTT_DECAY:-0.998}
 export QUANTIZER=${QUANTIZER:-rows}   # as the PR: each row by itself
-export NGRAM_ALPHA=${NGRAM_ALPHA:-order} NGRAM_COUNTS=${NGRAM_COUNTS:-hashed}
+export NGRAM_ALPHA=${NGRAM_ALPHA:-order} SAVE_SCORES=${SAVE_SCORES:-1}
 source runs/common.sh
+run_and_replay 825

@@ -4,8 +4,9 @@
 #   bash runs/prefill.sh; SEED=42 bash runs/prefill.sh; every setting likewise.
 # Needs FineWeb under DATA_PATH and TOKENIZER_PATH; one rank per GPU.
 #
-# The log has both numbers: `final_ngram_exact` is the same method on exact counts, a valid bpb; `final_ngram_hashed` is
-# what the PR reported: a pseudo bpb, with the sum of its "probabilities".
+# Two numbers come of it. The log has `final_ngram_exact`, the same method on exact counts: a valid bpb. After the run
+# studies/predecessors.py replays the saved scores with the PR's hashed counts and writes what the PR reported to
+# logs/<RUN_ID>_predecessors.json: a pseudo bpb, with what its "probabilities" sum to.
 # Different here, and why:
 #   - there is nothing to pre-fill: every target sees all earlier tokens of the stream, at any number of GPUs
 #   - the last weights' uniform average, SWA, is what is packed; value residual, value embedding and XSA of the defaults
@@ -14,5 +15,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export LEAKY_SLOPE=${LEAKY_SLOPE:-0.9} AVERAGING=${AVERAGING:-swa} WARMDOWN_ITERS=${WARMDOWN_ITERS:-3000}
 export QUANTIZER=${QUANTIZER:-rows}   # as the PR: each row by itself
-export NGRAM_ALPHA=${NGRAM_ALPHA:-entropy} NGRAM_COUNTS=${NGRAM_COUNTS:-hashed}
+export NGRAM_ALPHA=${NGRAM_ALPHA:-entropy} SAVE_SCORES=${SAVE_SCORES:-1}
 source runs/common.sh
+run_and_replay 806

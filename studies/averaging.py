@@ -1,12 +1,12 @@
-"""Do averages and late QAT pay for themselves? bpb after the round trip,
-for each AVERAGING x late QAT, 3 seeds.
+"""Do averages and late QAT improve the score? bpb after packing and reading back, for each
+AVERAGING with and without late QAT, 3 seeds.
 
     python -m studies.averaging [--steps 280] [--seeds 1 2 3] [--bits 6]
 
-Trains the demo model (the settings of runs/demo.sh, but a fixed number of steps, so that seeds and
-machines agree) on the built-in corpus. One training serves all four averages: they only watch. Then
-each is packed at QUANT_BITS, read back, and scored on the validation stream in windows without
-overlap. Float = the same weights before packing.
+Trains the demo model on the built-in corpus, with the settings of runs/demo.sh but a fixed number
+of steps, so that all machines take the same ones. One training gives all four averages, as they do
+not change it. Each is packed at QUANT_BITS, read back, and scored on the validation stream by
+windows that do not overlap. Float: the same weights before packing.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from tools.common import bits_per_byte, t
 
 
 def one_run(hp, validation) -> dict[str, tuple[float, float]]:
-    """averaging -> (bpb of the float weights, bpb after the round trip)."""
+    """averaging -> (bpb of the float weights, bpb after packing and reading back)."""
     model, states = common.train_averages(hp)
     results = {}
     for averaging, state in states.items():
-        restored = common.unpack(common.pack(state, hp).blob)
+        restored = t.decompress(t.pack(state, hp).blob)
         found = (bits_per_byte(model, validation, weights) for weights in (state, restored))
         results[averaging] = tuple(found)
     return results

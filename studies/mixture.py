@@ -1,16 +1,17 @@
-"""The score of one stream under every n-gram weight scheme, from saved scores of a model: no GPU,
-no model.
+"""The score of one stream by each mixing rule, from the saved scores of a model. It needs neither
+the model nor a GPU.
 
     python -m studies.mixture SCORES.npz [SHARD] [--tokenizer MODEL] [--vocab-size 1024]
         [--orders 7 12 16]
 
-SCORES.npz holds `nll` and `entropy` (nats per target, float32), as a run with SAVE_SCORES=1 writes
-them, of the first targets of the stream in SHARD; or it holds that stream itself, `tokens` (uint16)
-and `bytes` per target, of any vocabulary. Printed per scheme: bits per byte (bits per token where
-nothing says the bytes) of all targets and the gain over the neural model; the gain in each third of
-the targets, in the first 60 %, on which the constants of the rule were chosen, and in the last
-40 %; the mixture's own audit. What the rule leaves out in turn says what each part is worth; the
-same targets shuffled, what it costs where the past says nothing. Last, where the gain comes from.
+SCORES.npz holds `nll` and `entropy` (nats per target, float32) of the first targets of the stream
+in SHARD, as a run with SAVE_SCORES=1 writes them. Or it holds the stream itself too, of any
+vocabulary: `tokens` (uint16) and `bytes` per target. For each rule it prints the bits per byte of
+all targets (bits per token if the bytes are unknown) and the gain over the neural model; the gain
+in each third of the targets, in the first 60 %, on which the constants of the rule were chosen, and
+in the last 40 %; and the mixture's own audit. The rule without each of its parts shows what the
+part is worth. The same targets, shuffled, show what the rule costs where the past tells nothing.
+The last table shows which targets the gain comes from.
 """
 
 import argparse
@@ -21,11 +22,10 @@ from pathlib import Path
 import numpy as np
 
 import train_gpt
+from studies import predecessors
 from train_gpt import (
     ByteCounter,
-    Cache,
-    EntropyBackoff,
-    HashedCounts,
+    DocumentCache,
     Hyperparameters,
     Mixture,
     OnlineChain,
@@ -33,16 +33,16 @@ from train_gpt import (
     bits_per_byte,
 )
 
-# longest gram of the schemes with fixed weights, and of the hashed row: the predecessors'
+# longest n-gram of the backoff rules: the predecessors'
 FIXED_ORDER = 7
-CHOSEN_ON = 0.6  # share of the strong stream on which the constants of `online` were chosen
+CHOSEN_ON = 0.6  # share of the strong stream on which the constants of the online rule were chosen
 
 
-# --- what `online` is worth without each of its parts ---------------------------------------------
+# --- the online rule without each of its parts ----------------------------------------------------
 
 
-class NoCache(Cache):
-    """Knows nothing, so that the chain begins with the model's p alone."""
+class NoCache(DocumentCache):
+    """Knows nothing, so that the first link changes nothing."""
 
     def extend(self, begin, end, model):
         return np.zeros((2, end - begin))
@@ -51,7 +51,7 @@ class NoCache(Cache):
         return np.zeros(V), 0.0
 
 
-class CountingCache(Cache):
+class CountingCache(DocumentCache):
     """Every token counts the same, as in Kuhn and de Mori's cache (1990)."""
 
     @staticmethod
@@ -59,7 +59,9 @@ class CountingCache(Cache):
         return np.ones_like(nats)
 
 
-class SquaringCache(Cache):
+class SquaringCache(DocumentCache):
+    """Each token counts by the square of the nats that it has cost, not by their cube."""
+
     @staticmethod
     def surprise(nats):
         return np.rint(nats * nats)
@@ -76,19 +78,21 @@ def with_cache(kind):
 
 
 class NoDocument(OnlineChain):
-    """The counts of the stream alone, from order 2."""
+    """For n >= 2 the counts of the stream alone, without those of the document."""
 
     @staticmethod
-    def bucket(code, local, entropy_bucket):
-        return OnlineChain.bucket(code, local * 0, entropy_bucket)
+    def bucket(context_state, doc_context, entropy_bucket):
+        return OnlineChain.bucket(context_state, doc_context * 0, entropy_bucket)
 
     @staticmethod
-    def quotients(pair, context, local_pair, local_context):
-        return pair / context, pair / context
+    def frequencies(ngram_count, context_count, doc_ngram_count, doc_context_count):
+        return [ngram_count / context_count] * 2
 
 
-class NoFading(OnlineChain):
-    fading = 1.0
+class NoForgetting(OnlineChain):
+    """What was learned from early blocks counts as much as what was learned from the last ones."""
+
+    forgetting = 1.0
 
 
 LEFT_OUT = {
@@ -96,7 +100,7 @@ LEFT_OUT = {
     "cache of counts, not of surprise": with_cache(CountingCache),
     "cache of squares, not of cubes": with_cache(SquaringCache),
     "without counts of the document": NoDocument,
-    "without fading": NoFading,
+    "without forgetting": NoForgetting,
 }
 
 
@@ -104,13 +108,13 @@ LEFT_OUT = {
 
 
 def settings(**values) -> Hyperparameters:
-    """Checked as a run's settings are: UserError names what cannot work."""
+    """The settings `values`, checked as a run's. UserError: they cannot work."""
     return Hyperparameters.from_env({name.upper(): str(value) for name, value in values.items()})
 
 
 def read_scores(path: Path) -> dict[str, np.ndarray]:
-    """nll and entropy, nats per target, and tokens and bytes where the file has them; UserError: no
-    such file, not an npz, arrays missing or not alike."""
+    """nll and entropy, in nats per target, and tokens and bytes if the file has them. UserError: no
+    such file, no npz, or arrays that are missing or of different lengths."""
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; a run with SAVE_SCORES=1 writes logs/<RUN_ID>_scores.npz"
@@ -145,8 +149,8 @@ def read_scores(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_stream(path: Path, targets: int, hp: Hyperparameters) -> np.ndarray:
-    """The first targets + 1 tokens of the shard; UserError: no such file, not a shard, too short,
-    another V."""
+    """The first `targets` + 1 tokens of the shard. UserError: no such file, no shard, too short, or
+    tokens outside the vocabulary."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected the shard whose targets were scored")
     tokens = train_gpt.load_shard(path)
@@ -161,33 +165,22 @@ def read_stream(path: Path, targets: int, hp: Hyperparameters) -> np.ndarray:
 
 
 def mixed(tokens, nll: np.ndarray, entropy: np.ndarray, hp: Hyperparameters, rule=None) -> Mixture:
-    """The mixture of those settings, all targets scored."""
+    """The Mixture of all targets. `rule`: a class that is not in RULES."""
     mixture = Mixture(tokens, hp, rule and rule(tokens, hp))
     mixture.extend(nll, entropy)
     return mixture
 
 
-def pseudo_mixed(
-    tokens: np.ndarray, nll: np.ndarray, entropy: np.ndarray, hp: Hyperparameters
-) -> Mixture:
-    """The same from hashed counts, α by entropy."""
-    mixture = Mixture(tokens, hp, EntropyBackoff(tokens, hp, HashedCounts(tokens, hp)))
-    mixture.samples = mixture.samples[:0]  # it is no code: there is nothing to audit
-    mixture.extend(nll, entropy)
-    return mixture
-
-
-def hashed_facts(counts: HashedCounts) -> str:
-    """What the hashed quotients of the winning orders sum to over the vocabulary: at the end,
-    and along the way."""
-    matched = np.flatnonzero(counts.order)
+def mass_facts(counts: predecessors.HashedCounts) -> str:
+    """What hashed counts sum to over the vocabulary: at the end, and along the way."""
+    matched = np.flatnonzero(counts.n)
     spread = matched[np.linspace(0, len(matched) - 1, min(64, len(matched))).astype(int)]
     end, mean = counts.mass(matched[-64:]), counts.mass(spread)
     return f"not a probability: its counts sum to {end:.1f} at the end, {mean:.1f} on average"
 
 
 class Table:
-    """The rows, printed as they come, and the audits, printed after them."""
+    """The rows, each printed at once, and the audits, printed after all of them."""
 
     def __init__(self, nll: np.ndarray, stream_bytes: np.ndarray, unit: str):
         self.nll = nll
@@ -201,7 +194,7 @@ class Table:
         print(f"{unit:42} {'whole':>9} " + " ".join(f"{head:>10}" for head in heads))
 
     def row(self, label: str, scored: np.ndarray, fact: str = "", pseudo: str = "") -> None:
-        """`pseudo` says why the row is no code: it has no gain."""
+        """`pseudo`: why the row is no code and shows no gain; empty if it is one."""
         gains = []
         for part in self.parts:
             alone, mixed_bpb = (
@@ -216,7 +209,7 @@ class Table:
 
 
 def study(tokens, nll, entropy, stream_bytes, unit: str, args) -> None:
-    """Print the table, the audits, and the deciles of the online scheme with the longest grams."""
+    """Print the table, the audits, and the deciles of the online rule with the longest n-grams."""
     table = Table(nll, stream_bytes, unit)
     table.row("neural model alone", nll)
     fixed = dict(vocab_size=args.vocab_size, ngram_order=FIXED_ORDER)
@@ -233,13 +226,11 @@ def study(tokens, nll, entropy, stream_bytes, unit: str, args) -> None:
     for label, rule in LEFT_OUT.items():
         mixture = mixed(tokens, nll, entropy, hp, rule)
         table.row(f"  2-{orders[0]} {label}", mixture.nll, mixture.audit())
-    mixture = pseudo_mixed(
-        tokens, nll, entropy, settings(ngram_alpha="entropy", ngram_counts="hashed", **fixed)
-    )
+    counts = predecessors.HashedCounts(tokens, predecessors.RULES["889"], args.vocab_size)
     table.row(
-        f"pseudo: hashed, α by entropy, orders 2-{FIXED_ORDER}",
-        mixture.nll,
-        pseudo=hashed_facts(mixture.rule.counts),
+        f"pseudo: hashed, α by entropy, orders 2-{predecessors.LONGEST}",
+        predecessors.mix(counts, nll, entropy, hp.alpha_min, hp.alpha_max),
+        pseudo=mass_facts(counts),
     )
 
     places = np.random.default_rng(0).permutation(len(nll))
@@ -247,15 +238,14 @@ def study(tokens, nll, entropy, stream_bytes, unit: str, args) -> None:
     mixture = mixed(shuffled, nll[places], entropy[places], hp)
     gain = bits_per_byte(nll, stream_bytes) - bits_per_byte(mixture.nll, stream_bytes[places])
     print(f"{f'online, orders 2-{orders[0]}, targets shuffled':42} {'':9} {gain:+10.5f}")
-    print("\naudit (the hashed counts would fail it)", *table.facts, sep="\n")
+    print("\naudit", *table.facts, sep="\n")
     deciles(nll, best, stream_bytes, unit, f"online, orders 2-{orders[-1]}")
 
 
 def deciles(
     nll: np.ndarray, scored: np.ndarray, stream_bytes: np.ndarray, unit: str, label: str
 ) -> None:
-    """What each tenth of the targets, from the model's surest to its most surprised,
-    adds to the gain."""
+    """Print what each tenth of the targets adds to the gain. They are sorted by the model's nll."""
     print(
         f"\ngain of {label} by decile of the model's own nll (nats);\n"
         f"score and gain: the decile's share of the whole, in {unit.split(' (')[0]}"
@@ -297,7 +287,7 @@ def main() -> None:
         type=int,
         nargs="+",
         default=[7, 12, 16],
-        help="longest grams of the online rows",
+        help="longest n-grams of the online rows",
     )
     args = parser.parse_args()
     try:

@@ -1,20 +1,26 @@
-"""What rounding costs at equal bytes: bits per byte after the round trip, each quantiser.
+"""What rounding costs at equal bytes: bits per byte after packing and reading back, for each
+quantiser.
 
     python -m studies.quantizers [--seeds 1337 42 7] [--steps 300] [--bits 3 4 5 6]
     python -m studies.quantizers --weights W0.npz W1.npz --data DIR [--held-out DIR]
 
 Without --weights: models of the demo's settings, trained on the built-in corpus for --steps steps,
-one per seed. With it: a model of the default shapes, its weights by name in these npz files, DIR
-holding the training shards (for the curvature) and the stream to score (--held-out: of another
-folder). The bytes are those of the container that `rows` makes with codes of so many bits (tables
-too); each quantiser then fits its own container to them. `rise` is the mean difference to the float
-model on the same targets, with its standard error; KL, the mean divergence from the float model's
-predictions, is what the rise would be on endless text that the float model predicts as well as can
-be, and far less noisy. `predicted`: by the curvature. `grid`: GPTQ's steps, each weight rounded by
-itself; `carry`: the steps of `rows`, GPTQ's errors carried on.
+one per seed. With it: a model of the default shapes, with the weights that these npz files hold by
+name. DIR holds the training shards, for the curvature, and the stream to score, unless --held-out
+names another folder for it.
+
+The bytes are those of the container that `rows` makes with codes of --bits bits (for tables too).
+Each quantiser then fits its own container into them. Each line shows, with their standard errors:
+the `rise`, the mean increase over the float model on the same targets; and the KL divergence from
+the float model's predictions. The KL is what the rise would be on endless text that the float model
+itself predicts perfectly, and it is far less noisy. `predicted`: by the curvature.
+
+rows and gptq are the script's own. `grid`: GPTQ's step sizes, each weight rounded by itself.
+`carry`: the step sizes of `rows`, with later columns compensating for errors as in GPTQ.
 """
 
 import argparse
+import dataclasses
 import math
 import time
 
@@ -25,19 +31,27 @@ from tools import common
 from tools.common import mean_and_error, t
 
 
+class Grid(t.GPTQ):
+    """GPTQ's step sizes, each weight rounded by itself."""
+
+    quantize = t.GPTQ.draft
+
+
 class Carry(t.GPTQ):
-    """The steps of RowQuantizer, GPTQ's rounding."""
+    """RowQuantizer's step sizes, GPTQ's rounding."""
 
-    @property
-    def draft(self):
-        return self.rows
-
-    def quantize(self, name, w_RC, coarsen):
-        codes, step = self.rows.quantize(name, w_RC, coarsen)
+    def quantize(self, name: str, w_RC, coarsen: float):
+        codes_RC, delta = self.rows.quantize(name, w_RC, coarsen)
         if name in self.curvature:
-            order, factor = self.curvature[name].factors
-            codes[:, order] = t.round_in_turn(w_RC.T[order], step[:, 0], factor).T
-        return codes, step
+            perm_C, factor_CC = self.curvature[name].factors
+            codes_RC[:, perm_C] = t.round_in_turn(w_RC.T[perm_C], delta[:, 0], factor_CC).T
+        return codes_RC, delta
+
+    def draft(self, name: str, w_RC, coarsen: float):
+        return self.rows.quantize(name, w_RC, coarsen)
+
+
+QUANTIZERS = {"rows": t.RowQuantizer, "grid": Grid, "carry": Carry, "gptq": t.GPTQ}
 
 
 def demo_model(seed: int, steps: int, tokens: int):
@@ -51,8 +65,8 @@ def demo_model(seed: int, steps: int, tokens: int):
         TRAIN_LOG_EVERY=0,
         GPTQ_TOKENS=tokens,
     )
-    done = common.train(hp)
-    return done.model, done.curvature
+    model, done = common.train(hp)
+    return model, done.curvature
 
 
 def given_model(args):
@@ -78,11 +92,12 @@ def given_model(args):
 
 @torch.inference_mode()
 def predictions(model, windows) -> torch.Tensor:
-    """(targets, V) float16 log-probabilities of all positions of the windows (count, T + 1)."""
+    """(targets, V) float16: log-probabilities at all positions of the windows (count, T + 1)."""
+    _, passes = t.block_passes(model.hp)
     cap = model.hp.logit_softcap
     parts = []
     for ids in windows.split(8192 // windows.size(1)):
-        hidden = model.hidden(ids[:, :-1]).flatten(0, 1)
+        hidden = model.hidden(ids[:, :-1], passes).flatten(0, 1)
         parts.append(t.log_probabilities(model.logits(hidden), cap).half())
     return torch.cat(parts)
 
@@ -99,7 +114,7 @@ def held_out_windows(hp, targets: int):
 
 
 def cost(state, curvature, back) -> float:
-    """Nats per token that the curvature predicts."""
+    """How many nats per token the errors back - state cost, as the curvature predicts."""
     total = 0.0
     for name, c in curvature.items():
         e = (back[name] - state[name]).double()
@@ -108,7 +123,7 @@ def cost(state, curvature, back) -> float:
 
 
 class Judge:
-    """What rounded weights cost on held-out windows, in bits per byte against the float model."""
+    """What rounded weights cost on held-out windows, in bits per byte more than the float model."""
 
     def __init__(self, model, curvature: dict, targets: int):
         self.model = model
@@ -132,11 +147,12 @@ class Judge:
         return kl * self.per_byte, rise * self.per_byte
 
     def predicted(self, back: dict):
-        """By the curvature."""
+        """The cost of these weights as the curvature predicts it, in bits per byte."""
         return cost(self.state, self.curvature, back) * self.per_byte
 
 
 def introduce(label: str, judge: Judge) -> None:
+    """Print the size and the score of the float model."""
     weights = sum(w.numel() for w in judge.state.values())
     targets = len(judge.targets)
     print(
@@ -146,30 +162,28 @@ def introduce(label: str, judge: Judge) -> None:
 
 
 def budget_of(bits: int, state: dict, hp):
-    """(settings, bytes of the container that `rows` makes with codes of so many bits)."""
-    hp = t.Hyperparameters(**{**vars(hp), "quant_bits": bits, "fill_budget": True})
-    return hp, len(common.pack(state, hp).blob)
+    """(settings with QUANT_BITS=`bits`, bytes of the container that `rows` makes with them)."""
+    hp = dataclasses.replace(hp, quant_bits=bits, fill_budget=True)
+    return hp, len(t.pack(state, hp).blob)
 
 
 def compare(label: str, judge: Judge, args) -> None:
-    """One line per width and quantiser."""
+    """Print a line per width of codes and quantiser."""
     introduce(label, judge)
     for bits in args.bits:
         hp, size = budget_of(bits, judge.state, judge.model.hp)
-        gptq = common.gptq_of(judge.state, hp, judge.curvature)
-        carry = Carry(hp, judge.curvature, 1.0)
-        quantizers = dict(rows=carry.rows, grid=gptq.draft, carry=carry, gptq=gptq)
         for name in args.quantizers:
             began = time.perf_counter()
-            packed, _ = common.fit(judge.state, hp, size + t.AIM, quantizers[name])
+            quantizer = QUANTIZERS[name](judge.state, hp, judge.curvature)
+            container = t.fit(judge.state, hp, quantizer, size + t.AIM).container
             seconds = time.perf_counter() - began
-            back = common.unpack(packed.blob)
+            back = t.decompress(container.blob)
             (kl, kl_error), (rise, rise_error) = map(mean_and_error, judge(back))
             print(
-                f"  {bits} bits {name:5} {len(packed.blob):>10,} bytes  rise {rise:+.6f} "
+                f"  {bits} bits {name:5} {len(container.blob):>10,} bytes  rise {rise:+.6f} "
                 f"+- {rise_error:.6f}  KL {kl:.6f} +- {kl_error:.6f} bpb  "
                 f"predicted {judge.predicted(back):.6f}  "
-                f"error {packed.error:.4f}  {seconds:.1f} s",
+                f"error {container.error:.4f}  {seconds:.1f} s",
                 flush=True,
             )
 
@@ -185,14 +199,14 @@ def judges(args):
 
 
 def options(name: str, description: str):
-    """A parser of the options that this study and studies.roundings share; `name`: of the
-    study."""
+    """A parser with the options that studies.quantizers and studies.roundings share. `name`: which
+    of them asks."""
     parser = argparse.ArgumentParser(prog=f"python -m studies.{name}", description=description)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 42, 7])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4, 5, 6])
     parser.add_argument("--targets", type=int, default=60_000, help="held-out targets, at most")
-    parser.add_argument("--tokens", type=int, default=32_768, help="training tokens GPTQ looks at")
+    parser.add_argument("--tokens", type=int, default=32_768, help="GPTQ_TOKENS")
     parser.add_argument("--weights", nargs="+")
     parser.add_argument("--data")
     parser.add_argument("--held-out")
@@ -203,7 +217,7 @@ def options(name: str, description: str):
 
 def main() -> None:
     parser = options("quantizers", __doc__.split("\n\n")[0])
-    parser.add_argument("--quantizers", nargs="+", default=["rows", "grid", "carry", "gptq"])
+    parser.add_argument("--quantizers", nargs="+", choices=QUANTIZERS, default=list(QUANTIZERS))
     args = parser.parse_args()
     torch.set_num_threads(1)
     for label, judge in judges(args):

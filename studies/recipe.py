@@ -1,4 +1,4 @@
-"""What does each feature of the frontier preset give? bpb with each of them off in turn.
+"""What is each feature of the frontier preset worth? bpb with each of them off in turn.
 
     python -m studies.recipe [--steps 250] [--seeds 1 2 3] [--equal steps|flops]
         [--base frontier|network] [--only FEATURE ...] [--halves] [--append FILE]
@@ -105,7 +105,8 @@ def mean_flops(hp: t.Hyperparameters) -> float:
 
 def train(hp: t.Hyperparameters) -> float:
     """bits per byte of the last weights."""
-    return common.bits_per_byte(common.train(hp).model, t.load_validation(hp))
+    model, _ = common.train(hp)
+    return common.bits_per_byte(model, t.load_validation(hp))
 
 
 def settings(steps: int, **changes) -> t.Hyperparameters:

@@ -1,30 +1,33 @@
-"""Roundings beyond GPTQ, at equal bytes: what each costs against the script's own.
+"""Roundings beyond GPTQ, at equal bytes: what each costs compared with the script's own.
 
     python -m studies.roundings [--seeds 1337 42 7] [--bits 4 5] [--rows gptq trellis8 ...]
     python -m studies.roundings --weights W0.npz W1.npz --data DIR [--held-out DIR]
 
-Models, options and bytes are those of studies.quantizers: the container of `rows` with codes of so
-many bits; here each row's own container is within 1/5000 of it. A line gives the KL divergence from
-the float model's predictions, and how much of it is more or less than that of `gptq` (the standard
-error of the difference beside it). The rows:
+Models, options and bytes are those of studies.quantizers: the bytes of the container that `rows`
+makes with codes of --bits bits. Here each container is within 1/5000 of that size. A line shows the
+KL divergence from the float model's predictions, and by how many percent it differs from that of
+`gptq`, with the standard error of the difference. The rows:
 
-    gptq       the script's: steps by the curvature, each error carried on
-    sdclip     each row's step is in proportion to its standard deviation
-    flat       all matrices have the same geometric mean of their steps; rows differ as in gptq
-    KIND:F     the steps of the matrices of this kind times F (embed, bigram, value_embed, q, k, v,
-               proj, fc, down)
-    beamN[:L]  of each row the N best paths survive each column, by error + L * bits of the coder's
-               tables; beam1:L is rate-distortion rounding, beam1 is GPTQ. The file's format stays
-    trellisN[:L]  trellis-coded (dependent) quantisation of N = 4, 8 or 16 states, by the Viterbi
-               algorithm, each survivor carrying its own errors on
+    gptq       the script's: step sizes by the curvature; later columns compensate for errors
+    sdclip     each row's step size is in proportion to its standard deviation
+    flat       all matrices have the same geometric mean of step sizes; rows differ as in gptq
+    KIND:F     the step sizes of the matrices of this kind times F (embed, bigram, value_embed, q,
+               k, v, proj, fc, down)
+    beamN[:L]  the N best paths of each row survive each column, by error + L * bits in the coder's
+               tables. beam1 is GPTQ, beam1:L is rate-distortion rounding. The file's format is as
+               before
+    trellisN[:L]  trellis-coded (dependent) quantisation with N = 4, 8 or 16 states, by the Viterbi
+               algorithm. In each surviving path later columns compensate for its own errors
 
-and, after gptq, sdclip, beamN or trellisN: `-grid`, nothing is carried on; `-natural`, the columns
-in their own order instead of by falling moment (a trellis's file then need not hold the order);
-`-rising`; `-columns`, natural, with steps by column where a matrix is no table.
+and with an ending, after gptq, sdclip, beamN or trellisN: `-grid`, no column compensates; after
+gptq, beamN or trellisN: `-natural`, the columns in their own order instead of by falling moment (so
+that a trellis's file need not hold the order); `-rising`, by rising moment; `-columns`, natural,
+with step sizes by column too, except in tables.
 
-A trellis has two grids of the same step, one shifted by half of it; to which of them a code
-belongs, the parities of the codes before it in its row say. So the grid is twice as fine, and a
-code names one of half its points. Bytes are real: each of the two grids has its own tables.
+A trellis has two grids with the same step size, one shifted by half of it. The parities of the
+earlier codes of a row say which of the grids a code belongs to. So the points lie twice as close,
+and yet a code selects among half of them only. Bytes are real: each of the two grids has its own
+frequency tables.
 """
 
 import lzma
@@ -37,17 +40,18 @@ import numpy as np
 import torch
 
 from studies import quantizers
-from tools.common import gptq_of, mean_and_error, t
+from tools.common import mean_and_error, t
 
 # Parity-check polynomials (h0, h1) of Ungerboeck's best codes in one dimension (1982), in octal
 CODES = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4)}
-BLOCK = 64  # columns after which the errors of the best survivor are carried on to all others
+BLOCK = 64  # columns that are decided at a time; then all later columns compensate for their errors
 AHEAD = 24  # columns beyond a block that the search looks at before it decides
 
 
 class Machine:
-    """The states of a trellis: which grid (0 or 1, shifted by half a step) a code belongs to, and
-    where its parity leads. One state: no trellis, one grid; then any paths may survive."""
+    """The states of a trellis. A state says which grid the next code belongs to (0, or 1, which is
+    shifted by half a step size), and which state follows a code of each parity. One state: no
+    trellis and one grid; then the best `survivors` paths survive, whatever their states."""
 
     def __init__(self, states: int, survivors: int = 1):
         self.is_trellis = states > 1
@@ -56,11 +60,11 @@ class Machine:
         self.next_SP = torch.zeros(states, 2, dtype=torch.long)
         if states > 1:
             self.fill(*CODES[states])
-        comes = [[] for _ in range(states)]
+        ways = [[] for _ in range(states)]
         for state in range(states):
             for parity in (0, 1):
-                comes[self.next_SP[state, parity]].append(2 * state + parity)
-        self.into_S2 = torch.tensor(comes)  # the two ways into a state: 2 * state + parity
+                ways[self.next_SP[state, parity]].append(2 * state + parity)
+        self.into_S2 = torch.tensor(ways)  # the two ways into a state: 2 * state + parity
 
     def survive(self, price_WR):
         """(S, R) each: the costs of the paths that are kept, and which of the 2 S ways they are."""
@@ -71,7 +75,8 @@ class Machine:
         return cost_SR, self.into_S2.gather(1, chosen_SR)
 
     def fill(self, h0: int, h1: int):
-        """As a shift register of the syndrome: the grid of the next code is its lowest bit."""
+        """Set the tables of a shift register that holds the syndrome. Its lowest bit is the grid of
+        the next code. `h0`, `h1`: the parity-check polynomials."""
         states = len(self.grid_S)
         for state in range(states):
             grid = state & 1
@@ -81,7 +86,8 @@ class Machine:
                 self.next_SP[state, parity] = (state ^ added) >> 1
 
     def grids(self, codes_RC, rank_C):
-        """(R, C): the grid of each code, as a decoder finds it, column after column by rank."""
+        """(R, C): the grid of each code, as a decoder finds it: column after column, by falling
+        `rank`."""
         state_R = torch.zeros(len(codes_RC), dtype=torch.long)
         grids_RC = torch.empty(codes_RC.shape, dtype=torch.long)
         for c in rank_C.argsort(descending=True, stable=True):
@@ -91,7 +97,7 @@ class Machine:
 
 
 class Prices:
-    """Bits of a code by the coder's own tables."""
+    """How many bits a code takes, by the coder's own frequency tables."""
 
     def __init__(self, freqs: list):
         """One array of `table_frequencies` per grid."""
@@ -105,10 +111,10 @@ class Prices:
         return self.bits[pair + codes_SPR.long()]
 
 
-def search(w_CR, step_R, weight_R, factor_CC, machine, price=None, tables_CR=None, rate=0.0):
-    """Codes (C, R) of the columns in their order: by the Viterbi algorithm, each survivor carrying
-    its own errors on by the factor, the path of least weight * error^2 + rate * bits. One state and
-    no rate: GPTQ."""
+def search(w_CR, delta_R, error_cost_R, factor_CC, machine, price=None, tables_CR=None, rate=0.0):
+    """Codes (C, R) of the columns in their order: for each row the path of least error_cost *
+    error^2 + rate * bits, by the Viterbi algorithm. In each surviving path later columns compensate
+    for its own errors, by `factor`. With one state and no rate it is GPTQ."""
     survivors = machine.survivors
     w_CR = w_CR.clone()
     codes_CR = torch.empty_like(w_CR)
@@ -117,7 +123,7 @@ def search(w_CR, step_R, weight_R, factor_CC, machine, price=None, tables_CR=Non
     grid_S11 = machine.grid_S[:, None, None].expand(survivors, 1, 1)
     cost_SR = torch.full((survivors, w_CR.size(1)), torch.inf)
     cost_SR[0] = 0.0
-    carries = bool(factor_CC.triu(1).any())
+    compensates = bool(factor_CC.triu(1).any())
 
     for start in range(0, len(w_CR), BLOCK):
         seen = slice(start, start + BLOCK + AHEAD)
@@ -125,21 +131,21 @@ def search(w_CR, step_R, weight_R, factor_CC, machine, price=None, tables_CR=Non
         w_cSR = w_CR[seen, None].repeat(1, survivors, 1)
         paths = []
         for c in range(len(w_cSR)):
-            x_SR = w_cSR[c] / step_R - grid_S11[:, 0] / 2
+            x_SR = w_cSR[c] / delta_R - grid_S11[:, 0] / 2
             low_SR = x_SR.floor().clamp(-t.LARGEST_CODE, t.LARGEST_CODE - 1)
             is_odd_SR = low_SR.remainder(2)
             codes_SPR = torch.stack([low_SR + is_odd_SR, low_SR + 1 - is_odd_SR], 1)
             off_SPR = x_SR[:, None] - codes_SPR
-            price_SPR = off_SPR.square() * (weight_R * d_C[start + c])
+            price_SPR = off_SPR.square() * (error_cost_R * d_C[start + c])
             if rate:
                 price_SPR += rate * price(grid_S11, tables_CR[start + c], codes_SPR)
             price_SPR += cost_SR[:, None]
 
             cost_SR, way_SR = machine.survive(price_SPR.flatten(0, 1))
             codes_SR = codes_SPR.flatten(0, 1).gather(0, way_SR)
-            error_SR = off_SPR.flatten(0, 1).gather(0, way_SR) * (step_R / factor[c, c])
+            error_SR = off_SPR.flatten(0, 1).gather(0, way_SR) * (delta_R / factor[c, c])
             paths.append((way_SR >> 1, codes_SR, error_SR))
-            if carries and c + 1 < len(w_cSR):
+            if compensates and c + 1 < len(w_cSR):
                 rest_cSR = w_cSR[c + 1 :]
                 if survivors > 1:
                     rest_cSR = rest_cSR.gather(1, paths[-1][0].expand_as(rest_cSR))
@@ -155,7 +161,7 @@ def search(w_CR, step_R, weight_R, factor_CC, machine, price=None, tables_CR=Non
             codes_CR[start + c] = codes_SR.gather(0, state_1R)[0]
             errors_cR[c] = error_SR.gather(0, state_1R)[0]
             state_1R = before_SR.gather(0, state_1R)
-        if carries:
+        if compensates:
             end = start + BLOCK
             w_CR[end:] -= factor_CC[start:end, end:].T @ errors_cR[:BLOCK]
     return codes_CR
@@ -166,25 +172,28 @@ def search(w_CR, step_R, weight_R, factor_CC, machine, price=None, tables_CR=Non
 
 @dataclass
 class Packed:
+    """A container, but for its bytes."""
+
     size: int  # bytes of the container
-    weights: int  # how many are coded
+    num_coded: int  # how many weights are coded
     back: dict  # the state dict that a decoder gets
     freqs: list  # `table_frequencies` of each grid
-    tables: dict  # name -> the table of each code, (R, C)
+    tables: dict  # name -> the frequency table of each code, (R, C)
 
 
 def pack(state, hp, coarsen: float, quantizer, machine) -> Packed:
-    """As `t.pack`, with tables and rANS words per grid; of one state, of as many bytes."""
-    entries, codes, numbers, _ = t.quantize_state(state, hp, coarsen, quantizer)
+    """As t.pack, but with frequency tables and rANS words for each grid. With one state it has as
+    many bytes."""
+    entries, codes, numbers, _ = t.quantize_state(state, hp, coarsen, quantizer.quantize)
     classes = [t.spread_classes(matrix) for matrix in codes]
     coded = [entry.name for entry in entries if entry.is_coded]
+    curvature = [quantizer.curvature[name] for name in coded]
     tables = {name: t.tables_of(*both) for name, both in zip(coded, classes)}
-    ranks, grids = {}, {}
-    for name, matrix in zip(coded, codes):
+    grids = {}
+    for name, matrix, c in zip(coded, codes, curvature):
         grids[name] = torch.zeros(matrix.shape, dtype=torch.long)
         if machine.is_trellis:
-            ranks[name] = quantizer.curvature[name].rank_C
-            grids[name] = machine.grids(torch.from_numpy(matrix), ranks[name])
+            grids[name] = machine.grids(torch.from_numpy(matrix), c.rank_C)
     symbols = {name: m.astype(np.int16) + 128 for name, m in zip(coded, codes)}
     freqs, words = [], []
     for grid in machine.grid_S.unique():
@@ -199,59 +208,76 @@ def pack(state, hp, coarsen: float, quantizer, machine) -> Packed:
     back = {}
     for entry, part in zip(entries, numbers):
         if entry.is_coded:
-            step = torch.from_numpy(part).view(torch.bfloat16).float()
+            delta = torch.from_numpy(part).view(torch.bfloat16).float()
             values = torch.from_numpy(symbols[entry.name]) - 128 + grids[entry.name] / 2
-            scale_C = getattr(quantizer.curvature[entry.name], "scale_C", 1.0)
-            back[entry.name] = values * step / scale_C
+            back[entry.name] = values * delta / quantizer.curvature[entry.name].scale_C
         else:
             back[entry.name] = torch.from_numpy(part).float().view(entry.shape)
-    row_first = [rows for rows, _ in classes] + [columns for _, columns in classes]
-    curvature = [quantizer.curvature[name] for name in coded]
-    row_first += [c.exponents_C.numpy().astype("<i2") for c in curvature if type(c) is Columns]
+    rows_first = [rows for rows, _ in classes] + [columns for _, columns in classes]
+    rows_first += [c.exponents_C.numpy().astype("<i2") for c in curvature if type(c) is Columns]
     if machine.is_trellis:
-        row_first += [rank.numpy().astype("<i2") for rank in ranks.values()]
-    by_byte = np.frombuffer(b"".join([*freqs, *row_first, *numbers]), np.uint8).reshape(-1, 2).T
+        rows_first += [c.rank_C.numpy().astype("<i2") for c in curvature]
+    by_byte = np.frombuffer(b"".join([*freqs, *rows_first, *numbers]), np.uint8).reshape(-1, 2).T
     text = "".join(entry.line() for entry in entries).encode()
     side = lzma.compress(text + b"\0" + by_byte.tobytes(), **t.LZMA)
     size = t.CHECKSUM.stop + 4 + len(side) + sum(map(len, words))
     return Packed(size, sum(matrix.size for matrix in codes), back, freqs, tables)
 
 
-def fit(state, hp, budget: int, quantizer, machine, coarsen: float = 1.0):
-    """(a Packed within 1/5000 of the budget, its coarsen): Newton's method, a bit less of each
-    weight doubling the step."""
+def fit(state, hp, budget: int, quantizer, machine, coarsen: float = 1.0) -> tuple[Packed, float]:
+    """(a Packed within 1/5000 of the budget, its factor of the step sizes). The search is Newton's
+    method; it assumes that a bit less per weight doubles the step size."""
     for _ in range(10):
         packed = pack(state, hp, coarsen, quantizer, machine)
         excess = packed.size - budget
         if abs(excess) <= max(50, budget / 5000):
             break
-        coarsen *= 2 ** (8 * excess / packed.weights)
+        coarsen *= 2 ** (8 * excess / packed.num_coded)
     return packed, coarsen
 
 
 # ---- the quantisers
 
 
-class Ordered(t.Curvature):
-    """The columns by falling `rank`, whole numbers that a file can hold."""
+class Falling(t.Curvature):
+    """The curvature `like` with other step sizes. The columns are sorted by falling moment, as
+    `like` sorts them."""
 
-    scale_C = 1.0  # of the columns before they are rounded
+    scale_C = 1.0  # what the columns are multiplied by before they are rounded
 
-    @cached_property
+    def __init__(self, like: t.Curvature, deltas):
+        super().__init__(like.inputs_CC, like.outputs_R)
+        self.like = like
+        self.given_deltas = deltas
+
+    @property
+    def deltas(self):
+        return self.given_deltas
+
+    @property
+    def factors(self):
+        return self.like.factors  # which keeps them for all rows of the table
+
+
+class Ranked(Falling):
+    """The columns are sorted by falling `rank`, a whole number that a file can hold: here twice the
+    logarithm of the moment."""
+
+    @property
     def rank_C(self):
         return (2 * self.inputs_CC.diagonal().clamp_min(1e-30).log2()).round()
 
     @cached_property
     def factors(self):
         H_CC = self.inputs_CC.double()
-        order_C = self.rank_C.argsort(descending=True, stable=True)
-        H_CC = H_CC[order_C][:, order_C]
+        perm_C = self.rank_C.argsort(descending=True, stable=True)
+        H_CC = H_CC[perm_C][:, perm_C]
         H_CC = H_CC + 0.01 * H_CC.diagonal().mean() * torch.eye(len(H_CC))
         inverse_CC = torch.cholesky_inverse(torch.linalg.cholesky(H_CC))
-        return order_C, torch.linalg.cholesky(inverse_CC, upper=True).float()
+        return perm_C, torch.linalg.cholesky(inverse_CC, upper=True).float()
 
 
-class Natural(Ordered):
+class Natural(Ranked):
     """The columns in their own order."""
 
     @property
@@ -259,8 +285,8 @@ class Natural(Ordered):
         return torch.zeros(len(self.inputs_CC))
 
 
-class Rising(Ordered):
-    """The columns that matter least first."""
+class Rising(Ranked):
+    """The columns are sorted by rising moment."""
 
     @property
     def rank_C(self):
@@ -268,12 +294,18 @@ class Rising(Ordered):
 
 
 class Columns(Natural):
-    """A step per column as well, so that a unit error costs as much in each: a power of 2^(1/4)."""
+    """A step size per column too, a power of 2^(1/4), at which an error of one step costs equally
+    in every column."""
+
+    def __init__(self, like: t.Curvature, deltas):
+        super().__init__(like, deltas)
+        self.natural = Natural(like, deltas)
 
     @cached_property
     def exponents_C(self):
-        unit_C = -super().factors[1].diagonal().log2()  # half the log of what a unit error costs
-        return (4 * (unit_C - unit_C.mean())).round()
+        _, factor_CC = self.natural.factors
+        cost_C = -factor_CC.diagonal().log2()  # half the log of what an error of 1 costs
+        return (4 * (cost_C - cost_C.mean())).round()
 
     @cached_property
     def scale_C(self):
@@ -281,128 +313,126 @@ class Columns(Natural):
 
     @cached_property
     def factors(self):
-        order_C, factor_CC = super().factors
-        return order_C, factor_CC * self.scale_C
+        perm_C, factor_CC = self.natural.factors
+        return perm_C, factor_CC * self.scale_C
+
+    @cached_property
+    def deltas(self):
+        """The given ones, corrected: the scaled columns change what an error of 1 costs on
+        average."""
+        before, now = (c.factors[1].diagonal().pow(-2).mean() for c in (self.like, self))
+        return self.given_deltas * (before / now).sqrt()
 
 
 ORDERS = {"natural": Natural, "rising": Rising, "columns": Columns}
 
 
-def with_steps(curvature: dict, steps: dict, kind=t.Curvature):
-    """The curvature, its steps replaced. Tables, pressed against 8 bits, get no steps by column."""
-    found = {}
-    asked = kind
-    for name, c in curvature.items():
-        is_table = name.endswith(("table.weight", "embed.weight"))
-        kind = Natural if asked is Columns and is_table else asked
-        found[name] = kind(c.inputs_CC, c.outputs_R)
-        found[name].steps = steps[name]
-        if kind is t.Curvature:
-            found[name].factors = c.factors
-        if kind is Columns:  # the mean cost of a unit error has become the geometric one
-            plain, now = (x.factors[1].diagonal().pow(-2).mean() for x in (c, found[name]))
-            found[name].steps = steps[name] * (plain / now).sqrt()
-    return found
-
-
 class Searched(t.GPTQ):
-    """The steps of GPTQ, codes by `search`."""
+    """GPTQ's step sizes, codes by `search`. Without `compensates` the columns are independent.
+    `base`: what `gptq` gives at the same bytes, whose frequency tables tell how many bits a code
+    takes; needed with a `rate`."""
 
-    def __init__(self, gptq, machine, carries=True, rate=0.0, base: Packed | None = None):
-        super().__init__(gptq.rows.hp, gptq.curvature, gptq.scale, carries)
+    def __init__(self, state, hp, curvature, machine, compensates=True, rate=0.0, base=None):
+        super().__init__(state, hp, curvature)
         self.machine = machine
+        self.compensates = compensates
         self.rate = rate
         self.tables = base.tables if rate else {}
         self.price = Prices(base.freqs) if rate else None
 
     def quantize(self, name: str, w_RC, coarsen: float):
         c = self.curvature[name]
-        w_RC = w_RC * getattr(c, "scale_C", 1.0)
-        wanted = c.steps * (self.scale * coarsen)
-        reach = w_RC.abs().amax(1, keepdim=True) / t.LARGEST_CODE
-        step = torch.maximum(wanted, reach).clamp_min(1e-30).bfloat16().float()
-        weight_R = (step / wanted)[:, 0].square()
-        order_C, factor_CC = c.factors
-        if not self.carries:
-            d_C = c.inputs_CC.diagonal()[order_C]
+        w_RC = w_RC * c.scale_C
+        delta = self.delta(name, w_RC, coarsen)
+        wanted = c.deltas * (self.scale * coarsen)
+        error_cost_R = (delta / wanted)[:, 0].square()
+        perm_C, factor_CC = c.factors
+        if not self.compensates:
+            d_C = c.inputs_CC.diagonal()[perm_C]
             factor_CC = (d_C + 0.01 * d_C.mean()).rsqrt().diag()
         tables = None
         if self.rate:
-            tables = torch.from_numpy(self.tables[name].T[order_C.numpy()].astype(np.int64))
+            tables = torch.from_numpy(self.tables[name].T[perm_C.numpy()].astype(np.int64))
         codes_CR = torch.empty_like(w_RC.T)
-        codes_CR[order_C] = search(
-            w_RC.T[order_C],
-            step[:, 0],
-            weight_R,
+        codes_CR[perm_C] = search(
+            w_RC.T[perm_C],
+            delta[:, 0],
+            error_cost_R,
             factor_CC,
             self.machine,
             self.price,
             tables,
             self.rate,
         )
-        return codes_CR.T.contiguous(), step
+        return codes_CR.T.contiguous(), delta
 
 
 def kind_of(name: str) -> str:
+    """The KIND of a row `KIND:F` that means this matrix."""
     if not name.startswith("blocks"):
         return name.split(".")[0]
     return "down" if name.endswith("mlp.proj.weight") else name.split(".")[3]
 
 
 class Study:
-    """All rows of one model at one number of bytes; only matrices whose names match are rounded."""
+    """All rows of one model at one number of bytes. Only matrices whose names match `only` are
+    rounded."""
 
     def __init__(self, judge, only: str, bits: int, coarsen: float | None):
         self.judge = judge
         self.state = {name: w for name, w in judge.state.items() if re.search(only, name)}
         self.hp, self.budget = quantizers.budget_of(bits, self.state, judge.model.hp)
-        self.scale = gptq_of(judge.state, self.hp, judge.curvature).scale
         self.curvature = {name: c for name, c in judge.curvature.items() if name in self.state}
         self.label = f"{bits} bits"
         if coarsen:
-            self.budget = pack(self.state, self.hp, coarsen, self.gptq(), Machine(1)).size
+            self.budget = pack(self.state, self.hp, coarsen, *self.quantizer("gptq")).size
             self.label = f"coarsen {coarsen}"
         self.fitted = {}  # label -> (Packed, coarsen)
         self.costs = {}  # label -> KL of each target
 
-    def gptq(self, change=lambda name, steps: steps, kind=t.Curvature):
-        """A GPTQ of changed steps; those of coarsen 1 have the geometric mean of the script's."""
-        steps = {name: change(name, c.steps) for name, c in self.curvature.items()}
-        log_ratio = weights = 0
+    def changed(self, kind=Falling, change=lambda name, deltas: deltas) -> dict[str, Falling]:
+        """The curvature of `kind`, with its step sizes changed up to a common factor. Tables get no
+        step sizes by column, as 8 bits are the most they can have."""
+        found = {}
         for name, c in self.curvature.items():
-            count = self.state[name].numel()
-            log_ratio += count * float((c.steps / steps[name]).log2().mean())
-            weights += count
-        curvature = with_steps(self.curvature, steps, kind)
-        return t.GPTQ(self.hp, curvature, self.scale * 2 ** (log_ratio / weights))
+            is_table = t.parameter_row(name).kind == "table"
+            own_kind = Natural if kind is Columns and is_table else kind
+            found[name] = own_kind(c, change(name, c.deltas))
+        return found
 
-    def quantizer(self, label: str):
-        """(quantiser, machine) of a row."""
+    def quantizer(self, label: str) -> tuple[t.GPTQ, Machine]:
+        """The quantiser of a row, and the machine that goes with it."""
+        if label == "gptq-columns":
+            label = "beam1-columns"  # only a search scales the columns
         name, _, number = label.partition(":")
-        name, _, variant = name.partition("-")
+        name, _, ending = name.partition("-")
         found = re.fullmatch(r"(beam|trellis)(\d+)", name)
         if found:
             rate = float(number or 0)
             is_trellis = found[1] == "trellis"
             machine = Machine(int(found[2])) if is_trellis else Machine(1, int(found[2]))
-            kind = Ordered if is_trellis else t.Curvature
-            gptq = self.gptq(kind=ORDERS.get(variant, kind))
+            curvature = self.changed(ORDERS.get(ending, Ranked if is_trellis else Falling))
             base = None
             if rate:
                 base, _ = self.fit(label.partition(":")[0] if is_trellis else "gptq")
-            return Searched(gptq, machine, variant != "grid", rate, base), machine
+            options = (machine, ending != "grid", rate, base)
+            return Searched(self.state, self.hp, curvature, *options), machine
         if name == "gptq":
-            gptq = self.gptq(kind=ORDERS.get(variant, t.Curvature))
+            curvature = self.changed(ORDERS.get(ending, Falling))
         elif name == "sdclip":
-            gptq = self.gptq(lambda n, _: self.state[n].std(1, keepdim=True))
+            curvature = self.changed(change=lambda n, _: self.state[n].std(1, keepdim=True))
         elif name == "flat":
-            gptq = self.gptq(lambda _, steps: steps / steps.log().mean().exp())
+            curvature = self.changed(change=lambda _, deltas: deltas / deltas.log().mean().exp())
         else:
             factor = float(number)
-            gptq = self.gptq(lambda n, steps: steps * (factor if kind_of(n) == name else 1.0))
-        return gptq.draft if variant == "grid" else gptq, Machine(1)
+            curvature = self.changed(
+                change=lambda n, deltas: deltas * (factor if kind_of(n) == name else 1.0)
+            )
+        quantizer = quantizers.Grid if ending == "grid" else t.GPTQ
+        return quantizer(self.state, self.hp, curvature), Machine(1)
 
-    def fit(self, label: str):
+    def fit(self, label: str) -> tuple[Packed, float]:
+        """What `fit` gives for a row, found once."""
         if label not in self.fitted:
             _, near = self.fitted.get("gptq", (None, 1.0))
             found = fit(self.state, self.hp, self.budget, *self.quantizer(label), near)
@@ -439,8 +469,8 @@ def main() -> None:
     parser = quantizers.options("roundings", __doc__.split("\n\n")[0])
     parser.set_defaults(bits=[4, 5], targets=40_000)
     parser.add_argument("--rows", nargs="+", default=ROWS, help="as above; gptq always comes first")
-    parser.add_argument("--only", default="", help="round only what this pattern finds in a name")
-    parser.add_argument("--coarsen", type=float, help="bytes of gptq so coarse, instead of --bits")
+    parser.add_argument("--only", default="", help="round only names that match this pattern")
+    parser.add_argument("--coarsen", type=float, help="bytes of gptq at this factor, not of --bits")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for label, judge in quantizers.judges(args):

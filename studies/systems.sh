@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The table of systems in docs/predecessors.md: the four launch scripts at demo size on the built-in corpus, the same
-# training time, three seeds each; logs/systems/<system>_seed<seed>.txt. On two CPU cores about a quarter of an hour.
+# training time, three seeds each. Writes logs/systems/<system>_seed<seed>.txt and, for the three predecessors, what their
+# hashed counts report, logs/systems/<system>_seed<seed>_predecessors.json. On two CPU cores about a quarter of an hour.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
@@ -20,9 +21,10 @@ declare -A own=(
 for system in backoff order_adaptive prefill frontier; do
     for seed in 42 1337 2025; do
         name=${system}_seed$seed
-        rm -f "logs/$name.txt"
+        rm -f "logs/$name.txt" "logs/${name}_predecessors.json"
         env ${own[$system]} SEED=$seed RUN_ID=$name bash runs/$system.sh
         mv "logs/$name.txt" logs/systems/
+        [ $system = frontier ] || mv "logs/${name}_predecessors.json" logs/systems/
     done
 done
 "$PYTHON" -m record systems logs/systems/*.txt

@@ -37,10 +37,10 @@ SECTIONS = {
     "artifact": "artifact gptq quantizers",
     "scoring": "scoring",
     "ttt": "ttt",
-    "mixture": "mixture ngram decodable",
+    "mixture": "mixture ngram decodable predecessors",
     "run": "script faults ranks systems",
     "record": "record figures",
-    "bench": "bench",  # studies/ and tools/ too
+    "bench": "bench gpu_queue",  # studies/ and tools/ too
 }
 
 # --- random numbers and the order of tests --------------------------------------------------------
@@ -485,11 +485,14 @@ t.StopSignal.handle = handle
 """
 
 
-# Stands in for Python: says that there is no GPU, and writes down what a launch script would start.
+# In the place of Python: it finds no GPU, and writes down what the launch script would start, the
+# run and after it the study.
 RECORDER = """#!/usr/bin/env bash
-if [ "$1" = -c ]; then echo 0; exit; fi
-printf '%s\\0' "$@" > arguments
-env -0 > environment
+case "$*" in
+-c*) echo 0 ;;
+*studies.predecessors*) printf '%s\\0' "$@" > study ;;
+*) printf '%s\\0' "$@" > arguments; env -0 > environment ;;
+esac
 """
 
 

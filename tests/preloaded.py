@@ -143,6 +143,8 @@ def be_python(arguments: list[str], env: dict[str, str]) -> None:
 
 
 def run_main(arguments: list[str]) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]  # this package: a run may have tests of its own
     if arguments[0] == "-m":
         module = arguments[1]
         sys.argv = arguments[1:]

@@ -45,7 +45,6 @@ def test_the_mixture_study(tmp_path, rng):
         "neural model alone",
         "α by order",
         "online, orders 2-3",
-        "not a probability",
         "mass_min:1.000000000000",
     ):
         assert row in done.stdout
@@ -154,6 +153,58 @@ def test_bench_step_measures_on_a_cpu(capsys):
     assert "floor ms" in out
 
 
+def test_bench_step_measures_only_what_is_asked_for(capsys):
+    from bench.step import measure, print_count
+
+    hp = tiny(COMPILE=0)
+    measure(hp, 1, 1, print_count(hp), ["as it is", "FlashAttention 4"])
+    out = capsys.readouterr().out
+    assert "FlashAttention 4: not possible here" in out
+    assert out.splitlines()[-1].startswith("as it is")
+    with pytest.raises(SystemExit, match="none of as it is, plain, compiled"):
+        measure(hp, 1, 1, 1.0, ["as is"])
+
+
+def test_bench_step_gives_inductor_its_option(monkeypatch):
+    """A graph of its own, where this torch has the option."""
+    from bench.step import NO_MIX_ORDER, inductor_config, variants
+
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: asked.append(options) or f)
+    found = variants(tiny(COMPILE=1))
+    expected = ["as it is", "not compiled"]
+    has_option = hasattr(inductor_config.triton, "mix_order_reduction")
+    assert list(found) == expected + [NO_MIX_ORDER] * has_option
+    given = [options["options"] for options in asked if "options" in options]
+    assert given == [{"triton.mix_order_reduction": False}] * has_option
+
+
+def test_bench_loader_reads_both_orders(corpus):
+    from bench.loader import in_lanes, measure, permuted
+
+    hp = tiny(**corpus)
+    loader = t.TokenLoader(hp, 0, 1)
+    (ids, targets), *_ = in_lanes(loader, 3)
+    T, sequences = hp.train_seq_len, loader.sequences
+    for i in range(loader.rows):
+        span = loader.span(i * loader.num_tokens // sequences + 3 * T, T + 1)
+        np.testing.assert_array_equal(ids[i], span[:-1])
+        np.testing.assert_array_equal(targets[i], span[1:])
+    assert len(permuted(loader, 3)) == len(in_lanes(loader, 3)) == loader.accumulation
+    assert [len(each) for each in measure(loader, 2).values()] == [2, 2]
+
+
+def test_bench_loader_prints_a_ratio_and_what_an_epoch_takes():
+    done = run(
+        *("bench.loader", "--shards", 2, "--tokens", 5000),
+        *("--rounds", 2, "--epoch", 100_000),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "windows in a random permutation" in done.stdout
+    assert re.search(r"^ratio in a round +\d", done.stdout, re.M)
+    assert "an epoch of 48 windows" in done.stdout
+
+
 def test_bench_step_compares_gradients_and_tiles(capsys, monkeypatch):
     """What it does on a GPU, on a CPU: the model without kernels,
     the MLP's kernel by a stand-in."""
@@ -214,9 +265,9 @@ def factor_of(columns: int):
 def test_the_roundings_study_of_one_path_is_gptq(rng):
     from studies.roundings import Machine, search
 
-    w_CR, step_R, factor_CC = torch.randn(150, 20), torch.rand(20) + 0.1, factor_of(150)
-    found = search(w_CR, step_R, torch.ones(20), factor_CC, Machine(1))
-    assert torch.equal(found, t.round_in_turn(w_CR, step_R, factor_CC))
+    w_CR, delta_R, factor_CC = torch.randn(150, 20), torch.rand(20) + 0.1, factor_of(150)
+    found = search(w_CR, delta_R, torch.ones(20), factor_CC, Machine(1))
+    assert torch.equal(found, t.round_in_turn(w_CR, delta_R, factor_CC))
 
 
 @pytest.mark.parametrize("states", [4, 8, 16])

@@ -21,6 +21,7 @@ from helpers import (
 from reference import Predictor
 
 import train_gpt as t
+from studies import predecessors
 
 TOKENS = 1_801  # 1,800 targets
 SMALL = dict(
@@ -119,3 +120,28 @@ def test_a_decoder_restores_the_stream_from_the_claimed_number_of_bits(artifact,
     )
     assert abs(32 * len(words) - claimed) <= 64
     assert np.array_equal(decode(blob, hp, words, int(tokens[0]), TOKENS - 1), tokens)
+
+
+@pytest.mark.slow
+def test_hashed_counts_cannot_keep_what_they_claim(artifact):
+    """What they give to the vocabulary sums to more than 1; a coder must scale it back,
+    and the claim is gone."""
+    blob, hp, tokens = artifact
+    model, rule, low, high = load(blob, hp), predecessors.RULES["825"], hp.alpha_min, hp.alpha_max
+    counts = predecessors.HashedCounts(tokens, rule, hp.vocab_size, buckets=2048)
+    nats = predecessors.mix(counts, *scores_of(model, tokens, hp.eval_stride), low, high)
+    claimed, coded, largest = float(nats.sum() / math.log(2)), 0.0, 0.0
+    known = tokens.tolist()
+    for j in range(TOKENS - 1):
+        p = model_distribution(model, known[: j + 1], TOKENS - 1)
+        entropy = np.array(-(p * np.log(p)).sum())
+        alpha = rule.weight(entropy, counts.n[j], low, high)
+        pairs, context = counts.continuations(j)
+        p = (1 - alpha) * p + alpha * pairs / context
+        largest = max(largest, p.sum())
+        coded -= math.log2(p[tokens[j + 1]] / p.sum())  # the best a coder can do with it
+    print(
+        f"hashed: claimed:{claimed:.0f} 'bits' coded:{coded:.0f} bits largest sum over "
+        f"the vocabulary:{largest:.1f}"
+    )
+    assert coded > claimed + 64 and largest > 2

@@ -391,11 +391,6 @@ REFUSED = [
         r"seed2.txt:\d+: .*lines of two runs",
     ),
     (
-        "hashed counts",
-        changed("^final_ngram_exact.*", "final_ngram_hashed pseudo_bpb:0.5 mass:44"),
-        r"seed2.txt:\d+: .*hashed counts are no probability",
-    ),
-    (
         "another seed's checkpoint",
         changed("^(step:1/)", r"warning: SEED=2 here, 11 in the checkpoint\n\1"),
         r"seed2.txt:\d+: .*one seed from the first step on",
@@ -536,11 +531,19 @@ def with_systems(folder):
         path = folder / f"logs/systems/{system}_seed{seed}.txt"
         shutil.copy(folder / f"logs/seed{seed}.txt", path)
         edit(path, "^RUN_ID=.*", f"RUN_ID={path.stem}")
-        edit(path, "^(final_ngram_exact)", r"final_ngram_hashed pseudo_bpb:0.5 mass:44.0\n\1")
+        neural = read_run(parse_log(path)).neural_bits_per_byte
+        replayed = dict(pseudo_bpb=0.5, mass=44.0, neural_bpb=neural)
+        path.with_name(f"{path.stem}_predecessors.json").write_text(json.dumps(replayed))
     (folder / "docs").mkdir()
     page = "# Predecessors\n\n<!-- systems:begin -->\n<!-- systems:end -->\n"
     (folder / "docs/predecessors.md").write_text(page)
-    assert main(["systems", *map(str, folder.glob("logs/systems/*")), "--folder", str(folder)]) == 0
+    assert write_systems(folder) == 0
+
+
+def write_systems(folder) -> int:
+    """Exit status of `record systems`."""
+    logs = map(str, folder.glob("logs/systems/*.txt"))
+    return main(["systems", *logs, "--folder", str(folder)])
 
 
 def other_system(folder):
@@ -675,6 +678,38 @@ def test_each_seeded_defect_is_caught(folder, spoil, name, said, monkeypatch):
     assert re.search(said, failing(folder)[name])
 
 
+def test_a_system_has_a_pseudo_score_if_each_of_its_runs_was_replayed(folder):
+    with_systems(folder)
+    page = folder / "docs/predecessors.md"
+    rows = [line.split(" | ")[5:7] for line in page.read_text().splitlines() if "runs/" in line]
+    assert rows == [["*0.5000*", "44.0"]] * 2
+    (folder / "logs/systems/prefill_seed2_predecessors.json").unlink()
+    assert write_systems(folder) == 0
+    rows = [line.split(" | ")[5:7] for line in page.read_text().splitlines() if "runs/" in line]
+    assert rows == [["*0.5000*", "44.0"], ["-", "-"]]
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("{", r"backoff_seed11_predecessors.json:1: .*expected JSON; .*studies/predecessors.py"),
+        ("{}", "pseudo_bpb is missing, expected a number; make it by `python studies"),
+        ('{"pseudo_bpb": 1, "mass": null}', "mass is None, expected a number"),
+        (
+            '{"pseudo_bpb": 1, "mass": 2, "neural_bpb": 1.5}',
+            r"neural_bpb is 1.5, but \S+/backoff_seed11.txt says \d\.\d+: scores of another run",
+        ),
+    ],
+)
+def test_a_replay_of_another_run_is_refused(folder, capsys, text, said):
+    with_systems(folder)
+    (folder / "logs/systems/backoff_seed11_predecessors.json").write_text(text)
+    capsys.readouterr()
+    assert write_systems(folder) == 1
+    error = capsys.readouterr().err
+    assert re.search(said, error) and error.count("\n") == 1
+
+
 def test_a_table_of_systems_is_checked_where_its_logs_lie(folder, capsys):
     with_systems(folder)
     assert "the systems table is that of 2 logs" in checks.check_readme(Folder(folder))
@@ -797,11 +832,11 @@ def test_the_probes_catch_what_is_no_code(monkeypatch, name, part, broken, said)
         probe.PROBES[name](t, settings)
 
 
-def test_the_probes_learn_as_the_run_did_and_count_exactly():
-    probed = probe.Probed(
-        t, dict(NGRAM_COUNTS="hashed", TTT_EPOCHS="3", TTT_LR="0.01", TTT_CHUNK_TOKENS="32768")
-    )
-    assert (probed.hp.ngram_counts, probed.hp.ttt_epochs, probed.hp.ttt_lr) == ("exact", 1, 0.01)
+def test_the_probes_learn_as_the_run_did():
+    settings = dict(TTT_EPOCHS="3", TTT_LR="0.01", TTT_CHUNK_TOKENS="32768", NGRAM_ALPHA="order")
+    probed = probe.Probed(t, settings)
+    found = probed.hp.ngram_alpha, probed.hp.ttt_epochs, probed.hp.ttt_lr
+    assert found == ("order", 1, 0.01)
     tokens, still = probed.stream(200), probe.Probed(t, {})
     still.model = probed.model
     learned, untrained = probed.neural(tokens)[0], still.neural(tokens)[0]
@@ -978,11 +1013,12 @@ def test_a_copy_says_the_date_of_its_folder(good, tmp_path, capsys):
 
 
 def fake_python(path, gpus: int):
-    """An interpreter that knows a number of GPUs, leaves the log of RUN_ID,
-    and says how it was called."""
+    """An interpreter that knows a number of GPUs, says how it was called, and leaves the log of
+    RUN_ID or, as the study, its JSON."""
     path.parent.mkdir(parents=True)
     path.write_text(
         f'#!/bin/sh\ncase "$1" in\n-c) echo {gpus};;\n'
+        'studies/*) echo "$0 $*"; touch "logs/${RUN_ID}_predecessors.json";;\n'
         '*) echo "$0 $*"; touch "logs/$RUN_ID.txt";;\nesac\n'
     )
     path.chmod(0o755)
@@ -1001,6 +1037,8 @@ def test_launch_scripts_use_the_python_of_make(tmp_path, gpus, ranks):
         )
         assert done.returncode == 0, done.stderr
         assert all(".venv/bin/python " in line for line in done.stdout.splitlines())
+        replays = done.stdout.count(".venv/bin/python -m studies.predecessors logs/")
+        assert replays == (9 if script == "bench/systems.sh" else 0)
         assert (
             f"/.venv/bin/python -m torch.distributed.run --standalone --nproc_per_node={ranks} "
             in done.stdout

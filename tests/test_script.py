@@ -277,9 +277,14 @@ def test_saved_scores_are_those_of_the_log(saved):
 
 
 def test_saved_scores_know_their_settings(saved):
-    said, arrays = saved
+    _, arrays = saved
     assert json.loads(str(arrays["settings"]))["NGRAM_ALPHA"] == "order"
-    assert values(said, "final_ngram_exact")["alpha"] == "order"
+
+
+def test_the_log_says_that_the_counts_are_exact(saved):
+    said, _ = saved
+    line = values(said, "final_ngram_exact")
+    assert (line["counts"], line["alpha"]) == ("exact", "order")
 
 
 # ---- errors, the log

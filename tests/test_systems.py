@@ -1,7 +1,10 @@
 """The three predecessors' launch scripts, end to end at tiny sizes:
 what each claims must show in what it did."""
 
+import json
 import math
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from helpers import (
 import train_gpt as t
 from record import tables
 from record.log import RecordError
+from studies import predecessors
 
 # what a script itself sets is left to it
 OWN = ("NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "XSA_LAST_N", "LATE_QAT_THRESHOLD", "EMA_DECAY")
@@ -29,30 +33,42 @@ SMALL = {k: v for k, v in TINY.items() if k not in OWN} | dict(
     WARMDOWN_ITERS=10,
     SWA_EVERY=1,
     SWA_THRESHOLD=0.8,
-    NGRAM_BUCKETS=65_536,
     TTT_CHUNK_TOKENS=2048,
     EVAL_STRIDE=16,
     CHECKPOINT_EVERY=1000,
 )
 
 
+class Launched(NamedTuple):
+    """What a launch script's run left, and the study that the script starts after it."""
+
+    log: str
+    state: dict[str, torch.Tensor]  # the artifact's
+    checkpoint: dict[str, np.ndarray]
+    replayed: dict  # the study's JSON
+
+
+def launch(system: str, folder: Path, corpus) -> Launched:
+    """The run and then the study that runs/<system>.sh starts."""
+    (folder / "logs").mkdir()
+    (folder / "logs/test.txt").touch()  # the log's name is taken: the run gives it a number
+    done = finish(start_python(folder, *launched(system, folder, **SMALL, **corpus)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    _, _, scores, *options = (folder / "study").read_text().split("\0")[:-1]
+    predecessors.main([str(folder / scores), *options])
+    stem = str(folder / scores).removesuffix("_scores.npz")
+    with np.load(f"{stem}.ckpt", allow_pickle=False) as checkpoint:
+        arrays = dict(checkpoint)
+    artifact = next(folder.glob("final_model.int*.ptz"))
+    replayed = json.loads(Path(f"{stem}_predecessors.json").read_text())
+    log = Path(f"{stem}.txt").read_text()
+    return Launched(log, t.decompress(artifact.read_bytes()), arrays, replayed)
+
+
 @pytest.fixture(scope="module")
-def logs(corpus, tmp_path_factory):
-    """system -> (log, artifact's state, checkpoint)."""
-    runs = {}
-    for system in ("backoff", "order_adaptive", "prefill"):
-        folder = tmp_path_factory.mktemp(system)
-        done = finish(start_python(folder, *launched(system, folder, **SMALL, **corpus)))
-        assert done.returncode == 0, done.stderr[-3000:]
-        with np.load(folder / "logs/test.ckpt", allow_pickle=False) as checkpoint:
-            arrays = dict(checkpoint)
-        artifact = next(folder.glob("final_model.int*.ptz"))
-        runs[system] = (
-            (folder / "logs/test.txt").read_text(),
-            t.unpack(artifact.read_bytes()),
-            arrays,
-        )
-    return runs
+def logs(corpus, tmp_path_factory) -> dict[str, Launched]:
+    systems = "backoff", "order_adaptive", "prefill"
+    return {system: launch(system, tmp_path_factory.mktemp(system), corpus) for system in systems}
 
 
 def packed_weights_are(state, arrays, expected) -> bool:
@@ -76,19 +92,34 @@ def test_without_a_gpu_a_launch_script_starts_two_ranks(system, tmp_path):
     assert arguments == [*torchrun(2), str(SCRIPT)]
 
 
+def test_without_ranks_a_launch_script_starts_no_torchrun(tmp_path):
+    arguments, _ = launched("frontier", tmp_path, NPROC=0)
+    assert arguments == [str(SCRIPT)]
+
+
 @pytest.mark.parametrize("system", ["backoff", "order_adaptive", "prefill"])
-def test_both_numbers_are_in_the_log_and_only_the_valid_one_is_a_bpb(logs, system):
-    log = logs[system][0]
-    exact, hashed = values(log, "final_ngram_exact"), values(log, "final_ngram_hashed")
-    assert exact["alpha"] == hashed["alpha"] == dict(order_adaptive="order").get(system, "entropy")
-    assert float(hashed["mass"]) > 1.5
-    assert "val_bpb" not in hashed
+def test_the_log_has_the_valid_number(logs, system):
+    log = logs[system].log
+    exact = values(log, "final_ngram_exact")
+    assert exact["alpha"] == dict(order_adaptive="order").get(system, "entropy")
+    assert exact["counts"] == "exact"
     assert float(exact["val_bpb"]) > 0
     assert values(log, "ngram_audit")["mass_max"] == "1.000000000000"
 
 
+@pytest.mark.parametrize("system, rule", dict(backoff=889, order_adaptive=825, prefill=806).items())
+def test_the_study_says_what_the_pull_request_would_have_reported(logs, system, rule):
+    """Of that very run, from its saved scores, by the rule that is its own."""
+    replayed, log = logs[system].replayed, logs[system].log
+    bits = 5 if system == "order_adaptive" else 6
+    neural = float(values(log, f"final_int{bits}_sliding_window_exact")["val_bpb"])
+    assert replayed["pull_request"] == rule
+    assert replayed["neural_bpb"] == pytest.approx(neural, abs=1e-8)
+    assert replayed["mass"] > 1.05
+
+
 def test_backoff_packs_the_middle_of_ema_and_tight_swa(logs):
-    log, state, arrays = logs["backoff"]
+    log, state, arrays, _ = logs["backoff"]
     facts = values(log, "averaging:ema_swa")
     assert int(facts["ema_updates"]) == 12
     assert int(facts["swa_updates"]) >= 1
@@ -99,7 +130,7 @@ def test_backoff_packs_the_middle_of_ema_and_tight_swa(logs):
 
 
 def test_order_adaptive_is_mha_with_xsa_everywhere_wide_and_int5(logs, corpus):
-    log, state, _ = logs["order_adaptive"]
+    log, state, *_ = logs["order_adaptive"]
     for setting in (
         "NUM_HEADS=8",
         "NUM_KV_HEADS=8",
@@ -127,18 +158,18 @@ def test_order_adaptive_is_mha_with_xsa_everywhere_wide_and_int5(logs, corpus):
 
 
 def test_order_adaptive_learns_while_it_scores(logs):
-    log = logs["order_adaptive"][0]
+    log = logs["order_adaptive"].log
     assert float(values(log, "ttt:score_first")["moved"]) > 0
-    assert "\nttt:" not in logs["backoff"][0]
+    assert "\nttt:" not in logs["backoff"].log
 
 
 def test_prefill_packs_swa_of_a_model_with_slope_09(logs):
-    log, state, arrays = logs["prefill"]
+    log, state, arrays, _ = logs["prefill"]
     assert int(values(log, "averaging:swa")["swa_updates"]) >= 1
     assert "\nLEAKY_SLOPE=0.9\n" in log
     assert packed_weights_are(state, arrays, mean_of(arrays, "swa"))
     losses = [
-        values(logs[system][0], "step:12/12 train_loss")["train_loss"]
+        values(logs[system].log, "step:12/12 train_loss")["train_loss"]
         for system in ("backoff", "prefill")
     ]
     assert losses[0] != losses[1]  # the slope changes what is learned
@@ -208,17 +239,19 @@ def test_the_table_of_systems_is_that_of_the_logs(logs, tmp_path):
         paths.append(tmp_path / f"logs/systems/{system}_seed1337.txt")
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         paths[-1].write_text(
-            logs[system][0].replace("\nRUN_ID=test\n", f"\nRUN_ID={system}_seed1337\n")
+            logs[system].log.replace("\nRUN_ID=test\n", f"\nRUN_ID={system}_seed1337\n")
         )
+        replayed = paths[-1].with_name(f"{system}_seed1337_predecessors.json")
+        replayed.write_text(json.dumps(logs[system].replayed))
     tables.systems(paths, tmp_path)
     written = page.read_text()
     assert "old" not in written
     assert written.endswith("rest\n")
-    for system, (log, *_) in logs.items():
+    for system, (log, _, _, replayed) in logs.items():
         row = next(line for line in written.splitlines() if f"runs/{system}.sh" in line)
-        for line in ("final_int", "final_ngram_exact", "final_ngram_hashed"):
-            found = values(log, line)
-            assert f"{float(found.get('val_bpb') or found['pseudo_bpb']):.4f}" in row
+        for line in ("final_int", "final_ngram_exact"):
+            assert f"{float(values(log, line)['val_bpb']):.4f}" in row
+        assert f"*{replayed['pseudo_bpb']:.4f}* | {replayed['mass']:.1f}" in row
         assert (
             f"{int(log.split('Total submission size')[-1].split(': ')[1].split(' ')[0]):,}" in row
         )

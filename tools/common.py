@@ -1,5 +1,5 @@
-"""What benches, studies and tools share: settings, one way to call each phase of train_gpt.py, the
-work of a training step counted, and seconds measured.
+"""What benches, studies and tools share: settings, train_gpt.py's phases on one rank without a log,
+the work of a training step counted, and seconds measured.
 
 They are modules of packages and are started from the repository's root: `python -m bench.step`."""
 
@@ -10,8 +10,9 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -60,14 +61,7 @@ def micro_batch_rows(hp: t.Hyperparameters) -> int:
 
 
 # --- the phases of train_gpt.py -------------------------------------------------------------------
-# Each on one rank, silent, without files. Only these functions know how train_gpt.py is called.
-
-
-class Trained(NamedTuple):
-    model: t.GPT  # its weights are those that AVERAGING names
-    curvature: dict[str, t.Curvature]  # of these weights; empty with QUANTIZER=rows
-    steps: int
-    seconds: float  # of training, by its own clock
+# On one rank, without a log or files. `compress` and `decompress` need no help: call them directly.
 
 
 def new_model(hp: t.Hyperparameters) -> t.GPT:
@@ -76,94 +70,72 @@ def new_model(hp: t.Hyperparameters) -> t.GPT:
     return t.GPT(hp).to(t.Ranks({}).device)
 
 
-def trainer_of(model: t.GPT, loader=None) -> t.Trainer:
-    """A silent trainer on one rank that never validates; `loader`: of the settings' data, if it
-    is None."""
-    loader = loader or t.TokenLoader(model.hp, 0, 1)
-    trainer = t.Trainer(model, loader, None, t.Ranks({}), t.RunLog(), t.StopSignal())
-    trainer.validate = lambda: (0.0, 0.0)
-    return trainer
+def one_window(hp: t.Hyperparameters) -> t.Validation:
+    """A stream to validate on that is a single window, so that it takes next to no time."""
+    tokens = np.zeros(hp.eval_seq_len + 1, np.uint16)
+    return t.Validation(tokens, lambda tokens: np.ones(len(tokens) - 1, np.uint16))
 
 
-def train(hp: t.Hyperparameters) -> Trained:
-    """Train a new model on the training shards of DATA_PATH."""
-    trainer = trainer_of(new_model(hp))
-    t.train(trainer)
-    return Trained(trainer.model, trainer.curvature, trainer.steps, trainer.seconds)
+def train(hp: t.Hyperparameters) -> tuple[t.GPT, t.Trained]:
+    """Train a new model on the training shards of DATA_PATH. Returns it, with the weights that
+    AVERAGING names, and what t.train returns."""
+    model = new_model(hp)
+    loader = t.TokenLoader(hp, 0, 1)
+    return model, t.train(model, loader, one_window(hp), t.Ranks({}), t.RunLog(), t.StopSignal())
+
+
+def step_of(state: t.TrainState, loader) -> Callable[[t.StepPlan], torch.Tensor]:
+    """t.training_step on batches of `loader`: anything with TokenLoader's `micro_batch` and
+    `accumulation`. COMPILE says whether it is compiled, at the first call."""
+    loss = t.compiled(t.training_loss, state.hp, state.ranks.device)
+    return partial(t.training_step, state, loader, loss)
 
 
 def train_averages(hp: t.Hyperparameters) -> tuple[t.GPT, dict[str, dict[str, torch.Tensor]]]:
-    """Train once with AVERAGING=ema_swa; returns (the model, {value of AVERAGING: the state dict
+    """Train once with AVERAGING=ema_swa. Returns (the model, {value of AVERAGING: the state dict
     that it would have given}). A value whose average has taken no snapshot gives the last
     weights."""
-    trainer = trainer_of(new_model(hp))
-    last, train_step = [], trainer.step
-
-    def step(*args):  # keeps the last weights, which train() replaces by their average
-        loss = train_step(*args)
-        last[:] = [p.detach().clone() for p in trainer.parameters]
-        return loss
-
-    trainer.step = step
-    t.train(trainer)
-    names, states = [name for name, _ in trainer.model.named_parameters()], {}
+    model = new_model(hp)
+    state = t.TrainState(model, t.Ranks({}), t.RunLog())
+    take_step = step_of(state, t.TokenLoader(hp, 0, 1))
+    t.warm_up(state, take_step)
+    t.run_steps(state, take_step, one_window(hp), t.StopSignal())
+    names = [name for name, _ in model.named_parameters()]
+    states = {}
     for averaging in ("none", "ema", "swa", "ema_swa"):
-        used = {name: a for name, a in trainer.averages.items() if name in averaging.split("_")}
-        states[averaging] = dict(zip(names, t.averaged_parameters(used) or last))
-    return trainer.model, states
+        used = {name: a for name, a in state.averages.items() if name in averaging.split("_")}
+        weights = t.averaged_parameters(used) or [p.clone() for p in state.parameters]
+        states[averaging] = dict(zip(names, weights))
+    return model, states
 
 
-def training_step(model: t.GPT, loader) -> Callable[[], object]:
+def training_step(model: t.GPT, loader) -> Callable[[], torch.Tensor]:
     """A function that trains `model` by one step, at the full learning rate and without late QAT,
-    on the next batch of `loader`: anything with TokenLoader's `micro_batch` and `accumulation`.
-    COMPILE says whether it is compiled, at the first call."""
-    trainer = trainer_of(model, loader)
-    return lambda: trainer.step(1.0, None)
+    on the next batch of `loader`, as in `step_of`. Blocks recur from the first step on."""
+    state = t.TrainState(model, t.Ranks({}), t.RunLog())
+    _, passes = t.block_passes(model.hp)
+    return partial(step_of(state, loader), t.StepPlan(1.0, passes, None))
 
 
 def curvature_of(model: t.GPT) -> dict[str, t.Curvature]:
-    """{name: Curvature} of the model's matrices, from the first GPTQ_TOKENS tokens of training."""
-    return t.measure_curvature(trainer_of(model))
-
-
-def gptq_of(model_state: dict[str, torch.Tensor], hp, curvature: dict[str, t.Curvature]) -> t.GPTQ:
-    """The quantiser that a run with this curvature packs by; prints which matrices it cannot
-    use."""
-    return t.build_gptq(model_state, hp, curvature, print)
-
-
-def pack(state: dict[str, torch.Tensor], hp: t.Hyperparameters) -> t.Packed:
-    """The container of `state` with codes of QUANT_BITS bits, rounded by rows."""
-    return t.pack(state, hp)
-
-
-def fit(state: dict[str, torch.Tensor], hp, budget: int, quantizer=None) -> tuple[t.Packed, str]:
-    """(the container of `state` in at most `budget` bytes, facts in the words of the log).
-    `quantizer`: by rows, if it is None."""
-    return t.fit_artifact(state, hp, budget, quantizer)
-
-
-def unpack(blob: bytes) -> dict[str, torch.Tensor]:
-    """The state dict that is read back from a container; ValueError: damaged."""
-    return t.unpack(blob)
-
-
-def read_artifact(model: t.GPT, path: Path) -> None:
-    """Give the model the weights of an artifact. UserError: no such file, damaged, or of another
-    model."""
-    t.load_artifact(model, path, t.Ranks({}), t.RunLog())
+    """name -> Curvature of the model's matrices, from the first GPTQ_TOKENS tokens of training."""
+    _, passes = t.block_passes(model.hp)
+    loader = t.TokenLoader(model.hp, 0, 1)
+    curvature, _ = t.measure_curvature(model, passes, loader, 0, t.Ranks({}))
+    return curvature
 
 
 def score(model: t.GPT, tokens: np.ndarray, stride: int, trunk=None) -> np.ndarray:
-    """Nats of each target of `tokens` by windows of EVAL_SEQ_LEN tokens; `trunk`: model.hidden or a
-    compiled form of it."""
-    segments = t.score_stream(trunk or model.hidden, model, tokens, stride, t.Ranks({}))
+    """The nll in nats of each target of `tokens`, scored by windows of EVAL_SEQ_LEN tokens.
+    `trunk`: as of t.Scorer."""
+    _, passes = t.block_passes(model.hp)
+    segments = t.score(t.Scorer(model, passes, trunk), tokens, stride, t.Ranks({}))
     return np.concatenate([*segments], 1)[0]
 
 
 def bits_per_byte(model: t.GPT, validation: t.Validation, state=None) -> float:
-    """Of the validation stream in windows that do not overlap. `state`: weights that the model is
-    given first."""
+    """Of the validation stream, scored by windows that do not overlap. `state`: weights that the
+    model is given first."""
     if state is not None:
         model.load_state_dict(state)
     nll = score(model, validation.tokens, model.hp.eval_seq_len)
@@ -192,8 +164,8 @@ def patched(**names):
 
 
 def as_on_cuda():
-    """Within, a model on the CPU, or of meta tensors, computes as it would on CUDA: in bfloat16,
-    by the project's kernels."""
+    """Within, a model on the CPU or of meta tensors computes as it would on CUDA: in bfloat16 and
+    with the project's kernels."""
     return patched(working_dtype=lambda x: torch.bfloat16, has_kernels=lambda x: True)
 
 
@@ -208,11 +180,22 @@ def mlp_backward_flops(g, proj, z, slope, **_) -> int:
 
 
 class Tally(TorchDispatchMode):
-    """(FLOPs, bytes) of every operation by phase and kind. Views move nothing."""
+    """Within, the FLOPs and bytes of every operation are added to found[phase, kind]. Views move no
+    bytes."""
 
     def __init__(self):
         super().__init__()
-        self.phase, self.found = "", defaultdict(lambda: [0.0, 0.0])
+        self.phase = ""
+        self.found = defaultdict(lambda: [0.0, 0.0])
+
+    def begin(self, phase: str) -> None:
+        """What follows belongs to `phase`."""
+        self.phase = phase
+
+    def multiply(self, factor: int) -> None:
+        """Everything so far happens so many times."""
+        for entry in self.found.values():
+            entry[:] = [factor * number for number in entry]
 
     def add(self, kind: str, flops: float, size: float) -> None:
         entry = self.found[self.phase, kind]
@@ -238,14 +221,14 @@ class Tally(TorchDispatchMode):
 
 
 def stored(x: torch.Tensor) -> int:
-    """Bytes of the distinct elements of `x`: an expanded dimension is read once."""
+    """Bytes of the distinct elements of `x`. An expanded dimension is read once."""
     sizes = (size for size, stride in zip(x.shape, x.stride()) if stride)
     return int(torch.Size(sizes).numel()) * x.element_size() if x.numel() else 0
 
 
 class Attention(torch.autograd.Function):
-    """What a fused attention moves and computes (FlashAttention, 2205.14135): no T x T matrix,
-    half of the scores."""
+    """Counts what a fused attention computes and moves (FlashAttention, 2205.14135): half of the
+    T x T scores, none of which leave the chip."""
 
     @staticmethod
     def forward(ctx, tally, q_BTHK, k_BTGK, v_BTGK):
@@ -263,32 +246,32 @@ class Attention(torch.autograd.Function):
 
 
 def count_step(hp: t.Hyperparameters) -> dict[tuple[str, str], list[float]]:
-    """{(phase, kind of operation): [FLOPs, bytes]} of one step on one GPU, all its micro-batches.
-    Nothing is computed, and no GPU is needed."""
-    passes = -(-hp.train_batch_tokens // max(hp.micro_batch_tokens, hp.train_seq_len))
-    rows = hp.train_batch_tokens // hp.train_seq_len // passes
+    """(phase, kind of operation) -> [FLOPs, bytes] of one step on one GPU, over all its
+    micro-batches. Nothing is computed, and no GPU is needed."""
+    micro_batches = -(-hp.train_batch_tokens // max(hp.micro_batch_tokens, hp.train_seq_len))
+    rows = hp.train_batch_tokens // hp.train_seq_len // micro_batches
     tally = Tally()
     with torch.device("meta"):
         model, ids = t.GPT(hp), torch.zeros(rows, hp.train_seq_len, dtype=torch.int64)
-        muon, adamw = t.build_optimizers(model, hp, t.Ranks({}))
+        optimizers = t.build_optimizers(model, hp, t.Ranks({}))
+    _, passes = t.block_passes(hp)
+
+    def count_adamw(adamw) -> None:
+        """One fused kernel: parameter, gradient and two moments in; parameter and moments out."""
+        parameters = [p for group in adamw.param_groups for p in group["params"]]
+        tally.add("elementwise", 0, sum(7 * stored(p) for p in parameters))
+
     attention = patched(
         causal_attention=lambda q, k, v, flash=None: Attention.apply(tally, q, k, v)
     )
-    with as_on_cuda(), attention, tally:
-        tally.phase = "forward"
-        loss = t.training_loss(model, ids, ids, None)
-        tally.phase = "backward"
+    with as_on_cuda(), attention, mock.patch.object(t.AdamW, "step", count_adamw), tally:
+        tally.begin("forward")
+        loss = t.training_loss(model, ids, ids, passes)
+        tally.begin("backward")
         loss.backward()
-        for entry in tally.found.values():
-            entry[:] = [passes * number for number in entry]
-        tally.phase = "optimizer"
-        # one fused kernel: parameter, gradient and two moments in; parameter and moments out
-        adamw.step = lambda: tally.add(
-            "elementwise",
-            0,
-            sum(7 * stored(p) for group in adamw.param_groups for p in group["params"]),
-        )
-        t.update([muon, adamw], hp.grad_clip_norm)
+        tally.multiply(micro_batches)
+        tally.begin("optimizer")
+        t.update_parameters(optimizers, hp.grad_clip_norm)
     return dict(tally.found)
 
 
@@ -310,7 +293,7 @@ def synchronize() -> None:
 
 
 def timed(call: Callable) -> tuple[object, float]:
-    """(what `call` returns, its seconds by the clock, a GPU's work included)."""
+    """(what `call` returns, its seconds by the clock, including the GPU's work)."""
     synchronize()
     start = time.perf_counter()
     result = call()
@@ -319,8 +302,8 @@ def timed(call: Callable) -> tuple[object, float]:
 
 
 def timed_in_turn(calls: dict[object, Callable], rounds: int) -> tuple[dict, dict]:
-    """({key: seconds in each round}, {key: last result}). Each round makes all calls, so that
-    whatever else the machine does slows all of them alike."""
+    """({key: seconds in each round}, {key: last result}). Each round makes all calls, so that all
+    of them are slowed alike by whatever else the machine does."""
     seconds, results = defaultdict(list), {}
     for _ in range(rounds):
         for key, call in calls.items():
@@ -330,7 +313,7 @@ def timed_in_turn(calls: dict[object, Callable], rounds: int) -> tuple[dict, dic
 
 
 def mean_and_error(values) -> tuple[float, float]:
-    """(mean, its standard error: NaN for a single value), summed in float64."""
+    """(mean, its standard error, which is NaN for a single value), summed in float64."""
     values = np.asarray(values, np.float64)
     error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return float(values.mean()), float(error)

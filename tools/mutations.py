@@ -1,12 +1,13 @@
-"""Do the tests notice? 42 defects of one line each, put into train_gpt.py one at a time.
+"""Do the tests notice a defect? 42 of them, of one line each, are put into train_gpt.py in turn.
 
-    python -m tools.mutations            all; about ten minutes on two idle cores
+    python -m tools.mutations            all of them; about ten minutes on two idle cores
     python -m tools.mutations 7 12       these
+    python -m tools.mutations --check    run no tests; say which defects no longer fit the script
 
-Each is put into a copy of the repository, where the tests that should notice it run until one
-fails. Before, they run once on the script as it is. A text that is no longer in the script, or is
-there twice, is said: then the defect needs another line. The exit status is 1 if any survived or
-did not fit."""
+Each defect is put into a copy of the repository. There the tests that should notice it run until
+one of them fails. First they run once on the script as it is. A defect fits if the text that it
+replaces is in the script exactly once; otherwise it needs another line. The exit status is 1 if a
+defect does not fit, or if the tests did not notice it."""
 
 import argparse
 import os
@@ -21,15 +22,22 @@ from pathlib import Path
 from tests.preloaded import Run
 
 ROOT = Path(__file__).resolve().parents[1]
-DEADLINE = 3600  # seconds; a run that does not end is noticed too
+DEADLINE = 3600  # seconds; a run that does not end counts as noticed
 
 
 @dataclass(frozen=True)
 class Mutation:
     section: int  # of train_gpt.py
-    old: str  # a text that is there once
-    new: str
+    old: str  # a text that is in the script once
+    new: str  # what replaces it
     tests: str  # of tests/: one or more, separated by spaces
+
+    def misfit(self, source: str) -> str:
+        """Why it does not fit the script `source`; empty if it does."""
+        found = source.count(self.old)
+        if found == 1:
+            return ""
+        return f"DOES NOT FIT: its text is {found} times in train_gpt.py: {self.old}"
 
 
 MUTATIONS = [
@@ -53,8 +61,8 @@ MUTATIONS = [
     ),
     Mutation(
         2,
-        "if is_first and not self.patient:",
-        "if not self.patient:",
+        "if is_first and not self.is_patient:",
+        "if not self.is_patient:",
         "test_runtime.py",
     ),
     Mutation(
@@ -77,20 +85,20 @@ MUTATIONS = [
     ),
     Mutation(
         3,
-        'np.searchsorted(self.ends, place, "right")',
-        'np.searchsorted(self.ends, place, "left")',
+        'np.searchsorted(self.shard_ends, place, "right")',
+        'np.searchsorted(self.shard_ends, place, "left")',
         "test_data.py::test_the_stream_wraps_at_its_end",
     ),
     Mutation(
         3,
-        "i * self.tokens // self.sequences",
-        "i * (self.tokens // self.sequences)",
-        "test_data.py::test_ranks_share_each_global_batch_without_overlap",
+        "self.rank * self.share + micro * self.rows",
+        "self.rank * self.rows + micro * self.rows",
+        "test_data.py::test_a_batch_is_the_same_at_any_number_of_ranks_and_micro_batches",
     ),
     Mutation(
         3,
-        "(self.opens_word[targets] & self.is_text[before])",
-        "self.opens_word[targets]",
+        "(self.opens_word[target_ids] & self.is_text[before])",
+        "self.opens_word[target_ids]",
         "test_data.py::test_bytes_follow_the_definition_token_by_token",
     ),
     Mutation(
@@ -120,8 +128,8 @@ MUTATIONS = [
     ),
     Mutation(
         4,
-        "partial(nn.init.normal_, std=0.005)",
-        "partial(nn.init.normal_, std=0.01)",
+        "normal(0.005)",
+        "normal(0.01)",
         "test_model.py",
     ),
     Mutation(
@@ -140,32 +148,32 @@ MUTATIONS = [
         "test_kernels.py::test_mlp_of_any_size_equals_float64",
     ),
     Mutation(
-        6,
+        7,
         'own_SRC.add_(momentum_SRC, alpha=group["momentum"])',
         "own_SRC.add_(momentum_SRC)",
         "test_optimizer.py",
     ),
-    Mutation(6, "max(1, R / C) ** 0.5", "max(1, C / R) ** 0.5", "test_optimizer.py"),
+    Mutation(7, "max(1, R / C) ** 0.5", "max(1, C / R) ** 0.5", "test_optimizer.py"),
     Mutation(
-        6,
+        8,
         "left = min(left, seconds_left / (seconds / step))",
         "left = seconds_left / (seconds / step)",
         "test_optimizer.py",
     ),
     Mutation(
-        6,
+        7,
         "share = min(1.0, step / hp.muon_momentum_warmup_steps)",
         "share = step / hp.muon_momentum_warmup_steps",
         "test_optimizer.py::test_muon_momentum_warms_up",
     ),
     Mutation(
-        7,
+        8,
         "(1 - self.decay) / (1 - self.decay**n) if",
         "(1 - self.decay) if",
         "test_optimizer.py",
     ),
     Mutation(
-        7,
+        8,
         "step % hp.swa_every == 0",
         "(step - 1) % hp.swa_every == 0",
         "test_optimizer.py test_ranks.py::test_warm_up_leaves_no_trace",
@@ -178,8 +186,8 @@ MUTATIONS = [
     ),
     Mutation(
         8,
-        "seconds * (1 + 2 / step)",
-        "seconds * (1 + 1 / step)",
+        "would_overrun(seconds, 2 * seconds / step, hp.step_seconds)",
+        "would_overrun(seconds, seconds / step, hp.step_seconds)",
         "test_script.py::test_no_step_begins_that_would_pass_the_cap_if_it_took_twice_the_average",
     ),
     Mutation(
@@ -195,81 +203,81 @@ MUTATIONS = [
         "test_ranks.py::test_warm_up_leaves_no_trace",
     ),
     Mutation(
-        9,
+        10,
         "is_intact = hashlib.sha256(body).digest() == blob[CHECKSUM]",
         "is_intact = True",
         "test_artifact.py::test_a_whole_file_under_the_checksum_of_another_is_refused",
     ),
     Mutation(
-        9,
-        "comes = count > 0",
-        "comes = count > 1",
+        10,
+        "occurs = count > 0",
+        "occurs = count > 1",
         "test_artifact.py::test_rans_restores_a_symbol_that_is_one_in_forty_thousand",
     ),
     Mutation(
-        9,
+        10,
         "is_whole = engine.eof and not engine.unused_data",
         "is_whole = True",
         "test_artifact.py::test_a_decompression_bomb_is_refused_without_being_inflated",
     ),
     Mutation(
-        10,
+        11,
         "last = min(stride, length) if reaches_back <= stride else length",
         "last = min(stride, length)",
-        "test_scoring.py::test_score_stream_equals_one_window_at_a_time",
+        "test_scoring.py::test_a_score_equals_one_window_at_a_time",
     ),
     Mutation(
-        10,
+        11,
         "padded[1, spans.shape[1] :] = padded[2, -1]",
         "pass",
         "test_ttt.py::test_each_target_of_a_chunk_is_learned_from_once_an_epoch",
     ),
     Mutation(
-        11,
+        12,
         "torch._foreach_lerp_(mean, live, 1 - hp.ttt_decay)",
         "torch._foreach_lerp_(mean, live, hp.ttt_decay)",
         "test_ttt.py::test_one_update_is_the_written_rule",
     ),
     Mutation(
-        11,
+        12,
         "min(1.0, done / 0.3)",
         "done / 0.3",
         "test_ttt.py::test_the_learning_rate_rises_threefold_then_falls_to_zero",
     ),
     Mutation(
-        12,
-        "wins = context >= hp.ngram_min_count",
-        "wins = context > hp.ngram_min_count",
+        13,
+        "wins = context_count >= hp.ngram_min_count",
+        "wins = context_count > hp.ngram_min_count",
         "test_ngram.py::test_backoff_takes_the_longest_context_that_was_seen_often_enough",
     ),
     Mutation(
-        12,
+        13,
         "return np.cumsum(closes, dtype=np.uint32) - closes",
         "return np.cumsum(closes, dtype=np.uint32)",
         "test_mixture.py",
     ),
     Mutation(
-        12,
+        13,
         "abs(mass - 1) > 1e-9 or abs(nll + math.log(p)) > 1e-9",
         "abs(mass - 1) > 1e-9",
         "test_ngram.py::test_the_audit_finds_a_rule_that_mixes_other_than_its_distribution",
     ),
     Mutation(
-        13,
-        "is_late = 0 < 0.95 * hp.eval_budget_seconds < projected",
-        "is_late = 0 < 1.05 * hp.eval_budget_seconds < projected",
+        14,
+        "would_overrun(elapsed, more, 0.95 * hp.eval_budget_seconds)",
+        "would_overrun(elapsed, more, 1.05 * hp.eval_budget_seconds)",
         "test_ranks.py::test_the_stride_is_the_smallest_that_fits_95_percent_of_the_budget",
     ),
     Mutation(
-        13,
+        14,
         'log.path.with_suffix(".ckpt").unlink(missing_ok=True)',
         "pass",
         "test_script.py::test_a_run_leaves_an_artifact_and_logs",
     ),
     Mutation(
-        13,
-        "gain = np.bincount(mixture.order, nll - mixture.nll) / math.log(2)",
-        "gain = np.bincount(mixture.order, nll - mixture.nll)",
+        14,
+        "gain = np.bincount(mixture.matched_n, nll - mixture.nll) / math.log(2)",
+        "gain = np.bincount(mixture.matched_n, nll - mixture.nll)",
         "test_script.py::test_the_gains_by_order_add_up_to_the_gain",
     ),
 ]
@@ -285,8 +293,9 @@ def copy_repository(folder: Path) -> None:
 
 
 def run_tests(folder: Path, tests: list[str]) -> tuple[int, str]:
-    """(pytest's status, what it said or that it did not end) until the first failure. Forked, but
-    for kernels, which need a Triton that was loaded to interpret them."""
+    """(pytest's exit status, its output or that it did not end), stopping at the first failure. All
+    tests but those of the kernels run in forked processes; kernels need a Triton that was loaded to
+    interpret them."""
     options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider"]
     env = {name: x for name, x in os.environ.items() if name not in ("FRESH", "SHUFFLE")}
     paths = [f"tests/{test}" for test in tests]
@@ -299,7 +308,7 @@ def run_tests(folder: Path, tests: list[str]) -> tuple[int, str]:
     else:
         run = Run(command, folder, env, has_runs=True)
     try:
-        said, _ = run.communicate(timeout=DEADLINE)
+        said = "".join(run.communicate(timeout=DEADLINE))
     except subprocess.TimeoutExpired:
         run.kill()
         return 1, f"FAILED: no end after {DEADLINE} s"
@@ -307,10 +316,10 @@ def run_tests(folder: Path, tests: list[str]) -> tuple[int, str]:
 
 
 def outcome(mutation: Mutation, source: str, folder: Path) -> tuple[bool, str]:
-    """(was it caught, by what or why not)."""
-    found = source.count(mutation.old)
-    if found != 1:
-        return False, f"DOES NOT FIT: its text is {found} times in train_gpt.py: {mutation.old}"
+    """(whether the tests noticed the defect, by which test or why not)."""
+    misfit = mutation.misfit(source)
+    if misfit:
+        return False, misfit
     script = folder / "train_gpt.py"
     script.write_text(source.replace(mutation.old, mutation.new))
     status, said = run_tests(folder, mutation.tests.split())
@@ -323,6 +332,18 @@ def outcome(mutation: Mutation, source: str, folder: Path) -> tuple[bool, str]:
     return True, f"caught by {failed[0]}" if failed else "caught"
 
 
+def check(chosen) -> int:
+    """Print which of the chosen defects do not fit. Returns the exit status."""
+    source = (ROOT / "train_gpt.py").read_text()
+    misfits = {number: MUTATIONS[number - 1].misfit(source) for number in chosen}
+    for number, misfit in misfits.items():
+        if misfit:
+            print(f"{number:2} section {MUTATIONS[number - 1].section:2} {misfit}")
+    fitting = sum(not misfit for misfit in misfits.values())
+    print(f"{fitting} of {len(misfits)} fit")
+    return 0 if fitting == len(misfits) else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.mutations",
@@ -330,9 +351,13 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("numbers", nargs="*", type=int, help=f"of 1 to {len(MUTATIONS)}")
-    chosen = parser.parse_args().numbers or range(1, len(MUTATIONS) + 1)
+    parser.add_argument("--check", action="store_true", help="run no tests")
+    args = parser.parse_args()
+    chosen = args.numbers or range(1, len(MUTATIONS) + 1)
     if not set(chosen) <= set(range(1, len(MUTATIONS) + 1)):
         parser.error(f"mutations are numbered from 1 to {len(MUTATIONS)}")
+    if args.check:
+        return check(chosen)
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "copy"

@@ -3,25 +3,29 @@
     python -m tools.same_numbers BASE [--new FILE_OR_REV] [--cases demo,resume] [--ranks 1,2]
                                  [--keep DIR] [--show 3] [--jobs CORES]
 
-BASE is a git revision; the other side is the working tree's train_gpt.py, or a file or a revision
-(--new). Both are started by the working tree's launch scripts, in folders of their own: short runs
-at demo size, in which the number of steps is fixed and no clock decides anything. See CASES.
+BASE is a git revision. The other side is the working tree's train_gpt.py, or the file or revision
+that --new names. Both are started by the working tree's launch scripts, each run in a folder of its
+own. The runs are short and of demo size; the number of steps is fixed, and no clock decides
+anything. See CASES.
 
-Compared are all lines of the log after the source (but for EXCEPTIONS), the last checkpoint
-(weights, momenta, averages: exact), the artifact's bytes, and the scores of every target (exact).
-One line per case and number of ranks. Exit status 1 if anything differs or a run fails.
+Compared are all lines of the log after the source, except for EXCEPTIONS; the last checkpoint
+(weights, momenta, averages) and the scores of every target, bit for bit; and the artifact's bytes.
+There is one line per case and number of ranks. The exit status is 1 if anything differs or a run
+fails.
 
-With --keep DIR BASE's results stay in DIR (some 10 MB per run) and are used again by the next
-comparison: as long as script, launch scripts, settings, data, versions and processor are the same.
+With --keep DIR the results of BASE stay in DIR (some 10 MB per run). The next comparison uses them
+again if script, launch scripts, settings, data, versions and processor are still the same.
 """
 
 import argparse
 import functools
 import hashlib
+import json
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,7 +42,9 @@ from data import prepare_demo
 
 # nothing here imports the tree's train_gpt.py: it may be the side that does not work yet
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN_SHARDS, TARGETS, SECONDS = 2, 12_000, 400  # of the data; at most, for a run
+TRAIN_SHARDS = 2
+TARGETS = 12_000  # of the validation stream
+SECONDS = 1200  # most seconds that a run may take
 
 COMMON = dict(
     # demo size
@@ -49,7 +55,7 @@ COMMON = dict(
     ITERATIONS=24, MAX_WALLCLOCK_SECONDS=0, EVAL_BUDGET_SECONDS=0, WARMUP_STEPS=2,
     WARMDOWN_ITERS=16, LATE_QAT_THRESHOLD=0.5, EMA_DECAY=0.8, SWA_EVERY=2, SWA_THRESHOLD=0.7,
     MUON_MOMENTUM=0.95, MUON_MOMENTUM_WARMUP_STEPS=12, VAL_LOSS_EVERY=12, TRAIN_LOG_EVERY=1,
-    # what is compared; the checkpoint stays because of CHECKPOINT_EVERY, and is the last step's
+    # what is compared; CHECKPOINT_EVERY makes the checkpoint stay, which is the last step's
     RUN_ID="same", DATA_PATH="data", TOKENIZER_PATH="data/tokenizer.model", SAVE_SCORES=1,
     CHECKPOINT_EVERY=1e6,
 )  # fmt: skip
@@ -61,9 +67,9 @@ class Case:
 
     launch: str
     settings: dict = field(default_factory=dict)
-    after: str = ""  # begins with what BASE's run of that case left:
-    start: str = ""  # "EVAL_ONLY": its artifact, "RESUME": its checkpoint
-    budget: int = 0  # bytes of the artifact alone, whatever the code's size
+    after: str = ""  # another case: both scripts begin with what BASE's run of it has left,
+    start: str = ""  # "EVAL_ONLY": with its artifact, "RESUME": with its checkpoint
+    budget: int = 0  # most bytes of the artifact alone, whatever the code's size; 0: as it is
 
 
 UNTIED = dict(
@@ -73,6 +79,9 @@ UNTIED = dict(
     EVAL_BUDGET_SECONDS=0.001,  # always exceeded: all strides up to 256, one by one
 )  # fmt: skip
 
+# In 24 steps: blocks recur from step 14 on, weights are rounded from step 16 on.
+FRONTIER = dict(RECUR_LAYERS="2", PARALLEL_START_LAYER=3, XSA_LAST_N=5)
+
 CASES = {
     "demo": Case("demo", dict(MICRO_BATCH_TOKENS=512)),
     "backoff": Case("backoff"),
@@ -80,34 +89,54 @@ CASES = {
         "order_adaptive",
         dict(NUM_KV_HEADS=4, XSA_LAST_N=5, TTT_CHUNK_TOKENS=4096, NGRAM_MIN_COUNT=1),
     ),
-    "prefill": Case("prefill", dict(WARMDOWN_ITERS=20, LATE_QAT_THRESHOLD=0, NGRAM_BUCKETS=4096)),
+    "prefill": Case("prefill", dict(WARMDOWN_ITERS=20, LATE_QAT_THRESHOLD=0)),
+    "frontier": Case("frontier", FRONTIER),
     "eval_only": Case(
         "demo", dict(EVAL_STRIDE=96, NGRAM_MIN_ORDER=3, NGRAM_ORDER=12), "demo", "EVAL_ONLY"
     ),
+    "frontier_eval_only": Case(
+        "frontier", {**FRONTIER, "TTT_EPOCHS": 1, "TTT_CHUNK_TOKENS": 4096}, "frontier", "EVAL_ONLY"
+    ),
     "resume": Case("backoff", dict(ITERATIONS=36, NGRAM_ENABLED=0), "backoff", "RESUME"),
+    "frontier_resume": Case(  # blocks recur from step 27 on
+        "frontier", {**FRONTIER, "ITERATIONS": 36, "RECUR_START": 0.75}, "frontier", "RESUME"
+    ),
     "tight": Case("demo", dict(AVERAGING="ema_swa", QAT_ROUNDING="soft"), budget=300_000),
     "untied": Case("demo", UNTIED),
 }
 
-EXCEPTIONS = (  # taken out of both logs before they are compared: pattern, reason
+EXCEPTIONS = (  # what is taken out of both logs before they are compared: pattern, reason
     (r"\b(train|eval|added|total_eval)_time:\S+", "a time"),
     (r"\bstep_avg:\S+", "a time"),
     (r"\btok/s:\S+", "a speed"),
-    (r"\bprojected:\S+", "a time that a speed foretells"),
-    (r"^.* elapsed:\S+ left:\S+$", "progress, said every 10 s"),
+    (r"\bprojected:\S+", "a time, expected from a speed"),
+    (r"\bseconds:\S+", "a time, of measuring the curvature"),
+    (r"^.* elapsed:\S+ left:\S+$", "progress, logged every 10 s"),
     (r"^  training .* evaluation .*$", "times, on the last screen"),
     (r"^Code size: .*$", "the code's size"),
     (r"(?<=^artifact_bytes )code:\d+", "the code's size; the sizes after it are compared"),
     (r"^Total submission size .*$", "with the code's size"),
     (r"^  artifact .* code included.*$", "with the code's size, on the last screen"),
+    (r"^final_ngram_hashed .*$", "of BASE alone: studies/predecessors.py counts by hashes now"),
 )
+SETTINGS_OF_BASE = {  # settings that may be in BASE's log, checkpoint and scores alone: reason
+    "NGRAM_COUNTS": "chose the hashed counts, which are now those of studies/predecessors.py",
+    "NGRAM_BUCKETS": "their number of buckets",
+}
+RESULT_EXCEPTIONS = {  # keys of the line `result {json}` that are not compared: reason
+    "train_seconds": "a time",
+    "eval_seconds": "a time",
+    "code_bytes": "the code's size",
+    "submission_bytes": "with the code's size; the artifact itself is compared",
+}
 
+# With this line the cap less the code's size, which is what the artifact may take, is `budget`.
 CAP = re.compile(rb"^SIZE_CAP = [\d_]+", re.M)
-EQUAL_BUDGET = "SIZE_CAP = {} + Path(__file__).stat().st_size"  # for the artifact alone
+EQUAL_BUDGET = "SIZE_CAP = {budget} + Path(__file__).stat().st_size"
 
 
 class Failed(Exception):
-    """A run that did not end well; the message says why."""
+    """A run that failed; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +159,7 @@ def read_script(source: str) -> bytes:
     done = subprocess.run(command, capture_output=True)
     if done.returncode:
         reason = done.stderr.decode().strip().splitlines()[0]
-        sys.exit(f"same_numbers.py: {source}: no file, and no train_gpt.py of a revision: {reason}")
+        sys.exit(f"{source}: no such file, and no git revision with a train_gpt.py: {reason}")
     return done.stdout
 
 
@@ -160,7 +189,7 @@ def digest(*facts) -> str:
 
 @functools.cache
 def surroundings() -> str:
-    """What may change numbers beside script, settings and data: versions, processor."""
+    """What else may change the numbers: versions and processor, as one digest."""
     cpu = re.findall(r"^(?:model name|flags)\s*:.*", Path("/proc/cpuinfo").read_text(), re.M)[:2]
     packages = map(version, ("torch", "numpy", "sentencepiece"))
     return digest(sys.version, *packages, platform.platform(), os.cpu_count(), *cpu)
@@ -170,7 +199,7 @@ def surroundings() -> str:
 
 
 def key(side: Side, name: str, ranks: int, data_digest: str) -> str:
-    """Name of the folder of a result: the same only for what must give the same numbers."""
+    """Name of a result's folder. Two runs have the same one only if their numbers must be equal."""
     case, launchers = CASES[name], [ROOT / "runs/common.sh", ROOT / f"runs/{CASES[name].launch}.sh"]
     facts = [side.script, case, COMMON, EQUAL_BUDGET, ranks, data_digest, surroundings()]
     facts += [path.read_bytes() for path in launchers]
@@ -179,7 +208,8 @@ def key(side: Side, name: str, ranks: int, data_digest: str) -> str:
 
 
 def run(case: Case, ranks: int, folder: Path) -> None:
-    """The launch script in `folder`, which has its copy, train_gpt.py and the data."""
+    """Run the launch script in `folder`, which holds copies of the launch scripts, train_gpt.py and
+    the data. Failed: another exit status than 0, or no end within SECONDS."""
     start = f"start.{'ptz' if case.start == 'EVAL_ONLY' else 'ckpt'}"
     settings = COMMON | case.settings | ({case.start: start} if case.start else {})
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LANG")}
@@ -189,17 +219,17 @@ def run(case: Case, ranks: int, folder: Path) -> None:
     with open(folder / "stderr.txt", "w+") as stderr:
         process = subprocess.Popen(
             ["bash", f"runs/{case.launch}.sh"],
-            cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=stderr,
+            cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True,
         )  # fmt: skip
         try:
             code = process.wait(SECONDS)
         except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun, which then ends its ranks
+            os.killpg(process.pid, signal.SIGTERM)  # bash and torchrun, which then ends its ranks
             process.wait()
             raise Failed(f"no end after {SECONDS} s") from None
         if code:
             said = (folder / "stderr.txt").read_text()
-            own = re.split(r"^[EW]\d{4} ", said, maxsplit=1, flags=re.M)[0]  # then torchrun's
+            own = re.split(r"^[EW]\d{4} ", said, maxsplit=1, flags=re.M)[0]  # not torchrun's lines
             last = "\n    ".join((own.strip() or said.strip()).splitlines()[-6:])
             raise Failed(f"exit status {code}, stderr ends with\n    {last}")
 
@@ -213,12 +243,18 @@ def result(side: Side, name: str, ranks: int, data: Path, data_digest: str, befo
     try:
         source = side.script
         if case.budget:
-            source, found = CAP.subn(EQUAL_BUDGET.format(case.budget).encode(), source)
+            line = EQUAL_BUDGET.format(budget=case.budget).encode()
+            source, found = CAP.subn(line, source)
             if found != 1:
                 raise Failed("no line SIZE_CAP = ... to replace by an equal budget")
         (folder / "train_gpt.py").write_bytes(source)
         shutil.copytree(ROOT / "runs", folder / "runs")
-        (folder / "data").symlink_to(data)  # the same path in all logs
+        # Launch scripts may start studies/predecessors.py after the run. It is not compared, so
+        # there is an empty one in its place.
+        (folder / "studies").mkdir()
+        for module in ("__init__", "predecessors"):
+            (folder / f"studies/{module}.py").touch()
+        (folder / "data").symlink_to(data)  # so that all logs have the same path
         if case.start == "EVAL_ONLY":
             shutil.copy(artifact(before), folder / "start.ptz")
         elif case.start:
@@ -234,7 +270,8 @@ def result(side: Side, name: str, ranks: int, data: Path, data_digest: str, befo
 
 
 class Schedule:
-    """Runs both sides' cases, some at a time; what another run needs is run before, and once."""
+    """Runs both sides' cases, several at a time. A run that others begin from is run before them,
+    and once."""
 
     def __init__(self, jobs: int, data: Path):
         self.pool, self.data, self.data_digest = ThreadPoolExecutor(jobs), data, write_data(data)
@@ -265,8 +302,8 @@ def artifact(folder: Path) -> Path | None:
 
 
 def log_values(log: str) -> dict[str, str]:
-    """All values after the source: "first word of the line, key" -> value, numbered if repeated;
-    the words that are no key:value pairs are the value of "first word, text"."""
+    """All values after the source: "first word of the line, key" -> value, numbered if repeated.
+    The words of a line that are no key:value pairs are the value of "first word, text"."""
     body, values, seen = log.split("=" * 100 + "\n")[-1], {}, Counter()
     for pattern, _ in EXCEPTIONS:
         body = re.sub(pattern, "", body, flags=re.M)
@@ -277,7 +314,13 @@ def log_values(log: str) -> dict[str, str]:
 
     for line in filter(None, map(str.strip, body.splitlines())):
         if setting := re.fullmatch(r"([A-Z][A-Z0-9_]+)=(.*)", line):
-            add(f"setting {setting[1]}", setting[2])
+            if setting[1] not in SETTINGS_OF_BASE:
+                add(f"setting {setting[1]}", setting[2])
+            continue
+        if line.startswith("result {"):
+            result = json.loads(line.removeprefix("result "))
+            for name in result.keys() - RESULT_EXCEPTIONS.keys():
+                add(f"result {name}", repr(result[name]))
             continue
         first, *words = line.split()
         pairs = [word for word in words if re.fullmatch("[^:]+:.+", word)]
@@ -290,19 +333,23 @@ def log_values(log: str) -> dict[str, str]:
 
 
 def arrays(folder: Path) -> dict[str, np.ndarray]:
-    """All arrays of scores and checkpoint."""
+    """All arrays of scores and checkpoint, and their settings, which are texts, as arrays too."""
     found = {}
     for kind, path in dict(scores="logs/same_scores.npz", checkpoint="logs/same.ckpt").items():
         if (folder / path).exists():
             with np.load(folder / path) as archive:
                 found |= {f"{kind} {name}": array for name, array in archive.items()}
+        if f"{kind} settings" in found:
+            settings = json.loads(str(found.pop(f"{kind} settings")))
+            for name in settings.keys() - SETTINGS_OF_BASE.keys():
+                found[f"{kind} setting {name}"] = np.array(settings[name])
     if "checkpoint progress" in found:
-        found["checkpoint progress"] = found["checkpoint progress"][:1]  # then the training time
+        found["checkpoint progress"] = found["checkpoint progress"][:1]  # the rest is a time
     return found
 
 
 def describe(a: np.ndarray, b: np.ndarray) -> str:
-    """How two arrays differ, "" if they do not."""
+    """How two arrays differ; "" if they are equal."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return f"{a.dtype} {a.shape} -> {b.dtype} {b.shape}"
     if a.tobytes() == b.tobytes():
@@ -327,12 +374,12 @@ def compare(base: Path, new: Path) -> tuple[str, list[str]]:
             found.append(f"{name}: only in {'BASE' if name in x else 'NEW'}")
         elif said := describe(x[name], y[name]):
             found.append(f"{name}: {said}")
-    numbers = sum(array.size for array in x.values())
-    return f"{len(a)} values in the log, {numbers:,} in {len(x)} arrays", found
+    sizes = [array.size for array in x.values() if array.dtype.kind in "fiu"]  # not the settings
+    return f"{len(a)} values in the log, {sum(sizes):,} in {len(sizes)} arrays", found
 
 
 def compare_artifacts(base: Path, new: Path) -> tuple[str, bool]:
-    """(a word on the artifacts, are they equal)."""
+    """(what to say of the artifacts, whether they are equal)."""
     old, young = artifact(base), artifact(new)
     if not old and not young:
         return "no artifact is written", True
@@ -342,7 +389,7 @@ def compare_artifacts(base: Path, new: Path) -> tuple[str, bool]:
 
 
 def report(name: str, ranks: int, base: Future, new: Future, show: int) -> bool:
-    """Prints the line of a case; is all of it equal?"""
+    """Print the line of a case. Returns whether all of it is equal."""
     label = f"{name:14} {ranks} rank{'s' if ranks > 1 else ' '}"
     try:
         folders = base.result(), new.result()

@@ -1,14 +1,15 @@
-"""Short runs at random numbers of ranks, killed at random moments and resumed until they end;
-nothing may be lost.
+"""Short runs that are killed at random moments and resumed until they end: is nothing lost?
 
     python -m tools.soak [--runs 20] [--minutes 15] [--seed 1]
 
-Each run trains a tiny model on the built-in corpus and is disturbed up to three times: SIGTERM or
-SIGKILL, to one rank or to torchrun (with SIGKILL of torchrun its ranks are killed too, as when a
-machine is taken away). It goes on from its newest checkpoint, or, if its artifact was whole, now
-and then from that (EVAL_ONLY), on another number of ranks. After each end: all checkpoints and
-artifacts can be read, the log is whole and says why it ended. At last: every step was logged, the
-bpb is that of an undisturbed run to 1e-4. Exit status 1 if anything was lost. A markdown table.
+Each run trains a tiny model on the built-in corpus. It is disturbed up to three times, by SIGTERM
+or SIGKILL to one rank or to torchrun. With SIGKILL of torchrun its ranks are killed too, as if the
+machine was switched off. The run goes on from its newest checkpoint or, sometimes, from its
+artifact (EVAL_ONLY), on a random number of ranks.
+
+After each end all checkpoints and artifacts must be readable, and the log must be whole and say why
+the run ended. After the last one every step must be in a log, and the bpb must be that of an
+undisturbed run to 1e-4. It prints a markdown table. The exit status is 1 if anything was lost.
 """
 
 import argparse
@@ -50,7 +51,8 @@ def logs(folder: Path) -> list[str]:
 
 
 def moment(rng):
-    """A random moment, as a function of a log: at the start, at a step, in packing, in scoring."""
+    """A random moment, as a function that says whether a log has reached it: the start, a step,
+    packing, or scoring."""
     step = rng.randrange(STEPS)
     line = rng.choice(
         (None, "step", "step", "step", "final_float_exact", "final_int6_roundtrip_exact")
@@ -61,8 +63,8 @@ def moment(rng):
 
 
 def disturb(process, folder: Path, begun: int, rng) -> str:
-    """Waits for a random moment of the log after the first `begun` ones, and up to 0.5 s more; then
-    one random blow. Says what it was: "" if the run ended before."""
+    """Wait until the log after the first `begun` ones reaches a random moment, and up to 0.5 s
+    more; then send a random signal. Returns what it was, "" if the run ended before."""
     due = moment(rng)
     while process.poll() is None and not due("".join(logs(folder)[begun:])):
         time.sleep(0.05)
@@ -80,7 +82,8 @@ def disturb(process, folder: Path, begun: int, rng) -> str:
 
 
 def check(folder: Path, code: int, blow: str) -> list[str]:
-    """What is wrong with what this end left behind."""
+    """What is wrong with the files that a run has left, which ended with this exit status after
+    this signal."""
     wrong = (
         []
         if (code == 0) == (not blow) or code == 0
@@ -92,7 +95,7 @@ def check(folder: Path, code: int, blow: str) -> list[str]:
             if path.suffix == ".ckpt":
                 t.read_checkpoint(str(path))
             else:
-                t.GPT(hp).load_state_dict(common.unpack(path.read_bytes()))
+                t.GPT(hp).load_state_dict(t.decompress(path.read_bytes()))
         except Exception as error:
             wrong.append(f"{path.name}: {error}")
     for path in folder.rglob("*.tmp"):
@@ -106,13 +109,13 @@ def check(folder: Path, code: int, blow: str) -> list[str]:
     wrong += [
         f"the log ends with {log[-80:]!r}"
         for log in last
-        if log and not log.splitlines()[-1].startswith(("error: ", "  log  "))
+        if log and not log.splitlines()[-1].startswith(("error: ", "result {"))
     ]
     return wrong
 
 
 def one_run(folder: Path, rng) -> tuple[list[str], list[str]]:
-    """(what happened, what is wrong), from the first start to the end."""
+    """(what happened, what was wrong), from the first start to the last end."""
     story, wrong = [], []
     for blows in range(3, -1, -1):
         ranks, extra = rng.choice((1, 2, 4)), {}
@@ -139,6 +142,7 @@ def one_run(folder: Path, rng) -> tuple[list[str], list[str]]:
 
 
 def verdict(folder: Path, expected: float) -> tuple[str, list[str]]:
+    """(the bpb of the run, what is wrong with it or with its logs)."""
     last = next((log for log in reversed(logs(folder)) if re.search(f"^{FINAL}", log, re.M)), "")
     if not last:
         return "none", ["no final score"]
@@ -159,7 +163,7 @@ def main() -> None:
         prog="python -m tools.soak", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--minutes", type=float, default=15, help="no run is begun after that")
+    parser.add_argument("--minutes", type=float, default=15, help="after these no run starts")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     common.make_demo_corpus()

@@ -101,8 +101,6 @@ def load_scores(path: Path) -> Scores:
     )
     are_finite = all(np.isfinite(arrays[name]).all() for name in names)
     require(are_finite, f"{path}: some scores are not finite: the run diverged")
-    # the mixture that is saved: hashed counts are only reported beside it
-    hp = replace(hp, ngram_counts="exact")
     scores = (arrays[name] for name in names)
     return Scores(path, hp, validation.tokens, validation.target_bytes, *scores)
 
@@ -173,8 +171,8 @@ def render(scores: Scores, first: int, last: int) -> str:
     hp, size = scores.hp, slice(first, last)
     sp = sentencepiece.SentencePieceProcessor(model_file=hp.tokenizer_path)
     least = 1 if hp.ngram_alpha == "online" else hp.ngram_min_count
-    counts = load_script(SCRIPT).BackoffCounts
-    known = counts(scores.tokens[: last + 1], replace(hp, ngram_min_count=least))
+    backoff = load_script(SCRIPT).Backoff
+    known = backoff(scores.tokens[: last + 1], replace(hp, ngram_min_count=least))
     # enough for the first context and to finish its characters
     lead = max(0, first - max(hp.ngram_order, 4))
     ids = [int(i) for i in scores.tokens[lead + 1 : last + 1]]
@@ -182,7 +180,8 @@ def render(scores: Scores, first: int, last: int) -> str:
     ids, texts, before = ids[first - lead :], texts[first - lead :], texts[: first - lead]
     pieces = {k: sp.id_to_piece(i) for k, i in enumerate(ids) if sp.is_byte(i) or not texts[k]}
     bits = {name: scores.bits(name)[size] for name in ("nll", "mixed", "entropy")}
-    columns = {name: getattr(known, name)[size] for name in ("order", "context", "pair")}
+    counts = dict(order=known.n, context=known.context_count, pair=known.ngram_count)
+    columns = {name: column[size] for name, column in counts.items()}
     data = dict(
         start=first,
         total=len(scores.nll),
