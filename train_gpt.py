@@ -443,6 +443,7 @@ class Transfer:
     work: dist.Work | None = None  # None: a single rank has nothing to wait for
 
     def wait(self) -> Tensor:
+        """The result, once it is there."""
         if self.work is not None:
             self.work.wait()
         return self.result
@@ -531,6 +532,7 @@ class Ranks:
         self.sum_numbers(0)
 
     def close(self) -> None:
+        """Leave the group of ranks."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -588,6 +590,7 @@ class StopSignal:
         self.is_patient = False
 
     def install(self) -> None:
+        """Receive both signals from now on."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle)
 
@@ -596,6 +599,7 @@ class StopSignal:
         self.is_patient = patient
 
     def handle(self, number: int, frame) -> None:
+        """What Python calls when a signal comes."""
         is_first = not self.name
         self.name = signal.Signals(number).name
         if is_first and not self.is_patient:
@@ -822,6 +826,7 @@ class Validation:
 
     @property
     def num_targets(self) -> int:
+        """One fewer than tokens: nothing predicts the first."""
         return len(self.tokens) - 1
 
     @cached_property
@@ -902,6 +907,7 @@ class Linear(nn.Linear):
         return weight.to(dtype)
 
     def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
         return F.linear(x, self.matrix(x.dtype, factor))
 
 
@@ -1101,6 +1107,7 @@ class NarrowEmbedding(nn.Module):
         self.scale = nn.Parameter(torch.tensor(scale))
 
     def forward(self, rows_BT, dtype: torch.dtype) -> Tensor:
+        """(B, T, outputs) in `dtype`, from the table row of each position."""
         return self.proj(self.table(rows_BT).to(dtype), self.scale)
 
 
@@ -1147,10 +1154,12 @@ def orthogonal_table(p: Tensor, hp) -> None:
 
 
 def zeros(p: Tensor, hp) -> None:
+    """Makes a matrix zero."""
     nn.init.zeros_(p)
 
 
 def normal(std: float) -> Callable:
+    """A function that draws a matrix from N(0, std^2)."""
     return lambda p, hp: nn.init.normal_(p, std=std)
 
 
@@ -1865,10 +1874,12 @@ class TrainState:
 
     @property
     def steps(self) -> int:
+        """Steps done."""
         return int(self.progress[0])
 
     @property
     def seconds(self) -> float:
+        """Seconds of training so far."""
         return float(self.progress[1])
 
     def set_clock(self, seconds: float) -> None:
@@ -1877,10 +1888,12 @@ class TrainState:
 
     @property
     def label(self) -> str:
+        """What log lines about a step begin with."""
         return f"step:{self.steps}/{self.hp.iterations}"
 
     @property
     def clock(self) -> str:
+        """What log lines say of the time."""
         ms = 1e3 * self.seconds
         return f"train_time:{ms:.0f}ms step_avg:{ms / max(self.steps, 1):.2f}ms"
 
@@ -2220,6 +2233,7 @@ class Moments:
     outputs_R: Tensor | float = 0.0  # of squared gradients
 
     def add_inputs(self, x: Tensor) -> None:
+        """`x`: (..., C), what the matrix multiplies."""
         x_NC = x.detach().flatten(0, -2).float()
         self.inputs_CC = self.inputs_CC + x_NC.T @ x_NC
 
@@ -2568,10 +2582,12 @@ class TensorEntry(NamedTuple):
     shape: tuple[int, ...]
 
     def line(self) -> str:
+        """As text, which `parse_entries` reads."""
         return " ".join(map(str, (self.name, int(self.is_coded), *self.shape))) + "\n"
 
     @property
     def num_weights(self) -> int:
+        """How many weights the tensor has."""
         return math.prod(self.shape)
 
     @property
@@ -3462,6 +3478,7 @@ class OnlineChain:
 
     @staticmethod
     def average(trust, p, model):
+        """The final probability: `p` of the chain and the model's, averaged."""
         return trust * p + (1 - trust) * model
 
     def links_of_block(self, begin: int, end: int, model, entropy) -> Iterator[Link]:

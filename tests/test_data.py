@@ -152,7 +152,7 @@ def test_a_world_size_that_does_not_divide_is_refused_with_the_nearest_that_do(c
 def test_training_shards_may_lie_elsewhere(tmp_path, corpus):
     write_shard(tmp_path / "fineweb_train_000000.bin", range(400))
     hp = tiny(**corpus, TRAIN_DATA_PATH=tmp_path)
-    assert TokenLoader(hp, 0, 1).tokens == 400
+    assert TokenLoader(hp, 0, 1).num_tokens == 400
     assert len(load_validation(hp).tokens) == 6001
     with pytest.raises(UserError, match="TRAIN_DATA_PATH=.*/nowhere: no fineweb_train"):
         TokenLoader(tiny(**corpus, TRAIN_DATA_PATH=tmp_path / "nowhere"), 0, 1)
@@ -203,7 +203,7 @@ def test_validation_counts_its_bytes_once_and_only_when_asked(corpus):
     validation = load_validation(tiny(**corpus))
     counter, asked = validation.count_bytes, []
     validation.count_bytes = lambda tokens: (asked.append(len(tokens)), counter(tokens))[1]
-    assert validation.targets == 6000
+    assert validation.num_targets == 6000
     assert not asked
     expected = ByteCounter(tiny(**corpus))(validation.tokens)
     for _ in range(2):

@@ -20,13 +20,14 @@ from helpers import (
     finish,
     log_of,
     losses,
-    new_trainer,
+    new_training,
     patched,
     run_script,
     score_lines,
     start_python,
     start_script,
     tiny,
+    train,
     values,
     wait_for,
     workers,
@@ -36,10 +37,10 @@ import train_gpt as t
 
 LONG = dict(ITERATIONS=100_000, TRAIN_LOG_EVERY=0)
 ENDLESS_PACKING = """
-def endless(*args):
+def endless(*args, **options):
     while True:
         time.sleep(0.1)
-t.fit_artifact = endless
+t.compress = endless
 """
 # Settings, the line that says the phase has begun, what is left when it is stopped. Scoring takes
 # minutes, the others far longer than a DEADLINE: a run that ends early was ended by the signal.
@@ -60,7 +61,7 @@ def whole(cwd: Path) -> bool:
     for path in cwd.glob("logs/*.ckpt"):
         assert t.read_checkpoint(str(path))["progress"][0] >= 0
     for path in cwd.glob("*.ptz"):
-        t.GPT(tiny()).load_state_dict(t.unpack(path.read_bytes()))
+        t.GPT(tiny()).load_state_dict(t.decompress(path.read_bytes()))
     return not list(cwd.rglob("*.tmp"))
 
 
@@ -113,8 +114,8 @@ def test_a_second_signal_changes_nothing(corpus, tmp_path):
             tmp_path.with_suffix(".py"),
             BEFORE_STEP
             + """
-def before(trainer):
-    if trainer.steps == 5:
+def before(state):
+    if state.steps == 5:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
             os.kill(os.getpid(), number)
 """,
@@ -132,29 +133,29 @@ def before(trainer):
     assert whole(tmp_path)
 
 
-def test_a_signal_during_the_last_validation_is_not_lost(corpus, tmp_path, monkeypatch):
-    trainer = new_trainer(corpus, tmp_path / "run.txt", ITERATIONS=2)
+def test_a_signal_during_the_last_validation_is_not_lost(corpus, tmp_path):
+    training = new_training(corpus, tmp_path / "run.txt", ITERATIONS=2)
 
-    def validate():
-        trainer.stop.handle(signal.SIGTERM, None)
-        return 0.0, 0.0
+    def count_bytes(tokens):  # which a validation does
+        training.stop.handle(signal.SIGTERM, None)
+        return np.ones(len(tokens) - 1)
 
-    trainer.validate = validate
+    validation = t.Validation(training.validation.tokens, count_bytes)
     with pytest.raises(t.Stopped, match="stopped by SIGTERM; RESUME=.*run.ckpt goes on"):
-        t.train(trainer)
+        t.train(*training._replace(validation=validation))
 
 
 def test_a_validation_that_is_killed_costs_no_training(corpus, tmp_path):
     """A signal waits until a validation ends, a scheduler does not:
     the checkpoint is written before."""
-    trainer = new_trainer(corpus, tmp_path / "run.txt", ITERATIONS=6, VAL_LOSS_EVERY=3)
+    training = new_training(corpus, tmp_path / "run.txt", ITERATIONS=6, VAL_LOSS_EVERY=3)
 
-    def validate():
+    def count_bytes(tokens):
         raise KeyboardInterrupt
 
-    trainer.validate = validate
+    validation = t.Validation(training.validation.tokens, count_bytes)
     with pytest.raises(KeyboardInterrupt):
-        t.train(trainer)
+        t.train(*training._replace(validation=validation))
     assert t.read_checkpoint(str(tmp_path / "run.ckpt"))["progress"][0] == 3
 
 
@@ -165,9 +166,9 @@ def test_a_rank_that_is_killed_ends_the_run_and_its_checkpoint_is_whole(corpus, 
         tmp_path.with_suffix(".py"),
         BEFORE_STEP
         + """
-def before(trainer):  # far from the end the signal is waited for, if this machine is busy
+def before(state):  # far from the end the signal is waited for, if this machine is busy
     time.sleep(0.1)
-    while trainer.steps == 12: time.sleep(0.1)
+    while state.steps == 12: time.sleep(0.1)
 """,
     )
     process = start_script(tmp_path, 2, slow, **settings, CHECKPOINT_EVERY=0.001)
@@ -237,11 +238,11 @@ def test_a_disk_that_is_full_for_a_while_costs_no_line_of_the_log(corpus, small_
             FILL
             + BEFORE_STEP
             + """
-def before(trainer):
-    if trainer.steps == 3:
+def before(state):
+    if state.steps == 3:
         fill()
-        trainer.log("-" * 5000, console=False)  # past the page that the log has already
-    if trainer.steps == 8:
+        state.log("-" * 5000, console=False)  # past the page that the log has already
+    if state.steps == 8:
         step = t.read_checkpoint("logs/test.ckpt")["progress"][0]
         os.unlink("filler")
         assert step == 3, step
@@ -290,10 +291,10 @@ def test_a_disk_that_stays_full_is_said_at_the_end(corpus, small_disk):
             FILL
             + """
 evaluate = t.evaluate
-def full(trainer, *args):
+def full(scorer, validation, began, ranks, log):
     fill()
-    trainer.log("-" * 5000, console=False)  # past the page that the log has already
-    return evaluate(trainer, *args)
+    log("-" * 5000, console=False)  # past the page that the log has already
+    return evaluate(scorer, validation, began, ranks, log)
 t.evaluate = full
 """,
         ),
@@ -365,9 +366,9 @@ def test_a_shard_removed_during_training_is_not_missed(corpus, tmp_path):
         tmp_path / "fault.py",
         BEFORE_STEP
         + """
-def before(trainer):
-    if trainer.steps == 2:
-        for path in trainer.loader.paths: path.unlink()
+def before(state):
+    if state.steps == 2:
+        for path in t.find_shards("train", state.hp): path.unlink()
 """,
     )
     for name in ("run", "undisturbed"):
@@ -390,10 +391,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
             tmp_path.with_suffix(".py"),
             BEFORE_STEP
             + """
-def before(trainer):
-    if trainer.steps == 5:
+def before(state):
+    if state.steps == 5:
         with t.torch.no_grad():
-            trainer.parameters[0].fill_(float("nan"))
+            state.parameters[0].fill_(float("nan"))
 """,
         ),
         **corpus,
@@ -414,13 +415,11 @@ def before(trainer):
 
 
 def test_a_huge_learning_rate_is_stopped_with_its_step(corpus, tmp_path):
-    trainer = new_trainer(corpus, tmp_path / "run.txt", MATRIX_LR=1e30, ITERATIONS=50)
-    with pytest.raises(
-        t.UserError,
-        match=r"^step:\d+/50: the training loss is not finite; .*there is no checkpoint$",
-    ):
-        t.train(trainer)
-    assert trainer.steps < 10
+    log_path = tmp_path / "run.txt"
+    with pytest.raises(t.UserError, match="^step:.*; there is no checkpoint$") as error:
+        train(corpus, log_path, MATRIX_LR=1e30, ITERATIONS=50)
+    step = re.match(r"step:(\d+)/50: the training loss is not finite; lower", str(error.value))[1]
+    assert int(step) < 10
     assert not list(tmp_path.iterdir())
 
 
@@ -429,7 +428,7 @@ def test_two_runs_of_the_same_name_at_the_same_time_keep_both_logs(corpus, tmp_p
         tmp_path.with_suffix(".py"),
         BEFORE_STEP
         + """
-def before(trainer):  # neither begins before both have a log
+def before(state):  # neither begins before both have a log
     while len(os.listdir("logs")) < 2: time.sleep(0.01)
 """,
     )

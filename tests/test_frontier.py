@@ -1,24 +1,32 @@
 """The frontier preset in training: schedules, depth recurrence that begins in the middle, the
 launch script on one and four ranks. What its features compute: test_model.py, test_optimizer.py."""
 
+import re
+import signal
+
 import numpy as np
 import pytest
 import torch
 from helpers import (
+    ALONE,
     FRONTIER,
+    SILENT,
     TINY,
     assert_same,
+    checkpoint,
     finish,
     launched,
+    learning_model,
+    log_of,
     losses,
-    new_trainer,
-    plain_scores,
+    new_state,
+    new_training,
     randomize,
     scores_of,
+    scores_while_learning,
     start_python,
-    state,
     tiny,
-    trainer_with,
+    train,
     values,
 )
 
@@ -26,8 +34,8 @@ import train_gpt as t
 
 RECURRENT = dict(RECUR_LAYERS="1,2", RECUR_START=0.5, ITERATIONS=8, WARMUP_STEPS=0)
 PRESET = FRONTIER | RECURRENT | dict(MUON_ROW_NORM=1, EMBED_WD=0.09, WARMDOWN_FRAC=0.667)
-PLAIN_ORDER = (0, 1, 2, 3)
-FINAL_ORDER = (0, 1, 2, 1, 2, 3)
+ONCE = (0, 1, 2, 3)
+RECURRING = (0, 1, 2, 1, 2, 3)
 
 
 # --- schedules ------------------------------------------------------------------------------------
@@ -60,52 +68,45 @@ def test_rates_end_at_min_lr(decay):
 
 
 @pytest.fixture
-def orders(monkeypatch):
+def passes(monkeypatch) -> list[tuple[int, ...]]:
     """The order of blocks in each step from here on."""
-    seen, step = [], t.Trainer.step
+    seen, plain = [], t.training_step
 
-    def keep_order(trainer, scale, hardness):
-        seen.append(trainer.model.order)
-        return step(trainer, scale, hardness)
+    def training_step(state, loader, loss, plan):
+        seen.append(plan.passes)
+        return plain(state, loader, loss, plan)
 
-    monkeypatch.setattr(t.Trainer, "step", keep_order)
+    monkeypatch.setattr(t, "training_step", training_step)
     return seen
 
 
-def test_recurrence_begins_at_its_share_of_training(corpus, orders):
-    t.train(new_trainer(corpus, **RECURRENT))
-    assert orders == 4 * [PLAIN_ORDER] + 4 * [FINAL_ORDER]
+def test_recurrence_begins_at_its_share_of_training(corpus, passes):
+    train(corpus, **RECURRENT)
+    assert passes == 4 * [ONCE] + 4 * [RECURRING]
 
 
 def test_the_log_says_once_when_recurrence_begins(corpus):
-    trainer = new_trainer(corpus, **RECURRENT)
-    t.train(trainer)
-    said = [line for line in trainer.log.lines if line.startswith("recurrence:")]
-    assert said == ["recurrence:on step:4 passes:6"]
+    _, log = train(corpus, **RECURRENT)
+    assert log.starting("recurrence:") == ["recurrence:on step:4 passes:6"]
 
 
 def test_without_recurrence_the_log_says_nothing_of_it(corpus):
-    trainer = new_trainer(corpus, ITERATIONS=2)
-    t.train(trainer)
-    assert not any("recurrence" in line for line in trainer.log.lines)
+    _, log = train(corpus, ITERATIONS=2)
+    assert not any("recurrence" in line for line in log.lines)
 
 
-def test_scoring_is_by_the_final_order(corpus):
-    trainer = new_trainer(corpus, **RECURRENT)
-    t.train(trainer)
-    assert trainer.model.order == t.GPT(trainer.hp).order == FINAL_ORDER
+def warmed_up(corpus, **settings) -> list[t.StepPlan]:
+    """The steps that warm-up takes."""
+    state, _ = new_state(new_training(corpus, **settings))
+    plans = []
+    t.warm_up(state, plans.append)
+    return plans
 
 
-def test_warm_up_runs_each_graph_that_training_may_need(corpus, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        t.Trainer,
-        "step",
-        lambda trainer, scale, hardness: seen.append((trainer.model.order, hardness is not None)),
-    )
-    new_trainer(corpus, **RECURRENT | dict(WARMUP_STEPS=4)).warm_up()
-    assert sorted(seen) == [
-        (order, rounded) for order in (FINAL_ORDER, PLAIN_ORDER) for rounded in (False, True)
+def test_warm_up_runs_each_graph_that_training_may_need(corpus):
+    plans = warmed_up(corpus, **RECURRENT | dict(WARMUP_STEPS=4))
+    assert sorted((plan.passes, plan.hardness is not None) for plan in plans) == [
+        (order, rounded) for order in (RECURRING, ONCE) for rounded in (False, True)
     ]
 
 
@@ -121,21 +122,21 @@ def test_warm_up_reports_how_many_graphs_are_compiled(corpus, monkeypatch):
             done.append(count)
 
     monkeypatch.setattr(t, "Progress", Counted)
-    monkeypatch.setattr(t.Trainer, "step", lambda *_: None)
-    new_trainer(corpus, **RECURRENT | dict(WARMUP_STEPS=20)).warm_up()
+    assert len(warmed_up(corpus, **RECURRENT | dict(WARMUP_STEPS=20))) == 20
     assert (done, totals) == ([1, 2, 3, 4], [4])
 
 
-def test_warm_up_runs_each_graph_though_its_steps_are_fewer(corpus, monkeypatch):
-    steps = []
-    monkeypatch.setattr(t.Trainer, "step", lambda *_: steps.append(1))
-    new_trainer(corpus, **RECURRENT | dict(WARMUP_STEPS=1)).warm_up()
-    assert len(steps) == 4
+def test_warm_up_runs_each_graph_though_its_steps_are_fewer(corpus):
+    assert len(warmed_up(corpus, **RECURRENT | dict(WARMUP_STEPS=1))) == 4
+
+
+def test_without_warm_up_no_graph_is_compiled_ahead(corpus):
+    assert warmed_up(corpus, **RECURRENT) == []
 
 
 @pytest.mark.slow
-def test_after_warm_up_no_change_of_order_or_rounding_compiles(rng):
-    """Order and rounding are arguments of four graphs, all made before the clock starts."""
+def test_after_warm_up_no_change_of_passes_or_rounding_compiles(rng):
+    """Passes and rounding are arguments of four graphs, all made before the clock starts."""
     torch.compiler.reset()
     graphs = []
 
@@ -148,66 +149,69 @@ def test_after_warm_up_no_change_of_order_or_rounding_compiles(rng):
     loss = torch.compile(t.training_loss, dynamic=False, fullgraph=True, backend=counting_backend)
     ids = torch.from_numpy(rng.integers(0, 300, (2, 9)))
     x, y = ids[:, :-1], ids[:, 1:]
-    cases = [(order, h) for order in t.block_orders(model.hp) for h in (None, torch.ones(()))]
-    found = []
-    for order, hardness in cases + cases:
-        model.order = order
-        found.append(loss(model, x, y, hardness).item())
-        assert found[-1] == pytest.approx(t.training_loss(model, x, y, hardness).item(), abs=1e-4)
+    cases = [(passes, h) for passes in t.block_passes(model.hp) for h in (None, torch.ones(()))]
+    for plan in cases + cases:
+        found = loss(model, x, y, *plan).item()
+        assert found == pytest.approx(t.training_loss(model, x, y, *plan).item(), abs=1e-4)
     assert len(graphs) == 4
 
 
-def test_a_run_resumed_after_recurrence_began_ends_in_the_same_bits(corpus, tmp_path, orders):
-    whole = new_trainer(corpus, tmp_path / "run.txt", **PRESET)
-    t.train(whole)
-    expected = state(whole)
-    stopped = new_trainer(corpus, tmp_path / "run.txt", **PRESET)
-    step = t.Trainer.step
+def test_a_run_resumed_after_recurrence_began_ends_in_the_same_bits(
+    corpus, tmp_path, passes, monkeypatch
+):
+    whole, _ = train(corpus, tmp_path / "whole.txt", **PRESET)
+    stopped = new_training(corpus, tmp_path / "run.txt", **PRESET)
+    with monkeypatch.context() as patch:
+        plain = t.training_step
 
-    def stop_in_the_sixth(scale, hardness):
-        loss = step(stopped, scale, hardness)
-        stopped.stop.name = "SIGTERM" if stopped.steps == 6 else ""
-        return loss
+        def stop_in_the_sixth(state, *args):
+            if state.steps == 5:
+                stopped.stop.handle(signal.SIGTERM, None)
+            return plain(state, *args)
 
-    stopped.step = stop_in_the_sixth
-    with pytest.raises(t.Stopped):
-        t.train(stopped)
-    resumed = new_trainer(corpus, **PRESET)
-    resumed.restore(str(tmp_path / "run.ckpt"))
-    orders.clear()
-    t.train(resumed)
-    assert_same(expected, state(resumed))
-    assert orders == 2 * [FINAL_ORDER]
+        patch.setattr(t, "training_step", stop_in_the_sixth)
+        with pytest.raises(t.Stopped):
+            t.train(*stopped)
+    passes.clear()
+    resumed, _ = train(corpus, tmp_path / "again.txt", **PRESET, RESUME=tmp_path / "run.ckpt")
+    assert passes == 2 * [RECURRING]
+    assert_same(*(checkpoint(tmp_path / f"{name}.ckpt") for name in ("whole", "again")))
+    assert all(torch.equal(w, whole.state[name]) for name, w in resumed.state.items())
 
 
-def test_a_resumed_run_validates_by_the_order_that_it_trained(corpus, tmp_path):
-    def validated(trainer):
-        orders = []
-        trainer.validate = lambda: orders.append(trainer.model.order) or (0.0, 0.0)
-        t.train(trainer)
-        return orders
+def test_validations_and_a_resumed_run_score_with_the_passes_that_were_trained(
+    corpus, tmp_path, monkeypatch
+):
+    validated = []
 
-    assert validated(new_trainer(corpus, tmp_path / "run.txt", **PRESET)) == [FINAL_ORDER]
-    resumed = new_trainer(corpus, **PRESET)
-    resumed.restore(str(tmp_path / "run.ckpt"))
-    assert validated(resumed) == [FINAL_ORDER]
+    def validate(scorer, *args):
+        validated.append(scorer.passes)
+        return 0.0, 0.0
+
+    monkeypatch.setattr(t, "validate", validate)
+    train(corpus, tmp_path / "run.txt", **PRESET, VAL_LOSS_EVERY=3)
+    assert validated == [ONCE, RECURRING, RECURRING]
+    validated.clear()
+    train(corpus, **PRESET, RESUME=tmp_path / "run.ckpt")
+    assert validated == [RECURRING]
 
 
 def test_an_artifact_keeps_all_that_the_preset_learns():
     """Nothing of it is large enough to be coded; float16 is what the container keeps."""
     model = randomize(t.GPT(tiny(**FRONTIER))).float()
-    found = t.unpack(t.pack(model.state_dict(), model.hp).blob)
+    found = t.decompress(t.pack(model.state_dict(), model.hp).blob)
     for name, p in model.named_parameters():
-        if t.parameter_kind(name) == "vector":
+        if t.parameter_row(name).kind == "vector":
             assert torch.equal(found[name], p.half().float()), name
 
 
 def test_test_time_training_of_the_preset_changes_later_scores_and_never_earlier_ones(rng):
     tokens = rng.integers(0, 500, 151).astype(np.uint16)
     target_bytes = rng.integers(0, 9, 150).astype(np.uint16)
-    untrained = plain_scores(trainer_with(tokens, target_bytes, **FRONTIER), 4)
-    learned = scores_of(tokens, target_bytes, stride=4, **FRONTIER)
-    first = trainer_with(tokens, target_bytes, **FRONTIER).hp.ttt_chunk_tokens
+    model = learning_model(**FRONTIER)
+    untrained = scores_of(model, tokens, 4)
+    learned = scores_while_learning(tokens, target_bytes, stride=4, **FRONTIER)
+    first = model.hp.ttt_chunk_tokens
     np.testing.assert_array_equal(learned[:, :first], untrained[:, :first])
     assert np.abs(learned[:, first:] - untrained[:, first:]).max() > 1e-4
 
@@ -215,20 +219,26 @@ def test_test_time_training_of_the_preset_changes_later_scores_and_never_earlier
 # --- the launch script ----------------------------------------------------------------------------
 
 
-def run_frontier(folder, corpus, ranks: int) -> str:
-    """The log of runs/frontier.sh for a tiny model."""
+def run_frontier(folder, corpus, ranks: int):
+    """runs/frontier.sh for a tiny model; returns `folder`."""
     own = ("MLP_MULT", "XSA_LAST_N", "EMA_DECAY", "TIED_EMBED_LR")  # what the script sets
     sizes = {k: v for k, v in TINY.items() if k not in own}
-    sizes |= dict(RECUR_LAYERS="1,2", PARALLEL_START_LAYER=3, NPROC=ranks)
+    sizes |= dict(RECUR_LAYERS="1,2", PARALLEL_START_LAYER=3, NPROC=ranks, EVAL_STRIDE=16)
     done = finish(start_python(folder, *launched("frontier", folder, **sizes, **corpus)))
     assert done.returncode == 0, done.stderr[-3000:]
-    return (folder / "logs/test.txt").read_text()
+    return folder
 
 
 @pytest.fixture(scope="module")
-def logs(corpus, tmp_path_factory):
-    """ranks -> log."""
+def folders(corpus, tmp_path_factory):
+    """ranks -> folder of a run."""
     return {n: run_frontier(tmp_path_factory.mktemp(f"ranks{n}"), corpus, n) for n in (1, 4)}
+
+
+@pytest.fixture(scope="module")
+def logs(folders):
+    """ranks -> log."""
+    return {n: log_of(folder) for n, folder in folders.items()}
 
 
 def test_the_preset_turns_every_feature_on(logs):
@@ -247,6 +257,16 @@ def test_the_preset_turns_every_feature_on(logs):
 
 def test_the_preset_runs_its_layers_again_in_the_second_half(logs):
     assert values(logs[1], "recurrence:on")["passes"] == "6"
+
+
+def test_the_preset_is_scored_with_its_layers_run_again(folders, logs):
+    found = dict(line.split("=", 1) for line in re.findall(r"^[A-Z_]+=.*", logs[1], re.M))
+    model = t.GPT(t.Hyperparameters.from_env(found))
+    model.load_state_dict(t.decompress((folders[1] / "final_model.int6.ptz").read_bytes()))
+    validation = t.load_validation(model.hp)
+    _, bpb = t.validate(t.Scorer(model, RECURRING), validation, ALONE, SILENT)
+    expected = float(values(logs[1], "final_int6_roundtrip")["val_bpb"])
+    assert bpb == pytest.approx(expected, abs=1e-6)
 
 
 def test_four_ranks_train_the_preset_as_one_does(logs):

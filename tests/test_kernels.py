@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, collect, tiny
+from helpers import ROOT, final_passes, loss_of, scores_of, shifted, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -225,41 +225,41 @@ def kernels_on(monkeypatch, small_tiles):
 
 
 def small_model(**changes):
-    model = t.GPT(tiny(NUM_LAYERS=2, VE_LAYERS="1", **changes)).to(DEVICE)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.05)
+    model = shifted(t.GPT(tiny(NUM_LAYERS=2, VE_LAYERS="1", **changes)).to(DEVICE))
     ids = torch.randint(0, 512, (2, 33), device=DEVICE)
     return model, ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
 def without_kernels(model):
-    for block in model.blocks:
-        block.mlp.fused = False
-    return model
+    """The same weights in a model whose switch is off."""
+    settings = model.hp.as_env() | dict(FUSED_MLP="0")
+    plain = t.GPT(t.Hyperparameters.from_env(settings)).to(DEVICE)
+    plain.load_state_dict(model.state_dict())
+    return plain
 
 
-def sizes_of_gradients(model, ids, targets):
+def sizes_of_gradients(model, ids, target_ids):
     """Per parameter the largest number in gradients of losses with random signs. In the mean over
     the targets what they want of one scalar may cancel to nearly nothing; not in all of these."""
     sizes = [0.0] * len(list(model.parameters()))
     for _ in range(4):
-        signs = torch.randint(0, 2, targets.shape, device=DEVICE) * 2.0 - 1
-        loss = model(ids, targets, signs / targets.numel())
+        signs = torch.randint(0, 2, target_ids.shape, device=DEVICE) * 2.0 - 1
+        loss = loss_of(model, ids, target_ids, signs / target_ids.numel())
         gradient = torch.autograd.grad(loss, list(model.parameters()))
         sizes = [max(size, g.abs().max().item()) for size, g in zip(sizes, gradient)]
     return sizes
 
 
 def test_the_model_with_kernels_equals_the_model_without(rng, kernels_on):
-    model, ids, targets = small_model()
-    loss = model(ids, targets)
+    model, ids, target_ids = small_model()
+    loss = loss_of(model, ids, target_ids)
     found = torch.autograd.grad(loss, list(model.parameters()))
     assert len(kernels_on) == 4  # forward and backward, two layers
-    plain = without_kernels(model)(ids, targets)
+    other = without_kernels(model)
+    plain = loss_of(other, ids, target_ids)
+    expected = torch.autograd.grad(plain, list(other.parameters()))
+    sizes = sizes_of_gradients(other, ids, target_ids)
     assert len(kernels_on) == 4
-    expected = torch.autograd.grad(plain, list(model.parameters()))
-    sizes = sizes_of_gradients(model, ids, targets)
     eps = 0.02 if CUDA else 1e-5
     assert_near(loss, plain, eps)
     for (name, _), a, b, size in zip(model.named_parameters(), found, expected, sizes):
@@ -267,17 +267,17 @@ def test_the_model_with_kernels_equals_the_model_without(rng, kernels_on):
 
 
 def test_the_switch_turns_the_kernel_off(rng, kernels_on):
-    model, ids, targets = small_model(FUSED_MLP=0)
-    model(ids, targets).backward()
+    model, ids, target_ids = small_model(FUSED_MLP=0)
+    loss_of(model, ids, target_ids).backward()
     assert not kernels_on
 
 
 def test_scoring_with_kernels_equals_scoring_without(rng, kernels_on, monkeypatch):
     model, _, _ = small_model()
-    tokens, ranks = rng.integers(0, 512, 61).astype(np.uint16), t.Ranks({})
-    found = collect(t.score_stream(model.hidden, model, tokens, 8, ranks))
+    tokens = rng.integers(0, 512, 61).astype(np.uint16)
+    found = scores_of(model, tokens, 8)
     monkeypatch.setattr(t, "has_kernels", lambda x: False)
-    plain = collect(t.score_stream(model.hidden, model, tokens, 8, ranks))
+    plain = scores_of(model, tokens, 8)
     np.testing.assert_allclose(found, plain, rtol=2e-4, atol=2e-5)
     assert kernels_on
 
@@ -285,7 +285,8 @@ def test_scoring_with_kernels_equals_scoring_without(rng, kernels_on, monkeypatc
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_graphs_keep_the_ops_and_do_not_break(rng, kernels_on):
     """One graph, in which each op stands as a node; same loss and gradients as uncompiled."""
-    model, ids, targets = small_model()
+    model, ids, target_ids = small_model()
+    passes = final_passes(model)
     seen = []
 
     def backend(graph, inputs):
@@ -296,12 +297,12 @@ def test_compiled_graphs_keep_the_ops_and_do_not_break(rng, kernels_on):
 
     torch._dynamo.reset()
     compiled = torch.compile(t.training_loss, backend=backend, fullgraph=True, dynamic=False)
-    loss = compiled(model, ids, targets, None)
+    loss = compiled(model, ids, target_ids, passes)
     found = torch.autograd.grad(loss, list(model.parameters()))
-    plain = t.training_loss(model, ids, targets, None)
+    plain = t.training_loss(model, ids, target_ids, passes)
     assert sum("golf.fused_mlp" in name for name in seen) == 2
     expected = torch.autograd.grad(plain, list(model.parameters()))
-    sizes = sizes_of_gradients(without_kernels(model), ids, targets)
+    sizes = sizes_of_gradients(without_kernels(model), ids, target_ids)
     assert_near(loss, plain, 1e-5 if not CUDA else 0.02)
     for a, b, size in zip(found, expected, sizes):
         assert_near(a, b, 4e-5 if not CUDA else 0.05, size=size)
@@ -318,7 +319,7 @@ def test_without_triton_the_plain_forms_run():
         "train_seq_len=32)\n"
         "model = t.GPT(t.Hyperparameters(**sizes))\n"
         "ids = torch.zeros(1, 32, dtype=torch.int64)\n"
-        "model(ids, ids).backward()"
+        "model(ids, ids, (0, 1, 2, 3)).backward()"
     )
     subprocess.run(
         [sys.executable, "-c", code],

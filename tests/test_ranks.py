@@ -13,24 +13,32 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    ALONE,
     BEFORE_STEP,
     BRIEF,
-    ROOT,
     SCORES,
     SCRIPT,
+    SILENT,
     STEADY,
+    KeptLog,
     assert_same,
+    checkpoint,
+    final_passes,
     finish,
     log_of,
     losses,
-    new_trainer,
+    new_state,
+    new_training,
     patched,
     run_script,
     score_lines,
-    start_python,
+    scorer_of,
+    shifted,
     start_script,
-    state,
+    tensors_of,
     tiny,
+    train,
+    validation_of,
     values,
     write_shard,
 )
@@ -105,20 +113,13 @@ def test_scores_and_counts_do_not_depend_on_the_ranks(scored, corpus):
             np.testing.assert_allclose(arrays[name], scored[1][1][name], rtol=0, atol=1e-5)
         np.testing.assert_allclose(arrays["mixed"], scored[1][1]["mixed"], rtol=0, atol=1e-4)
         # counted here, on no rank: the same, bit for bit
-        mixture = t.Mixture(tokens, tiny(**corpus))
-        mixture.extend(arrays["nll"], arrays["entropy"])
-        assert np.array_equal(mixture.nll.astype(np.float32), arrays["mixed"]), ranks
+        mixed = t.mix(tokens, arrays["nll"], arrays["entropy"], tiny(**corpus))
+        assert np.array_equal(mixed.astype(np.float32), arrays["mixed"]), ranks
         for name in SCORES[1:]:
             assert float(values(log, name)["val_bpb"]) == pytest.approx(
                 float(values(scored[1][0], name)["val_bpb"]), abs=1e-6
             )
         assert json.loads(str(arrays["settings"]))["EVAL_STRIDE"] == "8"
-
-
-def test_updates_of_1_2_3_and_4_ranks_are_the_written_rule():
-    done = finish(start_python(ROOT, ["-m", "tests.update_driver"], {}))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("world_size:") == 4, done.stderr
 
 
 def test_one_rank_talks_to_nobody(monkeypatch, corpus):
@@ -129,10 +130,8 @@ def test_one_rank_talks_to_nobody(monkeypatch, corpus):
         monkeypatch.setattr(t.dist, f"{name}_single", None, raising=False)  # since torch 2.13
     monkeypatch.setattr(t.dist, "reduce_scatter_tensor", None)
     monkeypatch.setattr(t.dist, "all_gather_into_tensor", None)
-    trainer = new_trainer(corpus, ITERATIONS=2)
-    trainer.restore("")
-    t.train(trainer)
-    assert trainer.steps == 2
+    trained, _ = train(corpus, ITERATIONS=2)
+    assert trained.steps == 2
 
 
 # ---- ranks that disagree
@@ -219,52 +218,57 @@ def test_a_number_of_ranks_that_does_not_divide_is_refused_with_the_nearest(corp
 
 
 def test_warm_up_leaves_no_trace(corpus):
-    trainer = new_trainer(corpus, **STEADY)
+    training = new_training(corpus, **STEADY)
+    state, take_step = new_state(training)
     for _ in range(6):
-        trainer.step(0.3, None)
-    before = state(trainer)
-    trainer.warm_up()
-    assert before["counts"] == dict(ema=6, swa=3)
-    assert_same(before, state(trainer))
+        take_step(t.StepPlan(0.3, final_passes(training.model), None))
+    before = tensors_of(state)
+    assert (before["ema.0"], before["swa.0"]) == (6, 3)
+    t.warm_up(state, take_step)
+    assert_same(before, tensors_of(state))
 
 
 def test_from_every_checkpoint_the_run_goes_on_as_if_never_interrupted(
     corpus, tmp_path, monkeypatch
 ):
-    """CHECKPOINT_EVERY: a copy of each is kept, each third is resumed in a fresh trainer,
-    all end in the same bits."""
-    kept, path, save = [], tmp_path / "run.ckpt", t.Trainer.save
+    """CHECKPOINT_EVERY: a copy of each is kept, each third is resumed by a model with other initial
+    weights, all end in the same bits."""
+    kept, path, save = [], tmp_path / "run.ckpt", t.TrainState.save
 
-    def keep(trainer):
-        save(trainer)
-        kept.append(shutil.copy(path, tmp_path / f"{trainer.steps}.ckpt"))
+    def keep(state):
+        save(state)
+        kept.append(shutil.copy(path, tmp_path / f"{state.steps}.ckpt"))
 
-    monkeypatch.setattr(t.Trainer, "save", keep)
-    whole = new_trainer(corpus, tmp_path / "run.txt", **STEADY, CHECKPOINT_EVERY=1e-9)
-    t.train(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(t.TrainState, "save", keep)
+        whole, log = train(corpus, tmp_path / "run.txt", **STEADY, CHECKPOINT_EVERY=1e-9)
     assert [Path(p).name for p in kept] == [f"{step}.ckpt" for step in range(10)]
-    monkeypatch.undo()
-    expected, said = state(whole), losses("\n".join(whole.log.lines))
+    said = losses("\n".join(log.lines))
     for path in kept[::3]:
-        trainer = new_trainer(corpus, tmp_path / "again.txt", **STEADY, SEED=99)
-        trainer.restore(str(path))
-        step = trainer.steps
-        assert trainer.seconds > 0
-        assert any("SEED=99 here, 1337 in the checkpoint" in x for x in trainer.log.lines)
-        t.train(trainer)
-        assert_same(expected, state(trainer))
-        assert losses("\n".join(trainer.log.lines)) == {k: v for k, v in said.items() if k > step}
-        assert trainer.seconds > 0
+        step = checkpoint(path)["progress"][0]
+        again = new_training(corpus, tmp_path / "again.txt", **STEADY, RESUME=path)
+        shifted(again.model)
+        trained = t.train(*again)
+        assert_same(checkpoint(kept[-1]), checkpoint(tmp_path / "again.ckpt"))
+        assert all(torch.equal(w, whole.state[name]) for name, w in trained.state.items())
+        found = losses("\n".join(again.log.lines))
+        assert found == {k: v for k, v in said.items() if k > step}
     assert {p.suffix for p in tmp_path.iterdir()} == {".ckpt"}  # nothing half-written is left
 
 
+def test_a_setting_that_has_changed_since_the_checkpoint_is_pointed_out(corpus, tmp_path):
+    state, _ = new_state(new_training(corpus, tmp_path / "run.txt"))
+    state.save()
+    again = new_training(corpus, EVAL_STRIDE=16, RUN_ID="another")
+    new_state(again)[0].restore(str(tmp_path / "run.ckpt"))
+    assert again.log.starting("warning:") == ["warning: EVAL_STRIDE=16 here, 8 in the checkpoint"]
+
+
 def test_the_clock_goes_on_where_it_was(corpus, tmp_path):
-    trainer = new_trainer(corpus, tmp_path / "run.txt", **STEADY)
-    trainer.progress.copy_(torch.tensor([4, 1000]))
-    trainer.save()
-    again = new_trainer(corpus, tmp_path / "run.txt", **STEADY, MAX_WALLCLOCK_SECONDS=1200)
-    again.restore(str(tmp_path / "run.ckpt"))
-    t.train(again)
+    state, _ = new_state(new_training(corpus, tmp_path / "run.txt", **STEADY))
+    state.progress.copy_(torch.tensor([4, 1000]))
+    state.save()
+    again, _ = train(corpus, **STEADY, MAX_WALLCLOCK_SECONDS=1200, RESUME=tmp_path / "run.ckpt")
     # one more step of 250 s might pass the cap
     assert again.steps == 4
     assert 1000 <= again.seconds < 1100
@@ -293,31 +297,34 @@ def a_pickle(path: Path) -> None:
     ids=["missing", "empty", "cut", "pickle", "artifact", "npy", "pickle inside", "foreign", "zip"],
 )
 def test_what_is_no_checkpoint_is_refused_in_one_line(corpus, tmp_path, spoil, said):
-    trainer, path = new_trainer(corpus, tmp_path / "run.txt"), tmp_path / "run.ckpt"
-    trainer.save()
+    state, _ = new_state(new_training(corpus, tmp_path / "run.txt"))
+    path = tmp_path / "run.ckpt"
+    state.save()
     spoil(path)
     with pytest.raises(t.UserError, match=f"^RESUME={path}: .*{said}") as error:
-        trainer.restore(str(path))
+        state.restore(str(path))
     assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_of_another_model_is_refused(corpus, tmp_path):
-    new_trainer(corpus, tmp_path / "run.txt", MODEL_DIM=32).save()
-    with pytest.raises(
-        t.UserError, match=r"smear_gate is \(32,\), these settings need \(64,\): set what"
-    ):
-        new_trainer(corpus).restore(str(tmp_path / "run.ckpt"))
-    new_trainer(corpus, tmp_path / "run.txt", AVERAGING="none").save()
-    trainer = new_trainer(corpus)
-    with pytest.raises(t.UserError, match="ema.0 is absent, these settings need"):
-        trainer.restore(str(tmp_path / "run.ckpt"))
-    assert trainer.log.lines == ["warning: AVERAGING=ema here, none in the checkpoint"]
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        (dict(MODEL_DIM=32), r"smear_gate is \(32,\), these settings need \(64,\): set what"),
+        (dict(AVERAGING="none"), "ema.0 is absent, these settings need"),
+    ],
+    ids=["model", "averages"],
+)
+def test_a_checkpoint_of_other_settings_is_refused(corpus, tmp_path, other, said):
+    new_state(new_training(corpus, tmp_path / "run.txt", **other))[0].save()
+    state, _ = new_state(new_training(corpus))
+    with pytest.raises(t.UserError, match=said):
+        state.restore(str(tmp_path / "run.ckpt"))
 
 
 def test_a_checkpoint_of_which_less_is_read_than_was_written_is_refused(corpus, tmp_path):
     """The settings claim to be shorter: so NumPy never reads to their checksum."""
-    trainer, path = new_trainer(corpus, tmp_path / "run.txt"), tmp_path / "run.ckpt"
-    trainer.save()
+    path = tmp_path / "run.ckpt"
+    new_state(new_training(corpus, tmp_path / "run.txt"))[0].save()
     blob = bytearray(path.read_bytes())
     length = blob.index(b"<U") + len(b"<U")  # its first digit
     blob[length] -= 1
@@ -338,8 +345,8 @@ def test_a_damaged_checkpoint_never_gets_in(corpus, tmp_path, rng):
         VOCAB_SIZE=512,
         ROPE_DIMS=2,
     )
-    trainer, path = new_trainer(corpus, tmp_path / "run.txt", **small), tmp_path / "run.ckpt"
-    trainer.save()
+    path = tmp_path / "run.ckpt"
+    new_state(new_training(corpus, tmp_path / "run.txt", **small))[0].save()
     blob, whole = path.read_bytes(), t.read_checkpoint(str(path))
     directory, refused = blob.rindex(b"PK\x01\x02") - 60 * len(whole), 0
     for i in range(300):
@@ -365,10 +372,10 @@ def test_a_damaged_checkpoint_never_gets_in(corpus, tmp_path, rng):
 INTERRUPT = (
     BEFORE_STEP
     + """
-def before(trainer):
-    if trainer.steps == 7 and RANK == 0 and not trainer.hp.resume:
+def before(state):
+    if state.steps == 7 and RANK == 0 and not state.hp.resume:
         os.kill(os.getppid(), signal.SIGTERM)                          # torchrun
-        while not trainer.stop.name: time.sleep(0.01)                  # until it comes back
+        while not signals: time.sleep(0.01)                            # until it comes back
 """
 )
 
@@ -467,24 +474,48 @@ def test_what_cannot_be_scored_again_is_refused_in_one_line(corpus, tmp_path, ru
         if spoilt is not None:
             path.write_bytes(spoilt)
         with pytest.raises(t.UserError, match=f"^{path}: .*({said})") as error:
-            t.load_artifact(t.GPT(hp), path, t.Ranks({}), t.RunLog())
+            t.read_artifact(path, t.GPT(hp), ALONE, SILENT)
         assert "\n" not in str(error.value)
 
 
-def test_what_scoring_compiles_is_compiled_in_its_own_time(corpus, monkeypatch):
-    """Validations of training run the plain trunk,
-    so that no clock misses the compilation of the scoring graph."""
-    compiled = []
-    monkeypatch.setattr(
-        torch, "compile", lambda f, dynamic: compiled.append(f) or (lambda *args: f(*args))
-    )
-    trainer = new_trainer(corpus, COMPILE=1)
-    assert compiled == [t.training_loss]
-    assert trainer.loss is not t.training_loss
-    assert trainer.trunk == trainer.model.hidden
-    trainer.trunk = trainer.compile(trainer.model.hidden)
-    assert compiled[1] == trainer.model.hidden
-    assert new_trainer(corpus, COMPILE=0).loss is t.training_loss
+@pytest.fixture
+def compiled(monkeypatch) -> list[str]:
+    """The names of the functions that are compiled from here on, in the order in which they are
+    first called."""
+    called = []
+
+    def compile(function, dynamic):
+        def first_compiling(*args, **options):
+            if function.__name__ not in called:
+                called.append(function.__name__)
+            return function(*args, **options)
+
+        return first_compiling
+
+    monkeypatch.setattr(torch, "compile", compile)
+    return called
+
+
+@pytest.mark.parametrize("setting, expected", [(1, ["training_loss"]), (0, [])])
+def test_training_compiles_its_loss_and_nothing_that_scores(corpus, compiled, setting, expected):
+    """Validations of training run the plain trunk."""
+    train(corpus, ITERATIONS=1, COMPILE=setting)
+    assert compiled == expected
+
+
+def test_what_scoring_compiles_is_compiled_in_its_own_time(corpus, tmp_path, compiled, monkeypatch):
+    """The artifact is written by then, so that no clock misses the compilation."""
+    monkeypatch.chdir(tmp_path)
+    plain = t.write_artifact
+
+    def write(*args):
+        assert compiled == ["training_loss"]
+        plain(*args)
+
+    monkeypatch.setattr(t, "write_artifact", write)
+    settings = {**corpus, **BRIEF, "ITERATIONS": 1, "COMPILE": 1, "EVAL_STRIDE": 16}
+    t.run(tiny(**settings), ALONE, t.RunLog("compiled"), t.StopSignal(), [])
+    assert compiled == ["training_loss", "hidden"]
 
 
 @pytest.mark.parametrize("setting", ["EVAL_ONLY", "RESUME"])
@@ -497,18 +528,19 @@ def test_a_file_that_is_not_there_is_named_by_the_script(corpus, tmp_path, setti
     assert "error: UserError: " in log_of(tmp_path)
 
 
-def fake_scoring(monkeypatch, seconds_per_window: float, targets: int = 100_000):
-    """score_stream without a model: segments of 1,000 targets that take their time
-    on a clock of their own."""
+def fake_scoring(monkeypatch, seconds_per_window: float, num_targets: int):
+    """Scoring without a model: segments of 1,000 targets that take their time on a clock of their
+    own."""
     clock, began = [0.0], []
 
-    def stream(trunk, model, tokens, stride, ranks, part=None):
+    def score(scorer, tokens, stride, ranks, part=None):
         began.append(stride)
-        for start in range(0, targets, 1000):
-            clock[0] += min(1000, targets - start) / stride * seconds_per_window
-            yield np.zeros((2, min(1000, targets - start)), np.float32)
+        for start in range(0, num_targets, 1000):
+            size = min(1000, num_targets - start)
+            clock[0] += size / stride * seconds_per_window
+            yield np.zeros((2, size), np.float32)
 
-    monkeypatch.setattr(t, "score_stream", stream)
+    monkeypatch.setattr(t, "score", score)
     monkeypatch.setattr(t, "perf_counter", lambda: clock[0])
     return began
 
@@ -526,21 +558,20 @@ def fake_scoring(monkeypatch, seconds_per_window: float, targets: int = 100_000)
     ],
 )
 def test_the_stride_is_the_smallest_that_fits_95_percent_of_the_budget(
-    corpus, monkeypatch, budget, expected
+    monkeypatch, budget, expected
 ):
     """A window takes a second: 1,562 s at stride 64, 1,042 at 96, 781 at 128, 391 at 256, 195 at
     512, and what was tried."""
-    trainer = new_trainer(corpus, EVAL_SEQ_LEN=2048, EVAL_STRIDE=64, EVAL_BUDGET_SECONDS=budget)
-    tried = fake_scoring(monkeypatch, 1.0)
-    trainer.validation = t.Validation(np.zeros(100_001, np.uint16), None)
-    stride, segments = t.score_in_time(trainer, 0.0)
+    tried, log = fake_scoring(monkeypatch, 1.0, 100_000), KeptLog()
+    scorer = scorer_of(t.GPT(tiny(EVAL_SEQ_LEN=2048, EVAL_STRIDE=64, EVAL_BUDGET_SECONDS=budget)))
+    validation = validation_of(np.zeros(100_001, np.uint16), None)
+    stride, segments = t.score_in_time(scorer, validation, 0.0, ALONE, log)
     assert tried == expected
     assert stride == expected[-1]
     # each target once, of the last stride only
     assert sum(part.shape[1] for part in segments) == 100_000
     if budget:
-        assert len(trainer.log.lines) == len(expected)
-        assert all("eval_budget projected:" in x for x in trainer.log.lines)
+        assert len(log.starting("eval_budget projected:")) == len(log.lines) == len(expected)
 
 
 def test_a_budget_that_is_too_small_makes_the_stride_grow_and_says_so(corpus, runs, tmp_path):

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import BEFORE_STEP, ROOT, SCORES, patched, run_script, score, tiny, values, write_shard
+from helpers import (
+    BEFORE_STEP,
+    ROOT,
+    SCORES,
+    patched,
+    run_script,
+    scores_of,
+    tiny,
+    values,
+    write_shard,
+)
 
 import train_gpt as t
 
@@ -118,18 +128,16 @@ def test_what_was_scored_is_what_is_in_the_file(runs, corpus):
     cwd, _ = runs[1]
     hp = tiny(**corpus)
     model = t.GPT(hp)
-    model.load_state_dict(t.unpack((cwd / "final_model.int6.ptz").read_bytes()))
+    model.load_state_dict(t.decompress((cwd / "final_model.int6.ptz").read_bytes()))
     validation = t.load_validation(hp)
-    nll, entropy = score(model, validation.tokens, hp.eval_stride)
-    mixture = t.Mixture(validation.tokens, hp)
-    mixture.extend(nll, entropy)
+    nll, entropy = scores_of(model, validation.tokens, hp.eval_stride)
     log = (cwd / "logs/test.txt").read_text()
-    for name, scores in (
+    for name, nats in (
         ("final_int6_sliding_window_exact", nll),
-        ("final_ngram_exact", mixture.nll),
+        ("final_ngram_exact", t.mix(validation.tokens, nll, entropy, hp)),
     ):
         assert float(values(log, name)["val_bpb"]) == pytest.approx(
-            t.bits_per_byte(scores, validation.target_bytes), abs=1e-6
+            t.bits_per_byte(nats, validation.target_bytes), abs=1e-6
         )
 
 
@@ -148,12 +156,12 @@ STEADY_CLOCK = (
     BEFORE_STEP
     + """
 clock = [0.0]
-def before(trainer): clock[0] += 0.04
-plain_validate = t.Trainer.validate
-def validate(trainer):
+def before(state): clock[0] += 0.04
+plain_validate = t.validate
+def validate(*args):
     clock[0] += 1
-    return plain_validate(trainer)
-t.Trainer.validate = validate
+    return plain_validate(*args)
+t.validate = validate
 t.perf_counter = lambda: clock[0]
 """
 )
@@ -252,7 +260,8 @@ def test_a_bad_token_during_training_names_its_shard(corpus, tmp_path):
 def saved(corpus, tmp_path_factory) -> tuple[str, dict[str, np.ndarray]]:
     """(what a run said, its saved scores)."""
     folder = tmp_path_factory.mktemp("saved")
-    done = run_script(folder, 0, **corpus, NGRAM_ALPHA="order", ITERATIONS=2, SAVE_SCORES=1)
+    settings = dict(NGRAM_ALPHA="order", ITERATIONS=2, EVAL_STRIDE=16, SAVE_SCORES=1)
+    done = run_script(folder, 0, **{**corpus, **settings})
     assert done.returncode == 0, done.stderr[-3000:]
     with np.load(folder / "logs/test_scores.npz", allow_pickle=False) as arrays:
         return done.stdout, dict(arrays)

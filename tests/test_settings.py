@@ -1,14 +1,12 @@
-"""Hyperparameters: parsing, checks, warnings; and that importing the script does nothing."""
+"""Hyperparameters: parsing, checks, warnings, choices."""
 
-import ast
-import subprocess
-import sys
-from dataclasses import fields
+import math
 
+import numpy as np
 import pytest
-from helpers import ROOT, tiny
+from helpers import tiny
 
-import train_gpt
+import train_gpt as t
 from train_gpt import Hyperparameters, UserError, mistyped
 
 
@@ -26,22 +24,34 @@ from train_gpt import Hyperparameters, UserError, mistyped
         ({"AVERAGING": "mean"}, "AVERAGING='mean': expected one of none, ema, swa, ema_swa"),
         ({"NUM_LAYERS": "0"}, "NUM_LAYERS='0': expected an integer, at least 1"),
         ({"BETA2": "1.5"}, "BETA2='1.5': expected a number from 0 to 1 (default 0.95)"),
-        ({"MODEL_DIM": "100"}, "MODEL_DIM=100, NUM_HEADS=8: the heads must divide the width"),
-        ({"NUM_KV_HEADS": "3"}, "NUM_HEADS=8, NUM_KV_HEADS=3: the latter must divide"),
+        (
+            {"MODEL_DIM": "100"},
+            "MODEL_DIM=100, NUM_HEADS=8: the number of heads must divide the width",
+        ),
+        ({"NUM_KV_HEADS": "3"}, "NUM_HEADS=8, NUM_KV_HEADS=3: the second must divide the first"),
         ({"ROPE_DIMS": "66"}, "ROPE_DIMS=66: expected an even number up to the head width"),
         ({"NUM_LAYERS": "6"}, "VE_LAYERS=9,10: layers run from 0 to 5"),
         ({"TRAIN_BATCH_TOKENS": "5000"}, "nearest are 4096 and 6144"),
-        ({"EVAL_STRIDE": "4096"}, "EVAL_STRIDE=4096, EVAL_SEQ_LEN=2048: targets would go unscored"),
-        ({"NGRAM_MIN_ORDER": "9"}, "NGRAM_MIN_ORDER=9, NGRAM_ORDER=7: no order is left"),
+        (
+            {"EVAL_STRIDE": "4096"},
+            "EVAL_STRIDE=4096, EVAL_SEQ_LEN=2048: the windows would leave targets unscored",
+        ),
+        (
+            {"NGRAM_MIN_ORDER": "9"},
+            "NGRAM_MIN_ORDER=9, NGRAM_ORDER=7: expected the first to be at most the second",
+        ),
         ({"ALPHA_MIN": "0.9"}, "ALPHA_MIN=0.9, ALPHA_MAX=0.6: expected the first <= second < 1"),
         (
             {"EVAL_ONLY": "a.ptz", "RESUME": "a.ckpt"},
-            "EVAL_ONLY=a.ptz, RESUME=a.ckpt: the weights are those of one file",
+            "EVAL_ONLY=a.ptz, RESUME=a.ckpt: set one of them",
         ),
         ({"RECUR_LAYERS": "4,11"}, "RECUR_LAYERS=4,11: expected rising numbers from 0 to 10"),
         ({"RECUR_LAYERS": "5,4"}, "RECUR_LAYERS=5,4: expected rising numbers from 0 to 10"),
-        ({"PARALLEL_START_LAYER": "11"}, "PARALLEL_START_LAYER=11: expected at most 10; 0: none"),
-        ({"ATTN_GATE_DIMS": "513"}, "ATTN_GATE_DIMS=513, MODEL_DIM=512: there are no more"),
+        (
+            {"PARALLEL_START_LAYER": "11"},
+            "PARALLEL_START_LAYER=11: expected at most 10; 0: no lanes",
+        ),
+        ({"ATTN_GATE_DIMS": "513"}, "ATTN_GATE_DIMS=513, MODEL_DIM=512: the first must be at most"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(env, said):
@@ -78,85 +88,54 @@ def test_names_that_only_resemble_a_setting_are_left_alone(name):
     assert mistyped({name: "1"}) == []
 
 
-def test_every_setting_is_documented_and_read_by_something():
-    """A switch without effect is a lie: each field is read outside the class that defines it."""
-    tree = ast.parse((ROOT / "train_gpt.py").read_text())
-    read = {
-        n.attr
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
-    }
-    for f in fields(Hyperparameters):
-        assert f.metadata["doc"], f.name
-        assert f.name in read, f.name
+# ---- choices come from the tables
 
 
-def test_import_does_nothing_and_needs_no_gpu_library(tmp_path):
-    code = (
-        "import sys\n"
-        "for name in ('triton', 'flash_attn', 'flash_attn_interface', 'sentencepiece'): "
-        "sys.modules[name] = None\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import train_gpt, torch\n"
-        "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={"NUM_LAYERS": "eleven"},
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert not list(tmp_path.iterdir())
+class Half:
+    """A mixing rule that gives half to the model and half to all tokens equally."""
+
+    def __init__(self, tokens, hp):
+        self.tokens = tokens
+        self.hp = hp
+
+    def mix(self, begin, end, model, entropy):
+        return 0.5 * model + 0.5 / self.hp.vocab_size, np.zeros(end - begin, np.uint8)
+
+    def distribution(self, target, model_V, entropy):
+        return 0.5 * model_V + 0.5 / self.hp.vocab_size
+
+    def evidence(self):
+        return [self.tokens]
 
 
-def test_the_script_has_no_long_lines():
-    lines = (ROOT / "train_gpt.py").read_text().splitlines()
-    assert [i for i, line in enumerate(lines, 1) if len(line) > 100] == []
+@pytest.fixture
+def half(monkeypatch) -> t.Hyperparameters:
+    """Settings with a rule that a test has added to the table."""
+    monkeypatch.setitem(t.RULES, "half", Half)
+    return tiny(NGRAM_ALPHA="half")
 
 
-def functions() -> list[ast.FunctionDef]:
-    """All functions of the script but kernels: their parameters are the launch's."""
-    tree = ast.parse((ROOT / "train_gpt.py").read_text())
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    return [node for node in found if "jit" not in map(ast.unparse, node.decorator_list)]
+def test_a_mixing_rule_is_a_choice_by_being_in_the_table(half):
+    assert half.ngram_alpha == "half"
 
 
-def test_the_scripts_functions_are_short():
-    for node in functions():
-        most = 40 if node.name == "main" else 60
-        assert node.end_lineno - node.lineno < most, f"{node.name} is too long"
+def test_a_mixture_takes_its_rule_from_the_table(half, rng):
+    tokens = rng.integers(0, 500, 300).astype(np.uint16)
+    mixture = t.Mixture(tokens, half)
+    mixture.extend(np.ones(299), np.ones(299))
+    assert mixture.nll == pytest.approx(-math.log(0.5 / math.e + 0.5 / half.vocab_size))
+    assert mixture.audit().startswith("targets:299/299 mass_min:1.000000000000")
 
 
-def test_the_scripts_functions_have_few_arguments():
-    for node in functions():
-        arguments = [a.arg for a in node.args.args if a.arg != "self"]
-        assert len(arguments) <= 6, f"{node.name} has too many arguments"
-
-
-def test_nothing_runs_code_from_a_file():
-    tree = ast.parse((ROOT / "train_gpt.py").read_text())
-    imported = {
-        a.name
-        for n in ast.walk(tree)
-        if isinstance(n, (ast.Import, ast.ImportFrom))
-        for a in n.names
-    }
-    imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    called = {
-        n.func.id
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
-    }
-    loads = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
-    assert not imported & {"pickle", "marshal", "shelve", "dill"}
-    assert not called & {"eval", "exec", "compile"}
-    assert not {"torch.load", "torch.save"} & loads
-    for call in (
-        n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "np.load"
-    ):
-        assert "allow_pickle=False" in ast.unparse(call)
+@pytest.mark.parametrize(
+    "name, table", [("NGRAM_ALPHA", t.RULES), ("QUANTIZER", t.QUANTIZERS)], ids=lambda x: str(x)[:9]
+)
+def test_the_choices_of_a_setting_are_its_table(name, table, monkeypatch):
+    monkeypatch.setitem(table, "another", None)
+    assert getattr(tiny(**{name: "another"}), name.lower()) == "another"
+    with pytest.raises(UserError) as error:
+        tiny(**{name: "absent"})
+    assert f"{name}='absent': expected one of {', '.join(table)} (" in str(error.value)
 
 
 def test_tiny_settings_keep_every_feature():
@@ -166,4 +145,4 @@ def test_tiny_settings_keep_every_feature():
     assert hp.xsa_last_n
     assert hp.bigram_vocab_size
     assert hp.smear_enabled
-    assert train_gpt.GPT(hp).skip_weights.shape == (2, 64)
+    assert t.GPT(hp).skip_weights.shape == (2, 64)

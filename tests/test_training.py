@@ -1,48 +1,165 @@
-"""The loop: what each step is told."""
+"""Training: what each step is told, the clock, the averages, what comes out."""
 
 import pytest
-from helpers import new_trainer
+import torch
+from helpers import BRIEF, STEADY, final_passes, new_training, tiny, train
 
 import train_gpt as t
 
 
-def steps_of(trainer) -> list[tuple[float, float | None]]:
-    """Train, and return (lr scale, hardness of late QAT) of each step."""
-    seen = []
-    plain = trainer.step
+@pytest.fixture
+def plans(monkeypatch) -> list[t.StepPlan]:
+    """What each step from here on is told."""
+    seen, plain = [], t.training_step
 
-    def step(scale, hardness):
-        seen.append((scale, None if hardness is None else float(hardness)))
-        return plain(scale, hardness)
+    def training_step(state, loader, loss, plan):
+        seen.append(plan)
+        return plain(state, loader, loss, plan)
 
-    trainer.warm_up = lambda: None
-    trainer.step = step
-    t.train(trainer)
+    monkeypatch.setattr(t, "training_step", training_step)
     return seen
 
 
-def test_late_qat_hardens_from_1_to_16_as_the_rate_falls_to_zero(corpus):
-    settings = dict(ITERATIONS=10, WARMDOWN_ITERS=8, LATE_QAT_THRESHOLD=0.5, QAT_ROUNDING="soft")
-    seen = steps_of(new_trainer(corpus, **settings))
-    expected = [1 + 15 * (1 - scale / 0.5) if scale < 0.5 else None for scale, _ in seen]
-    assert [hardness for _, hardness in seen] == [x and pytest.approx(x) for x in expected]
+# --- the plan of a step ---------------------------------------------------------------------------
+
+PLANNED = dict(
+    RECUR_LAYERS="1,2",
+    RECUR_START=0.5,
+    ITERATIONS=100,
+    WARMDOWN_ITERS=40,
+    LATE_QAT_THRESHOLD=0.5,
+)
+CPU = torch.device("cpu")
 
 
-def test_late_qat_ends_where_a_slow_first_step_began_it(corpus):
+@pytest.mark.parametrize(
+    "step, scale, passes, hardness",
+    [
+        (0, 1.0, (0, 1, 2, 3), None),
+        (49, 1.0, (0, 1, 2, 3), None),
+        (50, 1.0, (0, 1, 2, 1, 2, 3), None),
+        (70, 0.75, (0, 1, 2, 1, 2, 3), None),
+        (80, 0.5, (0, 1, 2, 1, 2, 3), None),
+        (90, 0.25, (0, 1, 2, 1, 2, 3), 8.5),
+        (100, 0.0, (0, 1, 2, 1, 2, 3), 16.0),
+    ],
+)
+def test_a_plan_follows_from_the_step(step, scale, passes, hardness):
+    plan = t.plan_step(step, 0.0, tiny(**PLANNED), CPU)
+    assert plan.scale == pytest.approx(scale)
+    assert plan.passes == passes
+    assert (plan.hardness and plan.hardness.item()) == hardness
+
+
+def test_a_plan_follows_from_the_clock_where_that_ends_training():
+    hp = tiny(**PLANNED | dict(ITERATIONS=10**6), MAX_WALLCLOCK_SECONDS=100, QUANTIZER="rows")
+    by_clock = [t.plan_step(seconds, float(seconds), hp, CPU) for seconds in (49, 50, 90)]
+    assert [len(plan.passes) for plan in by_clock] == [4, 6, 6]
+    assert [plan.scale for plan in by_clock] == pytest.approx([1, 1, 0.25])
+
+
+def test_a_plan_ends_late_qat_where_a_slow_first_step_began_it():
     """The speed of one step promises no time for more; that of a few knows better."""
-    trainer = new_trainer(corpus, LATE_QAT_THRESHOLD=0.15)
-    early = t.late_qat_hardness(trainer, 0.08, None)
-    assert early is not None
-    assert t.late_qat_hardness(trainer, 1.0, early) is None
+    hp = tiny(
+        ITERATIONS=10**6, WARMDOWN_ITERS=20, MAX_WALLCLOCK_SECONDS=50, LATE_QAT_THRESHOLD=0.15,
+        QUANTIZER="rows",
+    )  # fmt: skip
+    early, later = t.plan_step(1, 30.0, hp, CPU), t.plan_step(5, 31.0, hp, CPU)
+    assert early.hardness is not None
+    assert later.hardness is None
+
+
+def test_without_late_qat_no_plan_rounds():
+    hp = tiny(LATE_QAT_THRESHOLD=0)
+    assert t.plan_step(hp.iterations, 0.0, hp, CPU).hardness is None
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+def test_late_qat_hardens_from_1_to_16_as_the_rate_falls_to_zero(corpus, plans):
+    settings = dict(ITERATIONS=10, WARMDOWN_ITERS=8, LATE_QAT_THRESHOLD=0.5, QAT_ROUNDING="soft")
+    train(corpus, **settings, WARMUP_STEPS=0)
+    expected = [1 + 15 * (1 - p.scale / 0.5) if p.scale < 0.5 else None for p in plans]
+    found = [None if p.hardness is None else p.hardness.item() for p in plans]
+    assert found == [x and pytest.approx(x) for x in expected]
+    assert None in found and found[-1] is not None
+
+
+def test_the_rate_falls_linearly_over_the_last_steps(corpus, plans):
+    train(corpus, ITERATIONS=6, WARMDOWN_ITERS=4, WARMUP_STEPS=0)
+    assert [plan.scale for plan in plans] == [1, 1, 1, 0.75, 0.5, 0.25]
 
 
 def test_an_average_without_snapshots_is_not_named(corpus):
-    trainer = new_trainer(corpus, ITERATIONS=3, WARMDOWN_ITERS=0, AVERAGING="ema_swa")
-    t.train(trainer)
-    (line,) = [line for line in trainer.log.lines if line.startswith("averaging:")]
+    _, log = train(corpus, ITERATIONS=3, WARMDOWN_ITERS=0, AVERAGING="ema_swa")
+    (line,) = log.starting("averaging:")
     assert line.startswith("averaging:ema ema_updates:3 swa_updates:0 ")
 
 
-def test_the_rate_falls_linearly_over_the_last_steps(corpus):
-    seen = steps_of(new_trainer(corpus, ITERATIONS=6, WARMDOWN_ITERS=4))
-    assert [scale for scale, _ in seen] == [1, 1, 1, 0.75, 0.5, 0.25]
+# --- what comes out -------------------------------------------------------------------------------
+
+
+def test_training_returns_the_weights_that_the_model_is_left_with(corpus):
+    training = new_training(corpus, **STEADY)
+    trained = t.train(*training)
+    found = training.model.state_dict()
+    assert list(trained.state) == list(found)
+    assert all(torch.equal(w, found[name]) for name, w in trained.state.items())
+    assert all(w.data_ptr() != found[name].data_ptr() for name, w in trained.state.items())
+
+
+def test_training_returns_a_curvature_only_where_the_quantiser_needs_it(corpus):
+    for quantizer, is_needed in (("gptq", True), ("rows", False)):
+        trained, log = train(corpus, ITERATIONS=1, QUANTIZER=quantizer)
+        assert bool(trained.curvature) == bool(log.starting("gptq_curvature ")) == is_needed
+
+
+def test_the_curvature_is_that_of_the_averaged_weights_and_the_final_passes(corpus, monkeypatch):
+    seen, plain = [], t.measure_curvature
+
+    def measure(model, passes, loader, step, ranks):
+        seen.append((model.embed.weight.detach().clone(), passes, step))
+        return plain(model, passes, loader, step, ranks)
+
+    monkeypatch.setattr(t, "measure_curvature", measure)
+    training = new_training(corpus, ITERATIONS=3, RECUR_LAYERS="1,2")
+    trained = t.train(*training)
+    ((weights, passes, step),) = seen
+    assert torch.equal(weights, trained.state["embed.weight"])
+    assert (passes, step) == (final_passes(training.model), 3)
+
+
+def test_measuring_the_curvature_counts_as_training_time(corpus, monkeypatch):
+    """A clock on which a step takes a second, measuring five, and nothing else any."""
+    clock = [0.0]
+    monkeypatch.setattr(t, "perf_counter", lambda: clock[0])
+    step, measure = t.training_step, t.measure_curvature
+
+    def taking(function, seconds):
+        def timed(*args):
+            clock[0] += seconds
+            return function(*args)
+
+        return timed
+
+    monkeypatch.setattr(t, "training_step", taking(step, 1))
+    monkeypatch.setattr(t, "measure_curvature", taking(measure, 5))
+    trained, log = train(corpus, ITERATIONS=3, WARMUP_STEPS=0)
+    assert (trained.steps, trained.seconds) == (3, 8.0)
+    (line,) = log.starting("gptq_curvature ")
+    assert "seconds:5.0 " in line and "train_time:8000ms" in line
+
+
+def test_a_model_that_is_scored_alone_gets_no_optimizer(corpus, tmp_path, monkeypatch):
+    """EVAL_ONLY needs the memory of the weights, not that of momenta and averages."""
+    monkeypatch.chdir(tmp_path)
+    settings = {**corpus, **BRIEF, "EVAL_ONLY": "a.ptz"}
+    state = t.GPT(tiny(**corpus)).state_dict()
+    (tmp_path / "a.ptz").write_bytes(t.pack(state, tiny(**corpus)).blob)
+    monkeypatch.setattr(t, "TrainState", None)
+    monkeypatch.setattr(t, "build_optimizers", None)
+    monkeypatch.setattr(torch.optim.Optimizer, "__init__", None)
+    log = t.RunLog("alone")
+    t.run(tiny(**settings), t.Ranks({}), log, t.StopSignal(), [])
+    assert "\nresult {" in log.path.read_text()

@@ -1,0 +1,218 @@
+"""What the source of train_gpt.py keeps to, read from its syntax tree."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+
+import pytest
+from helpers import ROOT
+
+from train_gpt import Hyperparameters
+
+SOURCE = (ROOT / "train_gpt.py").read_text()
+TREE = ast.parse(SOURCE)
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+CALLS = [node for node in ast.walk(TREE) if isinstance(node, ast.Call)]
+
+
+def definitions(node: ast.AST = TREE, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ast.AST]]:
+    """Yields (dotted name, node) of the functions and classes in `node`, those in them too."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, Function | ast.ClassDef):
+            name = (*path, child.name)
+            yield ".".join(name), child
+            yield from definitions(child, name)
+        else:
+            yield from definitions(child, path)
+
+
+DEFINITIONS = dict(definitions())
+
+
+def is_kernel(node: ast.AST) -> bool:
+    """A kernel has the parameters of its launch, and as many lines as one loop over tiles takes."""
+    return "jit" in map(ast.unparse, node.decorator_list)
+
+
+FUNCTIONS = {
+    name: node
+    for name, node in DEFINITIONS.items()
+    if isinstance(node, Function) and not is_kernel(node)
+}
+
+
+# --- form -----------------------------------------------------------------------------------------
+
+
+def test_there_are_no_long_lines():
+    assert [i for i, line in enumerate(SOURCE.splitlines(), 1) if len(line) > 100] == []
+
+
+def test_functions_have_at_most_60_lines():
+    lines = {name: node.end_lineno - node.lineno + 1 for name, node in FUNCTIONS.items()}
+    assert {name: n for name, n in lines.items() if n > 60} == {}
+
+
+def test_functions_have_at_most_6_arguments_beside_self():
+    counts = {}
+    for name, node in FUNCTIONS.items():
+        found = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        counts[name] = len([a for a in found if a.arg not in ("self", "cls")])
+    assert {name: n for name, n in counts.items() if n > 6} == {}
+
+
+# --- docstrings -----------------------------------------------------------------------------------
+
+OBVIOUS = {  # what needs no docstring, and why
+    "parse_bool": "one line; PARSERS says beside it what it expects",
+    "parse_integers": "one line; PARSERS says beside it what it expects",
+    "save_for_mlp_gradients": "registered with torch.library, which says when it is called",
+    "mlp_gradients": "registered with torch.library, which says when it is called",
+}
+# class -> the class whose methods it has, with their docstrings, though it is not made from it
+LIKE = {"Muon": "SummedGradients", "GPTQ": "RowQuantizer", "OnlineChain": "Backoff"}
+
+
+def is_documented(name: str) -> bool:
+    if ast.get_docstring(DEFINITIONS[name]):
+        return True
+    cls, _, method = name.rpartition(".")
+    like = f"{LIKE[cls]}.{method}" if cls in LIKE else ""
+    return like in DEFINITIONS and is_documented(like)
+
+
+def public_definitions() -> list[str]:
+    """Functions and classes but for those in functions, special methods, which the class speaks
+    for, and names that begin with an underscore."""
+    return [
+        name
+        for name in DEFINITIONS
+        if name.rpartition(".")[0] not in FUNCTIONS and not name.rpartition(".")[2].startswith("_")
+    ]
+
+
+def test_public_functions_and_classes_have_docstrings():
+    missing = {name for name in public_definitions() if not is_documented(name)}
+    assert missing == set(OBVIOUS)
+
+
+def test_settings_are_documented():
+    assert [f.name for f in fields(Hyperparameters) if not f.metadata["doc"]] == []
+
+
+# --- state ----------------------------------------------------------------------------------------
+
+
+def own_object(functions: list[Function]) -> str:
+    """In these nested definitions: the name of the object whose attributes may be set. It is the
+    first argument of a method or, named ctx, of what torch's autograd calls."""
+    for node in functions:
+        first = node.args.args[0].arg if node.args.args else ""
+        if first in ("self", "ctx"):
+            return first
+    return ""
+
+
+def attributes_set_outside(node: ast.AST, functions: tuple = ()) -> Iterator[str]:
+    """Yields each line that sets or deletes an attribute of an object from outside its class."""
+    if isinstance(node, Function):
+        functions = (*functions, node)
+    is_set = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del)
+    if is_set and ast.unparse(node.value) != own_object(functions):
+        yield f"{node.lineno}: {ast.unparse(node)}"
+    if isinstance(node, ast.Call):
+        called = ast.unparse(node.func)
+        if called.split(".")[-1] in ("setattr", "__setattr__", "delattr", "__delattr__"):
+            yield f"{node.lineno}: {called}"
+    if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+        written = ast.unparse(node.value)
+        if written.startswith("vars(") or written.endswith("__dict__"):
+            yield f"{node.lineno}: {written}"
+    for child in ast.iter_child_nodes(node):
+        yield from attributes_set_outside(child, functions)
+
+
+def test_nothing_sets_an_attribute_from_outside_its_class():
+    """What varies is an argument; what training changes is a TrainState."""
+    assert list(attributes_set_outside(TREE)) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "model.order = 1",
+        "model.order += 1",
+        "model.order: int = 1",
+        "model.blocks[0].order = 1",
+        "self.model.order = 1",
+        "a, (model.order, b) = 1, (2, 3)",
+        "del model.order",
+        "setattr(model, 'order', 1)",
+        "vars(model)['order'] = 1",
+        "model.__dict__['order'] = 1",
+        "for model.order in range(3): pass",
+        "with open('x') as model.file: pass",
+    ],
+)
+def test_an_attribute_set_from_outside_is_found(line):
+    assert len(list(attributes_set_outside(ast.parse(f"def f(self, model):\n    {line}")))) == 1
+
+
+@pytest.mark.parametrize("line", ["self.a = 1", "self.a += 1", "self.a[0] = 1", "model.a[0] = 1"])
+def test_an_attribute_set_by_its_own_class_is_not_meant(line):
+    assert list(attributes_set_outside(ast.parse(f"def f(self, model):\n    {line}"))) == []
+
+
+def test_every_setting_is_read_by_something():
+    """A switch without effect is a lie."""
+    read = {
+        node.attr
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    assert [f.name for f in fields(Hyperparameters) if f.name not in read] == []
+
+
+# --- what it may do -------------------------------------------------------------------------------
+
+
+def test_nothing_that_runs_code_from_a_file_is_imported():
+    imported = set()
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            imported |= {alias.name for alias in node.names} | {getattr(node, "module", None)}
+    assert not imported & {"pickle", "marshal", "shelve", "dill"}
+
+
+def test_nothing_that_runs_code_from_a_file_is_called():
+    called = {ast.unparse(node.func) for node in CALLS}
+    assert not called & {"eval", "exec", "compile", "torch.load", "torch.save"}
+
+
+def test_numpy_loads_no_pickles():
+    loads = [ast.unparse(node) for node in CALLS if ast.unparse(node.func) == "np.load"]
+    assert loads
+    assert all("allow_pickle=False" in call for call in loads)
+
+
+def test_import_does_nothing_and_needs_no_gpu_library(tmp_path):
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'flash_attn', 'flash_attn_interface', 'sentencepiece'): "
+        "sys.modules[name] = None\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train_gpt, torch\n"
+        "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()\n"
+        "assert 'torch._dynamo' not in sys.modules\n"  # it takes seconds
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"NUM_LAYERS": "eleven"},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
