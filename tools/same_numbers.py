@@ -80,7 +80,7 @@ UNTIED = dict(
 )  # fmt: skip
 
 # In 24 steps: blocks recur from step 14 on, weights are rounded from step 16 on.
-FRONTIER = dict(RECUR_LAYERS="2", PARALLEL_START_LAYER=3, XSA_LAST_N=5)
+FRONTIER = dict(RECUR_LAYERS="2", PARALLEL_START_LAYER=3, XSA_LAST_N=5, GPTQ_TOKENS=16_384)
 
 CASES = {
     "demo": Case("demo", dict(MICRO_BATCH_TOKENS=512)),
