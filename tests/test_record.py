@@ -778,34 +778,34 @@ class Piecewise(t.Mixture):
 
 def tail_twice(*args):
     """As the predecessors' windows: the end of the stream is scored again."""
-    nll, entropy = collect(SCORE_STREAM(*args))
+    nll, entropy = collect(SCORE(*args))
     yield nll, entropy
     yield nll[-4:], entropy[-4:]
 
 
 def out_of_order(*args):
-    nll, entropy = collect(SCORE_STREAM(*args))
+    nll, entropy = collect(SCORE(*args))
     yield np.roll(nll, 1), np.roll(entropy, 1)
 
 
-def learn_first(trainer, stride):
+def learn_first(scorer, loss, validation, stride, ranks, log):
     """Test-time training the wrong way round: each chunk is learned from, then scored."""
-    model, before = trainer.model, [p.data.clone() for p in trainer.parameters]
+    model, hp = scorer.model, scorer.model.hp
+    parameters = [p.data for p in model.parameters()]
+    before = [p.clone() for p in parameters]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    validation, ranks, length = trainer.validation, trainer.ranks, trainer.hp.eval_seq_len
-    for begin in range(0, validation.targets, trainer.hp.ttt_chunk_tokens):
-        end = min(begin + trainer.hp.ttt_chunk_tokens, validation.targets)
-        for ids, targets, share in t.ttt_batches(validation, begin, end, length, ranks):
-            trainer.loss(model, ids, targets, None, share).backward()
+    for begin in range(0, validation.num_targets, hp.ttt_chunk_tokens):
+        end = min(begin + hp.ttt_chunk_tokens, validation.num_targets)
+        batches = t.ttt_batches(validation, begin, end, hp.eval_seq_len, ranks)
+        for ids, target_ids, shares in batches:
+            loss(model, ids, target_ids, scorer.passes, None, shares).backward()
             optimizer.step()
             optimizer.zero_grad()
-        yield collect(
-            t.score_stream(model.hidden, model, validation.tokens, stride, ranks, (begin, end))
-        )
-    torch._foreach_copy_(trainer.parameters, before)
+        yield collect(t.score(scorer, validation.tokens, stride, ranks, (begin, end)))
+    torch._foreach_copy_(parameters, before)
 
 
-SCORE_STREAM = t.score_stream
+SCORE = t.score
 
 
 @pytest.mark.parametrize(
@@ -820,8 +820,8 @@ SCORE_STREAM = t.score_stream
             "the mixture's probabilities of target .* sum to 1.01",
         ),
         ("one_pass", "Mixture", Piecewise, "changes by .* with the pieces"),
-        ("one_pass", "score_stream", tail_twice, r"scores for \d+ targets, .*each target once"),
-        ("one_pass", "score_stream", out_of_order, r"scores for \d+ targets, .*each target once"),
+        ("one_pass", "score", tail_twice, r"scores for \d+ targets, .*each target once"),
+        ("one_pass", "score", out_of_order, r"scores for \d+ targets, .*each target once"),
     ],
 )
 def test_the_probes_catch_what_is_no_code(monkeypatch, name, part, broken, said):
