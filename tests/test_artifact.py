@@ -268,8 +268,14 @@ def test_a_file_of_another_model_is_refused_with_the_tensor_that_differs():
     shape = tuple(state[fc].shape)
     assert list(t.decompress(blob, state)) == list(state)
     for like, said in (
-        (state | {fc: state[fc].T}, rf"{fc} is {shape} in the file, but {shape[::-1]} by the settings of now"),
-        (state | {"extra": torch.ones(2)}, r"extra is absent in the file, but (2,) by the settings of now"),
+        (
+            state | {fc: state[fc].T},
+            rf"{fc} is {shape} in the file, but {shape[::-1]} by the settings of now",
+        ),
+        (
+            state | {"extra": torch.ones(2)},
+            r"extra is absent in the file, but (2,) by the settings of now",
+        ),
         (
             {n: w for n, w in state.items() if n != fc},
             rf"{fc} is {shape} in the file, but absent by the settings of now",

@@ -156,7 +156,10 @@ def test_the_audit_finds_evidence_that_a_prefix_does_not_have(rng, hp, monkeypat
         changed[500] += 1
         other = [*evidence[:i], changed, *evidence[i + 1 :]]
         monkeypatch.setattr(mixture.rule, "evidence", lambda other=other: other)
-        with pytest.raises(RuntimeError, match="valid code: the first 2000 tokens have other counts when counted alone$"):
+        with pytest.raises(
+            RuntimeError,
+            match="valid code: the first 2000 tokens have other counts when counted alone$",
+        ):
             mixture.audit()
 
 
@@ -313,5 +316,7 @@ class OtherMass(t.OnlineChain):
 @pytest.mark.parametrize("kind", [OtherDistribution, OtherMix, OtherMass])
 def test_the_audit_finds_a_rule_that_mixes_other_than_its_distribution(rng, kind):
     tokens, hp = stream_of("noisy_copies", rng, 500), tiny()
-    with pytest.raises(RuntimeError, match="the mixture is not a valid code: at target 0 p sums to "):
+    with pytest.raises(
+        RuntimeError, match="the mixture is not a valid code: at target 0 p sums to "
+    ):
         audited(tokens, rng, hp, kind(tokens, hp)).audit()

@@ -692,8 +692,11 @@ def test_a_system_has_a_pseudo_score_if_each_of_its_runs_was_replayed(folder):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("{", r"backoff_seed11_predecessors.json:1: .*expected JSON; .*studies/predecessors.py"),
-        ("{}", "pseudo_bpb is missing, expected a number; make it by `python studies"),
+        ("{", r"backoff_seed11_predecessors.json:1: .*expected JSON; .*studies.predecessors"),
+        (
+            "{}",
+            "pseudo_bpb is missing, expected a number; make it by `python -m studies.predecessors",
+        ),
         ('{"pseudo_bpb": 1, "mass": null}', "mass is None, expected a number"),
         (
             '{"pseudo_bpb": 1, "mass": 2, "neural_bpb": 1.5}',
@@ -1038,7 +1041,7 @@ def test_launch_scripts_use_the_python_of_make(tmp_path, gpus, ranks):
         assert done.returncode == 0, done.stderr
         assert all(".venv/bin/python " in line for line in done.stdout.splitlines())
         replays = done.stdout.count(".venv/bin/python -m studies.predecessors logs/")
-        assert replays == (9 if script == "bench/systems.sh" else 0)
+        assert replays == (9 if script == "studies/systems.sh" else 0)
         assert (
             f"/.venv/bin/python -m torch.distributed.run --standalone --nproc_per_node={ranks} "
             in done.stdout
