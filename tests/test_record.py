@@ -1020,8 +1020,8 @@ def fake_python(path, gpus: int):
     RUN_ID or, as the study, its JSON."""
     path.parent.mkdir(parents=True)
     path.write_text(
-        f'#!/bin/sh\ncase "$1" in\n-c) echo {gpus};;\n'
-        'studies/*) echo "$0 $*"; touch "logs/${RUN_ID}_predecessors.json";;\n'
+        f'#!/bin/sh\ncase "$*" in\n-c*) echo {gpus};;\n'
+        '"-m studies.predecessors"*) echo "$0 $*"; touch "logs/${RUN_ID}_predecessors.json";;\n'
         '*) echo "$0 $*"; touch "logs/$RUN_ID.txt";;\nesac\n'
     )
     path.chmod(0o755)
