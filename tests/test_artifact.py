@@ -268,16 +268,22 @@ def test_a_file_of_another_model_is_refused_with_the_tensor_that_differs():
     shape = tuple(state[fc].shape)
     assert list(t.decompress(blob, state)) == list(state)
     for like, said in (
-        (state | {fc: state[fc].T}, rf"{fc} is {shape} in the file, {shape[::-1]} by the settings"),
-        (state | {"extra": torch.ones(2)}, r"extra is absent in the file, (2,) by the settings"),
+        (
+            state | {fc: state[fc].T},
+            rf"{fc} is {shape} in the file, but {shape[::-1]} by the settings of now",
+        ),
+        (
+            state | {"extra": torch.ones(2)},
+            r"extra is absent in the file, but (2,) by the settings of now",
+        ),
         (
             {n: w for n, w in state.items() if n != fc},
-            rf"{fc} is {shape} in the file, absent by the settings",
+            rf"{fc} is {shape} in the file, but absent by the settings of now",
         ),
     ):
         with pytest.raises(ValueError, match=re.escape(said)) as error:
             t.decompress(blob, like)
-        assert str(error.value).startswith("artifact: is of another model than the settings")
+        assert str(error.value).startswith("artifact: belongs to a model of other settings: ")
 
 
 def test_another_model_is_refused_before_its_codes_are_decoded(monkeypatch):
@@ -285,7 +291,7 @@ def test_another_model_is_refused_before_its_codes_are_decoded(monkeypatch):
     state = t.GPT(hp).state_dict()
     blob = pack(state, hp)
     monkeypatch.setattr(t, "read_tensors", None)
-    with pytest.raises(ValueError, match="is of another model"):
+    with pytest.raises(ValueError, match="belongs to a model of other settings"):
         t.decompress(blob, t.GPT(tiny(NUM_LAYERS=5)).state_dict())
 
 
@@ -309,7 +315,7 @@ def test_a_thousand_corruptions_are_all_refused(rng):
 def test_a_whole_file_under_the_checksum_of_another_is_refused():
     """Nothing else is wrong with it."""
     one, other = (pack(noisy_model(tiny()).state_dict(), tiny()) for _ in range(2))
-    body = t.CHECKSUM.stop
+    body = t.CHECKSUM_PLACE.stop
     with pytest.raises(ValueError, match="SHA-256 differs"):
         t.decompress(other[:body] + one[body:])
 
@@ -320,7 +326,7 @@ def test_with_a_repaired_checksum_damage_is_refused_or_harmless(rng):
     hp = tiny(NUM_LAYERS=1, VE_LAYERS="0", MODEL_DIM=32)
     blob, refused = pack(noisy_model(hp).state_dict(), hp), 0
     for i in range(120):
-        body = bytearray(blob[t.CHECKSUM.stop :])
+        body = bytearray(blob[t.CHECKSUM_PLACE.stop :])
         at = int(rng.integers(0, len(body) if i % 2 else 2500))
         body[at] ^= 1 << int(rng.integers(0, 8))
         try:
@@ -384,7 +390,7 @@ def test_a_decompression_bomb_is_refused_without_being_inflated():
         t.decompress(bomb)
     assert tracemalloc.get_traced_memory()[1] < 4 * t.MOST_SIDE
     tracemalloc.stop()
-    with pytest.raises(ValueError, match="another length"):
+    with pytest.raises(ValueError, match="a side stream of the wrong length"):
         t.decompress(container(b"a 0 4\n", bytes(512 * t.TABLES + 9)))
 
 
@@ -521,7 +527,7 @@ def test_a_matrix_that_is_rounded_by_rows_for_want_of_a_curvature_is_named(tmp_p
     useless = t.Curvature(torch.full((30, 30), torch.nan), torch.ones(8))
     t.write_artifact(tmp_path / "m.ptz", t.Trained(state, {MATRIX: useless}, 0, 0.0), tiny(), log)
     assert log.starting("warning:") == [
-        f"warning: {MATRIX}: its moments have no Cholesky factor; rounded by rows"
+        f"warning: {MATRIX}: its curvature is unusable; rounded row by row, without GPTQ"
     ]
 
 

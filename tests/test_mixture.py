@@ -156,7 +156,10 @@ def test_the_audit_finds_evidence_that_a_prefix_does_not_have(rng, hp, monkeypat
         changed[500] += 1
         other = [*evidence[:i], changed, *evidence[i + 1 :]]
         monkeypatch.setattr(mixture.rule, "evidence", lambda other=other: other)
-        with pytest.raises(RuntimeError, match="targets the counts of a prefix differ alone$"):
+        with pytest.raises(
+            RuntimeError,
+            match="valid code: the first 2000 tokens have other counts when counted alone$",
+        ):
             mixture.audit()
 
 
@@ -231,7 +234,7 @@ def test_a_target_knows_where_its_document_starts(rng):
         assert t.document_start(tokens, target) == (before[-1] + 1 if before else 0)
 
 
-# --- what is no code ------------------------------------------------------------------------------
+# --- what is not a valid code ---------------------------------------------------------------------
 
 
 def test_scores_that_are_not_finite_stop_the_mixture(rng):
@@ -245,14 +248,14 @@ def test_scores_that_are_not_finite_stop_the_mixture(rng):
 @pytest.mark.parametrize(
     "tamper, said",
     [
-        (lambda m: m.nll.__isub__(0.01), "targets 0: mass .*1998: mass"),
+        (lambda m: m.nll.__isub__(0.01), "at target 0 p sums to .*at target 1998 p sums to "),
         (
             lambda m: m.enumerated.update({1998: (1.5, m.enumerated[1998][1])}),
-            "targets 1998: mass 1.5, ",
+            "at target 1998 p sums to 1.5; ",
         ),
         (
             lambda m: m.enumerated.update({1998: (1.0, m.enumerated[1998][1] / 2)}),
-            "targets 1998: mass 1.0, ",
+            "at target 1998 p sums to 1.0; ",
         ),
     ],
     ids=["scores", "mass", "p"],
@@ -282,7 +285,7 @@ def test_the_audit_finds_a_count_that_was_wrong_when_it_was_mixed(rng, alpha):
     assert last in mixture.samples
     miscount(mixture.rule, last)
     mixture.extend(nll, entropy)
-    with pytest.raises(RuntimeError, match=r"code; targets 19998: mass [^;]*$"):
+    with pytest.raises(RuntimeError, match=r"code: at target 19998 p sums to [^;]*; scored [^;]*$"):
         mixture.audit()
 
 
@@ -313,5 +316,7 @@ class OtherMass(t.OnlineChain):
 @pytest.mark.parametrize("kind", [OtherDistribution, OtherMix, OtherMass])
 def test_the_audit_finds_a_rule_that_mixes_other_than_its_distribution(rng, kind):
     tokens, hp = stream_of("noisy_copies", rng, 500), tiny()
-    with pytest.raises(RuntimeError, match="the mixture is no code; targets 0: mass"):
+    with pytest.raises(
+        RuntimeError, match="the mixture is not a valid code: at target 0 p sums to "
+    ):
         audited(tokens, rng, hp, kind(tokens, hp)).audit()
