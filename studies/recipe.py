@@ -3,24 +3,27 @@
     python -m studies.recipe [--steps 250] [--seeds 1 2 3] [--equal steps|flops]
         [--base frontier|network] [--only FEATURE ...] [--halves] [--append FILE]
 
-The demo model on the built-in corpus (runs/demo.sh), or with DATA_PATH and other settings in the
-environment a model and corpus of yours; the features of runs/frontier.sh, those that name layers at
-the same depth of that model. They go off from the whole preset or, with --base network, from it
-without the rates and the gain that are chosen for thousands of steps. Each row is trained with the
-same batches and seeds, for a fixed number of steps or, with --equal flops, for as many as the
-defaults' FLOPs buy: depth recurrence and a wider MLP cost time. Scored: the last float weights,
-validation stream, windows without overlap. A difference is that to the base, by pairs of seeds:
-mean and standard error.
+It trains the demo model on the built-in corpus (runs/demo.sh) or, if DATA_PATH and other settings
+are in the environment, your own model on your own corpus. The features are those of
+runs/frontier.sh; layers that they name are moved to the same relative depth. Each row is the preset
+with one feature set back to the default. With --base network the preset is taken without the rates
+and the gain, which were chosen for thousands of steps. All rows are trained with the same batches
+and seeds, for a fixed number of steps or, with --equal flops, for the number of steps that takes as
+many FLOPs as the defaults do: depth recurrence and a wider MLP cost time. The last float weights
+are scored on the validation stream by windows that do not overlap. A difference is to the base,
+between runs of equal seed: mean and standard error.
 
---halves tells many features apart by few runs: each is on in half of them, in other company every
-time (a Hadamard matrix: of any two features, all four combinations come equally often), so every
-run counts for every feature. Each second seed has on what the one before had off, which keeps
-features that help each other out of the differences. These are least squares, their errors from
-what features that add up do not explain.
+--halves needs fewer runs for many features. Each feature is on in half of the runs, together with
+other features every time, so that every run counts for every feature. (It is a Hadamard matrix: of
+any two features, all four combinations come equally often.) Every second seed reverses the choices
+of the seed before. So features that help each other do not change each other's differences. The
+differences are estimated by least squares, as if features added up; their errors come from the
+residuals.
 
---append keeps each run in FILE as soon as it ends, a line of JSON: its bpb, and its settings that
-are not the script's defaults. A run that is in FILE is not repeated, so a table that was stopped
-goes on, and tables may share runs. Begin another file when train_gpt.py has changed.
+--append writes each run to FILE as soon as it ends: a line of JSON with its bpb and with its
+settings, unless they are the script's defaults. A run that is in FILE is not repeated. So a table
+that was stopped can go on, and tables can share runs. Begin another file when train_gpt.py has
+changed.
 """
 
 import argparse
@@ -36,7 +39,7 @@ import numpy as np
 from tools import common
 from tools.common import demo_settings, t
 
-# what is off in a row: the settings that go back to the defaults
+# name of a feature -> the settings that are set back to the defaults when it is off
 FEATURES = {
     "depth recurrence": "RECUR_LAYERS RECUR_START",
     "parallel lanes": "PARALLEL_START_LAYER",
@@ -52,8 +55,8 @@ FEATURES = {
     "rates and decays": "MATRIX_LR SCALAR_LR TIED_EMBED_LR MUON_WD EMBED_WD ADAM_WD",
     "warm-down by share": "WARMDOWN_FRAC",
 }
-LONG_RUNS = ("rates and decays", "QK gain 5")  # chosen for thousands of steps
-ELSEWHERE = ("BIGRAM_VOCAB_SIZE", "BIGRAM_DIM", "EMA_DECAY")  # sizes and averages: not compared
+LONG_RUNS = ("rates and decays", "QK gain 5")  # were chosen for thousands of steps
+ELSEWHERE = ("BIGRAM_VOCAB_SIZE", "BIGRAM_DIM", "EMA_DECAY")  # not compared: sizes and averages
 
 
 def frontier_settings(layers: int) -> dict[str, str]:
@@ -67,7 +70,7 @@ def frontier_settings(layers: int) -> dict[str, str]:
 
 
 def recipes(model: t.Hyperparameters, base: str) -> dict[str, dict[str, str]]:
-    """Row -> settings beside those of `model`."""
+    """Row -> the settings in which it differs from `model`."""
     preset = frontier_settings(model.num_layers)
     network = without(preset, " ".join(FEATURES[feature] for feature in LONG_RUNS))
     whole = {"frontier": preset, "network": network}[base]
@@ -85,7 +88,8 @@ def without(preset: dict[str, str], names: str) -> dict[str, str]:
 
 
 def halves(features: int) -> list[tuple[bool, ...]]:
-    """Runs x features, on or off: Paley's matrix, from the squares modulo a prime."""
+    """For each run, which features are on: Paley's Hadamard matrix, made of the squares modulo a
+    prime."""
     prime = next(p for p in (3, 7, 11, 19) if p >= features)
     squares = {i * i % prime for i in range(prime)}
     runs = [tuple((run + i) % prime in squares for i in range(features)) for run in range(prime)]
@@ -93,7 +97,7 @@ def halves(features: int) -> list[tuple[bool, ...]]:
 
 
 def mean_flops(hp: t.Hyperparameters) -> float:
-    """Of a step, over a training in which recurrence begins at RECUR_START."""
+    """Mean FLOPs of a step, over a training in which recurrence begins at RECUR_START."""
 
     def of(**changes) -> float:
         env = hp.as_env() | changes
@@ -104,13 +108,13 @@ def mean_flops(hp: t.Hyperparameters) -> float:
 
 
 def train(hp: t.Hyperparameters) -> float:
-    """bits per byte of the last weights."""
+    """Train a new model. Returns the bits per byte of its last weights."""
     model, _ = common.train(hp)
     return common.bits_per_byte(model, t.load_validation(hp))
 
 
 def settings(steps: int, **changes) -> t.Hyperparameters:
-    """The demo's, then the environment's, then those of a row."""
+    """The demo's settings, overridden by the environment's, and those by `changes` of a row."""
     fixed = dict(
         ITERATIONS=steps,
         MAX_WALLCLOCK_SECONDS=0,
@@ -134,21 +138,21 @@ def unusual(hp: t.Hyperparameters) -> dict[str, str]:
 
 
 def kept_runs(file: Path | None) -> list[dict]:
-    """All but what was cut short."""
+    """All runs in the file, except for a last line that was cut short."""
     if not file or not file.exists():
         return []
     return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}}")]
 
 
 def train_once(hp: t.Hyperparameters, file: Path | None) -> float:
-    """bits per byte, from the file if they are there."""
+    """Bits per byte of a run, read from the file if they are there."""
     settings = unusual(hp)
     for run in kept_runs(file):
         if run["settings"] == settings:
             return run["bpb"]
     found = train(hp)
     if file:
-        with file.open("a") as lines:  # a new line first: the last one may have been cut short
+        with file.open("a") as lines:  # a line break first, as the last line may be cut short
             lines.write("\n" + json.dumps({"bpb": found, "settings": settings}))
     return found
 
@@ -159,7 +163,7 @@ def difference(pairs: list[float]) -> str:
 
 
 def steps_of(changes: dict[str, str], args) -> int:
-    """As many as args.steps, or as their FLOPs buy."""
+    """args.steps, or as many as take the FLOPs of the defaults' args.steps."""
     if args.equal == "steps":
         return args.steps
     flops, first = (mean_flops(settings(args.steps, **c)) for c in (changes, {}))

@@ -220,7 +220,7 @@ def pack(state, hp, coarsen: float, quantizer, machine) -> Packed:
     by_byte = np.frombuffer(b"".join([*freqs, *rows_first, *numbers]), np.uint8).reshape(-1, 2).T
     text = "".join(entry.line() for entry in entries).encode()
     side = lzma.compress(text + b"\0" + by_byte.tobytes(), **t.LZMA)
-    size = t.CHECKSUM.stop + 4 + len(side) + sum(map(len, words))
+    size = t.CHECKSUM_PLACE.stop + 4 + len(side) + sum(map(len, words))
     return Packed(size, sum(matrix.size for matrix in codes), back, freqs, tables)
 
 

@@ -124,6 +124,8 @@ def be_python(arguments: list[str], env: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(env)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "tools")]:
+        del sys.modules[name]  # this repository's: the working folder may be a copy with its own
     if "RANK" in env:  # for `workers`, as /proc/self/environ stays the server's
         Path("/proc/self/comm").write_text(f"rank {env['RANK']}")
     status = 1

@@ -373,6 +373,60 @@ def test_the_recipe_study_repeats_once_a_run_whose_line_was_cut(recipe_study, tm
     assert len(trained) == count + 1
 
 
+CHANGES_OTHERS = """
+class Box:
+    def fill(self, other, name):
+        self.size = 1
+        self.inner.size, (other.size, rest) = 2, (3, 4)
+        setattr(other, "size", 5)
+        return name.endswith(".weight") or "mlp" in name or name in ("a", "b")
+
+def f(trainer):
+    "Has a docstring."
+    with open("x") as trainer.file:
+        pass
+"""
+
+
+def test_the_measures_of_a_script_count_what_they_name():
+    from tools.measure_script import measure
+
+    found = {row.label: [text for _, text in row.found] for row in measure(CHANGES_OTHERS)}
+    assert found["attributes set from outside a class"] == [
+        "other.size",
+        "self.inner.size",
+        "setattr(other, 'size', 5)",
+        "trainer.file",
+    ]
+    assert found["functions that take `trainer`"] == ["f"]
+    assert len(found["tests of a parameter's name by a part of it"]) == 2
+    assert found["public functions and classes without docstring"] == ["Box"]
+    assert found["public methods without docstring"] == ["Box.fill"]
+
+
+def test_logs_are_compared_without_times_and_without_settings_of_the_base_alone():
+    from tools.same_numbers import log_values
+
+    log = (
+        "=" * 100
+        + """
+SEED=1
+NGRAM_COUNTS=hashed
+step:1/2 train_loss:3.5 train_time:70ms
+gptq_curvature tokens:16 seconds:7.0 matrices:3
+final_ngram_hashed pseudo_bpb:0.5
+result {"seed": 1, "train_seconds": 70.0, "code_bytes": 9}
+"""
+    )
+    assert log_values(log) == {
+        "setting SEED": "1",
+        "step:1/2 train_loss": "3.5",
+        "gptq_curvature tokens": "16",
+        "gptq_curvature matrices": "3",
+        "result seed": "1",
+    }
+
+
 def test_each_test_file_belongs_to_a_section():
     names = {name for names in SECTIONS.values() for name in names.split()}
     assert names == {path.stem[5:] for path in (ROOT / "tests").glob("test_*.py")}

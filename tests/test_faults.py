@@ -304,8 +304,8 @@ t.evaluate = full
     assert done.returncode == 1
     assert "final_int6_sliding_window_exact" in done.stdout
     assert re.fullmatch(
-        r"train_gpt.py: error: logs/test.txt: no disk space for its last \d+ bytes; free some "
-        "and keep what was printed",
+        r"train_gpt.py: error: logs/test.txt: lacks its last \d+ bytes, as the disk is full; "
+        "keep what was printed",
         done.stderr.splitlines()[-1],
     )
     assert len(list(small_disk.glob("*.ptz"))) == 1

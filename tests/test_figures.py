@@ -270,10 +270,10 @@ def test_the_page_states_what_was_scored(run, tmp_path):
             ]
             for n in range(2, longest + 1)
         }
-        order = max((n for n in seen if seen[n]), default=0)
-        found = seen.get(order, [])
-        assert (data["order"][k], data["context"][k], data["pair"][k]) == (
-            order,
+        longest_known = max((n for n in seen if seen[n]), default=0)
+        found = seen.get(longest_known, [])
+        assert (data["n"][k], data["context_count"][k], data["ngram_count"][k]) == (
+            longest_known,
             len(found),
             found.count(tokens[t]),
         )
@@ -423,8 +423,9 @@ def test_keys_pointer_and_lists_lead_to_the_same_card(browser, run, tmp_path):
                 f"target {data['start'] + i:,}",
             )
         ), card
-        if data["order"][i]:
-            assert f"order {data['order'][i]}" in card and f"{data['context'][i]:,} \u00d7" in card
+        if data["n"][i]:
+            assert f"order {data['n'][i]}" in card
+            assert f"{data['context_count'][i]:,} \u00d7" in card
     assert browser.js("document.querySelectorAll('#text [tabindex=\"0\"]').length") == 1, (
         "one stop for Tab"
     )

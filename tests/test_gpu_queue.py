@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DEADLINE, ROOT, write_shard
+from helpers import DEADLINE, ROOT, write_shard
 
 import train_gpt as t
 
-sys.path.insert(0, str(ROOT / "bench"))
 
 # In the place of Python. It writes down each run, fails or hangs in that which is named so, leaves
 # a checkpoint at SIGTERM and an artifact at the end.
@@ -230,7 +229,7 @@ def test_packing_collects_text_scripts_and_wheels(queue, corpus, tmp_path):
 
 
 def test_unpacked_text_is_that_of_the_shards(corpus, tmp_path):
-    import gpu_queue
+    from bench import gpu_queue
 
     shared, out = shared_folder(tmp_path / "shared", corpus), tmp_path / "out"
     gpu_queue.unpack(shared, out)

@@ -692,8 +692,11 @@ def test_a_system_has_a_pseudo_score_if_each_of_its_runs_was_replayed(folder):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("{", r"backoff_seed11_predecessors.json:1: .*expected JSON; .*studies/predecessors.py"),
-        ("{}", "pseudo_bpb is missing, expected a number; make it by `python studies"),
+        ("{", r"backoff_seed11_predecessors.json:1: .*expected JSON; .*studies.predecessors"),
+        (
+            "{}",
+            "pseudo_bpb is missing, expected a number; make it by `python -m studies.predecessors",
+        ),
         ('{"pseudo_bpb": 1, "mass": null}', "mass is None, expected a number"),
         (
             '{"pseudo_bpb": 1, "mass": 2, "neural_bpb": 1.5}',
@@ -778,34 +781,34 @@ class Piecewise(t.Mixture):
 
 def tail_twice(*args):
     """As the predecessors' windows: the end of the stream is scored again."""
-    nll, entropy = collect(SCORE_STREAM(*args))
+    nll, entropy = collect(SCORE(*args))
     yield nll, entropy
     yield nll[-4:], entropy[-4:]
 
 
 def out_of_order(*args):
-    nll, entropy = collect(SCORE_STREAM(*args))
+    nll, entropy = collect(SCORE(*args))
     yield np.roll(nll, 1), np.roll(entropy, 1)
 
 
-def learn_first(trainer, stride):
+def learn_first(scorer, loss, validation, stride, ranks, log):
     """Test-time training the wrong way round: each chunk is learned from, then scored."""
-    model, before = trainer.model, [p.data.clone() for p in trainer.parameters]
+    model, hp = scorer.model, scorer.model.hp
+    parameters = [p.data for p in model.parameters()]
+    before = [p.clone() for p in parameters]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    validation, ranks, length = trainer.validation, trainer.ranks, trainer.hp.eval_seq_len
-    for begin in range(0, validation.targets, trainer.hp.ttt_chunk_tokens):
-        end = min(begin + trainer.hp.ttt_chunk_tokens, validation.targets)
-        for ids, targets, share in t.ttt_batches(validation, begin, end, length, ranks):
-            trainer.loss(model, ids, targets, None, share).backward()
+    for begin in range(0, validation.num_targets, hp.ttt_chunk_tokens):
+        end = min(begin + hp.ttt_chunk_tokens, validation.num_targets)
+        batches = t.ttt_batches(validation, begin, end, hp.eval_seq_len, ranks)
+        for ids, target_ids, shares in batches:
+            loss(model, ids, target_ids, scorer.passes, None, shares).backward()
             optimizer.step()
             optimizer.zero_grad()
-        yield collect(
-            t.score_stream(model.hidden, model, validation.tokens, stride, ranks, (begin, end))
-        )
-    torch._foreach_copy_(trainer.parameters, before)
+        yield collect(t.score(scorer, validation.tokens, stride, ranks, (begin, end)))
+    torch._foreach_copy_(parameters, before)
 
 
-SCORE_STREAM = t.score_stream
+SCORE = t.score
 
 
 @pytest.mark.parametrize(
@@ -820,8 +823,8 @@ SCORE_STREAM = t.score_stream
             "the mixture's probabilities of target .* sum to 1.01",
         ),
         ("one_pass", "Mixture", Piecewise, "changes by .* with the pieces"),
-        ("one_pass", "score_stream", tail_twice, r"scores for \d+ targets, .*each target once"),
-        ("one_pass", "score_stream", out_of_order, r"scores for \d+ targets, .*each target once"),
+        ("one_pass", "score", tail_twice, r"scores for \d+ targets, .*each target once"),
+        ("one_pass", "score", out_of_order, r"scores for \d+ targets, .*each target once"),
     ],
 )
 def test_the_probes_catch_what_is_no_code(monkeypatch, name, part, broken, said):
@@ -1038,7 +1041,7 @@ def test_launch_scripts_use_the_python_of_make(tmp_path, gpus, ranks):
         assert done.returncode == 0, done.stderr
         assert all(".venv/bin/python " in line for line in done.stdout.splitlines())
         replays = done.stdout.count(".venv/bin/python -m studies.predecessors logs/")
-        assert replays == (9 if script == "bench/systems.sh" else 0)
+        assert replays == (9 if script == "studies/systems.sh" else 0)
         assert (
             f"/.venv/bin/python -m torch.distributed.run --standalone --nproc_per_node={ranks} "
             in done.stdout

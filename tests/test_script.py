@@ -212,7 +212,7 @@ def test_a_validation_on_the_way_has_a_line(timed):
 
 def test_without_counts_there_is_no_mixed_score(timed):
     assert "final_ngram_exact" not in timed
-    assert "counts of the past off" in timed
+    assert "bpb, not mixed" in timed
 
 
 @pytest.mark.parametrize(

@@ -212,21 +212,23 @@ def test_soft_qat_trains_on_what_it_computes(corpus):
     hp = tiny(QAT_ROUNDING="soft", QUANT_BITS=5)
     torch.manual_seed(5)
     model, ids = t.GPT(hp), torch.randint(0, 512, (2, 33))
+    _, passes = t.block_passes(hp)
     losses = {
         h: t.training_loss(
-            model, ids[:, :-1], ids[:, 1:], None if h is None else torch.tensor(h)
+            model, ids[:, :-1], ids[:, 1:], passes, None if h is None else torch.tensor(h)
         ).item()
         for h in (None, 1.0, 200.0)
     }
     hard = {
-        n: t.quantize_rows(p.detach(), levels)
+        n: t.quantize_rows(p.detach(), largest)
         for n, p in model.named_parameters()
-        if (levels := t.natural_levels(n, p, hp))
+        if (largest := t.largest_code(n, p, hp))
     }
     for n, p in model.named_parameters():
         if n in hard:
             p.data = hard[n][0] * hard[n][1]
-    assert losses[200.0] == pytest.approx(model(ids[:, :-1], ids[:, 1:]).item(), abs=1e-3)
+    hard_loss = model(ids[:, :-1], ids[:, 1:], passes).item()
+    assert losses[200.0] == pytest.approx(hard_loss, abs=1e-3)
     assert abs(losses[1.0] - losses[None]) < abs(losses[200.0] - losses[None]) + 1e-4
 
 

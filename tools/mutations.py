@@ -308,11 +308,11 @@ def run_tests(folder: Path, tests: list[str]) -> tuple[int, str]:
     else:
         run = Run(command, folder, env, has_runs=True)
     try:
-        said = "".join(run.communicate(timeout=DEADLINE))
+        said, errors = run.communicate(timeout=DEADLINE)
     except subprocess.TimeoutExpired:
         run.kill()
         return 1, f"FAILED: no end after {DEADLINE} s"
-    return run.returncode, said
+    return run.returncode, said + errors
 
 
 def outcome(mutation: Mutation, source: str, folder: Path) -> tuple[bool, str]:

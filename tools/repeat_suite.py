@@ -1,12 +1,12 @@
-"""Does `make test` pass each time? The suite again and again, and what failed.
+"""Does `make test` pass every time? Runs the suite again and again, and says what failed.
 
     python -m tools.repeat_suite [--runs 10] [--loaded] [--fresh] [--append table.md] [-- ...]
 
---loaded: beside two processes that load two cores; --fresh: other random numbers in each run
-(FRESH=1; the row says which); --beside: what else the machine does, in words, for the table; after
--- what pytest is given instead of -m "not slow". A row of a markdown table per run, appended to a
-file if wished; the whole output of a run that failed is kept, and the row says where. Exit status 1
-if one failed.
+Each run is a row of a markdown table. --append also writes the rows to a file. --loaded keeps two
+cores busy with other processes. --fresh draws other random numbers in each run (FRESH=1); the row
+says which. --beside says in words what else the machine does, for the table. What follows -- is
+given to pytest, in the place of -m "not slow". The output of a run that failed is kept in a file
+that its row names. The exit status is 1 if a run failed.
 """
 
 import argparse
@@ -27,14 +27,14 @@ SUITE = "tests", "-q", "-n", "2", "--dist", "worksteal"
 
 
 def spin() -> None:
-    """Loads one core until it is ended."""
+    """Keep one core busy until this process is killed."""
     while True:
         sum(range(1_000_000))
 
 
 @contextlib.contextmanager
 def load(processes: int):
-    """So many busy processes beside what runs inside."""
+    """Within, so many other processes keep a core busy each."""
     spinning = [multiprocessing.Process(target=spin, daemon=True) for _ in range(processes)]
     for process in spinning:
         process.start()
@@ -46,13 +46,13 @@ def load(processes: int):
 
 
 def revision() -> str:
-    """The commit, with a + if files differ from it."""
+    """The commit, with a + if files have been changed since."""
     words = "git", "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def run_suite(extra: list[str], beside: str, fresh: bool) -> tuple[str, bool]:
-    """One run of the suite: its row, and whether it passed."""
+    """Run the suite once. Returns its row, and whether it passed."""
     begun, start = datetime.datetime.now(), time.monotonic()
     env = {**os.environ, "FRESH": "1" if fresh else "0"}
     command = [sys.executable, "-m", "pytest", *SUITE, *(extra or ["-m", "not slow"])]

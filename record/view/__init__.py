@@ -95,9 +95,9 @@ def load_scores(path: Path) -> Scores:
         raise RecordError(f"{path}: {error}") from None
     sizes = {name: len(arrays[name]) for name in names}
     require(
-        set(sizes.values()) == {validation.targets},
+        set(sizes.values()) == {validation.num_targets},
         f"{path}: holds {sizes}, but the validation stream in {hp.data_path} has "
-        f"{validation.targets} targets: expected the data of that run",
+        f"{validation.num_targets} targets: expected the data of that run",
     )
     are_finite = all(np.isfinite(arrays[name]).all() for name in names)
     require(are_finite, f"{path}: some scores are not finite: the run diverged")
@@ -171,8 +171,8 @@ def render(scores: Scores, first: int, last: int) -> str:
     hp, size = scores.hp, slice(first, last)
     sp = sentencepiece.SentencePieceProcessor(model_file=hp.tokenizer_path)
     least = 1 if hp.ngram_alpha == "online" else hp.ngram_min_count
-    backoff = load_script(SCRIPT).Backoff
-    known = backoff(scores.tokens[: last + 1], replace(hp, ngram_min_count=least))
+    rule = load_script(SCRIPT).Backoff
+    known = rule(scores.tokens[: last + 1], replace(hp, ngram_min_count=least))
     # enough for the first context and to finish its characters
     lead = max(0, first - max(hp.ngram_order, 4))
     ids = [int(i) for i in scores.tokens[lead + 1 : last + 1]]
@@ -180,8 +180,7 @@ def render(scores: Scores, first: int, last: int) -> str:
     ids, texts, before = ids[first - lead :], texts[first - lead :], texts[: first - lead]
     pieces = {k: sp.id_to_piece(i) for k, i in enumerate(ids) if sp.is_byte(i) or not texts[k]}
     bits = {name: scores.bits(name)[size] for name in ("nll", "mixed", "entropy")}
-    counts = dict(order=known.n, context=known.context_count, pair=known.ngram_count)
-    columns = {name: column[size] for name, column in counts.items()}
+    columns = {name: getattr(known, name)[size] for name in ("n", "context_count", "ngram_count")}
     data = dict(
         start=first,
         total=len(scores.nll),
@@ -194,7 +193,7 @@ def render(scores: Scores, first: int, last: int) -> str:
     )
     kinds = [kind_of(sp, i) if not text else "" for i, text in zip(ids, texts)]
     marks = [sp.id_to_piece(i) if kind == "ctl" else "" for i, kind in zip(ids, kinds)]
-    bins = token_bins(bits, columns["order"])
+    bins = token_bins(bits, columns["n"])
     ramps = {theme: {k: ramp.split() for k, ramp in RAMPS[theme].items()} for theme in THEMES}
     return fill(
         "page.html",

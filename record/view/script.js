@@ -33,7 +33,7 @@ function verdict(i) {
   return b === "0.00" ? "no difference" : (g > 0 ? "saved " : "lost ") + b + " bits";
 }
 function context(i) {               // the n - 1 tokens before token i, also those before the stretch
-  const n = D.order[i] - 1, at = i + D.lead.length;
+  const n = D.n[i] - 1, at = i + D.lead.length;
   const parts = before.slice(at - n, at);
   for (let k = n - 1; k >= 0 && !parts[k]; k--) parts[k] = D.piece[i - n + k] || "";  // bytes of a cut character
   return parts.join("");
@@ -53,11 +53,11 @@ function card(i) {
   bar(bars, "network", "model", D.nll[i], scale, "bits, " + percent(D.nll[i]));
   bar(bars, "mixture", "mixed" + (gain[i] < 0 ? " worse" : ""), D.mixed[i], scale, "bits, " + percent(D.mixed[i]));
   bar(bars, "expected", "expected", D.entropy[i], scale, "bits, entropy");
-  if (D.order[i]) {
-    const share = D.pair[i] / D.context[i];
-    count.append(make("q", "", shown(context(i)).trim() || "\u2423"), " seen ", make("b", "", group(D.context[i])),
-      " \u00d7 before, followed by this token ", make("b", "", group(D.pair[i])), " \u00d7 ("
-      + (100 * share).toFixed(share > 0 && share < .1 ? 1 : 0) + " %); order " + D.order[i]);
+  if (D.n[i]) {
+    const share = D.ngram_count[i] / D.context_count[i];
+    count.append(make("q", "", shown(context(i)).trim() || "\u2423"), " seen ", make("b", "", group(D.context_count[i])),
+      " \u00d7 before, followed by this token ", make("b", "", group(D.ngram_count[i])), " \u00d7 ("
+      + (100 * share).toFixed(share > 0 && share < .1 ? 1 : 0) + " %); order " + D.n[i]);
   } else count.append("The tokens before it are new here: no context was known. The network decides, with learned weights also what this document has said.");
   const bytes = D.bytes[i] === 1 ? " byte" : " bytes", piece = D.piece[i] ? ", piece " + D.piece[i] : "";
   box.append(make("p", "meta", "target " + group(D.start + i) + ", " + D.bytes[i] + bytes + piece));
@@ -65,7 +65,7 @@ function card(i) {
 }
 function show(i) {
   marked.forEach(e => e.classList.remove("ctx"));
-  marked = i < 0 || !D.order[i] ? [] : spans.slice(Math.max(0, i - D.order[i] + 1), i);
+  marked = i < 0 || !D.n[i] ? [] : spans.slice(Math.max(0, i - D.n[i] + 1), i);
   marked.forEach(e => e.classList.add("ctx"));
   if (i >= 0) card(i);
 }
