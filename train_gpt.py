@@ -1973,12 +1973,13 @@ class TrainState:
             if not may_differ and before.get(name, value) != value:
                 self.log(f"warning: {name}={value} here, {before[name]} in the checkpoint")
         for name, tensor in self.tensors().items():
-            found = arrays[name].shape if name in arrays else "absent"
+            shape = arrays[name].shape if name in arrays else None
+            found = "is absent" if shape is None else f"has shape {shape}"
             needed = tuple(tensor.shape)
             require(
-                found == needed,
-                f"RESUME={path}: {name} has shape {found}, these settings make {needed}: set what "
-                "the run was begun with",
+                shape == needed,
+                f"RESUME={path}: {name} {found}, these settings make {needed}: set what the run "
+                "was begun with",
             )
             tensor.copy_(torch.from_numpy(arrays[name]))
 
@@ -1991,7 +1992,8 @@ def read_checkpoint(path: str) -> dict[str, ndarray]:
             require(not archive.zip.testzip(), "a checksum differs")
             return dict(archive)
     except Exception as error:  # damage raises many types: of NumPy, zipfile, zlib, struct ...
-        reason = getattr(error, "strerror", None) or f"not a whole checkpoint ({error})"
+        cause, *_ = str(error).split(". ")  # NumPy goes on to say how to load it unsafely
+        reason = getattr(error, "strerror", None) or f"not a whole checkpoint ({cause})"
         raise UserError(f"RESUME={path}: {reason}") from None
 
 

@@ -40,7 +40,7 @@ def artifact(corpus) -> tuple[bytes, t.Hyperparameters, np.ndarray]:
     training = new_training(corpus, **SMALL)
     hp = training.model.hp
     trained = t.train(*training)
-    return t.pack(trained.state, hp).blob, hp, np.array(t.load_validation(hp).tokens[:TOKENS])
+    return t.pack(trained.weights, hp).blob, hp, np.array(t.load_validation(hp).tokens[:TOKENS])
 
 
 def load(blob: bytes, hp) -> t.GPT:

@@ -176,7 +176,7 @@ def test_a_run_resumed_after_recurrence_began_ends_in_the_same_bits(
     resumed, _ = train(corpus, tmp_path / "again.txt", **PRESET, RESUME=tmp_path / "run.ckpt")
     assert passes == 2 * [RECURRING]
     assert_same(*(checkpoint(tmp_path / f"{name}.ckpt") for name in ("whole", "again")))
-    assert all(torch.equal(w, whole.state[name]) for name, w in resumed.state.items())
+    assert all(torch.equal(w, whole.weights[name]) for name, w in resumed.weights.items())
 
 
 def test_validations_and_a_resumed_run_score_with_the_passes_that_were_trained(

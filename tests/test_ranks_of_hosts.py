@@ -144,7 +144,7 @@ def test_the_rank_whose_data_file_is_another_is_named_in_one_line(unequal):
     _, (first, _) = unequal
     assert re.findall("^train_gpt.py: error: .*", first.stderr, re.M) == [
         "train_gpt.py: error: rank 1: data files differ from rank 0's: "
-        "start the same files with the same settings everywhere"
+        "use the same files and settings everywhere"
     ]
 
 

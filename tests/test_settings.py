@@ -26,24 +26,24 @@ from train_gpt import Hyperparameters, UserError, mistyped
         ({"BETA2": "1.5"}, "BETA2='1.5': expected a number from 0 to 1 (default 0.95)"),
         (
             {"MODEL_DIM": "100"},
-            "MODEL_DIM=100, NUM_HEADS=8: the number of heads must divide the width",
+            "MODEL_DIM=100, NUM_HEADS=8: expected heads that divide the width",
         ),
-        ({"NUM_KV_HEADS": "3"}, "NUM_HEADS=8, NUM_KV_HEADS=3: the second must divide the first"),
+        ({"NUM_KV_HEADS": "3"}, "NUM_HEADS=8, NUM_KV_HEADS=3: expected NUM_KV_HEADS to divide"),
         ({"ROPE_DIMS": "66"}, "ROPE_DIMS=66: expected an even number up to the head width"),
-        ({"NUM_LAYERS": "6"}, "VE_LAYERS=9,10: layers run from 0 to 5"),
-        ({"TRAIN_BATCH_TOKENS": "5000"}, "nearest are 4096 and 6144"),
+        ({"NUM_LAYERS": "6"}, "VE_LAYERS=9,10: expected layers 0 to 5, or VE_ENABLED=0"),
+        ({"TRAIN_BATCH_TOKENS": "5000"}, "nearest: 4096 and 6144"),
         (
             {"EVAL_STRIDE": "4096"},
             "EVAL_STRIDE=4096, EVAL_SEQ_LEN=2048: the windows would leave targets unscored",
         ),
         (
             {"NGRAM_MIN_ORDER": "9"},
-            "NGRAM_MIN_ORDER=9, NGRAM_ORDER=7: expected the first to be at most the second",
+            "NGRAM_MIN_ORDER=9, NGRAM_ORDER=7: expected NGRAM_MIN_ORDER to be at most NGRAM_ORDER",
         ),
-        ({"ALPHA_MIN": "0.9"}, "ALPHA_MIN=0.9, ALPHA_MAX=0.6: expected the first <= second < 1"),
+        ({"ALPHA_MIN": "0.9"}, "ALPHA_MIN=0.9, ALPHA_MAX=0.6: expected ALPHA_MIN <= ALPHA_MAX < 1"),
         (
             {"EVAL_ONLY": "a.ptz", "RESUME": "a.ckpt"},
-            "EVAL_ONLY=a.ptz, RESUME=a.ckpt: set one of them",
+            "EVAL_ONLY=a.ptz, RESUME=a.ckpt: set only one",
         ),
         ({"RECUR_LAYERS": "4,11"}, "RECUR_LAYERS=4,11: expected rising numbers from 0 to 10"),
         ({"RECUR_LAYERS": "5,4"}, "RECUR_LAYERS=5,4: expected rising numbers from 0 to 10"),
@@ -51,7 +51,10 @@ from train_gpt import Hyperparameters, UserError, mistyped
             {"PARALLEL_START_LAYER": "11"},
             "PARALLEL_START_LAYER=11: expected at most 10; 0: no lanes",
         ),
-        ({"ATTN_GATE_DIMS": "513"}, "ATTN_GATE_DIMS=513, MODEL_DIM=512: the first must be at most"),
+        (
+            {"ATTN_GATE_DIMS": "513"},
+            "ATTN_GATE_DIMS=513, MODEL_DIM=512: expected at most MODEL_DIM",
+        ),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(env, said):

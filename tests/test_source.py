@@ -68,8 +68,6 @@ def test_functions_have_at_most_6_arguments_beside_self():
 OBVIOUS = {  # what needs no docstring, and why
     "parse_bool": "one line; PARSERS says beside it what it expects",
     "parse_integers": "one line; PARSERS says beside it what it expects",
-    "save_for_mlp_gradients": "registered with torch.library, which says when it is called",
-    "mlp_gradients": "registered with torch.library, which says when it is called",
 }
 # class -> the class whose methods it has, with their docstrings, though it is not made from it
 LIKE = {"Muon": "SummedGradients", "GPTQ": "RowQuantizer", "OnlineChain": "Backoff"}

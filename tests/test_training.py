@@ -104,9 +104,9 @@ def test_training_returns_the_weights_that_the_model_is_left_with(corpus):
     training = new_training(corpus, **STEADY)
     trained = t.train(*training)
     found = training.model.state_dict()
-    assert list(trained.state) == list(found)
-    assert all(torch.equal(w, found[name]) for name, w in trained.state.items())
-    assert all(w.data_ptr() != found[name].data_ptr() for name, w in trained.state.items())
+    assert list(trained.weights) == list(found)
+    assert all(torch.equal(w, found[name]) for name, w in trained.weights.items())
+    assert all(w.data_ptr() != found[name].data_ptr() for name, w in trained.weights.items())
 
 
 def test_training_returns_a_curvature_only_where_the_quantiser_needs_it(corpus):
@@ -126,7 +126,7 @@ def test_the_curvature_is_that_of_the_averaged_weights_and_the_final_passes(corp
     training = new_training(corpus, ITERATIONS=3, RECUR_LAYERS="1,2")
     trained = t.train(*training)
     ((weights, passes, step),) = seen
-    assert torch.equal(weights, trained.state["embed.weight"])
+    assert torch.equal(weights, trained.weights["embed.weight"])
     assert (passes, step) == (final_passes(training.model), 3)
 
 
