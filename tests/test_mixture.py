@@ -257,8 +257,14 @@ def test_scores_that_are_not_finite_stop_the_mixture(rng):
             lambda m: m.enumerated.update({1998: (1.0, m.enumerated[1998][1] / 2)}),
             "at target 1998 p sums to 1.0; ",
         ),
+        (
+            lambda m: m.enumerated.update({1998: (math.nan, m.enumerated[1998][1])}),
+            "at target 1998 p sums to nan; ",
+        ),
+        (lambda m: m.enumerated.update({1998: (1.0, math.nan)}), "recounted nan$"),
+        (lambda m: m.enumerated.update({1998: (1.0, 0.0)}), "recounted 0.0$"),
     ],
-    ids=["scores", "mass", "p"],
+    ids=["scores", "mass", "p", "NaN mass", "NaN p", "p of 0"],
 )
 def test_the_audit_finds_a_mixture_that_is_no_code(rng, tamper, said):
     mixture = audited(stream_of("noisy_copies", rng, 2000), rng, tiny())

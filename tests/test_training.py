@@ -1,8 +1,19 @@
 """Training: what each step is told, the clock, the averages, what comes out."""
 
+import math
+
 import pytest
 import torch
-from helpers import BRIEF, STEADY, final_passes, new_training, tiny, train
+from helpers import (
+    BRIEF,
+    STEADY,
+    FakeRanks,
+    final_passes,
+    new_state,
+    new_training,
+    tiny,
+    train,
+)
 
 import train_gpt as t
 
@@ -95,6 +106,32 @@ def test_an_average_without_snapshots_is_not_named(corpus):
     _, log = train(corpus, ITERATIONS=3, WARMDOWN_ITERS=0, AVERAGING="ema_swa")
     (line,) = log.starting("averaging:")
     assert line.startswith("averaging:ema ema_updates:3 swa_updates:0 ")
+
+
+@pytest.mark.parametrize("bad", [1, 2, 3])
+def test_a_loss_that_is_not_finite_is_noticed_also_in_the_last_step(corpus, monkeypatch, bad):
+    """A loss is looked at once the next step is under way, or at the end."""
+    plain = t.training_step
+
+    def training_step(state, *args):
+        loss = plain(state, *args)
+        return loss * math.nan if state.steps == bad else loss
+
+    monkeypatch.setattr(t, "training_step", training_step)
+    with pytest.raises(t.UserError, match=f"^step:{bad}/3: the training loss is not finite"):
+        train(corpus, ITERATIONS=3, WARMUP_STEPS=0)
+
+
+@pytest.mark.parametrize("device, expected", [("cpu", False), ("cuda", True)])
+def test_on_a_gpu_the_step_that_is_under_way_counts_too(corpus, device, expected):
+    """Five steps in 7 s: another that takes twice the average ends at 9.8 s, two at 11.2 s or
+    later."""
+    ranks = FakeRanks(0, 1)
+    ranks.device = torch.device(device)
+    training = new_training(corpus, MAX_WALLCLOCK_SECONDS=10, QUANTIZER="rows")
+    state, _ = new_state(training._replace(ranks=ranks))
+    state.progress.copy_(torch.tensor([5, 7.0]))
+    assert t.time_is_up(state) == expected
 
 
 # --- what comes out -------------------------------------------------------------------------------
