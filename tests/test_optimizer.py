@@ -259,16 +259,21 @@ def training_of(model) -> dict[str, tuple[type, float, float]]:
 @pytest.mark.parametrize("tied", [0, 1])
 def test_each_parameter_has_the_right_optimizer(tied):
     hp = tiny(TIE_EMBEDDINGS=tied, MUON_WD=0.05, ADAM_WD=0.02, EMBED_WD=0.09)
+    classes = {kind: group.optimizer for kind, group in t.training_groups(hp).items()}
     for name, found in training_of(t.GPT(hp)).items():
         if name.endswith((".table.weight", "embed.weight")):
-            expected = t.AdamW, hp.tied_embed_lr if tied else hp.embed_lr, 0.09
+            expected = classes["table"], hp.tied_embed_lr if tied else hp.embed_lr, 0.09
         elif name == "head.weight":
-            expected = t.AdamW, hp.head_lr, 0.02
+            expected = classes["head"], hp.head_lr, 0.02
         elif name.endswith(".weight"):
-            expected = t.Muon, hp.matrix_lr, 0.05
+            expected = classes["matrix"], hp.matrix_lr, 0.05
         else:
-            expected = t.AdamW, hp.scalar_lr, 0.02
+            expected = classes["vector"], hp.scalar_lr, 0.02
         assert found == expected, name
+
+
+def test_muon_trains_the_matrices():
+    assert t.training_groups(tiny())["matrix"].optimizer is t.Muon
 
 
 def test_adamw_has_the_betas_of_the_settings():
@@ -277,13 +282,16 @@ def test_adamw_has_the_betas_of_the_settings():
 
 
 def test_a_parameter_without_an_optimizer_is_noticed(monkeypatch):
-    class Forgetful(t.AdamW):
-        """Drops a group of what it was given."""
+    cls = CLASSES[-1]
+
+    class Forgetful(cls):
+        """Drops the first parameter that it was given."""
 
         def __init__(self, groups, hp, ranks):
-            super().__init__(groups[1:], hp, ranks)
+            first, *others = groups
+            super().__init__([first | dict(params=first["params"][1:]), *others], hp, ranks)
 
-    monkeypatch.setattr(t, "AdamW", Forgetful)
+    monkeypatch.setattr(t, cls.__name__, Forgetful)
     model = t.GPT(tiny())
     with pytest.raises(AssertionError, match="a parameter has no optimizer, or several"):
         t.build_optimizers(model, model.hp, ALONE)

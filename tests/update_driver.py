@@ -18,8 +18,9 @@ SETTINGS = dict(NUM_LAYERS=5, MLP_MULT=3, MUON_MOMENTUM_WARMUP_START=0.9, MUON_M
 
 
 def gradients(params, seed):
+    """Multiples of 1/1024, so that sums over ranks are exact in any order."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(p.shape, generator=generator) / 30 for p in params]
+    return [torch.randint(-60, 61, p.shape, generator=generator) / 1024 for p in params]
 
 
 def groups_of(optimizers) -> dict[int, tuple[type, dict]]:
