@@ -3,6 +3,7 @@ work out by them, the methods of Ranks on several ranks (update_driver.py)."""
 
 import itertools
 import math
+import subprocess
 
 import pytest
 import torch
@@ -135,27 +136,31 @@ def test_no_two_optimizers_give_a_state_the_same_name():
 
 
 @pytest.fixture(scope="module")
-def updates() -> str:
-    """What update_driver.py says has held, on 1, 2, 3 and 4 ranks."""
-    done = finish(start_python(ROOT, ["-m", "tests.update_driver"], {}))
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def updates() -> subprocess.CompletedProcess:
+    """Of update_driver.py, which says what has held on 1, 2, 3 and 4 ranks, until something does
+    not."""
+    return finish(start_python(ROOT, ["-m", "tests.update_driver"], {}))
+
+
+def has_held(updates, world_size: int, what: str) -> bool:
+    print(updates.stderr)  # shown when the test fails
+    return f"world_size:{world_size} {what}\n" in updates.stdout
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_ranks_sum_share_agree_and_learn_from_rank_0(updates, world_size):
     """The methods of Ranks."""
-    assert f"world_size:{world_size} collectives\n" in updates
+    assert has_held(updates, world_size, "collectives")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_shared_out_over_ranks_its_steps_and_state_are_those_of_one(updates, cls, world_size):
-    assert f"world_size:{world_size} shared:{cls.__name__}\n" in updates
+    assert has_held(updates, world_size, f"shared:{cls.__name__}")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_updates_over_ranks_are_the_written_rule(updates, world_size):
-    assert f"world_size:{world_size} written_rule\n" in updates
+    assert has_held(updates, world_size, "written_rule")
 
 
 # --- Muon -----------------------------------------------------------------------------------------
@@ -259,16 +264,21 @@ def training_of(model) -> dict[str, tuple[type, float, float]]:
 @pytest.mark.parametrize("tied", [0, 1])
 def test_each_parameter_has_the_right_optimizer(tied):
     hp = tiny(TIE_EMBEDDINGS=tied, MUON_WD=0.05, ADAM_WD=0.02, EMBED_WD=0.09)
+    classes = {kind: group.optimizer for kind, group in t.training_groups(hp).items()}
     for name, found in training_of(t.GPT(hp)).items():
         if name.endswith((".table.weight", "embed.weight")):
-            expected = t.AdamW, hp.tied_embed_lr if tied else hp.embed_lr, 0.09
+            expected = classes["table"], hp.tied_embed_lr if tied else hp.embed_lr, 0.09
         elif name == "head.weight":
-            expected = t.AdamW, hp.head_lr, 0.02
+            expected = classes["head"], hp.head_lr, 0.02
         elif name.endswith(".weight"):
-            expected = t.Muon, hp.matrix_lr, 0.05
+            expected = classes["matrix"], hp.matrix_lr, 0.05
         else:
-            expected = t.AdamW, hp.scalar_lr, 0.02
+            expected = classes["vector"], hp.scalar_lr, 0.02
         assert found == expected, name
+
+
+def test_muon_trains_the_matrices():
+    assert t.training_groups(tiny())["matrix"].optimizer is t.Muon
 
 
 def test_adamw_has_the_betas_of_the_settings():
@@ -277,13 +287,16 @@ def test_adamw_has_the_betas_of_the_settings():
 
 
 def test_a_parameter_without_an_optimizer_is_noticed(monkeypatch):
-    class Forgetful(t.AdamW):
-        """Drops a group of what it was given."""
+    cls = CLASSES[-1]
+
+    class Forgetful(cls):
+        """Drops the first parameter that it was given."""
 
         def __init__(self, groups, hp, ranks):
-            super().__init__(groups[1:], hp, ranks)
+            first, *others = groups
+            super().__init__([first | dict(params=first["params"][1:]), *others], hp, ranks)
 
-    monkeypatch.setattr(t, "AdamW", Forgetful)
+    monkeypatch.setattr(t, cls.__name__, Forgetful)
     model = t.GPT(tiny())
     with pytest.raises(AssertionError, match="a parameter has no optimizer, or several"):
         t.build_optimizers(model, model.hp, ALONE)

@@ -9,7 +9,7 @@ from dataclasses import fields
 import pytest
 from helpers import ROOT
 
-from train_gpt import Hyperparameters
+import train_gpt as t
 
 SOURCE = (ROOT / "train_gpt.py").read_text()
 TREE = ast.parse(SOURCE)
@@ -81,7 +81,7 @@ def test_public_functions_and_classes_have_docstrings():
 
 
 def test_settings_are_documented():
-    assert [f.name for f in fields(Hyperparameters) if not f.metadata["doc"]] == []
+    assert [f.name for f in fields(t.Hyperparameters) if not f.metadata["doc"]] == []
 
 
 # --- state ----------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_every_setting_is_read_by_something():
         for node in ast.walk(TREE)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
-    assert [f.name for f in fields(Hyperparameters) if f.name not in read] == []
+    assert [f.name for f in fields(t.Hyperparameters) if f.name not in read] == []
 
 
 # --- what it may do -------------------------------------------------------------------------------
