@@ -381,10 +381,12 @@ class Hyperparameters:
 
 
 def parse_bool(text: str) -> bool:
+    """KeyError: not 0, 1, false or true."""
     return {"0": False, "false": False, "1": True, "true": True}[text.strip().lower()]
 
 
 def parse_integers(text: str) -> tuple[int, ...]:
+    """ValueError: not integers with commas between them. An empty text is an empty tuple."""
     return tuple(int(part) for part in text.split(",") if part.strip())
 
 
@@ -1648,11 +1650,13 @@ class Muon(torch.optim.Optimizer):
         return stack[self.ranks.rank * size :][:size]
 
     def schedule(self, step: int, scale: float):
+        """Set the learning rates of this step, and its momentum."""
         for group in self.param_groups:
             group["lr"] = group["initial_lr"] * scale
             group["momentum"] = muon_momentum(step, self.hp)
 
     def send_gradients(self):
+        """Start to send each rank the sums of its share of the gradients."""
         self.arriving = []
         for group in self.param_groups:
             wide = [p.grad.mT if p.size(0) > p.size(1) else p.grad for p in group["params"]]
@@ -1661,10 +1665,12 @@ class Muon(torch.optim.Optimizer):
             self.arriving.append(self.ranks.reduce_scatter(torch.stack(wide)))
 
     def receive_gradients(self):
+        """Wait, and return this rank's share of each stack, padding included."""
         self.shares = [transfer.wait() for transfer in self.arriving]
         return self.shares
 
     def gradient_square(self):
+        """The squared norm of the summed gradients, the same on every rank."""
         return self.ranks.sum_over_ranks(sum(share.square().sum() for share in self.shares))
 
     def begin_step(self):
@@ -1691,6 +1697,7 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(update.mT if rows > columns else update, alpha=rate)
 
     def complete_state(self):
+        """Collect the momentum of the other ranks' shares."""
         for group in self.param_groups:
             share = self.local_share(group["buffer"]).clone()
             group["buffer"].zero_()  # so that the sum over the ranks puts all shares together
@@ -3538,6 +3545,7 @@ class OnlineChain:
         return [frequency, np.where(is_usable, doc_frequency, frequency)]
 
     def evidence(self) -> list[ndarray]:
+        """Arrays along the positions of the stream."""
         return [array for counts in self.counts.values() for array in counts]
 
 

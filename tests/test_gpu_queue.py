@@ -16,7 +16,6 @@ from helpers import DEADLINE, ROOT, write_shard
 
 import train_gpt as t
 
-
 # In the place of Python. It writes down each run, fails or hangs in that which is named so, leaves
 # a checkpoint at SIGTERM and an artifact at the end.
 STAND_IN = """#!/usr/bin/env bash
