@@ -225,7 +225,7 @@ def kernels_on(monkeypatch, small_tiles):
 
 
 def small_model(**changes):
-    model = shifted(t.GPT(tiny(NUM_LAYERS=2, VE_LAYERS="1", **changes)).to(DEVICE))
+    model = shifted(t.GPT(tiny(**dict(NUM_LAYERS=2, VE_LAYERS="1") | changes)).to(DEVICE))
     ids = torch.randint(0, 512, (2, 33), device=DEVICE)
     return model, ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
@@ -285,7 +285,7 @@ def test_scoring_with_kernels_equals_scoring_without(rng, kernels_on, monkeypatc
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_graphs_keep_the_ops_and_do_not_break(rng, kernels_on):
     """One graph, in which each op stands as a node; same loss and gradients as uncompiled."""
-    model, ids, target_ids = small_model()
+    model, ids, target_ids = small_model(NUM_LAYERS=1, VE_LAYERS="0")
     passes = final_passes(model)
     seen = []
 
@@ -300,7 +300,7 @@ def test_compiled_graphs_keep_the_ops_and_do_not_break(rng, kernels_on):
     loss = compiled(model, ids, target_ids, passes)
     found = torch.autograd.grad(loss, list(model.parameters()))
     plain = t.training_loss(model, ids, target_ids, passes)
-    assert sum("golf.fused_mlp" in name for name in seen) == 2
+    assert sum("golf.fused_mlp" in name for name in seen) == 1
     expected = torch.autograd.grad(plain, list(model.parameters()))
     sizes = sizes_of_gradients(without_kernels(model), ids, target_ids)
     assert_near(loss, plain, 1e-5 if not CUDA else 0.02)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import (
     BEFORE_STEP,
+    BRIEF,
     ROOT,
     SCORES,
     patched,
@@ -173,7 +174,7 @@ def timed(corpus, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("timed")
     done = run_script(
         folder,
-        1,
+        0,
         patched(folder.with_suffix(".py"), STEADY_CLOCK),
         **corpus,
         ITERATIONS=100_000,
@@ -184,8 +185,8 @@ def timed(corpus, tmp_path_factory) -> str:
         VAL_LOSS_EVERY=20,
         AVERAGING="swa",
         SWA_EVERY=1,
-        NGRAM_ENABLED=0,
         COMPILE=0,
+        **BRIEF,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

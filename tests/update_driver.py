@@ -195,5 +195,6 @@ if __name__ == "__main__":
                     os._exit(1)
                 os._exit(0)
             children.append(child)
-        failed |= any(os.waitpid(child, 0)[1] for child in children)
+        codes = [os.waitpid(child, 0)[1] for child in children]
+        failed |= any(codes)
     sys.exit(failed)
