@@ -427,6 +427,11 @@ result {"seed": 1, "train_seconds": 70.0, "code_bytes": 9}
     }
 
 
+def test_every_mutation_fits_the_script():
+    done = run("tools.mutations", "--check")
+    assert done.returncode == 0, done.stdout
+
+
 def test_each_test_file_belongs_to_a_section():
     names = {name for names in SECTIONS.values() for name in names.split()}
     assert names == {path.stem[5:] for path in (ROOT / "tests").glob("test_*.py")}

@@ -85,8 +85,8 @@ MUTATIONS = [
     ),
     Mutation(
         3,
-        'np.searchsorted(self.shard_ends, place, "right")',
-        'np.searchsorted(self.shard_ends, place, "left")',
+        'np.searchsorted(self.shard_ends, position, "right")',
+        'np.searchsorted(self.shard_ends, position, "left")',
         "test_data.py::test_the_stream_wraps_at_its_end",
     ),
     Mutation(
@@ -153,17 +153,19 @@ MUTATIONS = [
         "own_SRC.add_(momentum_SRC)",
         "test_optimizer.py",
     ),
-    Mutation(7, "max(1, R / C) ** 0.5", "max(1, C / R) ** 0.5", "test_optimizer.py"),
+    Mutation(
+        7, "max(1, rows / columns) ** 0.5", "max(1, columns / rows) ** 0.5", "test_optimizer.py"
+    ),
     Mutation(
         8,
-        "left = min(left, seconds_left / (seconds / step))",
-        "left = seconds_left / (seconds / step)",
+        "steps_left = min(steps_left, seconds_left / (seconds / step))",
+        "steps_left = seconds_left / (seconds / step)",
         "test_optimizer.py",
     ),
     Mutation(
         7,
-        "share = min(1.0, step / hp.muon_momentum_warmup_steps)",
-        "share = step / hp.muon_momentum_warmup_steps",
+        "risen = min(1.0, step / hp.muon_momentum_warmup_steps)",
+        "risen = step / hp.muon_momentum_warmup_steps",
         "test_optimizer.py::test_muon_momentum_warms_up",
     ),
     Mutation(
@@ -186,8 +188,8 @@ MUTATIONS = [
     ),
     Mutation(
         8,
-        "would_overrun(seconds, 2 * seconds / step, hp.step_seconds)",
-        "would_overrun(seconds, seconds / step, hp.step_seconds)",
+        'units = 3 if state.ranks.device.type == "cuda" else 2',
+        "units = 1",
         "test_script.py::test_no_step_begins_that_would_pass_the_cap_if_it_took_twice_the_average",
     ),
     Mutation(
@@ -204,7 +206,7 @@ MUTATIONS = [
     ),
     Mutation(
         10,
-        "is_intact = hashlib.sha256(body).digest() == blob[CHECKSUM]",
+        "is_intact = hashlib.sha256(body).digest() == blob[CHECKSUM_PLACE]",
         "is_intact = True",
         "test_artifact.py::test_a_whole_file_under_the_checksum_of_another_is_refused",
     ),
@@ -222,7 +224,7 @@ MUTATIONS = [
     ),
     Mutation(
         11,
-        "last = min(stride, length) if reaches_back <= stride else length",
+        "last = min(stride, length) if tail <= stride else length",
         "last = min(stride, length)",
         "test_scoring.py::test_a_score_equals_one_window_at_a_time",
     ),
@@ -234,8 +236,8 @@ MUTATIONS = [
     ),
     Mutation(
         12,
-        "torch._foreach_lerp_(mean, live, 1 - hp.ttt_decay)",
-        "torch._foreach_lerp_(mean, live, hp.ttt_decay)",
+        "torch._foreach_lerp_(average, live, 1 - hp.ttt_decay)",
+        "torch._foreach_lerp_(average, live, hp.ttt_decay)",
         "test_ttt.py::test_one_update_is_the_written_rule",
     ),
     Mutation(
@@ -246,8 +248,8 @@ MUTATIONS = [
     ),
     Mutation(
         13,
-        "wins = context_count >= hp.ngram_min_count",
-        "wins = context_count > hp.ngram_min_count",
+        "qualifies = context_count >= hp.ngram_min_count",
+        "qualifies = context_count > hp.ngram_min_count",
         "test_ngram.py::test_backoff_takes_the_longest_context_that_was_seen_often_enough",
     ),
     Mutation(
@@ -258,14 +260,14 @@ MUTATIONS = [
     ),
     Mutation(
         13,
-        "abs(mass - 1) > 1e-9 or abs(nll + math.log(p)) > 1e-9",
-        "abs(mass - 1) > 1e-9",
+        "if not (abs(mass - 1) <= 1e-9 and difference <= 1e-9):",
+        "if not abs(mass - 1) <= 1e-9:",
         "test_ngram.py::test_the_audit_finds_a_rule_that_mixes_other_than_its_distribution",
     ),
     Mutation(
         14,
-        "would_overrun(elapsed, more, 0.95 * hp.eval_budget_seconds)",
-        "would_overrun(elapsed, more, 1.05 * hp.eval_budget_seconds)",
+        "elapsed, remaining, 0.95 * hp.eval_budget_seconds",
+        "elapsed, remaining, 1.05 * hp.eval_budget_seconds",
         "test_ranks.py::test_the_stride_is_the_smallest_that_fits_95_percent_of_the_budget",
     ),
     Mutation(
