@@ -262,7 +262,7 @@ MUTATIONS = [
         13,
         "if not (abs(mass - 1) <= 1e-9 and difference <= 1e-9):",
         "if not abs(mass - 1) <= 1e-9:",
-        "test_ngram.py::test_the_audit_finds_a_rule_that_mixes_other_than_its_distribution",
+        "test_mixture.py::test_the_audit_finds_a_rule_that_mixes_other_than_its_distribution",
     ),
     Mutation(
         14,
