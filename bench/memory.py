@@ -1,5 +1,5 @@
-"""Host memory of scoring a long stream on 8 ranks: is there one copy of the stream, and one of the
-counts?
+"""How much host memory 8 ranks take to score a long stream. The stream and its n-gram counts should
+each be in memory once, not once for every rank.
 
     python -m bench.memory [--tokens 200000 2000000] [--full] [--ranks 8]
 

@@ -144,7 +144,8 @@ def dictionary_cache(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def dictionary_row(tokens: np.ndarray) -> list[tuple]:
-    """The dictionary cache. Afterwards its counts are compared with Backoff's, untimed."""
+    """The row of the dictionary cache. It also says if its counts are not those of Backoff; that
+    comparison is not timed."""
     import train_gpt
 
     row, found = timed(f"dictionary cache, orders {LOW}-{HIGH}", dictionary_cache, tokens)

@@ -42,7 +42,7 @@ CHOSEN_ON = 0.6  # share of the strong stream on which the constants of the onli
 
 
 class NoCache(DocumentCache):
-    """Knows nothing, so that the first link changes nothing."""
+    """A cache without a token in it: the chain then begins with the model's p."""
 
     def extend(self, begin, end, model):
         return np.zeros((2, end - begin))

@@ -95,8 +95,8 @@ def assignment_targets(tree: ast.Module) -> Iterator[ast.expr]:
 
 
 def attributes_from_outside(tree: ast.Module) -> list[Place]:
-    """Attributes that are set of another object than self: `model.x = ...`, and also
-    `self.model.x = ...` or `setattr(model, ...)`."""
+    """The places that set an attribute of another object than self: by `model.x = ...`, by
+    `self.model.x = ...` or by `setattr(model, ...)`."""
     found = []
     for target in assignment_targets(tree):
         if isinstance(target, ast.Attribute):

@@ -249,8 +249,8 @@ def result(side: Side, name: str, ranks: int, data: Path, data_digest: str, befo
                 raise Failed("no line SIZE_CAP = ... to replace by an equal budget")
         (folder / "train_gpt.py").write_bytes(source)
         shutil.copytree(ROOT / "runs", folder / "runs")
-        # Launch scripts may start studies/predecessors.py after the run. It is not compared, so
-        # there is an empty one in its place.
+        # A launch script may start studies/predecessors.py after the run. Its result is not
+        # compared, so an empty file in its place saves the time.
         (folder / "studies").mkdir()
         for module in ("__init__", "predecessors"):
             (folder / f"studies/{module}.py").touch()

@@ -82,13 +82,9 @@ def disturb(process, folder: Path, begun: int, rng) -> str:
 
 
 def check(folder: Path, code: int, blow: str) -> list[str]:
-    """What is wrong with the files that a run has left, which ended with this exit status after
-    this signal."""
-    wrong = (
-        []
-        if (code == 0) == (not blow) or code == 0
-        else [f"exit status {code} of an undisturbed run"]
-    )
+    """Look at the files that a run has left, and return a line for each fault. `code`: its exit
+    status; `blow`: the signal that it got, or nothing."""
+    wrong = [] if code == 0 or blow else [f"exit status {code} of an undisturbed run"]
     hp = t.Hyperparameters.from_env({k: str(v) for k, v in SETTINGS.items()})
     for path in [*folder.glob("logs/*.ckpt"), *folder.glob("*.ptz")]:
         try:
