@@ -340,7 +340,8 @@ class Hyperparameters:
             raise UserError(f"{found}: {rule}")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Yields (names of settings that cannot work together, what is wrong or expected)."""
+        """Finds settings that cannot work together. Yields their names, separated by spaces, and
+        what is wrong or what was expected."""
         if self.model_dim % self.num_heads:
             yield "MODEL_DIM NUM_HEADS", "expected heads that divide the width"
         if self.num_heads % self.num_kv_heads:
@@ -1574,8 +1575,8 @@ class SummedGradients:
         self.flat = self.ranks.sum_over_ranks(nn.utils.parameters_to_vector(self.grads))
 
     def receive_gradients(self):
-        """Wait, and return the tensors that hold this rank's part of the sums (here all of it). The
-        caller may scale them in place before `begin_step`."""
+        """Wait for the sums. Returns the tensors that hold this rank's part of them, which here is
+        the whole. The caller may scale them in place before `begin_step`."""
         return [self.flat]
 
     def gradient_square(self):
@@ -1752,10 +1753,10 @@ def update_parameters(optimizers: list, clip: float) -> None:
 
 
 # --- 8. Training --------------------------------
-# TrainState holds everything that training changes, and `tensors` lists it by name: warm-up copies
-# and restores it, checkpoints store it. A batch is a function of the number of steps done, and
-# nothing is random after initialisation. So a resumed run takes the steps that the stopped run
-# would have taken (learning rates depend on the clock where there is a time limit).
+# TrainState holds everything that training changes, and `tensors` lists it by name. Warm-up copies
+# and restores it; checkpoints store it. Batches depend only on the number of steps done, and
+# nothing is random once the weights are initialised. So a resumed run continues as the stopped run
+# would have. (With a time limit, learning rates also depend on the clock.)
 
 
 class WeightAverage:
@@ -1961,9 +1962,9 @@ class TrainState:
         self.hint = f"RESUME={path} goes on from step {self.steps}"
 
     def restore(self, path: str) -> None:
-        """Every rank gets rank 0's state. If `path` is not empty, rank 0 first reads it from that
-        checkpoint. Collective. UserError: there is no checkpoint, or it has other shapes than the
-        settings make."""
+        """Give every rank the state of rank 0. With a `path`, rank 0 first reads its state from the
+        checkpoint there. Collective. UserError: there is no checkpoint, or its tensors have other
+        shapes than those of these settings."""
         if path and self.ranks.rank == 0:
             self.copy_checkpoint(path, read_checkpoint(path))
         for tensor in self.tensors().values():
@@ -2257,9 +2258,9 @@ class Moments:
         y.register_hook(lambda g: self.add_gradients(g, factor))
 
     def watch_embedding(self, module, args, y: Tensor) -> None:
-        """A forward hook of an embedding: treat the table (V, D) as the transpose of a matrix
-        applied to one-hot tokens. Then outputs_R is how often each row is looked up, and inputs_CC
-        the moments of the gradient of what was looked up."""
+        """A forward hook of an embedding. An error in a row of the table matters as often as the
+        row is looked up: outputs_R counts that. How much the errors of its columns matter follows
+        from the gradients of the looked-up rows, whose moments go into inputs_CC."""
         counts_R = torch.bincount(args[0].flatten(), minlength=len(module.weight))
         self.outputs_R = self.outputs_R + counts_R
         y.register_hook(self.add_inputs)
@@ -3663,7 +3664,7 @@ def mix(tokens: ndarray, nll: ndarray, entropy: ndarray, hp) -> ndarray:
 
 # --- 14. The run --------------------------------
 # Train -> compress -> write -> read back -> score -> mix -> report. Only this section reads and
-# writes the artifact, and all that the log says after training is written here.
+# writes the artifact. It also writes everything in the log that comes after training.
 
 FALLBACK_STRIDES = (96, 128, 256, 512, 1024, 2048)  # tried in turn if EVAL_STRIDE takes too long
 ENTROPY_EDGES = (0, 0.5, 1, 1.5, 2, 3, 4, 5, math.inf)  # in nats, bins of the calibration table
