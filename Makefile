@@ -13,6 +13,7 @@
 # make lint   ruff: its checks, and its format at 100 columns; a warning if train_gpt.py has over 160,000 bytes
 # make bench  speed and size, as ratios measured in one run; python -m bench.step and so on: one of them, with options
 # make bench-gpu  kernels tested, a step and scoring timed, on a GPU (ARTIFACT=file DATA_PATH=... TOKENIZER_PATH=...)
+# make clean  removes .venv, .venv-field and the demo's data; other data, logs, checkpoints and artifacts stay
 # Each target sets up what it needs in .venv; nothing outside this folder changes.
 PYTHON ?= python3
 VENV := .venv
@@ -77,4 +78,6 @@ bench-gpu: setup
 	    $(RUN) -m bench.scoring $(ARTIFACT)
 
 clean:
-	rm -rf .venv .venv-field data/datasets data/tokenizers final_model.*
+	rm -rf .venv .venv-field
+	cd data && rm -f $(addprefix datasets/demo_sp1024/,fineweb_train_000000.bin fineweb_val_000000.bin corpus.json) \
+	    tokenizers/demo_1024_bpe.model

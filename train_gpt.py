@@ -15,12 +15,14 @@ The score is sum(nll) / ln 2 / number of bytes. It belongs to the weights that w
 the file, not to those that training left in memory.
 
 Where do I add ...
-    a setting             a field of Hyperparameters [1]; read it where it acts
+    a setting             a field of Hyperparameters [1]; read it where it acts; if it changes what
+                          a trained model computes, its name in MODEL_SETTINGS [1]
     a feature of a layer  its module [4]: a parameter in __init__, its effect in forward; a row of
                           PARAMETERS [4], if its weights are not to be treated as a vector
     an optimizer          a class with the methods of SummedGradients, and a row of
                           `training_groups` [7]
     a quantiser           a class with RowQuantizer's methods, and a row of QUANTIZERS [10]
+    a coder               a class with Rans's methods, and a row of CODERS [10]
     a mixing rule         a class with Backoff's methods, and a row of RULES [13]
 
 Suffixes of tensors say their shape: B batch, T position in a window, D model width, W MLP width,
@@ -32,10 +34,9 @@ In docstrings "Collective" means that every rank must call the function, and "Us
 when it raises that error.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import difflib
+import errno
 import hashlib
 import json
 import lzma
@@ -43,15 +44,19 @@ import math
 import os
 import platform
 import re
+import resource
+import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import cache, cached_property, lru_cache, partial
 from itertools import chain, islice, pairwise
@@ -69,9 +74,10 @@ from torch import distributed as dist
 try:
     import triton
     import triton.language as tl
-except ImportError:  # then the MLP runs in its plain form
+except Exception:  # absent, or it cannot be loaded: then the MLP runs in its plain form
     triton = None
 
+SOURCE = Path(__file__).read_bytes()  # read once: the file may change or move during the run
 SIZE_CAP = 16_000_000  # bytes of code and compressed weights together (the challenge's rule)
 
 
@@ -79,11 +85,11 @@ class UserError(Exception):
     """An error the user can fix. One line: what was found, what was expected, what to do."""
 
 
-class Stopped(UserError):
-    """A signal ended the run."""
+class Stopped(BaseException):
+    """A signal ended the run. (No Exception, so that nobody who catches those swallows it.)"""
 
 
-def require(holds: bool, message: str, error: type[Exception] = UserError) -> None:
+def require(holds: bool, message: str, error: type[BaseException] = UserError) -> None:
     """Raise `error(message)` unless `holds`."""
     if not holds:
         raise error(message)
@@ -94,11 +100,16 @@ def require(holds: bool, message: str, error: type[Exception] = UserError) -> No
 # that cannot work ends the run with a one-line error before any data is read.
 
 
+MOST = 10**9  # the largest value of a number, unless its setting has another bound
+LEAST = 1e-30  # the smallest magnitude of a number other than 0: far from where float32 ends
+LONGEST_RUN_ID = 200  # bytes; a file name may have 255, and the run's files add to it
+
+
 def setting(
     default,
     doc: str,
     low: float | None = None,
-    high: float = math.inf,
+    high: float = MOST,
     choices: Callable[[], list[str]] | None = None,
 ):
     """A field of Hyperparameters: its default, one line of explanation and, where it has them, its
@@ -114,7 +125,7 @@ class Hyperparameters:
 
     # Files and the run
     data_path: str = setting(
-        "./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin"
+        "./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_######.bin"
     )
     train_data_path: str = setting(
         "", "folder of the training shards; empty: DATA_PATH has them too"
@@ -123,13 +134,15 @@ class Hyperparameters:
         "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the data"
     )
     run_id: str = setting("", "name of logs/<RUN_ID>.txt; empty: date, time and seed")
-    seed: int = setting(1337, "seed of the initial weights and of the order of batches", 0)
+    seed: int = setting(
+        1337, "seed of the initial weights and of the order of batches", 0, 2**63 - 1
+    )
     eval_only: str = setting(
-        "", "path of an artifact (final_model.int6.ptz) to score; nothing is trained"
+        "", "path of an artifact to score, which has the model's settings; nothing is trained"
     )
     resume: str = setting("", "path of a checkpoint (logs/<RUN_ID>.ckpt) to go on from")
     checkpoint_every: float = setting(
-        0.0, "training seconds between checkpoints; 0: only at validations and stop signals", 0
+        0.0, "training seconds between checkpoints; 0: only at validations, stops and the end", 0
     )
     compile: str = setting(
         "auto", "use torch.compile; auto: on CUDA only", choices=lambda: ["auto", "0", "1"]
@@ -146,21 +159,21 @@ class Hyperparameters:
     )
     min_lr: float = setting(0.0, "final learning rates, as a share of the initial ones", 0, 1)
     warmup_steps: int = setting(
-        20, "steps before training that compile all code; not timed, and then undone", 0
+        20, "steps before training that compile all code; not timed, and then undone", 0, 10_000
     )
     train_batch_tokens: int = setting(786_432, "tokens per step, over all ranks", 1)
     micro_batch_tokens: int = setting(98_304, "maximum tokens per forward pass on one rank", 1)
-    train_seq_len: int = setting(2048, "tokens per training sequence", 1)
+    train_seq_len: int = setting(2048, "tokens per training sequence", 1, 2**20)
     train_log_every: int = setting(500, "steps between train_loss lines; 0: only the first ten", 0)
     fused_mlp: bool = setting(True, "use Triton kernels for the MLP on CUDA")
 
     # Model
     vocab_size: int = setting(1024, "V, vocabulary size; must equal the tokenizer's", 2, 65_536)
-    num_layers: int = setting(11, "L, number of blocks", 1)
-    model_dim: int = setting(512, "D, width of the residual stream", 1)
+    num_layers: int = setting(11, "L, number of blocks", 1, 256)
+    model_dim: int = setting(512, "D, width of the residual stream", 1, 65_536)
     num_heads: int = setting(8, "H, query heads", 1)
     num_kv_heads: int = setting(4, "G, key/value heads (GQA)", 1)
-    mlp_mult: float = setting(3.0, "MLP width as a multiple of D", 0)
+    mlp_mult: float = setting(3.0, "MLP width as a multiple of D", 0, 65_536)
     leaky_slope: float = setting(0.5, "slope below zero in leaky_relu(x)^2", -1, 1)
     tie_embeddings: bool = setting(True, "use the token embedding as output head")
     logit_softcap: float = setting(30.0, "c in c*tanh(logits/c); 0: no cap", 0)
@@ -192,7 +205,7 @@ class Hyperparameters:
         True, "SmearGate also mixes a document's start with the end of the previous one"
     )
     ve_enabled: bool = setting(True, "add a shared value embedding to the values of VE_LAYERS")
-    ve_dim: int = setting(128, "width of the value embedding", 1)
+    ve_dim: int = setting(128, "width of the value embedding", 1, 65_536)
     ve_layers: tuple[int, ...] = setting(
         (9, 10), "layers (from 0) that receive the value embedding"
     )
@@ -200,7 +213,7 @@ class Hyperparameters:
         True, "value residual (VRL): mix each layer's values with layer 0's"
     )
     bigram_vocab_size: int = setting(2048, "rows of the hashed bigram embedding; 0: none", 0)
-    bigram_dim: int = setting(128, "width of the hashed bigram embedding", 1)
+    bigram_dim: int = setting(128, "width of the hashed bigram embedding", 1, 65_536)
 
     # Optimizers
     tied_embed_lr: float = setting(0.035, "AdamW lr of all embeddings when TIE_EMBEDDINGS=1", 0)
@@ -213,16 +226,16 @@ class Hyperparameters:
     muon_momentum_warmup_steps: int = setting(
         1500, "steps over which the momentum rises linearly", 0
     )
-    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1)
-    muon_wd: float = setting(0.04, "Muon decoupled weight decay", 0)
+    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1, 100)
+    muon_wd: float = setting(0.04, "Muon decoupled weight decay", 0, 1)
     muon_row_norm: bool = setting(
         False, "give all rows the same norm before Newton-Schulz (MuonEq-R, PR #1435)"
     )
-    adam_wd: float = setting(0.04, "AdamW decoupled weight decay of vectors and head", 0)
-    embed_wd: float = setting(0.04, "AdamW decoupled weight decay of embeddings", 0)
-    beta1: float = setting(0.9, "AdamW beta1", 0, 1)
-    beta2: float = setting(0.95, "AdamW beta2", 0, 1)
-    adam_eps: float = setting(1e-8, "AdamW epsilon", 0)
+    adam_wd: float = setting(0.04, "AdamW decoupled weight decay of vectors and head", 0, 1)
+    embed_wd: float = setting(0.04, "AdamW decoupled weight decay of embeddings", 0, 1)
+    beta1: float = setting(0.9, "AdamW beta1", 0, 0.99999)
+    beta2: float = setting(0.95, "AdamW beta2", 0, 0.99999)
+    adam_eps: float = setting(1e-8, "AdamW epsilon", 1e-16)
     grad_clip_norm: float = setting(0.3, "largest gradient norm; 0: no clipping", 0)
 
     # Averages and the artifact
@@ -251,6 +264,11 @@ class Hyperparameters:
         "how the artifact rounds; gptq: by measured inputs; rows: each row by itself",
         choices=lambda: list(QUANTIZERS),
     )
+    coder: str = setting(
+        "rans",
+        "how codes become bytes; lzma: as PR #889 does it, for comparison",
+        choices=lambda: list(CODERS),
+    )
     gptq_reserve_seconds: float = setting(
         4.0, "part of MAX_WALLCLOCK_SECONDS kept to measure GPTQ's curvature; at most 1/10", 0.1
     )
@@ -259,7 +277,7 @@ class Hyperparameters:
     )
 
     # Scoring
-    eval_seq_len: int = setting(2048, "tokens per scoring window", 1)
+    eval_seq_len: int = setting(2048, "tokens per scoring window", 1, 2**20)
     eval_stride: int = setting(
         64, "targets scored by each window, at its end, in the final score", 1
     )
@@ -271,7 +289,7 @@ class Hyperparameters:
     save_scores: bool = setting(False, "write every token's scores to logs/<RUN_ID>_scores.npz")
 
     # Test-time training
-    ttt_epochs: int = setting(0, "times to train on each chunk once it is scored; 0: off", 0)
+    ttt_epochs: int = setting(0, "times to train on each chunk once it is scored; 0: off", 0, 1000)
     ttt_chunk_tokens: int = setting(32_768, "targets that are scored, then trained on", 1)
     ttt_lr: float = setting(
         5e-4, "initial AdamW lr; rises up to 3 times over the stream, then falls to 0", 0
@@ -280,7 +298,7 @@ class Hyperparameters:
         2, "number of last blocks that learn; all vectors and the output head always do", 0
     )
     ttt_decay: float = setting(
-        0.998, "decay per step of the weight average that is used for scoring", 0, 1
+        0.998, "decay per step of the weight average that is used for scoring", 0, 0.99999
     )
 
     # Mixture with n-gram counts
@@ -308,6 +326,19 @@ class Hyperparameters:
         return self.model_dim // self.num_heads
 
     @property
+    def model_numbers(self) -> int:
+        """How many numbers the model's matrices and its table of positions hold."""
+        D, V = self.model_dim, self.vocab_size
+        values = self.num_kv_heads * self.head_dim
+        block = 2 * D * D + 2 * D * values + 2 * D * int(self.mlp_mult * D)
+        total = self.num_layers * block + V * D * (1 if self.tie_embeddings else 2)
+        if self.bigram_vocab_size:
+            total += (self.bigram_vocab_size + D) * self.bigram_dim
+        if self.ve_enabled and self.ve_layers:
+            total += (V + values) * self.ve_dim
+        return total + self.train_seq_len * max(self.rope_dims, 1)
+
+    @property
     def gptq_seconds(self) -> float:
         """The part of MAX_WALLCLOCK_SECONDS that is kept for measuring the curvature."""
         most = self.gptq_reserve_seconds if self.quantizer == "gptq" else 0.0
@@ -319,11 +350,28 @@ class Hyperparameters:
         return self.max_wallclock_seconds - self.gptq_seconds
 
     @classmethod
-    def from_env(cls, env: dict[str, str]) -> Hyperparameters:
+    def from_env(cls, env: dict[str, str]) -> "Hyperparameters":
         """The settings in `env`, and defaults for the others. UserError: a value cannot work; the
         message names the variable, its value and what it may hold."""
         given = [f for f in fields(cls) if f.name.upper() in env]
         return cls(**{f.name: parse_setting(f, env[f.name.upper()]) for f in given})
+
+    def without_effect(self, env: dict[str, str]) -> list[str]:
+        """A warning for each setting in `env` that these settings keep from having an effect."""
+        reasons = {name: self.reason_for_no_effect(name) for name in self.as_env() if name in env}
+        found = {name: reason for name, reason in reasons.items() if reason}
+        return [f"{name}={env[name].strip()} has no effect with {found[name]}" for name in found]
+
+    def reason_for_no_effect(self, name: str) -> str:
+        """NAME=value of the setting that keeps the setting `name` from having an effect; empty if
+        there is none."""
+        env = self.as_env()
+        for switch, values, feature in FEATURES:
+            if name in feature.split():
+                text = env[switch]
+                is_on = text in values.split() if values else text not in ("", "0", "0.0", "False")
+                return self.reason_for_no_effect(switch) if is_on else f"{switch}={text}"
+        return ""
 
     def as_env(self) -> dict[str, str]:
         """All settings as they would be written in the environment."""
@@ -331,6 +379,11 @@ class Hyperparameters:
         for name, value in vars(self).items():
             texts[name.upper()] = ",".join(map(str, value)) if type(value) is tuple else str(value)
         return texts
+
+    def of_model(self) -> dict[str, str]:
+        """Those of MODEL_SETTINGS, as they would be written in the environment."""
+        texts = self.as_env()
+        return {name: texts[name] for name in MODEL_SETTINGS}
 
     def __post_init__(self):
         """UserError: some settings cannot work together; names the first conflict."""
@@ -342,6 +395,9 @@ class Hyperparameters:
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Finds settings that cannot work together. Yields their names, separated by spaces, and
         what is wrong or what was expected."""
+        if self.run_id and not is_file_name(self.run_id):
+            rule = 'no spaces, control characters or any of /\\:*?"<>|, no dot in front'
+            yield "RUN_ID", f"expected a file name of at most {LONGEST_RUN_ID} bytes: {rule}"
         if self.model_dim % self.num_heads:
             yield "MODEL_DIM NUM_HEADS", "expected heads that divide the width"
         if self.num_heads % self.num_kv_heads:
@@ -351,6 +407,8 @@ class Hyperparameters:
             yield "ROPE_DIMS", f"expected an even number up to {most}"
         if self.mlp_mult * self.model_dim < 1:
             yield "MLP_MULT", "the MLP would have no units"
+        if 0 < self.logit_softcap < 0.01:
+            yield "LOGIT_SOFTCAP", "expected at least 0.01, or 0 for no cap"
         if self.ve_enabled and not set(self.ve_layers) <= set(range(self.num_layers)):
             yield "VE_LAYERS", f"expected layers 0 to {self.num_layers - 1}, or VE_ENABLED=0"
         valid = sorted(set(self.recur_layers) & set(range(self.num_layers)))
@@ -362,12 +420,19 @@ class Hyperparameters:
             yield "ATTN_GATE_DIMS MODEL_DIM", "expected at most MODEL_DIM"
         if self.bigram_vocab_size == 1:
             yield "BIGRAM_VOCAB_SIZE", "expected 0 (off) or at least 2"
+        if self.model_numbers > MOST_WEIGHTS:
+            names = "NUM_LAYERS MODEL_DIM MLP_MULT VOCAB_SIZE VE_DIM BIGRAM_VOCAB_SIZE BIGRAM_DIM"
+            names += " TRAIN_SEQ_LEN ROPE_DIMS"
+            found = f"the model would hold {self.model_numbers:,} numbers"
+            yield names, f"{found}, but an artifact may have at most {MOST_WEIGHTS:,}"
         over = self.train_batch_tokens % self.train_seq_len
-        if over:
+        if over and not self.eval_only:
             below = self.train_batch_tokens - over
             nearest = [str(n) for n in (below, below + self.train_seq_len) if n]
             rule = f"expected a multiple of the second; nearest: {' and '.join(nearest)}"
             yield "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN", rule
+        if self.beta1**2 > self.beta2:
+            yield "BETA1 BETA2", "expected BETA1 <= sqrt(BETA2), or AdamW's steps have no bound"
         if self.eval_stride > self.eval_seq_len:
             yield "EVAL_STRIDE EVAL_SEQ_LEN", "the windows would leave targets unscored"
         if self.eval_only and self.resume:
@@ -381,6 +446,72 @@ class Hyperparameters:
             yield "ALPHA_MIN ALPHA_MAX", "expected ALPHA_MIN <= ALPHA_MAX < 1"
 
 
+FEATURES = [  # a setting that turns others on, the values with which it does, and these others
+    ("VE_ENABLED", "", "VE_LAYERS"),  # no values: any but 0, False and the empty one
+    ("VE_LAYERS", "", "VE_DIM"),
+    ("BIGRAM_VOCAB_SIZE", "", "BIGRAM_DIM"),
+    ("ROPE_DIMS", "", "ROPE_BASE"),
+    ("RECUR_LAYERS", "", "RECUR_START"),
+    ("UNET_SKIPS", "", "SKIP_GATES"),
+    ("SMEAR_ENABLED", "", "SMEAR_CROSSES_BOS"),
+    ("TIE_EMBEDDINGS", "True", "TIED_EMBED_LR"),
+    ("TIE_EMBEDDINGS", "False", "EMBED_LR HEAD_LR"),
+    ("WARMDOWN_FRAC", "0.0", "WARMDOWN_ITERS"),
+    ("MUON_MOMENTUM_WARMUP_STEPS", "", "MUON_MOMENTUM_WARMUP_START"),
+    ("AVERAGING", "ema ema_swa", "EMA_DECAY"),
+    ("AVERAGING", "swa ema_swa", "SWA_EVERY SWA_THRESHOLD"),
+    ("LATE_QAT_THRESHOLD", "", "QAT_ROUNDING"),
+    ("QUANTIZER", "gptq", "GPTQ_TOKENS GPTQ_RESERVE_SECONDS"),
+    ("TTT_EPOCHS", "", "TTT_CHUNK_TOKENS TTT_LR TTT_BLOCKS TTT_DECAY"),
+    ("NGRAM_ENABLED", "", "NGRAM_MIN_ORDER NGRAM_ORDER NGRAM_ALPHA"),
+    ("NGRAM_ALPHA", "entropy order", "NGRAM_MIN_COUNT ALPHA_MIN ALPHA_MAX"),
+]
+
+
+def is_file_name(text: str) -> bool:
+    """Can `text` begin the names of a run's files on any system, and stand in a line of the log?"""
+    is_one_word = text.isprintable() and not set(text) & set(' /\\:*?"<>|')
+    return is_one_word and text[0] != "." and len(text.encode()) <= LONGEST_RUN_ID
+
+
+def parse_text(text: str) -> str:
+    """ValueError: it has control characters, or white space at an end. (A file of settings with
+    Windows line ends leaves a carriage return there; a path must not be changed silently.)"""
+    require(text == text.strip() and not re.search(r"[\x00-\x1f\x7f]", text), text, ValueError)
+    return text
+
+
+def parse_float(text: str) -> float:
+    """ValueError: not a number. -0.0 becomes 0.0."""
+    return float(text) + 0.0
+
+
+# What an artifact says of its model: everything that changes what the trained network computes, and
+# how the file is packed. (Not what only training or only scoring reads, such as QK_GAIN_INIT.)
+MODEL_SETTINGS = (
+    *("VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT"),
+    *("LEAKY_SLOPE", "TIE_EMBEDDINGS", "LOGIT_SOFTCAP", "ROPE_BASE", "ROPE_DIMS", "TRAIN_SEQ_LEN"),
+    *("XSA_LAST_N", "LN_SCALE", "UNET_SKIPS", "SKIP_GATES", "RECUR_LAYERS", "PARALLEL_START_LAYER"),
+    *("ATTN_GATE_DIMS", "SMEAR_ENABLED", "SMEAR_CROSSES_BOS", "VE_ENABLED", "VE_DIM", "VE_LAYERS"),
+    *("VRL_ENABLED", "BIGRAM_VOCAB_SIZE", "BIGRAM_DIM", "QUANT_BITS", "CODER"),
+)
+
+
+def settings_to_score(path: str, stored: dict[str, str], env: dict[str, str]) -> Hyperparameters:
+    """The settings with which to score the artifact at `path`: those that it holds, `stored`, and
+    those in `env`. UserError: `env` has another value for one that it holds, or a value cannot
+    work."""
+    by_name = {f.name.upper(): f for f in fields(Hyperparameters)}
+    for name in sorted(stored.keys() & env.keys()):
+        there, here = (parse_setting(by_name[name], texts[name]) for texts in (stored, env))
+        require(
+            here == there,
+            f"{name}={env[name]}: expected {stored[name]}, with which EVAL_ONLY={path} was made; "
+            f"unset {name}, or set it to that",
+        )
+    return Hyperparameters.from_env({**env, **stored, "EVAL_ONLY": path})
+
+
 def parse_bool(text: str) -> bool:
     """KeyError: not 0, 1, false or true."""
     return {"0": False, "false": False, "1": True, "true": True}[text.strip().lower()]
@@ -392,9 +523,9 @@ def parse_integers(text: str) -> tuple[int, ...]:
 
 
 PARSERS = {  # by the type of a setting's default: how to read it, and what to expect
-    str: (str, "text"),
+    str: (parse_text, "text without control characters (Windows line ends?) or spaces around it"),
     int: (int, "an integer"),
-    float: (float, "a number"),
+    float: (parse_float, "a number"),
     bool: (parse_bool, "0 or 1"),
     tuple: (parse_integers, "comma-separated integers"),
 }
@@ -407,17 +538,19 @@ def parse_setting(f, text: str):
     low, high, list_choices = (f.metadata[key] for key in ("low", "high", "choices"))
     choices = list_choices() if list_choices else []
     if choices:
-        expected = f"one of {', '.join(choices)}"
+        parse, expected = str.strip, f"one of {', '.join(choices)}"
     elif low is not None:
-        expected += f", at least {low}" if high == math.inf else f" from {low} to {high}"
+        expected += f" from {low:,} to {high:,}"
 
     with suppress(ValueError, KeyError):
         value = parse(text)
-        is_inside = low is None or (low <= value <= high and value < math.inf)
-        is_allowed = value in choices if choices else is_inside
-        if is_allowed:
+        is_allowed = value in choices if choices else low is None or low <= value <= high
+        if type(value) is float and 0 < abs(value) < LEAST:
+            expected += f"; if not 0, at least {LEAST} in size"
+        elif is_allowed:
             return value
-    raise UserError(f"{f.name.upper()}={text!r}: expected {expected} (default {f.default!r})")
+    found = text if len(text) <= 200 else f"{text[:200]}..."
+    raise UserError(f"{f.name.upper()}={found!r}: expected {expected} (default {f.default!r})")
 
 
 def mistyped(env: dict[str, str]) -> list[str]:
@@ -438,12 +571,11 @@ def mistyped(env: dict[str, str]) -> list[str]:
 # laptop and a cluster run the same code.
 
 
-@dataclass
-class Transfer:
+class Transfer(NamedTuple):
     """A collective that is under way. Do not read its result before `wait` has returned it."""
 
     result: Tensor
-    work: dist.Work | None = None  # None: a single rank has nothing to wait for
+    work: "dist.Work | None" = None  # None: a single rank has nothing to wait for
 
     def wait(self) -> Tensor:
         """The result, once it is there."""
@@ -452,17 +584,89 @@ class Transfer:
         return self.result
 
 
+RENDEZVOUS_SECONDS = 300  # how long ranks wait for each other at the start
+
+
+def place_among_ranks(env: dict[str, str]) -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them in `env`; 0, 1 and 0 if they are not
+    there. UserError: they do not fit together, or a variable that ranks need to meet is absent."""
+    numbers = []
+    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        text = env.get(name) or alone
+        is_number = text.isdecimal() and len(text) < 10
+        require(
+            is_number, f"{name}={text!r}: expected an integer, as torchrun sets it; or unset it"
+        )
+        numbers.append(int(text))
+    rank, world_size, _ = numbers
+    found = f"RANK={rank}, WORLD_SIZE={world_size}"
+    require(rank < world_size, f"{found}: a rank must be below WORLD_SIZE; or unset both")
+    names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    absent = [name for name in names if not env.get(name)]
+    require(
+        world_size == 1 or not absent,
+        f"WORLD_SIZE={world_size} without {', '.join(absent)}: start with torchrun "
+        f"--standalone --nproc_per_node={world_size} train_gpt.py, or unset WORLD_SIZE",
+    )
+    return tuple(numbers)
+
+
+def meet(backend: str, world_size: int) -> None:
+    """Connect to the other ranks at MASTER_ADDR:MASTER_PORT. UserError: they are not all there
+    within RENDEZVOUS_SECONDS."""
+    patience = timedelta(seconds=RENDEZVOUS_SECONDS)
+    try:
+        store, rank, _ = next(dist.rendezvous("env://", timeout=patience))
+        store.set(f"rank {rank}", "is here")
+        store.wait([f"rank {number}" for number in range(world_size)], patience)
+    except (RuntimeError, ValueError, OSError) as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        cause = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"not all of the {world_size} ranks met at {place} within {RENDEZVOUS_SECONDS} s "
+            f"({cause}): start all of them, with the same WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        ) from None
+    store.set_timeout(timedelta(minutes=30))  # torch's own, for all that comes after
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+def unusable_gpu(device: torch.device, env: dict[str, str]) -> list[str]:
+    """A warning if the run takes the CPU of a machine with an NVIDIA GPU, unless
+    CUDA_VISIBLE_DEVICES hides the GPU on purpose."""
+    is_hidden = env.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if device.type == "cuda" or is_hidden or not has_nvidia_gpu():
+        return []
+    reason = "no GPU is visible"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # no driver, an old one, torch without CUDA
+        reason, *_ = str(error).splitlines()
+    return [
+        f"this machine has an NVIDIA GPU that torch cannot use, so the run takes the CPU: {reason}"
+    ]
+
+
+def has_nvidia_gpu(root: Path = Path("/")) -> bool:
+    """Does Linux list an NVIDIA GPU, with or without a driver? `root`: where dev and sys are."""
+    if any(root.glob("dev/nvidia[0-9]*")):
+        return True
+    with suppress(OSError):
+        for device in root.glob("sys/bus/pci/devices/*"):
+            is_display = (device / "class").read_text().startswith("0x03")
+            if is_display and (device / "vendor").read_text().strip() == "0x10de":
+                return True
+    return False
+
+
 class Ranks:
     """This process's place among those that torchrun started, its device, and all communication
     between them. Every rank must call each method, in the same order. Numbers and CPU tensors go
     through gloo, not NCCL, so that ranks can agree on the time without waiting for their GPUs."""
 
     def __init__(self, env: dict[str, str]):
-        self.rank = int(env.get("RANK", 0))
-        self.world_size = int(env.get("WORLD_SIZE", 1))
+        self.rank, self.world_size, local_rank = place_among_ranks(env)
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
-            local_rank = int(env.get("LOCAL_RANK", 0))
             gpus = torch.cuda.device_count()
             problem = f"LOCAL_RANK={local_rank}, {gpus} GPUs: set --nproc_per_node={gpus}"
             require(local_rank < gpus, problem)
@@ -471,7 +675,7 @@ class Ranks:
             torch.set_float32_matmul_precision("high")  # TF32 where weights stay float32
         if self.world_size > 1:
             cuda = self.device.type == "cuda"
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            meet("cpu:gloo,cuda:nccl" if cuda else "gloo", self.world_size)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """`x` itself, overwritten with the sum of all ranks' `x`."""
@@ -487,13 +691,17 @@ class Ranks:
         """For each fact: does it hold on at least one rank?"""
         return [count > 0 for count in self.sum_numbers(*facts)]
 
-    def from_rank0(self, x: Tensor | float) -> Tensor | float:
+    def from_rank0(self, x: Tensor | float | str) -> Tensor | float | str:
         """Rank 0's `x`, on every rank. A tensor is overwritten in place; a number comes back as a
         float."""
         if isinstance(x, Tensor):
             if self.world_size > 1:
                 dist.broadcast(x, 0)
             return x
+        if isinstance(x, str):
+            letters = torch.tensor(list(x.encode()), dtype=torch.uint8)
+            letters = letters.resize_(int(self.from_rank0(len(letters))))
+            return bytes(self.from_rank0(letters).tolist()).decode()
         return self.from_rank0(torch.tensor(x, dtype=torch.float64)).item()
 
     def reduce_scatter(self, x: Tensor) -> Transfer:
@@ -540,73 +748,194 @@ class Ranks:
             dist.destroy_process_group()
 
 
+def fill_closed_streams() -> None:
+    """Open /dev/null in the place of standard input, output or error, if they are closed. Otherwise
+    the next file, such as a checkpoint, would get the number of the closed one, and what C++
+    libraries print would be written into it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number
+
+
+def say(text: str, stream, end: str = "\n") -> None:
+    """Print to a console: sys.stdout or sys.stderr. Characters that it cannot show are escaped. It
+    never fails: the text is lost if the console is closed, a pipe that nobody reads, or a file on a
+    full disk."""
+    if stream is None:  # it was closed before Python started
+        return
+    with suppress(OSError, ValueError):  # ValueError: it has been closed since
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        shown = text.encode(encoding, "backslashreplace").decode(encoding)
+        print(shown, end=end, file=stream, flush=True)
+
+
+def write_problem(path: Path, error: OSError) -> str:
+    """One line for people: why the file `path` cannot be written, and what to do about it."""
+    folder = path.parent
+    cannot_write = f"let this user write to the folder {folder}, or run in another one"
+    remedies = {
+        errno.ENOSPC: "free space there",
+        errno.EDQUOT: "free space there, or get a larger quota",
+        errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+        errno.EMFILE: "raise the limit of open files (ulimit -n)",
+        errno.EACCES: cannot_write,
+        errno.EPERM: cannot_write,
+        errno.EROFS: f"make the disk of the folder {folder} writable, or run in another one",
+        errno.ENOENT: f"make the folder {folder}",
+        errno.ENOTDIR: f"{folder} is not a folder: move it away",
+        errno.EEXIST: "move what has this name away",
+        errno.EISDIR: "move the folder of this name away",
+        errno.ENAMETOOLONG: "choose a shorter RUN_ID",
+    }
+    other = f"see whether files in the folder {folder} can be written"
+    return f"{path}: {error.strerror or error}; {remedies.get(error.errno, other)}"
+
+
 class RunLog:
     """Writes each line to logs/<run_id>.txt and prints it. If that file exists, _2, _3 ... is added
     to its name. When a call returns, the operating system has the line; what a full disk refused is
-    tried again with the next line. On ranks other than 0, or without a run_id, it does nothing."""
+    tried again with the next line. On ranks other than 0, or without a run_id, it does nothing.
+    UserError: the file cannot be made."""
 
     def __init__(self, run_id: str = "", rank: int = 0):
         self.path: Path | None = None  # None: this log does nothing
         self.unwritten = b""
+        self.problem = ""  # why something is unwritten
+        self.left: dict[str, str] = {}  # what a run that ends now leaves: see `leaves`
         if not run_id or rank:
             return
-        os.makedirs("logs", exist_ok=True)
+        path = Path("logs")
         number = 1
-        while self.path is None:
-            path = Path("logs", f"{run_id}_{number}.txt" if number > 1 else f"{run_id}.txt")
-            number += 1
-            with suppress(FileExistsError):
-                self.file = path.open("xb", buffering=0)
-                self.path = path
+        try:
+            os.makedirs(path, exist_ok=True)
+            while self.path is None:
+                path = Path("logs", f"{run_id}_{number}.txt" if number > 1 else f"{run_id}.txt")
+                number += 1
+                with suppress(FileExistsError):
+                    self.file = path.open("xb", buffering=0)
+                    self.path = path
+        except OSError as error:
+            raise UserError(write_problem(path, error)) from None
 
     def __call__(self, line: str, console: bool = True) -> None:
-        """Write `line` to the file and, unless console=False, print it."""
+        """Write `line` to the file and, unless console=False, print it. A failure is only printed,
+        so that the run goes on."""
         if self.path is None:
             return
-        self.unwritten += f"{line}\n".encode()
-        with suppress(OSError):  # printing may fail too: into a full disk or a closed pipe
-            try:
-                while self.unwritten:
-                    written = self.file.write(self.unwritten)
-                    self.unwritten = self.unwritten[written:]
-            except OSError as error:
-                print(f"warning: {self.path}: {error.strerror}; the run goes on", file=sys.stderr)
-            if console:
-                print(line, flush=True)
+        self.unwritten += f"{line}\n".encode(errors="backslashreplace")  # names may be no UTF-8
+        self.write()
+        if self.unwritten:
+            lacks = f"so far the log lacks its last {len(self.unwritten)} bytes"
+            say(f"warning: {self.problem}; {lacks}", sys.stderr)
+        if console:
+            say(line, sys.stdout)
+
+    def write(self) -> None:
+        """Write what is unwritten, as far as the disk takes it."""
+        try:
+            while self.unwritten:
+                written = self.file.write(self.unwritten)
+                self.unwritten = self.unwritten[written:]
+        except OSError as error:
+            self.problem = write_problem(self.path, error)
+
+    def leaves(self, kind: str, how: str) -> None:
+        """From now on the run leaves a file of this kind, a checkpoint or an artifact. `how` to go
+        on with it begins with the setting that names it: RESUME=... or EVAL_ONLY=..."""
+        self.left[kind] = how
+
+    @property
+    def hint(self) -> str:
+        """For error messages: what is left to go on with."""
+        return "; ".join(self.left.values()) or "there is no checkpoint"
 
     def close(self) -> None:
-        """UserError: the disk had no room for the last lines."""
-        require(
-            not self.unwritten,
-            f"{self.path}: lacks its last {len(self.unwritten)} bytes, as the disk is full; "
-            "keep what was printed",
-        )
+        """UserError: the file lacks its last lines, after one more try; then they are printed."""
+        self.write()
+        if self.unwritten:
+            say(self.unwritten.decode(errors="backslashreplace"), sys.stdout)
+            count = len(self.unwritten)
+            raise UserError(f"{self.problem}; its last {count} bytes are on the console instead")
+
+
+SENT_AGAIN_SECONDS = 0.3  # Ctrl-C comes from the terminal, and so soon again from torchrun
+RAISED_AGAIN_SECONDS = 2.0  # after which Stopped is raised again if nothing has handled it
 
 
 class StopSignal:
-    """The handler of SIGTERM and SIGINT. The first signal raises Stopped; while `is_patient`, it is
-    only noted in `name`, so that training can end its step and leave a checkpoint. Later signals
-    are only noted."""
+    """The handler of SIGTERM, SIGINT and SIGHUP. The first signal raises Stopped; while
+    `is_patient`, it is only noted in `name`, so that training can end its step and leave a
+    checkpoint. A second one ends the process at once, whatever it does (see `watch`). Stopped is
+    raised again until somebody handles it and becomes patient: Python ignores what is raised in
+    some callbacks, as those of weak references."""
 
-    def __init__(self):
+    def __init__(self, log: RunLog | None = None):
+        self.log = log or RunLog()  # is told what a second signal ends
         self.name = ""  # of the signal that came
         self.is_patient = False
+        self.is_installed = False
 
     def install(self) -> None:
-        """Receive both signals from now on."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        """Receive the signals from now on, but for those that are ignored, as nohup does."""
+        self.is_installed = True
+        signal.signal(signal.SIGALRM, self.interrupt)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        received = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        for number in received:
             signal.signal(number, self.handle)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self.watch, args=(reader, received), daemon=True).start()
 
     def be_patient(self, patient: bool = True) -> None:
-        """True: from now on only note signals. False: let the first one raise Stopped."""
+        """True: from now on only note the first signal. False: let it raise Stopped."""
         self.is_patient = patient
 
     def handle(self, number: int, frame) -> None:
-        """What Python calls when a signal comes."""
-        is_first = not self.name
-        self.name = signal.Signals(number).name
-        if is_first and not self.is_patient:
-            raise Stopped(f"stopped by {self.name}")
+        """What Python calls when a signal comes. What a second one does: see `watch`."""
+        if not self.name:
+            self.name = signal.Signals(number).name
+            self.interrupt()
+
+    def watch(self, reader: int, received: list[int]) -> None:
+        """End the process at a second signal. `reader`: a pipe that gets the number of each signal;
+        those `received` count. This runs in a thread of its own, because Python calls no handler
+        while the main thread waits in C code, for example for another rank. What comes within
+        SENT_AGAIN_SECONDS is the same signal: terminals, torchrun and timeout(1) pass on one that
+        the process has got already."""
+        first = None  # when the first signal came
+        while number := os.read(reader, 1):
+            if number[0] in received:
+                now = perf_counter()
+                if first is None:
+                    first = now
+                elif now - first >= SENT_AGAIN_SECONDS:
+                    self.end_at_once()
+
+    def interrupt(self, *_) -> None:
+        """Stopped, unless the run is patient."""
+        if self.is_patient:
+            return
+        if self.is_installed:
+            signal.setitimer(signal.ITIMER_REAL, RAISED_AGAIN_SECONDS)  # calls this again
+        raise Stopped(f"stopped by {self.name}")
+
+    def end_at_once(self) -> None:
+        """Say what is left, remove what is half-written, and end the process. (An exception might
+        be swallowed by what it interrupts.)"""
+        try:
+            if self.log.path is not None:  # it is None on other ranks
+                line = f"stopped by a second signal; {self.log.hint}"
+                self.log(f"error: Stopped: {line}", console=False)
+                for temporary in self.log.path.parent.glob(f"*.{os.getpid()}.tmp"):
+                    temporary.unlink()
+                said = f"train_gpt.py: error: {line}\n".encode(errors="backslashreplace")
+                os.write(2, said)  # print may be what the signal has interrupted
+        finally:
+            os._exit(1)
 
 
 class Progress:
@@ -628,10 +957,12 @@ class Progress:
         left = elapsed / share - elapsed if share else math.nan
         line = f"{self.label} {share:.0%} elapsed:{elapsed:.0f}s left:{left:.0f}s"
 
-        is_live = sys.stdout.isatty()
+        is_live = False
+        with suppress(AttributeError, OSError, ValueError):  # None, or closed
+            is_live = sys.stdout.isatty()
         if is_live:
             bar = "#" * round(24 * share)
-            print(f"\r[{bar:24}] {line}\033[K", end="" if share < 1 else "\n", flush=True)
+            say(f"\r[{bar:24}] {line}\033[K", sys.stdout, end="" if share < 1 else "\n")
         if now - self.last_line >= 10:
             self.log(line, console=not is_live)
             self.last_line = now
@@ -642,59 +973,141 @@ def would_overrun(elapsed: float, more: float, limit: float) -> bool:
     return 0 < limit < elapsed + more
 
 
+@contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """Yields a name beside `path` for a file that is removed at the end, if it is still there.
+    UserError: an OSError came, which is said of `path`."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+    except OSError as error:
+        raise UserError(write_problem(path, error)) from None
+    finally:
+        with suppress(OSError):  # what made writing fail may make this fail too
+            temporary.unlink(missing_ok=True)
+
+
 def replace_file(path: Path, write: Callable) -> None:
     """Call `write(file)` on a temporary file in the same folder, then rename it to `path`, so that
     the old file stays until the new one is whole. UserError: it could not be written."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with temporary_file(path) as temporary:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; free space, then RESUME") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- 3. Data ------------------------------------
 # A shard is 256 little-endian int32 (20240520, 1, count, 0 ...), followed by `count` uint16 tokens.
 # The loader keeps no state. Batch k is a function of k and SEED, so that it is the same at any
-# number of ranks and after RESUME.
+# number of ranks and after RESUME. What was read is recorded as the data's identity, a dict of
+# part -> text, which the log and the checkpoint hold and ranks compare.
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER = 256  # int32
+SHARD_NAME = re.compile(r"fineweb_(train|val|val_bytes)_([0-9]{6})\.bin")
+OPEN_SHARDS = 256  # mapped at a time: each holds a file descriptor, of which there may be 1,024
 BOS = 1  # stands before each document; as a target, it still belongs to the one before it
 GET_DATA = (
     "`make demo` needs no data; for FineWeb get the challenge repository and run its "
     "data/cached_challenge_fineweb.py, then set DATA_PATH and TOKENIZER_PATH"
 )
+KNOWN_STREAMS = {  # tokens that whole windows of 2048 score -> the challenge's stream
+    62_021_632: "SP1024",
+    63_779_840: "SP1024 of March",
+    45_508_608: "SP4096",
+    45_514_752: "SP4096",
+    40_540_160: "SP8192",
+    47_851_520: "SP8192 CaseOps",
+}
+SAMPLE_TOKENS = 1_040_298  # SP1024 begins with so many tokens that have this SHA-256
+SAMPLE_SHA256 = "3fad60f7e717550f18ba7aa3a9f1d0cb14ded3e3823714488ecb1e2a7f6630df"
 
 
-def load_shard(path: Path) -> np.memmap:
-    """The uint16 tokens of a shard, memory-mapped. UserError: the file is not a shard, has another
-    version than 1, or not the length that its header says."""
+def load_shard(path: Path) -> ndarray:
+    """The uint16 tokens of a shard, memory-mapped. There may be none. UserError: the file is not a
+    shard, has another version than 1, or not the length that its header says."""
+    require(path.is_file(), f"{path}: is no file, or a link that leads to none; {GET_DATA}")
     size = path.stat().st_size
     header = np.fromfile(path, "<i4", SHARD_HEADER).tolist()
     magic, version, count, *_ = [*header, 0, 0, 0]  # zeros, if the file is shorter than that
-    is_shard = (magic, version) == (SHARD_MAGIC, SHARD_VERSION) and count >= 1
+    is_shard = (magic, version) == (SHARD_MAGIC, SHARD_VERSION) and count >= 0
     require(
         is_shard and size == 4 * SHARD_HEADER + 2 * count,
         f"{path}: magic {magic}, version {version}, {count} tokens in {size} bytes; expected "
         f"magic {SHARD_MAGIC}, version {SHARD_VERSION}, n tokens in 1024 + 2 n bytes; {GET_DATA}",
     )
+    if not count:  # nothing to map
+        return np.zeros(0, "<u2")
     return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER, (count,))
 
 
 def find_shards(part: str, hp) -> list[Path]:
-    """The paths of all shards of `part` ("train" or "val"), in order. UserError: there are none."""
+    """The paths of all shards of `part` ("train", "val", or "val_bytes", of which there may be
+    none), in order. UserError: there are none; in the validation stream a shard is missing, or
+    another .bin file is named as if it belonged to it."""
     name = "train_data_path" if part == "train" and hp.train_data_path else "data_path"
     folder = getattr(hp, name)
-    paths = sorted(Path(folder).glob(f"fineweb_{part}_*.bin"))
-    require(bool(paths), f"{name.upper()}={folder}: no fineweb_{part}_*.bin there; {GET_DATA}")
+    place = f"{name.upper()}={folder}"
+    files = sorted(Path(folder).glob("*.bin"))
+    matches = [(path, SHARD_NAME.fullmatch(path.name)) for path in files]
+    paths = [path for path, match in matches if match and match[1] == part]
+    problem = f"{place}: no fineweb_{part}_ + six digits + .bin there; {GET_DATA}"
+    require(bool(paths) or part == "val_bytes", problem)
+    if part != "train":
+        missing = missing_numbers(paths)
+        problem = f"{place}: {len(paths)} fineweb_{part}_ shards, without {shortened(missing)}"
+        require(not missing, f"{problem}: the stream must be whole; download what is missing")
+        for path, match in matches:
+            require(
+                bool(match) or not path.name.lower().startswith("fineweb_val"),
+                f"{path}: is it part of the validation stream? Its shards are fineweb_val_ + six "
+                "digits + .bin: rename this file or move it elsewhere",
+            )
     return paths
+
+
+def missing_numbers(paths: list[Path]) -> list[str]:
+    """The numbers, of six digits, from 0 to that of the last shard, that no shard has."""
+    found = {path.stem[-6:] for path in paths}
+    return [n for n in map("{:06d}".format, range(int(max(found, default="0")))) if n not in found]
+
+
+def shortened(names: list[str]) -> str:
+    """The first of many names, and how many more there are."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
+
+
+def sampled_sha256(path: Path) -> str:
+    """SHA-256 of a file's size and of 64 blocks of 4 KiB, spread from its first to its last byte. A
+    file of up to 256 KiB is read whole."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(b"%d" % size)
+    with path.open("rb", buffering=0) as file:
+        for start in np.linspace(0, max(size - 4096, 0), 64).astype(int).tolist():
+            file.seek(start)
+            digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+def copied_shards(paths: list[Path]) -> list[str]:
+    """Pairs like "a.bin = b.bin": each shard that begins with the same 128 tokens as an earlier
+    one, and so is a copy of it, whole or cut. Shorter shards are left out, as they may be equal by
+    chance."""
+    first: dict[bytes, Path] = {}
+    found = []
+    for path in paths:
+        with path.open("rb") as file:
+            file.seek(4 * SHARD_HEADER)
+            beginning = file.read(2 * 128)
+        if len(beginning) == 2 * 128:
+            earlier = first.setdefault(beginning, path)
+            if earlier is not path:
+                found.append(f"{earlier.name} = {path.name}")
+    return found
 
 
 def check_tokens(tokens: ndarray, vocab_size: int, source: str | Path) -> ndarray:
@@ -720,6 +1133,12 @@ def window_starts(num_tokens: int, length: int, seed: int, epoch: int) -> ndarra
     return (phase + window_numbers * length) % num_tokens
 
 
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive integer, from 1 to itself."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
 class TokenLoader:
     """The training batches. All shards form one circular stream, cut into windows of TRAIN_SEQ_LEN
     tokens that are read in a random order, each once per epoch. Batch k is the k-th group of
@@ -730,15 +1149,16 @@ class TokenLoader:
         self.hp = hp
         self.rank = rank
         self.paths = find_shards("train", hp)
-        self.shards = [load_shard(path) for path in self.paths]
-        self.shard_ends = np.cumsum([len(shard) for shard in self.shards])
+        self.shard = lru_cache(OPEN_SHARDS)(load_shard)
+        self.shard_ends = np.cumsum([len(self.shard(path)) for path in self.paths])
         self.num_tokens = int(self.shard_ends[-1])
+        require(self.num_tokens > 0, f"{self.paths[0].parent}: its training shards hold no tokens")
         self.windows_per_epoch = max(1, self.num_tokens // hp.train_seq_len)
         starts = partial(window_starts, self.num_tokens, hp.train_seq_len, hp.seed)
         self.epoch_starts = lru_cache(2)(starts)  # two are kept: a batch may reach into the next
         self.sequences = hp.train_batch_tokens // hp.train_seq_len
 
-        fits = [n for n in range(1, self.sequences + 1) if self.sequences % n == 0]
+        fits = divisors(self.sequences)
         near = sorted(fits, key=lambda n: max(n / world_size, world_size / n))[:2]
         require(
             world_size in fits,
@@ -746,9 +1166,28 @@ class TokenLoader:
             f"sequences equally: start {' or '.join(map(str, near))} ranks instead",
         )
         self.share = self.sequences // world_size
-        most = max(1, hp.micro_batch_tokens // hp.train_seq_len)
-        self.rows = max(n for n in range(1, min(most, self.share) + 1) if self.share % n == 0)
+        self.most_rows = max(1, hp.micro_batch_tokens // hp.train_seq_len)
+        self.rows = max(n for n in divisors(self.share) if n <= self.most_rows)
         self.accumulation = self.share // self.rows
+
+    def better_batch(self) -> int:
+        """A number of TRAIN_BATCH_TOKENS near the current one whose micro-batches are as large as
+        MICRO_BATCH_TOKENS allows."""
+        share = round(self.share / self.most_rows) * self.most_rows
+        return share * self.sequences // self.share * self.hp.train_seq_len
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What was trained on: part -> text. Of each shard its number, its length and its sampled
+        content count; "train" has the SHA-256 of what "train_shards" lists."""
+        lengths = np.diff(self.shard_ends, prepend=0)
+        shards = " ".join(
+            f"{path.stem[-6:]}:{length}:{sampled_sha256(path)[:16]}"
+            for path, length in zip(self.paths, lengths)
+        )
+        digest = hashlib.sha256(shards.encode()).hexdigest()
+        facts = f"shards:{len(self.paths)} tokens:{self.num_tokens} sha256:{digest}"
+        return {"train": facts, "train_shards": shards}
 
     def sequence_start(self, number: int) -> int:
         """The position in the stream of the run's training sequence of that number, from 0 on."""
@@ -762,7 +1201,7 @@ class TokenLoader:
             position = start % self.num_tokens
             i = int(np.searchsorted(self.shard_ends, position, "right"))
             left_in_shard = int(self.shard_ends[i]) - position
-            piece = self.shards[i][-left_in_shard:][:count]
+            piece = self.shard(self.paths[i])[-left_in_shard:][:count]
             check_tokens(piece, self.hp.vocab_size, self.paths[i])
             pieces.append(piece.astype(np.int64))
             start += len(piece)
@@ -779,44 +1218,141 @@ class TokenLoader:
 
 
 class ByteCounter:
-    """How many bytes of text each token stands for, by the challenge's rule. A byte piece stands
-    for 1 byte; control, unknown and unused pieces for 0. Any other piece counts its UTF-8 length
-    without word marks (U+2581), and 1 more, for a space, if it begins with a mark and a piece with
-    text comes before it."""
+    """The text that each piece of a tokenizer stands for, and its bytes. A word mark (U+2581) is a
+    space, but for the one at the start of a document, after a control piece, if the tokenizer's
+    decoder drops that. A byte piece is one byte; control, unknown and unused pieces are no text.
+    Neither are case sentinels (U+E001 to U+E004), by which the field's CaseOps marks capitals."""
 
     def __init__(self, hp):
         from sentencepiece import SentencePieceProcessor
 
         setting_text = f"TOKENIZER_PATH={hp.tokenizer_path}"
-        sp = SentencePieceProcessor()
-        try:
-            sp.Load(hp.tokenizer_path)
+        self.pieces = sp = SentencePieceProcessor()
+        try:  # its own Load takes no name that is not UTF-8
+            model = Path(hp.tokenizer_path).read_bytes()
+            sp.LoadFromSerializedProto(model)
         except (RuntimeError, OSError, ValueError):
             message = f"{setting_text}: no such file or not a SentencePiece model; {GET_DATA}"
             raise UserError(message) from None
+        self.sha256 = hashlib.sha256(model).hexdigest()
         size = sp.vocab_size()
         require(
             size == hp.vocab_size,
-            f"{setting_text}: has {size} pieces, but VOCAB_SIZE={hp.vocab_size}: set "
-            f"VOCAB_SIZE={size} or name the data's own tokenizer",
+            f"{setting_text}: has {size} pieces, but VOCAB_SIZE={hp.vocab_size}: name the "
+            "tokenizer that the data was made with, and set VOCAB_SIZE to its number of pieces",
         )
-        self.is_text = np.ones(size, bool)
-        self.opens_word = np.zeros(size, bool)
-        self.length = np.zeros(size, np.uint16)
-        for i in range(size):
-            if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
-                self.is_text[i] = False
-            elif sp.is_byte(i):
-                self.length[i] = 1
-            else:
-                piece = sp.id_to_piece(i)
-                self.opens_word[i] = piece.startswith("\u2581")
-                self.length[i] = len(piece.replace("\u2581", "").encode())
+        ids = range(size)
+        self.is_control, self.is_unknown, self.is_byte = (
+            np.array([test(i) for i in ids]) for test in (sp.is_control, sp.is_unknown, sp.is_byte)
+        )
+        texts = [sp.id_to_piece(i) for i in ids]
+        self.sentinels = [c for c in "\ue001\ue002\ue003\ue004" if any(c in t for t in texts)]
+        self.texts = [self.text_of(i) for i in ids]  # bytes
+        self.length = np.array([len(text) for text in self.texts], np.uint16)
+        has_text = self.length > 0  # a control piece may have a mark in its name
+        self.opens_word = has_text & np.array([text.startswith("\u2581") for text in texts])
+
+        mark = sp.piece_to_id("\u2581")
+        require(
+            self.texts[mark] == b" " and not sp.encode_as_pieces("a")[-1].endswith("\u2581"),
+            f"{setting_text}: has no piece that is a space alone, or marks the ends of words: a "
+            "decoded text would have other bytes than the text; use another tokenizer",
+        )
+        self.drops_space = sp.decode([mark]) == ""
+
+    def text_of(self, i: int) -> bytes:
+        """The text of piece `i` that is not at the start of a document."""
+        text = self.pieces.id_to_piece(i)
+        if self.is_byte[i]:
+            return bytes([int(text[3:5], 16)])  # of <0x0A>
+        if self.is_control[i] or self.is_unknown[i] or self.pieces.is_unused(i):
+            return b""
+        for sentinel in self.sentinels:
+            text = text.replace(sentinel, "")
+        return text.replace("\u2581", " ").encode()
+
+    def token_bytes(self, tokens: ndarray) -> ndarray:
+        """The number of bytes (uint16) of each token, the first being at a document's start."""
+        sizes = self.length[tokens]
+        if self.drops_space:
+            is_first = np.append(True, self.is_control[tokens[:-1]])
+            sizes -= is_first & self.opens_word[tokens]
+        return sizes
 
     def __call__(self, tokens: ndarray) -> ndarray:
         """The number of bytes (uint16) of each target; the targets are tokens[1:]."""
-        target_ids, before = tokens[1:], tokens[:-1]
-        return self.length[target_ids] + (self.opens_word[target_ids] & self.is_text[before])
+        return self.token_bytes(tokens)[1:]
+
+    def unknown(self, tokens: ndarray) -> tuple[int, int]:
+        """How many tokens are unknown pieces, whose text is lost, and how many documents have
+        any."""
+        at = np.flatnonzero(self.is_unknown[tokens])
+        documents = np.searchsorted(np.flatnonzero(self.is_control[tokens]), at)
+        return len(at), len(np.unique(documents))
+
+
+CHECKED_TOKENS = 1 << 18  # of the validation stream are decoded and encoded again: about 0.2 s
+CHECKED_OF_SHARD = 1 << 14  # of each further shard
+
+
+def whole_characters(ids: ndarray, is_byte: ndarray, cuts: tuple[bool, bool]) -> list[int]:
+    """A document without the byte pieces at its start and its end, where it is cut there."""
+    inner = np.flatnonzero(~is_byte[ids])
+    if any(cuts) and not len(inner):
+        return []
+    begin = inner[0] if cuts[0] else 0
+    end = inner[-1] + 1 if cuts[1] else len(ids)
+    return ids[begin:end].tolist()
+
+
+def came_back(ids: list[int], again: list[int], is_cut: bool, counter: ByteCounter) -> bool:
+    """Is `again`, what a decoded document was encoded to, its `ids`? If it is cut, or others follow
+    it without a control piece, a few may differ: 8 and 1 % of all."""
+    if ids == again or not is_cut:
+        return ids == again
+    placed, placed_again = (  # (where it ends in the text, token)
+        set(zip(np.cumsum(counter.token_bytes(np.array(x, int))).tolist(), x)) for x in (ids, again)
+    )
+    return len(placed - placed_again) <= 8 + len(ids) // 100
+
+
+def round_trip(tokens: ndarray, counter: ByteCounter, source: str) -> str:
+    """Decode the documents in `tokens`, the beginning of a stream or shard, and encode them again.
+    Unknown pieces cut them into parts. Returns how much that was. UserError: other tokens come out,
+    or the decoded text has other bytes than are counted, so that the data has another tokenizer;
+    `source` names this one."""
+    is_border = counter.is_control | counter.is_unknown
+    borders = [-1, *np.flatnonzero(is_border[tokens]).tolist(), len(tokens)]
+    documents, is_part = [], []
+    for a, b in pairwise(borders):
+        cuts = tuple(  # at its start, at its end
+            not 0 <= border < len(tokens) or counter.is_unknown[tokens[border]] for border in (a, b)
+        )
+        document = whole_characters(tokens[a + 1 : b], counter.is_byte, cuts)
+        if document:
+            documents.append(document)
+            is_part.append(any(cuts))
+
+    texts = counter.pieces.decode(documents) if documents else []
+    again = counter.pieces.encode(texts) if documents else []
+    decoded = counted = failed = num_new = 0
+    for ids, text, new, is_cut in zip(documents, texts, again, is_part):
+        size = len(text.encode()) - 3 * sum(map(text.count, counter.sentinels))
+        number = int(counter.token_bytes(np.array(ids)).sum())
+        decoded += size
+        counted += number
+        num_new += len(new)
+        failed += size != number or not came_back(ids, new, is_cut, counter)
+    num_tokens, num_parts = sum(map(len, documents)), sum(is_part)
+    require(
+        not failed,
+        f"{source}: is not the tokenizer of this data: {failed} of its first "
+        f"{len(documents)} documents come out changed when they are decoded and encoded again "
+        f"({num_tokens} tokens become {num_new}; {counted} bytes are counted, the decoded text has "
+        f"{decoded}): name the tokenizer that the data was made with",
+    )
+    whole = len(documents) - num_parts
+    return f"documents:{whole} parts:{num_parts} tokens:{num_tokens} bytes:{decoded}"
 
 
 @dataclass
@@ -826,6 +1362,9 @@ class Validation:
 
     tokens: ndarray  # uint16
     count_bytes: Callable[[ndarray], ndarray]  # a ByteCounter
+    sidecar: ndarray | None = None  # uint16, bytes of each token: used instead of counting
+    identity: dict[str, str] = field(default_factory=dict)  # part -> text
+    checked: str = ""  # what `round_trip` returned
 
     @property
     def num_targets(self) -> int:
@@ -835,35 +1374,131 @@ class Validation:
     @cached_property
     def target_bytes(self) -> ndarray:
         """Bytes of text of each target, counted on first use, as only rank 0 needs it."""
-        return self.count_bytes(self.tokens)
+        return self.count_bytes(self.tokens) if self.sidecar is None else self.sidecar[1:]
+
+
+def join_shards(paths: list[Path]) -> ndarray:
+    """The tokens of all shards, memory-mapped if it is one."""
+    if len(paths) == 1:
+        return load_shard(paths[0])
+    return np.concatenate([np.array(load_shard(path)) for path in paths])
 
 
 def load_validation(hp) -> Validation:
-    """The whole validation stream. UserError: no shards, fewer tokens than a window, or tokens
-    outside the vocabulary."""
+    """The whole validation stream. UserError: a shard is missing or there twice, there are fewer
+    tokens than a window, tokens outside the vocabulary or no text, or the tokenizer or the bytes
+    are not those of the data."""
     paths = find_shards("val", hp)
-    shards = [check_tokens(load_shard(path), hp.vocab_size, path) for path in paths]
-    tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)
+    place = f"DATA_PATH={hp.data_path}"
+    twice = copied_shards(paths)
+    problem = f"{place}: validation shards begin with the same tokens, {shortened(twice)}"
+    require(not twice, f"{problem}: remove the copies")
+    tokens = join_shards(paths)
+    for path in paths:
+        check_tokens(load_shard(path), hp.vocab_size, path)
+    require(
+        len(tokens) >= 2,
+        f"{place}: the validation stream has {len(tokens)} tokens, expected at least 2: the first "
+        f"is only read; {GET_DATA}",
+    )
     require(
         len(tokens) > hp.eval_seq_len,
-        f"DATA_PATH={hp.data_path}: the validation stream has {len(tokens)} tokens, a window needs "
+        f"{place}: the validation stream has {len(tokens)} tokens, a window needs "
         f"{hp.eval_seq_len + 1}: set EVAL_SEQ_LEN to at most {len(tokens) - 1}",
     )
-    return Validation(tokens, ByteCounter(hp))
+    counter = ByteCounter(hp)
+    has_text = any(counter(tokens[:end]).any() for end in (CHECKED_TOKENS, len(tokens)))
+    problem = f"{place}: the targets of the validation stream are no text: they have 0 bytes"
+    require(has_text, f"{problem}; {GET_DATA}")
+    source = f"TOKENIZER_PATH={hp.tokenizer_path}"
+    checked = round_trip(tokens[:CHECKED_TOKENS], counter, source)
+    for path in paths[1:]:
+        round_trip(load_shard(path)[:CHECKED_OF_SHARD], counter, f"{source}, {path.name}")
+    sha256 = hashlib.sha256(tokens).hexdigest()
+    identity = {
+        "val": f"shards:{len(paths)} tokens:{len(tokens)} sha256:{sha256}",
+        "tokenizer": f"sha256:{counter.sha256}",
+    }
+    sidecar = load_sidecar(tokens, counter, hp)
+    if sidecar is not None:
+        identity["val_bytes"] = f"sha256:{hashlib.sha256(sidecar).hexdigest()}"
+    return Validation(tokens, counter, sidecar, identity, checked)
 
 
-def fingerprint(hp) -> list[tuple[str, int, int]]:
-    """(name, size in bytes, CRC-32 of the first and last 64 KiB) of every data file that the run
-    reads, by which ranks find out whether they have the same files."""
-    paths = [Path(hp.tokenizer_path), *find_shards("val", hp)]
-    if not hp.eval_only:
-        paths += find_shards("train", hp)
-    facts = []
-    for path in paths:
-        data = np.memmap(path, np.uint8, "r")
-        crc = zlib.crc32(data[-(1 << 16) :], zlib.crc32(data[: 1 << 16]))
-        facts.append((path.name, len(data), crc))
-    return facts
+def load_sidecar(tokens: ndarray, counter: ByteCounter, hp) -> ndarray | None:
+    """The bytes of text of each token, where the data has them in shards fineweb_val_bytes_. None:
+    it has none. UserError: they are not of these tokens or more than 1 % from what `counter`
+    counts, or the tokenizer has case sentinels and they are missing."""
+    paths = find_shards("val_bytes", hp)
+    place = f"DATA_PATH={hp.data_path}"
+    if not paths:
+        require(
+            not counter.sentinels,
+            f"{place}: no fineweb_val_bytes_ shards there, but the tokenizer marks capitals by "
+            "pieces that are no text (U+E001 to U+E004): add the byte shards that belong to the "
+            "data",
+        )
+        return None
+    sizes = join_shards(paths)
+    require(
+        len(sizes) == len(tokens),
+        f"{place}: {len(sizes)} entries in its fineweb_val_bytes_ shards, but {len(tokens)} tokens "
+        "in fineweb_val_: expected one entry for each token",
+    )
+    counted = counter.token_bytes(tokens)
+    for end in (CHECKED_TOKENS, len(tokens)):
+        given, expected = (int(x[1:end].sum(dtype=np.int64)) for x in (sizes, counted))
+        require(
+            abs(given - expected) <= 0.01 * expected,
+            f"{place}: its fineweb_val_bytes_ shards give {given} bytes to the first "
+            f"{min(end, len(tokens))} tokens, whose pieces have {expected}: expected at most 1 % "
+            "difference; are they of other data?",
+        )
+    return sizes
+
+
+def stream_name(tokens: ndarray) -> str:
+    """Which of the challenge's validation streams this is, and how that is known."""
+    sample = tokens[:SAMPLE_TOKENS]
+    begins_like_sp1024 = hashlib.sha256(sample).hexdigest() == SAMPLE_SHA256
+    if begins_like_sp1024 and len(tokens) == SAMPLE_TOKENS:
+        return f"the first {SAMPLE_TOKENS} tokens of SP1024 known_by:sha256"
+    name = KNOWN_STREAMS.get((len(tokens) - 1) // 2048 * 2048)
+    if begins_like_sp1024 and name in ("SP1024", "SP1024 of March"):
+        return f"{name} known_by:length and the sha256 of its first {SAMPLE_TOKENS} tokens"
+    is_another = name is None or name == "SP1024"  # whose beginning is known
+    return "unknown" if is_another else f"{name} known_by:length only"
+
+
+def data_warnings(hp, loader: TokenLoader | None, validation: Validation) -> list[str]:
+    """What looks wrong with the data, though the run can go on."""
+    folders = [Path(hp.data_path)]
+    warnings = []
+    if loader:
+        folders.append(loader.paths[0].parent)
+        missing = missing_numbers(loader.paths)
+        if missing:
+            said = f"training shards {shortened(missing)} are missing"
+            warnings.append(f"{loader.paths[0].parent}: {said}; the run does without")
+        twice = copied_shards([*find_shards("val", hp), *loader.paths])
+        if twice:
+            said = f"shards begin with the same tokens: {shortened(twice)}"
+            warnings.append(f"{said}; what is trained on must not be there twice, nor be scored")
+        beginning = loader.span(0, min(CHECKED_OF_SHARD, loader.num_tokens))
+        try:
+            round_trip(beginning, validation.count_bytes, f"TOKENIZER_PATH={hp.tokenizer_path}")
+        except UserError as error:
+            warnings.append(f"{loader.paths[0]}: {error}")
+    for folder in dict.fromkeys(folders):
+        names = sorted(path.name for path in folder.glob("*.bin"))
+        others = [name for name in names if not SHARD_NAME.fullmatch(name)]
+        if others:
+            said = "not read, as they are not named like shards"
+            warnings.append(f"{folder}: {shortened(others)}: {said}")
+    if validation.checked.startswith("documents:0 "):
+        said = "no whole document could be decoded and encoded again: is it the data's tokenizer?"
+        warnings.append(f"TOKENIZER_PATH={hp.tokenizer_path}: {said}")
+    return warnings
 
 
 def bits_per_byte(nll: ndarray, target_bytes: ndarray) -> float:
@@ -954,7 +1589,7 @@ def find_flash_attention() -> tuple[str, Callable | None]:
     """("flash_attention_3", its function) if FlashAttention 3 is installed and the GPU is a Hopper,
     else ("sdpa", None): torch's own attention. (FlashAttention 2 is not tried: on an H200 it took
     1.7 times as long as torch's own.)"""
-    with suppress(ImportError):
+    with suppress(Exception):  # one that was built for another torch raises many types
         if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
             from flash_attn_interface import flash_attn_func
 
@@ -1334,6 +1969,7 @@ class GPT(nn.Module):
 # each of the two functions as one operation. The idea is modded-nanogpt's.
 
 jit = triton.jit if triton else lambda kernel: kernel
+constexpr = tl.constexpr if triton else None
 MLP_TILE = dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=3)  # fastest of 7 tried on an H200
 
 
@@ -1354,10 +1990,10 @@ def mlp_kernel(
     stride_k,
     stride_n,
     slope,
-    BACKWARD: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    BACKWARD: constexpr,
+    BM: constexpr,
+    BN: constexpr,
+    BK: constexpr,
 ):
     """One program computes one (BM, BN) tile of P = a @ b, where a is (M, K) and b is (K, N), and
     applies the elementwise step before the tile leaves the registers. Forward: z = P and out =
@@ -1861,24 +2497,33 @@ class Trained(NamedTuple):
     """What `train` returns."""
 
     weights: dict[str, Tensor]  # by name, averaged or not: a state dict, to be packed
-    curvature: dict[str, Curvature]  # by name of the matrix, for GPTQ; empty with QUANTIZER=rows
+    curvature: dict[str, "Curvature"]  # by name of the matrix, for GPTQ; empty with QUANTIZER=rows
     steps: int
-    seconds: float  # on the training clock, with the measurement of the curvature
+    seconds: float  # on the training clock, with checkpoints and the measurement of the curvature
+    checkpoint: Path | None = None  # which this run has written, on rank 0
+
+
+UNITS = ("step", "checkpoint", "chunk")  # of work on the training clock; chunk: of the curvature
 
 
 class TrainState:
     """All that training changes: weights, optimizers, averages, and the clock."""
 
-    def __init__(self, model, ranks, log):
+    def __init__(self, model, ranks, log, data: dict[str, str] | None = None):
         self.model = model
         self.hp = model.hp
+        self.data = data or {}  # the identity of what the run reads
         self.ranks = ranks
         self.log = log
         self.parameters = [p.data for p in model.parameters()]  # the model's own tensors
         self.progress = torch.zeros(2, dtype=torch.float64)  # steps done, seconds of training
+        # MAX_WALLCLOCK_SECONDS, once that has ended training
+        self.capped_at = torch.zeros((), dtype=torch.float64)
+        self.longest = dict.fromkeys(UNITS, 0.0)  # seconds of the longest so far, in this process
+        self.started = 0.0  # perf_counter() when the clock would have begun without any pause
+        self.checkpoint: Path | None = None  # which this run has written
         self.optimizers = build_optimizers(model, self.hp, ranks)
         self.averages = build_averages(self.parameters, self.hp)
-        self.hint = "there is no checkpoint"  # for error messages: how to go on
 
     @property
     def steps(self) -> int:
@@ -1890,9 +2535,35 @@ class TrainState:
         """Seconds of training so far."""
         return float(self.progress[1])
 
-    def set_clock(self, seconds: float) -> None:
-        """Set the seconds of training so far."""
-        self.progress[1] = seconds
+    @property
+    def is_over(self) -> bool:
+        """No step is left to take: ITERATIONS are done, or there was no time for more, and the time
+        limit of now is not larger."""
+        has_no_time = 0 < self.hp.max_wallclock_seconds <= float(self.capped_at)
+        return has_no_time or self.steps >= self.hp.iterations
+
+    def start_clock(self) -> None:
+        """From now on time counts as training: at its beginning and after each pause. A pause
+        begins with `read_clock`."""
+        self.started = perf_counter() - self.seconds
+
+    def read_clock(self, unit: str = "") -> float:
+        """Set `seconds` to rank 0's. Returns those since the last reading; with `unit`, it took
+        them. Collective."""
+        before = self.seconds
+        self.progress[1] = self.ranks.from_rank0(perf_counter() - self.started)
+        if unit:
+            self.note_unit(unit, self.seconds - before)
+        return self.seconds - before
+
+    def note_unit(self, unit: str, seconds: float) -> None:
+        """One of UNITS took so long."""
+        self.longest[unit] = max(self.longest[unit], seconds)
+
+    @property
+    def hint(self) -> str:
+        """For error messages: how to go on."""
+        return self.log.hint
 
     @property
     def label(self) -> str:
@@ -1926,11 +2597,14 @@ class TrainState:
         counts = " ".join(f"{name}_updates:{a.count}" for name, a in self.averages.items())
         size = sum(p.numel() for p in self.parameters)
         self.log(f"averaging:{used} {counts} parameters:{size}")
+        for name, average in self.averages.items():
+            if not average.count:
+                self.log(f"warning: AVERAGING={self.hp.averaging}: {name} took no snapshot")
 
     def tensors(self) -> dict[str, Tensor]:
         """name -> every tensor of the state. They are the live ones: to overwrite them is to change
         the state. Those of an average are `ema.0`, its count, and `ema.1` ..., its mean."""
-        named = {"progress": self.progress}
+        named = {"progress": self.progress, "capped_at": self.capped_at}
         named |= {f"model.{name}": t for name, t in self.model.state_dict().items()}
         for optimizer in self.optimizers:
             named |= optimizer.state_tensors()
@@ -1941,14 +2615,33 @@ class TrainState:
     def save(self) -> None:
         """Rank 0 writes logs/<RUN_ID>.ckpt, from which a run with any number of ranks can go on. If
         writing fails, or a number is not finite, the log says so and the previous checkpoint is
-        kept. Collective."""
-        for optimizer in self.optimizers:
-            optimizer.complete_state()
+        kept. A file that an earlier run left under this name is not touched: then the name gets a
+        number. Collective."""
+        self.complete_state()
         try:
             if self.log.path is not None:  # it is None on other ranks
-                self.write_checkpoint(self.log.path.with_suffix(".ckpt"))
-        except UserError as error:
-            self.log(f"warning: {error}")
+                self.checkpoint = self.checkpoint or free_path(self.log.path.with_suffix(".ckpt"))
+                self.write_checkpoint(self.checkpoint)
+                self.log.leaves("checkpoint", how_to_resume(self.checkpoint, self))
+        except (UserError, MemoryError) as error:
+            self.log(f"warning: {error or 'no memory for a checkpoint'}")
+        self.ranks.barrier()
+
+    def complete_state(self) -> None:
+        """Give rank 0 what of the optimizers' state other ranks have. Collective."""
+        for optimizer in self.optimizers:
+            optimizer.complete_state()
+
+    def try_saving(self) -> None:
+        """Write a checkpoint and remove it. UserError: it cannot be written. Collective."""
+        self.complete_state()
+        if self.log.path is not None:
+            trial = free_path(self.log.path.with_suffix(".trial"))
+            try:
+                self.write_checkpoint(trial)
+            finally:
+                with suppress(OSError):  # it must not hide why the trial failed
+                    trial.unlink(missing_ok=True)
         self.ranks.barrier()
 
     def write_checkpoint(self, path: Path) -> None:
@@ -1957,29 +2650,42 @@ class TrainState:
         for name, array in arrays.items():
             problem = f"{name} is not finite, so step {self.steps} gets no checkpoint"
             require(np.isfinite(array).all(), problem)
-        settings = json.dumps(self.hp.as_env())
-        replace_file(path, lambda file: np.savez(file, settings=settings, **arrays))
-        self.hint = f"RESUME={path} goes on from step {self.steps}"
+        progress = arrays["progress"].copy()
+        progress[1] += self.longest["checkpoint"]  # as long as this one may take
+        arrays["progress"] = progress
+        for name, facts in (("settings", self.hp.as_env()), ("data", self.data)):
+            arrays[name] = np.array(json.dumps(facts, allow_nan=False))
+        replace_file(path, lambda file: np.savez(file, **arrays))
 
     def restore(self, path: str) -> None:
         """Give every rank the state of rank 0. With a `path`, rank 0 first reads its state from the
-        checkpoint there. Collective. UserError: there is no checkpoint, or its tensors have other
-        shapes than those of these settings."""
+        checkpoint there. Collective. UserError: there is no checkpoint, it is of other data, or its
+        tensors have other shapes than those of these settings."""
         if path and self.ranks.rank == 0:
             self.copy_checkpoint(path, read_checkpoint(path))
         for tensor in self.tensors().values():
             self.ranks.from_rank0(tensor)
         if path:
-            self.hint = f"RESUME={path} goes on from step {self.steps}"
+            self.log.leaves("checkpoint", how_to_resume(path, self))
             self.log(f"resume:{path} step:{self.steps} train_time:{1e3 * self.seconds:.0f}ms")
 
     def copy_checkpoint(self, path: str, arrays: dict[str, ndarray]) -> None:
-        """Copy the arrays of a checkpoint into the state, and warn of settings that differ."""
-        before = json.loads(str(arrays.get("settings", "{}")))
+        """Copy the arrays of a checkpoint into the state, and warn of settings that differ.
+        UserError: it was made with other data."""
+        require(
+            "data" in arrays and "capped_at" in arrays,
+            f"RESUME={path}: is no checkpoint of this train_gpt.py: go on with the script that "
+            "wrote it, or begin again",
+        )
+        before, data = (json.loads(str(arrays.get(name, "{}"))) for name in ("settings", "data"))
         for name, value in self.hp.as_env().items():
-            may_differ = name in ("RUN_ID", "RESUME", "CHECKPOINT_EVERY")
-            if not may_differ and before.get(name, value) != value:
-                self.log(f"warning: {name}={value} here, {before[name]} in the checkpoint")
+            was = before.get(name, value)
+            if was != value and name in MODEL_SETTINGS and name not in ("QUANT_BITS", "CODER"):
+                raise UserError(
+                    f"RESUME={path}: was begun with {name}={was}, not {value}: set that"
+                )
+            if was != value and name not in ("RUN_ID", "RESUME", "CHECKPOINT_EVERY"):
+                self.log(f"warning: {name}={value} here, {was} in the checkpoint")
         for name, tensor in self.tensors().items():
             shape = arrays[name].shape if name in arrays else None
             found = "is absent" if shape is None else f"has shape {shape}"
@@ -1990,6 +2696,29 @@ class TrainState:
                 "was begun with",
             )
             tensor.copy_(torch.from_numpy(arrays[name]))
+        for part in dict.fromkeys([*self.data, *data]):
+            found, here = data.get(part, "not recorded"), self.data.get(part, "not there")
+            require(
+                found == here,
+                f"RESUME={path}: its run began with other data: {part} was {found}, but is {here} "
+                "now: set DATA_PATH, TRAIN_DATA_PATH and TOKENIZER_PATH to what it began with; the "
+                "checkpoint is kept",
+            )
+
+
+def how_to_resume(path: str | Path, state: TrainState) -> str:
+    """For error messages: how to go on from the checkpoint `path` of this state."""
+    what = ", with packing" if state.is_over else ""
+    return f"RESUME={path} goes on from step {state.steps}{what}"
+
+
+def free_path(path: Path) -> Path:
+    """`path` or, if there is such a file, the first of name.2, name.3 ... that is free."""
+    number, free = 1, path
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_stem(f"{path.stem}.{number}")
+    return free
 
 
 def read_checkpoint(path: str) -> dict[str, ndarray]:
@@ -1998,7 +2727,13 @@ def read_checkpoint(path: str) -> dict[str, ndarray]:
         with np.load(path, allow_pickle=False) as archive:
             # np.load by itself does not verify every checksum
             require(not archive.zip.testzip(), "a checksum differs")
-            return dict(archive)
+            arrays = dict(archive)
+        for name in ("settings", "data"):
+            facts = json.loads(str(arrays.get(name, "{}")))
+            require(type(facts) is dict, f"its {name} are no JSON object")
+        return arrays
+    except MemoryError:
+        raise
     except Exception as error:  # damage raises many types: of NumPy, zipfile, zlib, struct ...
         cause, *_ = str(error).split(". ")  # NumPy goes on to say how to load it unsafely
         reason = getattr(error, "strerror", None) or f"not a whole checkpoint ({cause})"
@@ -2008,29 +2743,71 @@ def read_checkpoint(path: str) -> dict[str, ndarray]:
 def train(model, loader: TokenLoader, validation: Validation, ranks, log, stop) -> Trained:
     """Train `model` in place, from its initial weights or from RESUME, until ITERATIONS or
     MAX_WALLCLOCK_SECONDS. After the last step a checkpoint is written; then the model gets the
-    averaged weights, and their curvature is measured. Collective. UserError: the loss is not
-    finite. Stopped: a signal came."""
+    averaged weights, and their curvature is measured. RESUME of that checkpoint takes no more
+    steps, unless there are more ITERATIONS or more time than before. Collective. UserError: the
+    loss is not finite. Stopped: a signal came."""
     hp = model.hp
-    state = TrainState(model, ranks, log)
+    _, passes = block_passes(hp)  # those of the network that is scored
+    state = TrainState(model, ranks, log, validation.identity | loader.identity)
     state.restore(hp.resume)
-    loss = compiled(training_loss, hp, ranks.device)
-    take_step = partial(training_step, state, loader, loss)
-    warm_up(state, take_step)
-    run_steps(state, take_step, validation, stop)
+    if not state.is_over:
+        loss = compiled(training_loss, hp, ranks.device)
+        take_step = partial(training_step, state, loader, loss)
+        warm_up(state, take_step)
+        try_units(state, passes, loader)
+        run_steps(state, take_step, validation, stop)
+    stop_if_signalled(state, stop)
+    log_progress_validation(state, validation)
+    stop.be_patient(False)  # from here on a signal ends the run at once
+    stop_if_signalled(state, stop)
+
+    state.start_clock()
     state.load_averages()
     curvature = {}
     if hp.quantizer == "gptq":
-        began = perf_counter()
-        _, passes = block_passes(hp)  # those of the network that is scored
         curvature, num_tokens = measure_curvature(model, passes, loader, state.steps, ranks)
-        seconds = ranks.from_rank0(perf_counter() - began)
-        state.set_clock(state.seconds + seconds)
+        seconds = state.read_clock()
         # input channels that were always 0
         dead = sum(int((c.inputs_CC.diagonal() == 0).sum()) for c in curvature.values())
         facts = f"seconds:{seconds:.1f} matrices:{len(curvature)} dead_columns:{dead}"
         log(f"gptq_curvature tokens:{num_tokens} {facts} {state.clock}")
     weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
-    return Trained(weights, curvature, state.steps, state.seconds)
+    return Trained(weights, curvature, state.steps, state.seconds, state.checkpoint)
+
+
+def stop_if_signalled(state: TrainState, stop) -> None:
+    """Stopped: a signal has come to some rank. Collective."""
+    (stopped,) = state.ranks.any(bool(stop.name))
+    if stopped:
+        raise stopped_here(state, stop)
+
+
+def stopped_here(state: TrainState, stop) -> Stopped:
+    """The error with which training ends after a signal, maybe to another rank."""
+    by = stop.name or "a signal"
+    return Stopped(f"{state.label}: stopped by {by}; {state.hint}")
+
+
+def log_progress_validation(state: TrainState, validation: Validation) -> None:
+    """Validate with the weights of now, as they are trained, and log it. Collective."""
+    passes = plan_step(state.steps, state.seconds, state.hp, state.ranks.device).passes
+    loss, bpb = validate(Scorer(state.model, passes), validation, state.ranks, state.log)
+    state.log(f"{state.label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {state.clock}")
+
+
+def try_units(state: TrainState, passes: tuple[int, ...], loader: TokenLoader) -> None:
+    """With a time limit: do once, off the clock, what training does only when the time is nearly
+    over, so that it is known how much to keep. That is to measure a chunk of the curvature and to
+    write a checkpoint. Both leave no trace. Collective. UserError: it cannot be written."""
+    if not state.hp.max_wallclock_seconds:
+        return
+    began = perf_counter()
+    if state.hp.quantizer == "gptq":
+        measure_curvature(state.model, passes, loader, state.steps, state.ranks, most_chunks=1)
+        state.note_unit("chunk", state.ranks.from_rank0(perf_counter() - began))
+    began = perf_counter()
+    state.try_saving()
+    state.note_unit("checkpoint", state.ranks.from_rank0(perf_counter() - began))
 
 
 def training_step(state: TrainState, loader: TokenLoader, loss: Callable, plan: StepPlan) -> Tensor:
@@ -2074,20 +2851,20 @@ def warm_up(state: TrainState, take_step: Callable) -> None:
 
 
 def run_steps(state: TrainState, take_step: Callable, validation: Validation, stop) -> None:
-    """Take steps until the end of training, with validations, log lines and checkpoints. The clock
-    is rank 0's. It stands still during validations, as the challenge allows, but not while a
-    checkpoint is written. Collective."""
+    """Take steps until the end of training, with validations, log lines and checkpoints; the last
+    checkpoint says that training has ended. The clock is rank 0's. It stands still during
+    validations, as the challenge allows, but not while a checkpoint is written. Collective."""
     hp, ranks, log = state.hp, state.ranks, state.log
     stop.be_patient()  # from here on signals wait for the end of a step
     saved_at = state.seconds
-    started = perf_counter() - state.seconds
+    state.start_clock()
     plan = StepPlan(1.0, block_passes(hp)[0], None)  # as if before the first step
     losses = deque(maxlen=2)  # of the last two steps, the older one first
     while True:
         if losses:
             # Wait for the older step only, so that the GPU always has a step to work on.
             require_finite(losses[0], state.steps + 1 - len(losses), state)
-        state.set_clock(ranks.from_rank0(perf_counter() - started))
+        state.read_clock("step" if losses else "")
         (stopped,) = ranks.any(bool(stop.name))
         previous_plan = plan
         plan = plan_step(state.steps, state.seconds, hp, ranks.device)
@@ -2095,24 +2872,19 @@ def run_steps(state: TrainState, take_step: Callable, validation: Validation, st
             log_loss(losses[-1], plan, state)
 
         is_capped = time_is_up(state)
-        is_last = is_capped or state.steps >= hp.iterations
-        validates = is_last or is_multiple(state.steps, hp.val_loss_every)
-        is_due = 0 < hp.checkpoint_every <= state.seconds - saved_at
-        if stopped or validates or is_due:
+        if is_capped or state.steps >= hp.iterations:
+            break
+        validates = is_multiple(state.steps, hp.val_loss_every)
+        is_due = validates or 0 < hp.checkpoint_every <= state.seconds - saved_at
+        if stopped or (is_due and not time_is_up(state, checkpoints=2)):
             saved_at = state.seconds
             state.save()  # also before a validation, in case the run is killed during it
-        if validates and not stopped:
-            paused = perf_counter()
-            loss, bpb = validate(Scorer(state.model, plan.passes), validation, ranks, log)
-            log(f"{state.label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {state.clock}")
-            if is_last:
-                stop.be_patient(False)  # from here on a signal ends the run at once
-                (stopped,) = ranks.any(bool(stop.name))
-            started += perf_counter() - paused
+            state.read_clock("checkpoint")
         if stopped:
-            raise Stopped(f"{state.label}: stopped by {stop.name or 'a signal'}; {state.hint}")
-        if is_last:
-            break
+            raise stopped_here(state, stop)
+        if validates:
+            log_progress_validation(state, validation)
+            state.start_clock()
         log_changes(previous_plan, plan, state)
         losses.append(PendingLoss(take_step(plan)))
 
@@ -2120,6 +2892,9 @@ def run_steps(state: TrainState, take_step: Callable, validation: Validation, st
         require_finite(losses[-1], state.steps, state)
     if is_capped:
         log(f"stopping_early: wallclock_cap {state.clock.split()[0]} {state.label}")
+        state.capped_at.fill_(hp.max_wallclock_seconds)
+    state.save()
+    state.read_clock("checkpoint")
 
 
 class PendingLoss:
@@ -2149,14 +2924,18 @@ def require_finite(loss: PendingLoss, step: int, state: TrainState) -> None:
     )
 
 
-def time_is_up(state: TrainState) -> bool:
-    """Might another step pass the time limit, if it took twice the average? On a GPU the last step
-    is still under way when the clock is read, so that its time counts too."""
+def time_is_up(state: TrainState, checkpoints: int = 1) -> bool:
+    """Might the time limit be passed by another step, so many checkpoints and the measurement of
+    the curvature, if each took twice as long as the longest so far? The first step is taken in any
+    case. On a GPU the last step is still under way when the clock is read; its time counts too."""
+    hp = state.hp
     if not state.steps:
         return False
-    units = 3 if state.ranks.device.type == "cuda" else 2
-    more = units * state.seconds / state.steps
-    return would_overrun(state.seconds, more, state.hp.seconds_for_steps)
+    steps = 2 if state.ranks.device.type == "cuda" else 1
+    step_seconds = state.longest["step"] or state.seconds / state.steps  # the mean, after RESUME
+    units = steps * step_seconds + checkpoints * state.longest["checkpoint"]
+    more = 2 * units + max(hp.gptq_seconds, 2 * state.longest["chunk"])
+    return would_overrun(state.seconds, more, hp.max_wallclock_seconds)
 
 
 def log_loss(loss: PendingLoss, plan: StepPlan, state: TrainState) -> None:
@@ -2170,8 +2949,15 @@ def log_loss(loss: PendingLoss, plan: StepPlan, state: TrainState) -> None:
 
 
 def log_changes(previous: StepPlan, plan: StepPlan, state: TrainState) -> None:
-    """Log where recurrence or late QAT begins."""
+    """Log where recurrence or late QAT begins. Warn after ten steps if the time limit will come
+    long before the end of a warm-down that began with the first step."""
     hp = state.hp
+    is_early = training_share(state.steps, state.seconds, hp) < 0.5
+    if state.steps == 10 and is_early and plan.scale < 1 / 3 and hp.warmdown_iters <= hp.iterations:
+        state.log(
+            f"warning: WARMDOWN_ITERS={hp.warmdown_iters} is more than three times the steps that "
+            "the time limit allows: learning rates are low from the start"
+        )
     if plan.passes != previous.passes:
         state.log(f"recurrence:on step:{state.steps} passes:{len(plan.passes)}")
     if plan.hardness is not None and previous.hardness is None:
@@ -2188,6 +2974,7 @@ def is_multiple(step: int, every: int) -> bool:
 # How much an error in a weight raises the loss. It is measured on training tokens, and the time
 # counts as training time. GPTQ (section 10) uses it to keep those weights precise that matter most.
 
+LEAST_COST = 1e-30  # in nats per token, of an error of 1; less is nothing
 CHUNK_TOKENS = 16_384  # tokens of one rank in one forward and backward pass
 
 
@@ -2207,8 +2994,11 @@ class Curvature:
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """perm, the columns by falling diagonal of inputs_CC; and U, upper triangular, with U' U =
         (inputs_CC[perm, perm] + damping)^-1, which GPTQ needs. None, if the matrix is not positive
-        definite even with the strongest damping, or a number is not finite."""
+        definite even with the strongest damping, a number is not finite, or inputs or gradients
+        were always zero."""
         H_CC = self.inputs_CC.double()
+        if H_CC.diagonal().mean() * self.outputs_R.double().mean() <= LEAST_COST:
+            return None
         perm_C = H_CC.diagonal().argsort(descending=True)
         H_CC = H_CC[perm_C][:, perm_C]
         for damping in (0.01, 0.1, 1.0):
@@ -2230,7 +3020,7 @@ class Curvature:
         outputs_R = self.outputs_R.double()
         cost_R = column_cost * (outputs_R + 0.01 * outputs_R.mean())
         eighths = (
-            -4 * cost_R.clamp_min(1e-30).log2()
+            -4 * cost_R.clamp_min(LEAST_COST).log2()
         ).round()  # of log2: few values take few bytes
         return torch.exp2(eighths / 8).float().cpu()[:, None]
 
@@ -2298,17 +3088,19 @@ def curvature_batches(hp, loader: TokenLoader, step: int) -> Iterator[tuple[Tens
 
 
 def measure_curvature(
-    model, passes: tuple[int, ...], loader: TokenLoader, step: int, ranks
+    model, passes: tuple[int, ...], loader: TokenLoader, step: int, ranks, most_chunks: int = 0
 ) -> tuple[dict[str, Curvature], int]:
     """Returns the Curvature of every coded matrix, by name, and the number of tokens that it was
-    measured on: those of the batches after `step` steps. With a time limit it ends early, when one
-    more chunk of twice the mean time would exceed the seconds kept for it. Collective."""
+    measured on: those of the batches after `step` steps, or of the first `most_chunks`, unless that
+    is 0. With a time limit it ends early, when one more chunk that takes twice as long as the
+    longest so far would exceed the seconds kept for it. Collective."""
     hp, device = model.hp, ranks.device
     began = perf_counter()
-    num_tokens = 0
+    num_tokens, seconds, longest = 0, 0.0, 0.0
+    chunks = curvature_batches(hp, loader, step)
     with watched(model) as moments:
         head = moments["head.weight"]  # GPT.logits uses the matrix without its module: no hook
-        for done, (ids, target_ids) in enumerate(curvature_batches(hp, loader, step), start=1):
+        for ids, target_ids in islice(chunks, most_chunks or None):
             num_tokens += ids.numel() * ranks.world_size
             hidden_ND = model.hidden(ids.to(device), passes).flatten(0, 1)
             head.add_inputs(norm(hidden_ND))
@@ -2317,8 +3109,9 @@ def measure_curvature(
             target_ids_N = target_ids.to(device).flatten()
             token_nll(z_NV, target_ids_N, hp.logit_softcap).sum().backward()
             ranks.barrier()
-            seconds = ranks.from_rank0(perf_counter() - began)
-            if would_overrun(seconds, 2 * seconds / done, hp.gptq_seconds):
+            before, seconds = seconds, ranks.from_rank0(perf_counter() - began)
+            longest = max(longest, seconds - before)
+            if would_overrun(seconds, 2 * longest, hp.gptq_seconds):
                 break
 
     found = {}
@@ -2344,26 +3137,31 @@ def measure_curvature(
 # QUANT_BITS would give (8 bits for tables and head). The file holds data only, nothing that can
 # run:
 #
-#     "PGOLF", byte 3 | SHA-256 of the rest | u32 size of the side stream | side stream | rANS words
+#     "PGOLF", byte 4 | SHA-256 of the rest | u32 size of the text | text
+#                                           | u32 size of the numbers | numbers | codes
 #
-# The side stream is LZMA2 of everything but the codes. docs/container.md describes every byte.
+# The text has the settings of the model and the tensor table, the numbers are all that is no code.
+# Both are LZMA2. docs/container.md describes every byte. The reader believes nothing: settings are
+# checked as those of the environment are, and with them the sizes of all that follows, before
+# memory is taken for it.
 
-MAGIC = b"PGOLF\x03"
+MAGIC = b"PGOLF\x04"
 CHECKSUM_PLACE = slice(len(MAGIC), len(MAGIC) + 32)
 TABLES = 64  # frequency tables
 SYMBOLS = 256  # symbols of a table; a symbol is a code plus 128
 SCALE = 14  # the frequencies of a table sum to 2^SCALE
 LEAST_STATE = 1 << 16  # the smallest rANS state, which is also the first
-MOST_WEIGHTS = 1 << 28  # a file that claims more is refused before memory is taken
-MOST_SIDE = 1 << 24  # bytes of the side stream once it is decompressed
-MOST_TEXT = 1 << 20  # bytes of the tensor table in it
-COARSEST = 254.0  # the largest factor of the natural step sizes: all codes are -1, 0 or 1
+MOST_WEIGHTS = 1 << 26  # of a model, of which SIZE_CAP has room for less than two bits each
+MOST_TEXT = 1 << 20  # bytes of the settings and the tensor table
+COARSEST = 254.0  # the largest factor of RowQuantizer's step sizes: all codes are -1, 0 or 1
+USUAL_RANGE = 16  # octaves; step sizes that are further from the median are those of dead rows
 GPTQ_BLOCK = 128  # columns
 TOLERANCE = 4096  # bytes of the budget that may stay unused
 AIM = 2000  # the search aims this many bytes below the budget
 LZMA = dict(
     format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=1 << 20, pb=0)]
 )
+LZMA_OF_CODES = dict(format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=6)])
 
 require_valid = partial(require, error=ValueError)
 
@@ -2373,6 +3171,8 @@ require_valid = partial(require, error=ValueError)
 
 class RowQuantizer:
     """Rounds each row by itself, without looking at the inputs of the matrix (GPTQ-lite)."""
+
+    coarsest = COARSEST  # the largest useful factor: all codes are -1, 0 or 1
 
     def __init__(self, state: dict[str, Tensor], hp, curvature: dict[str, Curvature]):
         """`state`: the weights to be packed. It and `curvature` are for other quantisers."""
@@ -2405,14 +3205,33 @@ class GPTQ:
     def __init__(self, state: dict[str, Tensor], hp, curvature: dict[str, Curvature]):
         self.rows = RowQuantizer(state, hp, curvature)
         self.curvature = {name: c for name, c in curvature.items() if c.factors is not None}
-        log_ratio = 0.0
-        num_weights = 0
-        for name, c in self.curvature.items():
-            w_RC = state[name].detach().float().cpu()
+        matrices = {name: state[name].detach().float().cpu() for name in self.curvature}
+        octaves = {}  # by matrix: log2 of natural step size / delta, of its rows that are not zero
+        for name, w_RC in matrices.items():
             _, natural = quantize_rows(w_RC, largest_code(name, w_RC, hp))
-            log_ratio += float((natural.log2() - c.deltas.log2()).mean()) * w_RC.numel()
-            num_weights += w_RC.numel()
-        self.scale = 2 ** (log_ratio / max(num_weights, 1))
+            ratio = natural.log2() - self.curvature[name].deltas.log2()
+            octaves[name] = ratio[w_RC.any(1)]
+        self.scale = 2 ** self.mean_octaves(octaves, matrices)
+        rows = [
+            w_RC.abs().amax(1, keepdim=True) / (self.curvature[name].deltas * self.scale)
+            for name, w_RC in matrices.items()
+        ]
+        self.coarsest = max([COARSEST, *(float(needed.max()) for needed in rows)])
+
+    @staticmethod
+    def mean_octaves(octaves: dict[str, Tensor], matrices: dict[str, Tensor]) -> float:
+        """The mean over all weights. Rows that training never touched, or that weight decay has
+        left next to nothing of, are far from the median: they are left out."""
+        median = torch.cat([torch.zeros(0, 1), *octaves.values()]).median()
+        total = 0.0
+        num_weights = 0
+        for name, found in octaves.items():
+            usual = found[(found - median).abs() <= USUAL_RANGE]
+            if len(usual):
+                weights = len(usual) * matrices[name].size(1)
+                total += float(usual.mean()) * weights
+                num_weights += weights
+        return total / max(num_weights, 1)
 
     def quantize(self, name: str, w_RC, coarsen: float) -> tuple[Tensor, Tensor]:
         """As RowQuantizer.quantize."""
@@ -2438,7 +3257,7 @@ class GPTQ:
         at most 127."""
         delta = self.curvature[name].deltas * (self.scale * coarsen)
         least = w_RC.abs().amax(1, keepdim=True) / LARGEST_CODE
-        return torch.maximum(delta, least).clamp_min(1e-30).bfloat16().float()
+        return torch.maximum(delta, least).clamp(1e-30, 1e36).bfloat16().float()
 
 
 QUANTIZERS = {"gptq": GPTQ, "rows": RowQuantizer}
@@ -2535,6 +3354,8 @@ def rans_decode(coded: bytes, tables: ndarray, freq: ndarray) -> ndarray:
     start = np.cumsum(freq, dtype=np.uint32) - freq
     pair_of_slot = np.repeat(np.arange(len(freq), dtype="<u2"), freq)
     count = num_states(len(tables))
+    is_sized = len(coded) >= 4 * count and len(coded) % 2 == 0
+    require_valid(is_sized, "codes end too early")
     states = np.frombuffer(coded, "<u4", count).copy()
     words = np.frombuffer(coded, "<u2", offset=4 * count)
     symbols = np.empty(len(tables), np.uint8)
@@ -2555,30 +3376,93 @@ def rans_decode(coded: bytes, tables: ndarray, freq: ndarray) -> ndarray:
     return symbols
 
 
-def encode_matrices(matrices: list[ndarray]) -> tuple[ndarray, list[ndarray], bytes, list[int]]:
-    """What `decode_matrices` needs: frequencies; the spread classes of the rows of all matrices,
-    followed by those of the columns; the coded bytes. And fourth, about how many bytes each matrix
-    takes."""
-    classes = [spread_classes(codes) for codes in matrices]
-    pairs = []
-    for codes, (rows, columns) in zip(matrices, classes):
-        symbols = codes.astype(np.int16) + 128
-        pairs.append((tables_of(rows, columns) * SYMBOLS + symbols).ravel())
-    freq, words = rans_encode(np.concatenate([np.empty(0, np.int16), *pairs]))
-    bits = SCALE - np.log2(np.maximum(freq, 1))  # of each pair
-    sizes = [round(bits[pair].sum() / 8) for pair in pairs]
-    rows_first = [rows for rows, _ in classes] + [columns for _, columns in classes]
-    return freq, rows_first, words, sizes
+class Coded(NamedTuple):
+    """What a coder's `encode` returns."""
+
+    numbers: list[ndarray]  # 16-bit numbers without which the codes cannot be read
+    codes: bytes
+    sizes: list[int]  # about how many bytes each matrix takes
 
 
-def decode_matrices(freq: ndarray, classes: list[ndarray], words: bytes) -> list[ndarray]:
-    """The codes of each matrix, plus 128, as uint8 (R, C)."""
-    half = len(classes) // 2
-    tables = [tables_of(*both) for both in zip(classes[:half], classes[half:])]
-    flat = np.concatenate([np.empty(0, np.int16), *(table.ravel() for table in tables)])
-    ends = np.cumsum([table.size for table in tables], dtype=int)
-    symbols = np.split(rans_decode(words, flat, freq), ends)
-    return [part.reshape(table.shape) for part, table in zip(symbols, tables)]
+class Rans:
+    """Codes by rANS. Its numbers are the frequencies; the spread classes of the rows of all
+    matrices; and those of the columns."""
+
+    share_of_rans = 1.0  # rANS takes at most about so many bytes for one of this coder's
+    most_packings = 4  # of a search that begins near its end
+
+    @staticmethod
+    def num_numbers(shapes: list[tuple[int, int]]) -> int:
+        """How many numbers `encode` returns for matrices of these shapes."""
+        return SYMBOLS * TABLES + sum(map(sum, shapes))
+
+    @staticmethod
+    def encode(matrices: list[ndarray]) -> Coded:
+        """`matrices`: whole numbers from -127 to 127, as floats, (R, C) each."""
+        classes = [spread_classes(codes) for codes in matrices]
+        pairs = []
+        for codes, (rows, columns) in zip(matrices, classes):
+            symbols = codes.astype(np.int16) + 128
+            pairs.append((tables_of(rows, columns) * SYMBOLS + symbols).ravel())
+        freq, words = rans_encode(np.concatenate([np.empty(0, np.int16), *pairs]))
+        bits = SCALE - np.log2(np.maximum(freq, 1))  # of each pair
+        sizes = [round(bits[pair].sum() / 8) for pair in pairs]
+        rows_first = [rows for rows, _ in classes] + [columns for _, columns in classes]
+        return Coded([freq, *rows_first], words, sizes)
+
+    @staticmethod
+    def decode(shapes: list[tuple[int, int]], numbers: ndarray, codes: bytes) -> list[ndarray]:
+        """The codes plus 128 of matrices of these `shapes`, uint8. `numbers`: int16, of
+        `num_numbers(shapes)`. ValueError: they or the codes are damaged."""
+        freq, classes = np.split(numbers, [SYMBOLS * TABLES])
+        sums = freq.reshape(TABLES, SYMBOLS).sum(1)
+        require_valid((sums == 1 << SCALE).all() and freq.min() >= 0, "bad frequencies")
+        sides = [R for R, _ in shapes] + [C for _, C in shapes]
+        classes = np.split(classes, np.cumsum(sides, dtype=int)[:-1])
+        tables = [
+            tables_of(rows, columns).astype(np.uint8).ravel()
+            for rows, columns in zip(classes, classes[len(shapes) :])
+        ]
+        flat = np.concatenate([np.empty(0, np.uint8), *tables])
+        return split_matrices(rans_decode(codes, flat, freq.view("<u2")), shapes)
+
+
+class Lzma:
+    """Codes as int8 through LZMA, as PR #889 packs them. It has no numbers."""
+
+    share_of_rans = 0.945
+    most_packings = 2  # each takes a quarter of a minute for 27 million weights
+
+    @staticmethod
+    def num_numbers(shapes: list[tuple[int, int]]) -> int:
+        """As Rans.num_numbers."""
+        return 0
+
+    @staticmethod
+    def encode(matrices: list[ndarray]) -> Coded:
+        """As Rans.encode. LZMA does not say how many bytes a matrix takes: by its share of
+        weights."""
+        plain = b"".join(codes.astype(np.int8) for codes in matrices)
+        packed = lzma.compress(plain, **LZMA_OF_CODES)
+        share = len(packed) / max(len(plain), 1)
+        return Coded([], packed, [round(codes.size * share) for codes in matrices])
+
+    @staticmethod
+    def decode(shapes: list[tuple[int, int]], numbers: ndarray, codes: bytes) -> list[ndarray]:
+        """As Rans.decode."""
+        size = sum(R * C for R, C in shapes)
+        plain = inflate(codes, size, LZMA_OF_CODES)
+        require_valid(len(plain) == size, "codes end too early")
+        return split_matrices(np.frombuffer(plain, np.uint8) + np.uint8(128), shapes)
+
+
+CODERS = {"rans": Rans, "lzma": Lzma}
+
+
+def split_matrices(flat: ndarray, shapes: list[tuple[int, int]]) -> list[ndarray]:
+    """Matrices of these shapes, from the codes of all of them."""
+    ends = np.cumsum([R * C for R, C in shapes], dtype=int)
+    return [part.reshape(shape) for part, shape in zip(np.split(flat, ends), shapes)]
 
 
 # State dict <-> container
@@ -2592,7 +3476,7 @@ class TensorEntry(NamedTuple):
     shape: tuple[int, ...]
 
     def line(self) -> str:
-        """As text, which `parse_entries` reads."""
+        """As text, which `parse_header` reads."""
         return " ".join(map(str, (self.name, int(self.is_coded), *self.shape))) + "\n"
 
     @property
@@ -2602,7 +3486,7 @@ class TensorEntry(NamedTuple):
 
     @property
     def num_numbers(self) -> int:
-        """How many 16-bit numbers it has in the side stream: a step size per row if it is coded,
+        """How many 16-bit numbers it has among the container's: a step size per row if it is coded,
         else all its weights."""
         return self.shape[0] if self.is_coded else self.num_weights
 
@@ -2614,24 +3498,29 @@ class Container(NamedTuple):
     sizes: dict[str, int]  # bytes of the codes by group of parameters, and of all else as "side"
     error: float  # relative error of the coded weights: |decoded - w| / |w|
     num_coded: int  # number of coded weights (1 if there are none)
+    levels: int  # the largest code of the matrices, which have QUANT_BITS by nature
+
+
+def tensor_table(state: dict[str, Tensor], hp) -> list[TensorEntry]:
+    """An entry for each tensor."""
+    return [TensorEntry(n, largest_code(n, w, hp) > 0, tuple(w.shape)) for n, w in state.items()]
 
 
 def quantize_state(state: dict[str, Tensor], hp, coarsen: float, quantize: Callable):
     """(entries, codes of the coded matrices, 16-bit numbers of all tensors, relative error).
     Tensors that are not coded become float16, which ends at 65504. UserError: a weight is NaN,
     infinite or huge."""
-    entries, codes, numbers = [], [], []
+    entries = tensor_table(state, hp)
+    codes, numbers = [], []
     lost = total = 0.0  # sums of squares
-    for name, tensor in state.items():
-        w = tensor.detach().float().cpu().contiguous()
-        largest = largest_code(name, tensor, hp)
+    for name, is_coded, _ in entries:
+        w = state[name].detach().float().cpu().contiguous()
         require(
-            bool((w.abs() <= (1e30 if largest else 65504)).all()),
+            bool((w.abs() <= (1e30 if is_coded else 65504)).all()),
             f"{name}: holds NaN, infinity or huge values: training diverged; lower the learning "
             "rates",
         )
-        entries.append(TensorEntry(name, largest > 0, tuple(w.shape)))
-        if not largest:
+        if not is_coded:
             numbers.append(w.half().numpy())
             continue
         rounded, delta = quantize(name, w, coarsen)
@@ -2650,106 +3539,160 @@ def pack(
     infinite or huge."""
     quantize = quantize or RowQuantizer(state, hp, {}).quantize
     entries, codes, numbers, error = quantize_state(state, hp, coarsen, quantize)
-    freq, classes, words, coded_sizes = encode_matrices(codes)
-    numbers = b"".join([freq, *classes, *numbers])
+    coded = CODERS[hp.coder].encode(codes)
+    numbers = b"".join([*coded.numbers, *numbers])
     by_byte = np.frombuffer(numbers, np.uint8).reshape(-1, 2).T.tobytes()  # low bytes, then high
-    text = "".join(entry.line() for entry in entries).encode()
-    side = lzma.compress(text + b"\0" + by_byte, **LZMA)
-    body = len(side).to_bytes(4, "little") + side + words
+    settings = [f"{name}={value}\n" for name, value in hp.of_model().items()]
+    text = "".join(settings + [entry.line() for entry in entries]).encode()
+    require(len(text) <= MOST_TEXT, f"the tensor table has over {MOST_TEXT} bytes: fewer layers")
+    parts = [lzma.compress(part, **LZMA) for part in (text, by_byte)]
+    body = b"".join(len(part).to_bytes(4, "little") + part for part in parts) + coded.codes
     blob = MAGIC + hashlib.sha256(body).digest() + body
 
     sizes = dict.fromkeys(["side", "embeddings", "attention", "mlp"], 0)
     names = [entry.name for entry in entries if entry.is_coded]
-    for name, size in zip(names, coded_sizes):
+    for name, size in zip(names, coded.sizes):
         sizes[parameter_row(name).group] += size
     sizes["side"] = len(blob) - sum(sizes.values())
-    return Container(blob, sizes, error, max(1, sum(c.size for c in codes)))
+    largest = [np.abs(c).max() for n, c in zip(names, codes) if parameter_row(n).kind == "matrix"]
+    num_coded = max(1, sum(c.size for c in codes))
+    return Container(blob, sizes, error, num_coded, int(max(largest, default=0)))
 
 
-def decompress(blob: bytes, like: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The state dict of a container, float32 on the CPU. ValueError: it is not a container, is
-    damaged, claims impossible sizes, or has other names and shapes than the state dict `like`.
-    Sizes are checked before memory is taken for them."""
+class Opened(NamedTuple):
+    """A container of which settings and tensor table are read and checked."""
+
+    hp: Hyperparameters  # with the settings of the model that the file holds
+    entries: list[TensorEntry]
+    numbers: bytes  # still compressed
+    codes: bytes
+
+
+def open_container(blob: bytes) -> Opened:
+    """ValueError: not a container, damaged, of another format, or its settings cannot be."""
+    magic = blob[: len(MAGIC)]
+    of_other = "; score it with the train_gpt.py that wrote it, which its run's log begins with"
+    require_valid(
+        magic == MAGIC,
+        f"starts with {magic!r}, expected {MAGIC!r}: "
+        + (f"another version of the format{of_other}" if magic[:5] == MAGIC[:5] else "no artifact"),
+    )
+    body = blob[CHECKSUM_PLACE.stop :]
+    is_intact = hashlib.sha256(body).digest() == blob[CHECKSUM_PLACE]
+    require_valid(is_intact, "SHA-256 differs: cut or damaged")
+    parts = []
+    for _ in range(2):
+        end = 4 + int.from_bytes(body[:4], "little")
+        parts.append(body[4:end])
+        body = body[end:]
+    text, numbers = parts
+    settings, entries = parse_header(inflate(text, MOST_TEXT, LZMA))
+    difference = sorted(settings.keys() ^ set(MODEL_SETTINGS))
+    names = " ".join(difference)[:100]
+    problem = f"{names}: a setting of the file or of this train_gpt.py, but not of both{of_other}"
+    require_valid(not difference, problem)
     try:
-        magic = blob[: len(MAGIC)]
-        found = f"starts with {magic!r}, expected {MAGIC!r}: not an artifact of this script"
-        require_valid(magic == MAGIC, found)
-        body = blob[CHECKSUM_PLACE.stop :]
-        is_intact = hashlib.sha256(body).digest() == blob[CHECKSUM_PLACE]
-        require_valid(is_intact, "SHA-256 differs: cut or damaged")
-        side_end = 4 + int.from_bytes(body[:4], "little")
-        text, numbers = inflate(body[4:side_end])
-        entries = parse_entries(text)
-        if like is not None:
-            require_shapes({entry.name: entry.shape for entry in entries}, like)
-        return read_tensors(entries, numbers, body[side_end:])
+        return Opened(settings_to_score("artifact", settings, {}), entries, numbers, body)
+    except (UserError, OverflowError) as error:
+        raise ValueError(f"settings that cannot be: {error}") from None
+
+
+@contextmanager
+def errors_of_artifacts() -> Iterator[None]:
+    """What a damaged container raises becomes a ValueError of one line, which is not too long."""
+    try:
+        yield
     except (lzma.LZMAError, ValueError) as error:
-        raise ValueError(f"artifact: {error}") from None
+        raise ValueError(f"artifact: {str(error)[:400]}") from None
 
 
-def require_shapes(found: dict[str, tuple[int, ...]], like: dict[str, Tensor]) -> None:
-    """ValueError: the tensors of a file have other names or shapes than `like`."""
-    for name in sorted(found.keys() | like.keys()):
-        here = found.get(name, "absent")
-        needed = tuple(like[name].shape) if name in like else "absent"
+def settings_of(blob: bytes) -> dict[str, str]:
+    """The MODEL_SETTINGS that a container holds, as they would be written in the environment.
+    ValueError: as for `decompress`, but numbers and codes are not looked at."""
+    with errors_of_artifacts():
+        hp, entries, *_ = open_container(blob)
+        require_table(entries, tensor_table(empty_state(hp), hp))
+        return hp.of_model()
+
+
+def decompress(
+    blob: bytes, like: dict[str, Tensor] | None = None
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The settings of a container, as `settings_of` gives them, and its state dict, float32 on the
+    CPU. `like`: the state dict of a model with these settings, if there is one already.
+    ValueError: it is not a container, is damaged, holds settings that cannot be, or other tensors
+    than its settings make. All of this is checked before memory is taken for the weights."""
+    with errors_of_artifacts():
+        hp, entries, numbers, codes = open_container(blob)
+        if like is None:
+            like = empty_state(hp)
+        require_table(entries, tensor_table(like, hp))
+        return hp.of_model(), read_tensors(CODERS[hp.coder], entries, numbers, codes)
+
+
+def empty_state(hp) -> dict[str, Tensor]:
+    """The state dict of a model, but without memory for its weights."""
+    with torch.device("meta"):
+        return GPT(hp).state_dict()
+
+
+def require_table(found: list[TensorEntry], expected: list[TensorEntry]) -> None:
+    """ValueError: the tensors of a file are others than those `expected` by its settings."""
+    here, needed = ({e.name: e.line().strip() for e in entries} for entries in (found, expected))
+    for name in sorted(here.keys() | needed.keys()):
+        one, other = (lines.get(name, f"no {name}") for lines in (here, needed))
         require_valid(
-            here == needed,
-            f"belongs to a model of other settings: {name} is {here} in the file, but {needed} by "
-            "the settings of now; the log of its run has those that it was trained with",
+            one == other,
+            f"tensors of another model than its settings make: found {one!r}, expected {other!r}; "
+            "if another train_gpt.py wrote it, score it with that one",
         )
 
 
-def inflate(side: bytes) -> tuple[bytes, bytes]:
-    """(text, numbers) of a side stream, which may not grow beyond MOST_SIDE."""
-    engine = lzma.LZMADecompressor(**LZMA)
-    text, _, numbers = engine.decompress(side, MOST_SIDE).partition(b"\0")
-    is_whole = engine.eof and not engine.unused_data
-    require_valid(is_whole, "a side stream that is cut or too long")
-    require_valid(len(text) < MOST_TEXT, "a tensor table that is too long")
-    return text, numbers
+def inflate(packed: bytes, most: int, options: dict) -> bytes:
+    """The bytes that lzma has compressed with `options`. ValueError: over `most`, or damaged."""
+    engine = lzma.LZMADecompressor(**options)
+    plain = engine.decompress(packed, most + 1)
+    is_whole = engine.eof and not engine.unused_data and len(plain) <= most
+    require_valid(is_whole, "a compressed part that is cut or too long")
+    return plain
 
 
-def parse_entries(text: bytes) -> list[TensorEntry]:
-    """The lines of the tensor table, checked."""
-    entries = []
-    for line in text.splitlines():
+def parse_header(text: bytes) -> tuple[dict[str, str], list[TensorEntry]]:
+    """Settings and tensor table. ValueError: a line is neither, or not possible."""
+    settings, entries = {}, []
+    *lines, rest = text.split(b"\n")
+    require_valid(not rest, "the tensor table ends within a line")
+    for line in lines:
+        if setting := re.fullmatch(rb"([A-Z][A-Z0-9_]*)=([ -~]*)", line):
+            name = setting[1].decode()
+            require_valid(name not in settings, f"{name} is set twice")
+            settings[name] = setting[2].decode()
+            continue
         match = re.fullmatch(rb"([\w.]+) ([01])((?: \d{1,9}){0,4})", line)
         require_valid(match is not None, "a bad line in the tensor table")
         shape = tuple(int(n) for n in match[3].split())
         entries.append(TensorEntry(match[1].decode(), match[2] == b"1", shape))
-
     names = {entry.name for entry in entries}
     require_valid(len(names) == len(entries), "a tensor name occurs twice")
-    coded_shapes = [entry.shape for entry in entries if entry.is_coded]
-    are_matrices = all(len(shape) == 2 and min(shape) > 0 for shape in coded_shapes)
-    require_valid(are_matrices, "a coded tensor is not a matrix")
-    claimed = sum(entry.num_weights for entry in entries)
-    require_valid(claimed <= MOST_WEIGHTS, "absurdly many weights")
-    return entries
+    return settings, entries
 
 
-def read_tensors(entries: list[TensorEntry], numbers: bytes, words: bytes) -> dict[str, Tensor]:
-    """The state dict, from the numbers of the side stream and the rANS words."""
-    coded = [entry for entry in entries if entry.is_coded]
-    sizes = [
-        SYMBOLS * TABLES,
-        *(entry.shape[0] for entry in coded),
-        *(entry.shape[1] for entry in coded),
-        *(entry.num_numbers for entry in entries),
-    ]
-    require_valid(len(numbers) == 2 * sum(sizes), "a side stream of the wrong length")
+def read_tensors(
+    coder: Rans | Lzma, entries: list[TensorEntry], numbers: bytes, codes: bytes
+) -> dict[str, Tensor]:
+    """The state dict. `numbers`: still compressed."""
+    shapes = [entry.shape for entry in entries if entry.is_coded]
+    sizes = [coder.num_numbers(shapes), *(entry.num_numbers for entry in entries)]
+    numbers = inflate(numbers, 2 * sum(sizes), LZMA)
+    require_valid(len(numbers) == 2 * sum(sizes), "too few numbers")
     by_byte = np.frombuffer(numbers, np.uint8).reshape(2, -1)
-    parts = iter(np.split(by_byte.T.copy().view("<i2").ravel(), np.cumsum(sizes)[:-1]))
-    freq = next(parts)
-    sums = freq.reshape(TABLES, SYMBOLS).sum(1)
-    require_valid((sums == 1 << SCALE).all() and freq.min() >= 0, "bad frequencies")
-    classes = list(islice(parts, 2 * len(coded)))
-    matrices = iter(decode_matrices(freq.view("<u2"), classes, words))
+    parts = np.split(by_byte.T.copy().view("<i2").ravel(), np.cumsum(sizes)[:-1])
+    matrices = iter(coder.decode(shapes, parts[0], codes))
     state = {}
-    for entry, part in zip(entries, parts):
+    for entry, part in zip(entries, parts[1:]):
         if entry.is_coded:
             delta = torch.from_numpy(part).view(torch.bfloat16).float()
-            w = (torch.from_numpy(next(matrices)) - 128.0) * delta[:, None]
+            w = (torch.from_numpy(next(matrices)) - 128.0).mul_(delta[:, None])
         else:
             w = torch.from_numpy(part).view(torch.float16).float()
         require_valid(bool(w.isfinite().all()), f"NaN or infinity in {entry.name}")
@@ -2767,7 +3710,7 @@ class Packed(NamedTuple):
     coarsen: float  # the factor of the natural step sizes; below 1: finer
     error_before: float  # the coded weights' relative error at the natural step sizes, as drafted
     bits_per_parameter: float
-    levels: float  # the largest code of a matrix of QUANT_BITS, after coarsening; at most 127
+    bytes_by_rans: int  # of the container, if rANS coded the same codes
 
 
 def compress(
@@ -2777,10 +3720,10 @@ def compress(
     budget: int,
     progress: Callable | None = None,
 ) -> Packed:
-    """Pack a state dict into at most `budget` bytes, with the quantiser that QUANTIZER names
-    (RowQuantizer, if there is no curvature). `progress(n, size)` is called after the n-th packing.
-    UserError: even codes of -1, 0 and 1 take too many bytes, or a weight is NaN, infinite or
-    huge."""
+    """Pack a state dict into at most `budget` bytes, with the coder that CODER names and the
+    quantiser that QUANTIZER names (RowQuantizer, if there is no curvature). `progress(n, size)` is
+    called after the n-th packing. UserError: even codes of -1, 0 and 1 take too many bytes, or a
+    weight is NaN, infinite or huge."""
     quantizer = QUANTIZERS[hp.quantizer if curvature else "rows"](state, hp, curvature)
     return fit(state, hp, quantizer, budget, progress)
 
@@ -2791,45 +3734,52 @@ def fit(
     """As `compress`, with a given quantiser. One factor multiplies all natural step sizes. It is
     above 1 if the file would else be too large. With FILL_BUDGET it may fall below 1, until codes
     have 8 bits, to use the bytes that are left. It is found by packing again and again: first with
-    the quantiser's quicker draft, then, starting at the factor found so, with the quantiser
-    itself."""
+    the quantiser's quicker draft and rANS, then, starting at the factor found so, with the
+    quantiser and the coder themselves."""
     natural = 2 ** (hp.quant_bits - 1) - 1
     finest = (natural + 1) / (2 * (LARGEST_CODE + 1)) if hp.fill_budget else 1.0
     *_, before = quantize_state(state, hp, 1.0, quantizer.draft)
     coarsen = finest
     packings = 0
 
-    def pack_at(coarsen: float, quantize: Callable) -> Container:
+    def pack_at(coarsen: float, quantize: Callable, coder: str) -> Container:
         nonlocal packings
-        container = pack(state, hp, coarsen, quantize)
+        container = pack(state, replace(hp, coder=coder), coarsen, quantize)
         packings += 1
         if progress:
             progress(packings, len(container.blob))
         return container
 
-    for quantize in dict.fromkeys((quantizer.draft, quantizer.quantize)):  # one, for RowQuantizer
-        most = 100 if quantize == quantizer.draft else 4
-        search = partial(pack_at, quantize=quantize)
-        best, coarsen = largest_that_fits(search, budget, finest, coarsen, most)
+    limits = finest, quantizer.coarsest
+    draft, final = (quantizer.draft, "rans"), (quantizer.quantize, hp.coder)
+    if draft != final:
+        search = partial(pack_at, quantize=quantizer.draft, coder="rans")
+        of_rans = int(budget * CODERS[hp.coder].share_of_rans)
+        _, coarsen = largest_that_fits(search, of_rans, limits, coarsen, 100)
+    search = partial(pack_at, quantize=quantizer.quantize, coder=hp.coder)
+    most = 100 if draft == final else CODERS[hp.coder].most_packings
+    best, coarsen = largest_that_fits(search, budget, limits, coarsen, most)
     require(
         best is not None,
         f"the artifact takes over {budget} bytes even with codes of -1, 0 and 1: lower NUM_LAYERS, "
         "MODEL_DIM, MLP_MULT, VOCAB_SIZE or BIGRAM_VOCAB_SIZE",
     )
     count = max(1, sum(tensor.numel() for tensor in state.values()))
-    levels = min(LARGEST_CODE, natural / coarsen)
-    return Packed(best, coarsen, before, 8 * len(best.blob) / count, levels)
+    by_rans = best if hp.coder == "rans" else pack_at(coarsen, quantizer.quantize, "rans")
+    bits_per_parameter = 8 * len(best.blob) / count
+    return Packed(best, coarsen, before, bits_per_parameter, len(by_rans.blob))
 
 
 def largest_that_fits(
-    pack_at: Callable, budget: int, finest: float, coarsen: float, most: int
+    pack_at: Callable, budget: int, limits: tuple[float, float], coarsen: float, most: int
 ) -> tuple[Container | None, float]:
     """(a container that fits, its factor of the step sizes); None in its place if none fits. The
     search ends with the first container at most TOLERANCE bytes below `budget`, or with the last
     one that fits once there were `most` packings. `pack_at(coarsen)` packs. The search begins at
-    `coarsen`, and assumes that doubling the step sizes saves a bit per weight."""
+    `coarsen`, stays between the `limits`, and assumes that doubling the step sizes saves a bit per
+    weight."""
     best = None
-    low, high = finest, COARSEST
+    low, high = limits
     packings = 0
     aim = AIM
     while high / low > 1 + 1e-7:
@@ -2857,9 +3807,7 @@ def largest_that_fits(
 # contains it. The windows are divided among the ranks; rank 0 gets, in the order of the stream, the
 # nll of each target and the entropy of the predicted distribution.
 
-SEGMENT_BATCHES = (
-    32  # at most so many batches (of all ranks) before scores are summed over the ranks
-)
+SEGMENT_BATCHES = 32  # at most so many batches before scores are summed over the ranks
 HEAD_LOGITS = 2**26  # at most so many logits are in memory at once
 
 
@@ -2869,6 +3817,7 @@ class Scorer(NamedTuple):
     model: GPT
     passes: tuple[int, ...]  # the order in which its blocks run
     trunk: Callable | None = None  # model.hidden compiled; None: use it as it is
+    most_batches: int = 0  # in one segment of the scores; 0: SEGMENT_BATCHES
 
 
 def windows(begin: int, end: int, length: int, stride: int) -> ndarray:
@@ -2906,7 +3855,7 @@ def score(
     length = min(hp.eval_seq_len, end)
     spans = windows(begin, end, length, stride)
     count = spans.shape[1]
-    batch = max(1, hp.val_batch_size // (length * ranks.world_size))  # windows of one rank
+    batch = rank_batch(length, hp, ranks)
     done = 0
     segment_batches = 1
     while done < count:
@@ -2928,7 +3877,12 @@ def score(
             scores_2N = scores_2N[:, :0]
         yield scores_2N.cpu().numpy().copy()  # an empty view would keep the segment in memory
         done = until
-        segment_batches = min(2 * segment_batches, SEGMENT_BATCHES)
+        segment_batches = min(2 * segment_batches, scorer.most_batches or SEGMENT_BATCHES)
+
+
+def rank_batch(length: int, hp, ranks) -> int:
+    """How many windows of this length one rank scores at a time."""
+    return max(1, hp.val_batch_size // (length * ranks.world_size))
 
 
 def repeat_last_window(spans: ndarray, count: int) -> ndarray:
@@ -2946,7 +3900,7 @@ def score_windows(
     """Yields, in chunks and on the device, the positions (n,) of the targets that these windows
     score, and their nll and entropy (2, n). The last block computes queries for no more than the
     last `stride` positions, where that is enough; the output head runs on scored positions only."""
-    model, passes, trunk = scorer
+    model, passes, trunk, _ = scorer
     device = model.embed.weight.device
     starts, firsts, _ = spans
     tail = (starts + length - firsts).max()  # from the first scored target to the window's end
@@ -2969,15 +3923,29 @@ def score_windows(
         yield some_positions, model.scores(hidden_ND[some_rows], some_ids)
 
 
-def validate(scorer: Scorer, validation: Validation, ranks, log) -> tuple[float, float]:
-    """Scores the validation stream in windows that do not overlap, except the final one. Returns
-    (nats per target, bits per byte) on rank 0, and zeros on the others. Collective."""
+def validation_scores(scorer: Scorer, validation: Validation, ranks, log) -> ndarray:
+    """(2, N) float32: nll and entropy in nats of each target of the validation stream, scored in
+    windows that do not overlap, except the final one. On ranks other than 0, N is 0. Collective.
+    UserError: a score is not finite."""
     stride = scorer.model.hp.eval_seq_len
     progress = Progress(log, "validation", validation.num_targets)
-    nll = np.empty(0, np.float32)
-    for scores_2N in score(scorer, validation.tokens, stride, ranks):
-        nll = np.append(nll, scores_2N[0])
-        progress(len(nll))
+    scores_2N = np.empty((2, 0 if ranks.rank else validation.num_targets), np.float32)
+    done = 0
+    for segment in score(scorer, validation.tokens, stride, ranks):
+        end = done + segment.shape[1]
+        scores_2N[:, done:end] = segment
+        done = end
+        progress(done)
+    bad = np.count_nonzero(~np.isfinite(scores_2N[0]))
+    problem = f"{bad} of {done} scores are not finite: training diverged"
+    require(not bad, f"{problem}; lower the learning rates, and train again")
+    return scores_2N
+
+
+def validate(scorer: Scorer, validation: Validation, ranks, log) -> tuple[float, float]:
+    """Scores the validation stream as `validation_scores` does. Returns (nats per target, bits per
+    byte) on rank 0, and zeros on the others. Collective."""
+    nll, _ = validation_scores(scorer, validation, ranks, log)
     if ranks.rank:
         return 0.0, 0.0
     return float(nll.mean(dtype=float)), bits_per_byte(nll, validation.target_bytes)
@@ -3667,25 +4635,40 @@ def mix(tokens: ndarray, nll: ndarray, entropy: ndarray, hp) -> ndarray:
 # writes the artifact. It also writes everything in the log that comes after training.
 
 FALLBACK_STRIDES = (96, 128, 256, 512, 1024, 2048)  # tried in turn if EVAL_STRIDE takes too long
+ROOM_TO_SPARE = 1 << 18  # bytes of a file beside its numbers: names, settings, tables
 ENTROPY_EDGES = (0, 0.5, 1, 1.5, 2, 3, 4, 5, math.inf)  # in nats, bins of the calibration table
 
 
-def run(hp, ranks, log, stop, warnings: list[str]) -> None:
+def run(hp, ranks, log, stop, warnings: list[str]) -> Path | None:
     """A whole run. It starts from initial weights, from a checkpoint or from an artifact, and ends
-    with the score. `warnings` go into the log. Collective. UserError: data or files are missing, or
-    do not match the settings."""
+    with the score. `warnings` go into the log. Returns the checkpoint that it has written, if
+    nobody needs it any more. Collective. UserError: data or files are missing, or do not match the
+    settings."""
+    if hp.resume and Path(hp.resume).is_file():
+        log.leaves("checkpoint", f"RESUME={hp.resume} goes on")
+    if hp.eval_only:
+        log.leaves("artifact", f"EVAL_ONLY={hp.eval_only} scores it again")
     torch.manual_seed(hp.seed)
     loader = None if hp.eval_only else TokenLoader(hp, ranks.rank, ranks.world_size)
     validation = load_validation(hp)
-    require_same_start(hp, ranks)
+    identity = validation.identity | (loader.identity if loader else {})
+    require_same_start(hp, identity, ranks)
     model = GPT(hp).to(ranks.device)
+    path = Path(hp.eval_only)  # of the artifact; other ranks than 0 do not need it
     if ranks.rank == 0:
+        path = path if hp.eval_only else artifact_path(hp, log)
+        require_room(expected_files(path, model, validation.num_targets, log))
         log_header(hp, loader, validation, ranks, log)
+        warnings = [
+            *warnings,
+            *data_warnings(hp, loader, validation),
+            *idle_parts(hp, loader, validation),
+        ]
     for warning in warnings:
         log(f"warning: {warning}")
 
     _, passes = block_passes(hp)  # those of the trained network
-    path = Path(hp.eval_only or f"final_model.int{hp.quant_bits}.ptz")
+    written = ""  # SHA-256 of the artifact, if this run writes one
     trained = Trained({}, {}, 0, 0.0)
     evaluation_began = perf_counter()
     if not hp.eval_only:
@@ -3693,45 +4676,95 @@ def run(hp, ranks, log, stop, warnings: list[str]) -> None:
         evaluation_began = perf_counter()
         log_validation("final_float", Scorer(model, passes), validation, ranks, log)
         if ranks.rank == 0:
-            write_artifact(path, trained, hp, log)
+            written = write_artifact(path, trained, hp, log)
 
     trunk = compiled(model.hidden, hp, ranks.device)  # only now: its time counts as evaluation
-    size = read_artifact(path, model, ranks, log)
-    if ranks.rank == 0 and not hp.eval_only and not hp.checkpoint_every:
-        # the artifact could be read, so that nobody needs to go on from the checkpoint
-        log.path.with_suffix(".ckpt").unlink(missing_ok=True)
+    artifact = read_artifact(path, written, model, ranks, log)
+    if ranks.rank == 0:
+        log.leaves("artifact", f"EVAL_ONLY={path} scores it again")
+    if written:
+        link_artifact(path, hp, log)
     scores = evaluate(Scorer(model, passes, trunk), validation, evaluation_began, ranks, log)
     if ranks.rank == 0:
-        report(scores, trained, validation, size, hp, log)
+        report(scores, trained, validation, artifact, hp, log)
+    stop.be_patient()  # all is done: a signal can only come too late
+    return None if hp.checkpoint_every else trained.checkpoint
 
 
-def require_same_start(hp, ranks) -> None:
-    """UserError: a rank has other files, settings or versions than rank 0. Collective."""
+def idle_parts(hp, loader: TokenLoader | None, validation: Validation) -> Iterator[str]:
+    """Yields a warning for each part of the run that is turned on but cannot act. `loader`: None,
+    if nothing is trained."""
+    if loader is not None:
+        # After the last step, or when the time limit comes, learning rates are at their lowest.
+        lowest = lr_scale(hp.iterations - 1, hp.seconds_for_steps, hp)
+        if hp.warmdown_iters > hp.iterations and not hp.warmdown_frac:
+            yield (
+                f"WARMDOWN_ITERS={hp.warmdown_iters} is more than ITERATIONS={hp.iterations}: "
+                f"the learning rates begin at {lr_scale(0, 0.0, hp):.2g} times their values"
+            )
+        if 0 < hp.late_qat_threshold <= lowest:
+            yield (
+                f"LATE_QAT_THRESHOLD={hp.late_qat_threshold:g} is never reached: "
+                f"the lr scale stays at {lowest:g} or more"
+            )
+        last_due = hp.iterations // hp.swa_every * hp.swa_every
+        is_low = last_due and lr_scale(last_due - 1, hp.seconds_for_steps, hp) < hp.swa_threshold
+        if "swa" in hp.averaging and not is_low:
+            yield (
+                f"AVERAGING={hp.averaging}: SWA takes no snapshot, as the lr scale is not below "
+                f"SWA_THRESHOLD={hp.swa_threshold:g} at any multiple of SWA_EVERY={hp.swa_every} "
+                f"up to step {hp.iterations}"
+            )
+        share = training_share(hp.iterations - 1, hp.seconds_for_steps, hp)
+        if hp.recur_layers and share < hp.recur_start:
+            yield (
+                f"RECUR_START={hp.recur_start:g} is never reached in {hp.iterations} steps: the "
+                "network is scored with RECUR_LAYERS run twice, but not trained so"
+            )
+        if loader.rows <= 2 < min(loader.most_rows, loader.share):
+            tokens = loader.better_batch()
+            yield (
+                f"TRAIN_BATCH_TOKENS={hp.train_batch_tokens} makes {loader.accumulation} "
+                f"micro-batches of {loader.rows} x {hp.train_seq_len} tokens on each rank; "
+                f"{tokens} would make larger and fewer ones"
+            )
+    if hp.ttt_epochs and hp.ttt_chunk_tokens >= validation.num_targets:
+        yield (
+            f"TTT_CHUNK_TOKENS={hp.ttt_chunk_tokens}: the whole stream of "
+            f"{validation.num_targets} targets is scored before anything is learned"
+        )
+
+
+def require_same_start(hp, identity: dict[str, str], ranks) -> None:
+    """UserError: a rank has other files, settings or versions than rank 0. `identity`: of the data
+    that it reads. Collective."""
     ranks.require_equal(
         {
-            "train_gpt.py": Path(__file__).read_bytes(),
+            "train_gpt.py": SOURCE,
             "settings": hp,
             "torch": torch.__version__,
             "NumPy": np.__version__,  # its generator shuffles the training windows
-            "data files": fingerprint(hp),
+            "data files": identity,
         }
     )
 
 
 def log_header(hp, loader: TokenLoader | None, validation: Validation, ranks, log) -> None:
-    """Log what is needed to repeat the run: this source, versions, hardware, every setting, and
-    checksums of the first shards and of the tokenizer."""
-    source = Path(__file__).read_text(encoding="utf-8")
+    """Log what is needed to repeat the run: this source, versions, hardware, every setting, and the
+    data's identity."""
     versions = (
         f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
         f"numpy:{np.__version__} platform:{platform.platform()}"
     )
-    files = {"train": loader.paths[0]} if loader else {}
-    files |= {"val": find_shards("val", hp)[0], "tokenizer": Path(hp.tokenizer_path)}
-    lines = [source, "=" * 100, versions]
-    for part, path in files.items():
-        checksum = hashlib.sha256(path.read_bytes()).hexdigest()
-        lines.append(f"data:{part} first:{path} sha256:{checksum}")
+    lines = [SOURCE.decode(), "=" * 100, versions]
+    lines += [f"data:{part} {facts}" for part, facts in validation.identity.items()]
+    lines += [f"data:{part} {facts}" for part, facts in (loader.identity if loader else {}).items()]
+    unknown, documents = validation.count_bytes.unknown(validation.tokens)
+    lines += [
+        f"data:stream name:{stream_name(validation.tokens)}",
+        f"data:round_trip {validation.checked}",
+        f"data:unknown tokens:{unknown} documents:{documents}",
+    ]
     lines += [f"{name}={value}" for name, value in hp.as_env().items()]
     log("\n".join(lines), console=False)
 
@@ -3750,53 +4783,187 @@ def log_header(hp, loader: TokenLoader | None, validation: Validation, ranks, lo
     )
 
 
-def code_size() -> int:
-    """Bytes of this script, which count toward SIZE_CAP."""
-    return Path(__file__).stat().st_size
+def artifact_path(hp, log) -> Path:
+    """logs/<RUN_ID>.int<QUANT_BITS>.ptz or, if another run has left that, with a number."""
+    return free_path(log.path.with_name(f"{log.path.stem}.int{hp.quant_bits}.ptz"))
 
 
-def write_artifact(path: Path, trained: Trained, hp, log) -> None:
+def expected_files(artifact: Path, model, num_targets: int, log) -> dict[Path, int]:
+    """The files that the run will write beside its log: path -> about the most bytes that it takes.
+    EVAL_ONLY writes no checkpoint and no artifact."""
+    hp = model.hp
+    numbers = sum(p.numel() for p in model.parameters())
+    sizes = {}
+    if not hp.eval_only:
+        copies = 3 + len(build_averages([], hp))  # weights, two moments of AdamW, averages
+        # twice, as the old checkpoint stays until the new one is whole
+        sizes[log.path.with_suffix(".ckpt")] = 2 * copies * 4 * numbers + ROOM_TO_SPARE
+        sizes[artifact] = min(SIZE_CAP, 2 * numbers + ROOM_TO_SPARE)
+    if hp.save_scores:
+        arrays = 3 if hp.ngram_enabled else 2  # of float32
+        sizes[scores_path(log)] = arrays * 4 * num_targets + ROOM_TO_SPARE
+    return sizes
+
+
+def require_room(sizes: dict[Path, int]) -> None:
+    """Compare the free bytes of each disk with the sizes of all files that go there, and try to
+    write one beside each of these paths. Leaves nothing behind. UserError: the bytes do not
+    suffice, or a file cannot be written."""
+    disks = defaultdict(list)
+    for path in sizes:
+        with temporary_file(path):  # it says what is wrong with the folder
+            disks[path.parent.stat().st_dev].append(path)
+    for paths in disks.values():
+        disk = shutil.disk_usage(paths[0].parent)
+        needed = sum(sizes[path] for path in paths)
+        require(
+            needed <= disk.free or not disk.total,  # a total of 0: it does not tell its size
+            f"{paths[0].parent}: the disk has {disk.free:,} bytes free, and up to {needed:,} are "
+            f"needed for {', '.join(map(str, paths))}: free space there, or start the run in "
+            "another folder",
+        )
+    most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for path, size in sizes.items():
+        require(
+            most == resource.RLIM_INFINITY or size <= most,
+            f"{path}: may take up to {size:,} bytes, and a file may have {most:,}: raise the limit "
+            "(ulimit -f)",
+        )
+    for path in sizes:
+        with temporary_file(path) as temporary:
+            temporary.write_bytes(b"-")
+            if path.is_dir() and not path.is_symlink():  # a folder cannot be replaced
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+
+
+def write_artifact(path: Path, trained: Trained, hp, log) -> str:
     """Pack the trained weights into the file `path`, so that file and script have at most SIZE_CAP
-    bytes. UserError: that cannot be, or the file cannot be written."""
+    bytes. Returns its SHA-256. UserError: that cannot be, or the file cannot be written."""
     for name, curvature in trained.curvature.items():
         if curvature.factors is None:
             log(f"warning: {name}: its curvature is unusable; rounded row by row, without GPTQ")
-    packed = compress(trained.weights, hp, trained.curvature, SIZE_CAP - code_size())
+    packed = compress(trained.weights, hp, trained.curvature, SIZE_CAP - len(SOURCE))
+    container = packed.container
     log(
         f"fit_artifact coarsen:{packed.coarsen:.9f} error_before:{packed.error_before:.6f} "
-        f"error_after:{packed.container.error:.6f} "
-        f"bits_per_parameter:{packed.bits_per_parameter:.4f} levels:{packed.levels:.2f}"
+        f"error_after:{container.error:.6f} "
+        f"bits_per_parameter:{packed.bits_per_parameter:.4f} levels:{container.levels} "
+        f"bytes:{len(container.blob)} bytes_by_rans:{packed.bytes_by_rans}"
     )
-    sizes = " ".join(f"{part}:{size}" for part, size in packed.container.sizes.items())
-    log(f"artifact_bytes code:{code_size()} {sizes}")
-    replace_file(path, lambda file: file.write(packed.container.blob))
+    sizes = " ".join(f"{part}:{size}" for part, size in container.sizes.items())
+    log(f"artifact_bytes code:{len(SOURCE)} {sizes}")
+    try:
+        replace_file(path, lambda file: file.write(container.blob))
+    except UserError as error:
+        raise UserError(f"{error}; {log.hint}") from None
+    return hashlib.sha256(container.blob).hexdigest()
 
 
-def read_artifact(path: Path, model: GPT, ranks, log) -> int:
-    """Every rank's model gets the weights that rank 0 reads from `path`. Returns the size of script
-    and file in bytes (0 on other ranks). Collective. UserError: there is no such file, or it is
-    damaged or of another model."""
-    size = 0
-    if ranks.rank == 0:
+def link_artifact(path: Path, hp, log) -> None:
+    """Make the name that other people's tools expect, final_model.int<QUANT_BITS>.ptz, a link to
+    the artifact, or a copy where links are impossible. This script does not read it. If neither
+    can be made, the log says so."""
+    link = Path(f"final_model.int{hp.quant_bits}.ptz")
+    temporary = link.with_name(f"{link.name}.{os.getpid()}.tmp")
+    try:
         try:
-            blob = path.read_bytes()
-            model.load_state_dict(decompress(blob, model.state_dict()))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: {error}") from None
-        size = code_size() + len(blob)
-        label = f"int{model.hp.quant_bits}+rans"
+            temporary.symlink_to(path)
+            temporary.replace(link)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            replace_file(link, lambda file: file.write(path.read_bytes()))
+    except (OSError, UserError) as error:
+        log(f"warning: {link} is not the artifact of this run, which is {path}: {error}")
+
+
+class Artifact(NamedTuple):
+    """The file that is scored. On ranks other than 0 it is empty."""
+
+    size: int = 0  # bytes, with the script
+    sha256: str = ""
+
+
+def read_artifact(path: Path, written: str, model: GPT, ranks, log) -> Artifact:
+    """Every rank's model gets the weights that rank 0 reads from `path`. `written`: the SHA-256
+    that the file must have; empty: any. Collective. UserError: there is no such file, or it is
+    damaged or not the one expected."""
+    artifact = Artifact()
+    if ranks.rank == 0:
+        hp = model.hp
+        with errors_naming(path):
+            blob = read_blob(path)
+            found = hashlib.sha256(blob).hexdigest()
+            problem = f"SHA-256 is {found}, but this run wrote {written}: it was replaced"
+            require_valid(found == (written or found), f"{problem}; RESUME the checkpoint")
+            settings, state = decompress(blob, model.state_dict())
+            is_same = settings == hp.of_model()
+            require_valid(is_same, "was replaced since this run has read its settings; start again")
+        model.load_state_dict(state)
+        artifact = Artifact(len(SOURCE) + len(blob), found)
+        label = f"int{hp.quant_bits}+{hp.coder}"
+        log(f"artifact:{path} sha256:{found}")
         log(f"Serialized model {label}: {len(blob)} bytes")
-        log(f"Code size: {code_size()} bytes")
-        log(f"Total submission size {label}: {size} bytes")
+        log(f"Code size: {len(SOURCE)} bytes")
+        log(f"Total submission size {label}: {artifact.size} bytes")
     for p in model.parameters():
         ranks.from_rank0(p.data)
-    return size
+    return artifact
 
 
-def log_validation(name: str, scorer: Scorer, validation: Validation, ranks, log) -> None:
-    """Validate, and log loss and bits per byte with eight decimals. Collective."""
-    loss, bpb = validate(scorer, validation, ranks, log)
-    log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
+def read_blob(path: Path) -> bytes:
+    """The bytes of an artifact. OSError. ValueError: it is no file, or larger than artifacts are
+    (/dev/zero has no end)."""
+    size = path.stat().st_size
+    problem = f"is no file of at most {SIZE_CAP:,} bytes, which is what artifacts are"
+    require_valid(path.is_file() and size <= SIZE_CAP, problem)
+    return path.read_bytes()
+
+
+@contextmanager
+def errors_naming(path: Path) -> Iterator[None]:
+    """OSError and ValueError become a UserError that names the file."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def load(path: str | Path) -> tuple[GPT, Hyperparameters]:
+    """The model in an artifact, on the CPU, and its settings; what an artifact does not hold has
+    its default. Its blocks run in the second of the orders that `block_passes(hp)` returns.
+    UserError: there is no such file, or it is damaged."""
+    path = Path(path)
+    with errors_naming(path):
+        settings, state = decompress(read_blob(path))
+    hp = settings_to_score("the file", settings, {})
+    model = GPT(hp)
+    model.load_state_dict(state)
+    return model, hp
+
+
+def read_settings(env: dict[str, str], ranks) -> Hyperparameters:
+    """The settings in `env` and, with EVAL_ONLY, those in the artifact that it names, which rank 0
+    reads. Collective. UserError: a value cannot work, or contradicts the artifact."""
+    by_name = {f.name: f for f in fields(Hyperparameters)}
+    path = parse_setting(by_name["eval_only"], env.get("EVAL_ONLY", ""))
+    if not path:
+        return Hyperparameters.from_env(env)
+    stored = ""
+    if ranks.rank == 0:
+        with errors_naming(Path(path)):
+            stored = json.dumps(settings_of(read_blob(Path(path))), allow_nan=False)
+    return settings_to_score(path, json.loads(ranks.from_rank0(stored)), env)
+
+
+def log_validation(name: str, scorer: Scorer, validation: Validation, ranks, log) -> ndarray:
+    """Returns `validation_scores`, and logs loss and bits per byte with eight decimals.
+    Collective."""
+    scores_2N = validation_scores(scorer, validation, ranks, log)
+    if ranks.rank == 0:
+        nll, _ = scores_2N
+        bpb = bits_per_byte(nll, validation.target_bytes)
+        log(f"{name}_exact val_loss:{nll.mean(dtype=float):.8f} val_bpb:{bpb:.8f}")
+    return scores_2N
 
 
 class Scores(NamedTuple):
@@ -3814,20 +4981,24 @@ class Scores(NamedTuple):
 
 def evaluate(scorer: Scorer, validation: Validation, began: float, ranks, log) -> Scores:
     """Score the stream. Meanwhile a thread of rank 0 counts n-grams, then mixes what is scored.
-    (It counts the whole stream at once, but the counts of a target are those before it.) `began`:
-    perf_counter() when evaluation began. Collective."""
+    (It counts the whole stream at once, but the counts of a target are those before it.) Targets
+    that the overlapping windows do not reach in time keep the scores of the validation before.
+    `began`: perf_counter() when evaluation began. Collective."""
     hp = scorer.model.hp
     worker = concurrent.futures.ThreadPoolExecutor(1)
     counted = None  # the future of the Mixture: of its counts
     if hp.ngram_enabled and ranks.rank == 0:
         counted = worker.submit(Mixture, validation.tokens, hp)
-    log_validation(f"final_int{hp.quant_bits}_roundtrip", scorer, validation, ranks, log)
-
+    validation_began = perf_counter()
+    name = f"final_int{hp.quant_bits}_roundtrip"
+    scores_2N = log_validation(name, scorer, validation, ranks, log)
     scoring_began = perf_counter()
-    stride, segments = score_in_time(scorer, validation, began, ranks, log)
+    num_windows = math.ceil(validation.num_targets / hp.eval_seq_len)
+    window_seconds = ranks.from_rank0((scoring_began - validation_began) / num_windows)
+
+    stride, segments = score_in_time(scorer, validation, began, ranks, log, window_seconds)
     # its clock starts now, as nothing compiles any more
     progress = Progress(log, "scoring", validation.num_targets)
-    scores_2N = np.empty((2, 0 if ranks.rank else validation.num_targets), np.float32)
     done = 0
     mixing = []  # futures
     for segment in segments:
@@ -3837,6 +5008,12 @@ def evaluate(scorer: Scorer, validation: Validation, began: float, ranks, log) -
         progress(done)
         if counted:
             mixing.append(worker.submit(extend_when_counted, counted, scores_2N[:, :done]))
+    if done < scores_2N.shape[1]:
+        stride = hp.eval_seq_len  # of the validation, whose scores stand for the rest
+        log_projection(perf_counter() - began, hp, stride, log, f" from:{done}" if done else "")
+        progress(validation.num_targets)
+        if counted:
+            mixing.append(worker.submit(extend_when_counted, counted, scores_2N))
     scored = perf_counter()
     for future in mixing:
         future.result()  # raises what the worker has raised
@@ -3851,44 +5028,121 @@ def extend_when_counted(counted: concurrent.futures.Future, scores_2N: ndarray) 
     counted.result().extend(*scores_2N)
 
 
+class Budget(NamedTuple):
+    """The time limit of evaluation."""
+
+    seconds: float  # EVAL_BUDGET_SECONDS; 0: no limit
+    began: float  # perf_counter() when evaluation began
+    ranks: Ranks
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since evaluation began."""
+        return perf_counter() - self.began
+
+    def is_late_after(self, more: float, spare: float) -> bool:
+        """Would work of `more` seconds leave less than `spare` seconds, or less than 5 % of the
+        budget, for what follows? (No work never does.) Rank 0 decides. Collective."""
+        needed = more + max(spare, 0.05 * self.seconds)
+        is_late = more > 0 and would_overrun(self.elapsed, needed, self.seconds)
+        return bool(self.ranks.from_rank0(is_late))
+
+
+def log_projection(seconds: float, hp, stride: int, log, what: str = "") -> None:
+    """Log how long evaluation will take in all, with `stride`. `what`: more about it."""
+    budget = f"budget:{hp.eval_budget_seconds:g}s"
+    log(f"eval_budget projected:{seconds:.1f}s {budget} stride:{stride}{what}")
+
+
 def score_in_time(
-    scorer: Scorer, validation: Validation, began: float, ranks, log
+    scorer: Scorer,
+    validation: Validation,
+    began: float,
+    ranks,
+    log,
+    window_seconds: float = 0.0,
 ) -> tuple[int, Iterator[ndarray]]:
     """Returns the stride and the segments of its scores. EVAL_STRIDE and wider strides are tried in
     turn, until one will end within 95 % of EVAL_BUDGET_SECONDS after `began`, judged by the speed
-    of its third segment; else the widest is used. Collective."""
+    of its third segment; if none will, there are no segments. Whether there is time for the first
+    two is judged by `window_seconds`: how long a window took in the validation. If segments are
+    slower than promised, they end early: see `until_late`. Collective."""
     hp, num_targets = scorer.model.hp, validation.num_targets
+    budget = Budget(hp.eval_budget_seconds, began, ranks)
     loss = compiled(training_loss, hp, ranks.device)
-    wider = [s for s in FALLBACK_STRIDES if hp.eval_stride < s <= hp.eval_seq_len]
-    strides = [hp.eval_stride, *wider]
-    for stride in strides:
+    batch = ranks.world_size * rank_batch(hp.eval_seq_len, hp, ranks)
+    # segments of at most 1 % of the budget: shorter ones let it be used to nearly 95 %
+    most = SEGMENT_BATCHES
+    while most > 1 and would_overrun(
+        0, most * batch * window_seconds, 0.01 * hp.eval_budget_seconds
+    ):
+        most //= 2
+    scorer = scorer._replace(most_batches=most)
+    wider = [s for s in FALLBACK_STRIDES if hp.eval_stride < s < hp.eval_seq_len]
+    for stride in [hp.eval_stride, *wider]:
         if hp.ttt_epochs:
             segments = score_and_learn(scorer, loss, validation, stride, ranks, log)
         else:
             segments = score(scorer, validation.tokens, stride, ranks)
+        # a step of training on a window takes about as long as to score four
+        target_seconds = window_seconds * (1 / stride + 4 * hp.ttt_epochs / hp.eval_seq_len)
+        first = min(hp.ttt_chunk_tokens if hp.ttt_epochs else batch * stride, num_targets)
+        segments = until_late(segments, budget, num_targets, first, target_seconds)
         held = list(islice(segments, 2))  # these compile, so that they say nothing of the speed
         third_began = perf_counter()
         held += islice(segments, 1)
         now = perf_counter()
 
         done = sum(segment.shape[1] for segment in held)
-        seconds_per_target = (now - third_began) / max(held[-1].shape[1], 1)
+        is_measured = len(held) == 3
+        if is_measured:
+            target_seconds = (now - third_began) / max(held[-1].shape[1], 1)
         elapsed = now - began
-        remaining = seconds_per_target * (num_targets - done)
-        budget = f"budget:{hp.eval_budget_seconds:g}s"
-        log(f"eval_budget projected:{elapsed + remaining:.1f}s {budget} stride:{stride}")
-        is_late = done < num_targets and would_overrun(
+        remaining = target_seconds * (num_targets - done)
+        log_projection(elapsed + remaining, hp, stride, log)
+        is_late = not is_measured or would_overrun(
             elapsed, remaining, 0.95 * hp.eval_budget_seconds
         )
-        if not ranks.from_rank0(is_late) or stride == strides[-1]:
+        if not ranks.from_rank0(done < num_targets and is_late):
             return stride, chain(held, segments)
+        segments.close()
+    return hp.eval_seq_len, iter(())
+
+
+def until_late(
+    segments: Iterator[ndarray], budget: Budget, num_targets: int, first: int, target_seconds: float
+) -> Iterator[ndarray]:
+    """Yields the segments of `num_targets` targets until the next one might not end in time. It is
+    judged by `target_seconds`, from the third on by the slowest segment since then. The first one
+    takes as long as `first` targets (it scores a whole window too), another a multiple of that, at
+    most twice as long as the one before. Collective."""
+    done, slowest = 0, 0.0
+    number, more = 0, target_seconds * first
+    try:
+        while not budget.is_late_after(more, spare=more):
+            began = perf_counter()
+            segment = next(segments, None)
+            if segment is None:
+                return
+            number += 1
+            size = first if number == 1 else max(segment.shape[1], 1)  # right on rank 0
+            if number > 2:
+                slowest = max(slowest, (perf_counter() - began) / size)
+            done += segment.shape[1]
+            batches = math.ceil(min(2 * size, num_targets - done) / first)  # which are filled up
+            more = (slowest or target_seconds) * batches * first
+            yield segment
+    finally:
         segments.close()
 
 
-def report(scores: Scores, trained: Trained, validation: Validation, size: int, hp, log) -> None:
-    """Log all results, and save the scores if SAVE_SCORES says so. `size`: bytes of the submission.
-    RuntimeError: the mixture is not a valid code."""
+def report(
+    scores: Scores, trained: Trained, validation: Validation, artifact: Artifact, hp, log
+) -> None:
+    """Log all results, and save the scores if SAVE_SCORES says so. UserError: a score is not
+    finite. RuntimeError: the mixture is not a valid code."""
     nll, mixture = scores.nll, scores.mixture
+    require(bool(np.isfinite(nll).all()), "the packed weights give scores that are not finite")
     neural_bpb = bits_per_byte(nll, validation.target_bytes)
     log(
         f"final_int{hp.quant_bits}_sliding_window_exact val_loss:{nll.mean(dtype=float):.8f} "
@@ -3902,16 +5156,23 @@ def report(scores: Scores, trained: Trained, validation: Validation, size: int, 
     seconds = perf_counter() - scores.began
     budget = f"budget:{hp.eval_budget_seconds:g}s"
     log(f"total_eval_time:{seconds:.1f}s {budget} stride:{scores.stride}")
+    for what, took, limit in (
+        ("training", trained.seconds, "max_wallclock_seconds"),
+        ("evaluation", seconds, "eval_budget_seconds"),
+    ):
+        if would_overrun(took, 0, getattr(hp, limit)):
+            log(f"warning: {what} took {took:.1f} s, more than {limit.upper()}")
     bpb = {name: bits_per_byte(x, validation.target_bytes) for name, x in nats.items()}
-    report_to_people(bpb, trained, seconds, size, hp, log)
+    report_to_people(bpb, trained, seconds, artifact.size, hp, log)
     result = {
         "seed": hp.seed,
         "steps": trained.steps,
         "train_seconds": round(1e3 * trained.seconds) / 1e3,
         "eval_seconds": round(seconds, 1),
         "stride_tokens": scores.stride,
-        "code_bytes": code_size(),
-        "submission_bytes": size,
+        "code_bytes": len(SOURCE),
+        "submission_bytes": artifact.size,
+        "artifact_sha256": artifact.sha256,
     }
     for name, x in nats.items():
         result[f"{name}_nats_per_token"] = round(float(x.mean(dtype=float)), 8)
@@ -3919,7 +5180,7 @@ def report(scores: Scores, trained: Trained, validation: Validation, size: int, 
     if mixture:
         result["gain_bits_per_byte"] = round(float(bpb["neural"] - bpb["mixed"]), 8)
     # one line for programs, rounded as in the lines for people and for other tools
-    log(f"result {json.dumps(result)}", console=False)
+    log(f"result {json.dumps(result, allow_nan=False)}", console=False)
     if hp.save_scores:
         save_scores(scores, hp, log)
 
@@ -3968,51 +5229,75 @@ def report_to_people(
         log("  the text, coloured by what each token cost and what the counts saved: make view")
 
 
+def scores_path(log) -> Path:
+    """logs/<RUN_ID>_scores.npz."""
+    return log.path.with_name(f"{log.path.stem}_scores.npz")
+
+
 def save_scores(scores: Scores, hp, log) -> None:
-    """Write every target's scores, and the settings, to logs/<RUN_ID>_scores.npz. If that fails,
-    the log says so."""
+    """Write every target's scores, and the settings, to `scores_path`. If that fails, the log says
+    so."""
+    path = scores_path(log)
     arrays = {"nll": scores.nll, "entropy": scores.entropy}
-    if scores.mixture:
-        arrays["mixed"] = scores.mixture.nll.astype(np.float32)
-    settings = json.dumps(hp.as_env())
-    path = log.path.with_name(f"{log.path.stem}_scores.npz")
+    settings = json.dumps(hp.as_env(), allow_nan=False)
     try:
+        if scores.mixture:
+            arrays["mixed"] = scores.mixture.nll.astype(np.float32)
         replace_file(path, lambda file: np.savez(file, settings=settings, **arrays))
     except UserError as error:
-        log(f"warning: {error}")
+        log(f"warning: {error}; EVAL_ONLY with SAVE_SCORES=1 makes the scores again")
+    except MemoryError:
+        log(f"warning: {path}: not written, as the memory is full")
 
 
 def main(env: dict[str, str]) -> None:
     """One run with the settings in `env`. UserError: an error the user can fix."""
-    hp = Hyperparameters.from_env(env)
     ranks = Ranks(env)
-    stop = StopSignal()
-    stop.install()
+    hp = read_settings(env, ranks)
     run_id = hp.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}_seed{hp.seed}"
     log = RunLog(run_id, ranks.rank)
+    stop = StopSignal(log)
+    stop.install()
     try:
-        run(hp, ranks, log, stop, mistyped(env))
+        warnings = [*mistyped(env), *hp.without_effect(env), *unusable_gpu(ranks.device, env)]
+        checkpoint = run(hp, ranks, log, stop, warnings)
         ranks.barrier()
         ranks.close()
         log.close()
+        if checkpoint:  # the result is in the log
+            with suppress(OSError):  # then it stays; the run is whole all the same
+                checkpoint.unlink()
     except BaseException as error:
         # The process group stays open: to close it would make the other ranks fail, and speak
         # first. They wait until this process has ended. No signal interrupts what is said now.
         stop.be_patient()
-        shown = explained(error, env, stop)
+        shown = explained(error, env, stop, log)
         log(f"error: {type(shown).__name__}: {shown}", console=False)
         if shown is error:
             raise
         raise shown from None
 
 
-def explained(error: BaseException, env: dict[str, str], stop) -> BaseException:
-    """The error that a user should see instead of `error`."""
+def explained(error: BaseException, env: dict[str, str], stop, log) -> BaseException:
+    """The error that a user should see instead of `error`: it says what is left to go on with."""
     if "gloo/transport" in str(error):  # a connection to another rank was lost
         signalled = f"; {stop.name} came" if stop.name else ""
-        error = UserError(f"another rank ended, see what it said{signalled}")
-    if type(error) is UserError:  # not Stopped
-        error = UserError("; ".join([str(error), *mistyped(env)]))
+        what = "another rank ended: see what it said; if nothing, a signal stopped it"
+        if "timed out" in str(error).lower():
+            what = "another rank did not answer in time, see whether it hangs"
+        error = UserError(f"{what}{signalled}")
+    is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if is_memory or "can't allocate memory" in str(error):
+        cause, *_ = str(error).splitlines() or [""]
+        remedy = "lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or the size of the model"
+        error = UserError(f"out of memory: {remedy} ({cause})")
+    message = str(error)
+    is_known = any(how.split()[0] in message for how in log.left.values())
+    if isinstance(error, Stopped) and not is_known and log.hint not in message:
+        error = Stopped(f"{message}; {log.hint}")
+    elif isinstance(error, UserError):
+        left = [log.hint] if log.left and not is_known else []
+        error = UserError("; ".join([message, *left, *mistyped(env)]))
     return error
 
 
@@ -4025,17 +5310,21 @@ def leave(error: BaseException | None, rank: int) -> None:
     if error is not None and rank:
         time.sleep(5)
     is_told_by_rank_0 = rank > 0 and isinstance(error, Stopped)
-    if isinstance(error, (UserError, OSError)) and not is_told_by_rank_0:
+    if isinstance(error, (UserError, Stopped, OSError)) and not is_told_by_rank_0:
         speaker = f"rank {rank}: " if rank else ""
-        print(f"train_gpt.py: error: {speaker}{error}", file=sys.stderr)
+        say(f"train_gpt.py: error: {speaker}{error}", sys.stderr)
     elif error is not None and not is_told_by_rank_0:
-        traceback.print_exception(error)
-    os._exit(1 if error else 0)
+        say("".join(traceback.format_exception(error)), sys.stderr, end="")
+    os._exit(0 if error is None else 1)
 
 
 def start(env: dict[str, str]) -> None:
     """Run `main`, then end the process, with or without an error."""
-    rank = int(env.get("RANK", 0))
+    fill_closed_streams()
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` handles it: no traceback
+    text = env.get("RANK", "")
+    rank = int(text) if text.isdecimal() else 0  # `main` refuses other texts
     try:
         main(env)
         leave(None, rank)

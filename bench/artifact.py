@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument(
         "--budget",
         type=int,
-        default=t.SIZE_CAP - t.code_size(),
+        default=t.SIZE_CAP - len(t.SOURCE),
         help="default: what train_gpt.py leaves of the cap",
     )
     parser.add_argument("--state")

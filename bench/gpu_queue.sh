@@ -114,7 +114,7 @@ train() {
 
 # score NAME RUN KIND [SETTING=VALUE ...]: score the artifact of RUN again
 score() { train "$1" "$3" EVAL_ONLY="$(artifact "$2")" "${@:4}"; }
-artifact() { newest "$STATE/$1"/final_model.int*.ptz; }
+artifact() { newest "$STATE/$1"/logs/*.int*.ptz; }
 newest() {  # of the files named; nothing if there are none
     local file found=
     for file in "$@"; do

@@ -232,7 +232,7 @@ def serve(task: str, *args: str) -> None:
     except train_gpt.UserError as error:
         print(f"ngram.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    print(json.dumps(answer))
+    print(json.dumps(answer, allow_nan=False))
 
 
 def measure(task: str, path: str, tokens: int, repeat: int, *args) -> float:

@@ -1,7 +1,7 @@
 """Scoring with overlapping windows: windows/s, time and bits per byte for each stride, with all
 speed-ups and with each of them switched off, in one run.
 
-    python -m bench.scoring [final_model.int6.ptz] [--targets 60000] [--rounds 3]
+    python -m bench.scoring [logs/seed42.int6.ptz] [--targets 60000] [--rounds 3]
         [--strides 64 96 128 256]
 
 Settings are train_gpt.py's environment variables. They must be those that the artifact was trained
@@ -59,7 +59,7 @@ def measure(
     target_bytes = validation.count_bytes(tokens)
     model = common.new_model(hp)
     if artifact:
-        t.read_artifact(artifact, model, t.Ranks({}), t.RunLog())
+        t.read_artifact(artifact, "", model, t.Ranks({}), t.RunLog())
     trunks = variants(model, hp, torch.cuda.is_available())
     calls = {}
     for stride, (name, (trunk, scorer)) in product(strides, trunks.items()):
@@ -103,10 +103,14 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if "DATA_PATH" in os.environ:
-            hp = t.Hyperparameters.from_env(dict(os.environ))
+            env = dict(os.environ)
         else:
             common.make_demo_corpus()
-            hp = common.demo_settings()
+            env = common.demo_settings().as_env()
+        if args.artifact:  # it has the settings of its model
+            env = {name: value for name, value in env.items() if name not in t.MODEL_SETTINGS}
+            env["EVAL_ONLY"] = str(args.artifact)
+        hp = t.read_settings(env, t.Ranks({}))
         if not 1 <= min(args.strides) <= max(args.strides) <= hp.eval_seq_len:
             raise t.UserError(
                 f"--strides {args.strides}: expected 1 to EVAL_SEQ_LEN={hp.eval_seq_len}"

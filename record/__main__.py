@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -108,7 +110,7 @@ def run_check(args: argparse.Namespace) -> int:
     passed = all(finding.passed for finding in findings)
     if args.json:
         found = dict(folder=str(args.folder), passed=passed, checks=list(map(asdict, findings)))
-        print(json.dumps(found, indent=2))
+        print(json.dumps(found, indent=2, allow_nan=False))
     else:
         for finding in findings:
             print(f"{'PASS' if finding.passed else 'FAIL'} {finding.name} {finding.evidence}")
@@ -147,13 +149,32 @@ def run_copy(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = arguments().parse_args(argv)
+def end_output() -> None:
+    """Print what is still held back. What the console does not take is forgotten: otherwise Python
+    would try again when it ends, and complain."""
     try:
-        return args.run(args)
-    except RecordError as error:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status of the command. An error that a person can fix is one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # it is None if it is closed
+            stream.reconfigure(errors="backslashreplace")  # for consoles that know only ASCII
+    args = arguments().parse_args(argv)
+    status = 1
+    try:
+        status = args.run(args)
+        print(end="", flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        status = 1
+    except (RecordError, OSError) as error:
+        status = 1
         print(f"record: error: {error}", file=sys.stderr)
-        return 1
+    end_output()
+    return status
 
 
 if __name__ == "__main__":

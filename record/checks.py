@@ -171,6 +171,20 @@ def check_hardware(folder: Folder) -> str:
     return f"{found}, track {track}"
 
 
+def check_stream(folder: Folder) -> str:
+    """The record track is scored on one of the challenge's validation streams."""
+    log = folder.runs[0].log
+    line, val, unknown = (log.find(f"data:{part} ") for part in ("stream", "val", "unknown"))
+    known_by, track = line.get("known_by", "nothing"), folder.submission.get("track")
+    if track == TRACKS[0]:
+        problem = f"track {track} is scored on a whole validation stream of the challenge"
+        line.require(known_by.startswith("length"), f"but {problem}; use {TRACKS[1]}")
+    return (
+        f"{line['name']}, known by {known_by}; {val['tokens']} tokens, sha256 {val['sha256']} "
+        f"({val.place}), {unknown['tokens']} of them unknown to the tokenizer"
+    )
+
+
 def check_scored_once(folder: Folder) -> str:
     every(folder.logs, unscored)
     line = folder.logs[0].find("ngram_audit")
@@ -229,7 +243,11 @@ def json_place(folder: Folder, *keys: str) -> str:
     path, at = folder.path / "submission.json", 0
     lines = [line.replace('" :', '":') for line in read_text(path).split("\n")]
     for key in keys:
-        found = (no for no in range(at, len(lines)) if f"{json.dumps(key)}:" in lines[no])
+        found = (
+            no
+            for no in range(at, len(lines))
+            if f"{json.dumps(key, allow_nan=False)}:" in lines[no]
+        )
         at = next(found, at)
     return f"{path}:{at + 1}"
 
@@ -306,7 +324,7 @@ def check_figures(folder: Folder) -> str:
 
 def probed(folder: Folder) -> dict[str, list]:
     """{check: [passed, evidence]}"""
-    return probe.run_probe(folder.script, json.dumps(folder.logs[0].settings))
+    return probe.run_probe(folder.script, json.dumps(folder.logs[0].settings, allow_nan=False))
 
 
 def check_by_probe(name: str) -> Callable[[Folder], str]:
@@ -349,6 +367,7 @@ CHECKS = dict(
     eval_time=check_limit("eval_time"),
     seeds=check_seeds,
     hardware=check_hardware,
+    stream=check_stream,
     json=check_json,
     json_bytes=check_bytes_of_json,
     json_units=check_units_of_json,

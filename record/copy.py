@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from .checks import Finding, check
-from .folder import FILES, Folder, inside
+from .folder import FILES, Folder, encoded, inside
 from .log import RecordError, require
 from .tables import as_json, personal_facts
 
@@ -42,7 +42,8 @@ def copy(
             shutil.copyfile(path, copied)
         if source.submission.get("date") != said["date"]:
             dated = as_json({**source.submission, "date": said["date"]})
-            (aside / "submission.json").write_bytes(dated.encode())
+            copied = aside / "submission.json"
+            copied.write_bytes(encoded(copied, dated))
         findings = check(aside)
         failed = [finding for finding in findings if not finding.passed]
         reasons = "; ".join(f"{finding.name}: {finding.evidence}" for finding in failed)
@@ -52,7 +53,9 @@ def copy(
         aside.chmod(0o755)  # mkdtemp makes it private
         aside.rename(target)
     except OSError as error:
-        raise RecordError(f"{error.filename}: {error.strerror}; {target} was not made") from None
+        # some errors name no file, or say nothing beside their text
+        problem = f"{error.filename or aside}: {error.strerror or error}"
+        raise RecordError(f"{problem}; {target} was not made") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return target, findings

@@ -44,7 +44,10 @@ def plot(path: Path) -> tuple[list[Path], list[str]]:
         except RecordError as error:
             skipped.append(f"{name}: skipped: {error}")
             for stale in paths.values():
-                stale.unlink(missing_ok=True)
+                try:
+                    stale.unlink(missing_ok=True)
+                except OSError as left:
+                    skipped.append(f"{stale}: shows older logs: {left.strerror}; remove it")
             continue
         for theme, png in paths.items():
             draw(name, data, theme, png)

@@ -15,7 +15,7 @@ ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-ENVIRONMENT.policies["json.dumps_kwargs"] = dict(separators=(",", ":"))
+ENVIRONMENT.policies["json.dumps_kwargs"] = dict(separators=(",", ":"), allow_nan=False)
 
 
 def signed(value: float, digits: int) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -106,10 +107,11 @@ def read_json(path: Path, made_by: str = "`python -m record report`") -> dict:
     text = read_text(path, f"JSON; fix it, or remove it and make it by {made_by}")
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also for too long a number, or too deep a list
+        line, problem = getattr(error, "lineno", 1), getattr(error, "msg", error)
         raise RecordError(
-            f"{path}:{error.lineno}: {error.msg}, expected JSON; fix it, or remove it and make it "
-            f"by {made_by}"
+            f"{path}:{line}: {problem}, expected JSON; fix it, or remove it and make it by "
+            f"{made_by}"
         ) from None
     problem = f"found {type(found).__name__}, expected a JSON object"
     require(isinstance(found, dict), f"{path}:1: {problem}")
@@ -136,21 +138,34 @@ def with_part(path: Path, part: str, content: str) -> str:
     return f"{before}\n{content}\n{after}"
 
 
-def write_all(texts: dict[Path, str]) -> None:
-    """Write every file aside, then rename: none is ever half-written."""
-    asides = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
+def encoded(path: Path, text: str) -> bytes:
+    """`text` in UTF-8, as it goes into `path`. RecordError: a part of it has no UTF-8."""
     try:
-        for path, text in texts.items():
-            asides[path].write_bytes(text.encode())
+        return text.encode()
+    except UnicodeEncodeError as error:
+        part = text[max(0, error.start - 20) : error.end + 20]
+        raise RecordError(
+            f"{path}: would contain {part!r}, which cannot be UTF-8; rename the file or change the "
+            "text that it comes from"
+        ) from None
+
+
+def write_all(texts: dict[Path, str]) -> None:
+    """Write every file aside, then rename: none is ever half-written. RecordError: a file cannot be
+    written, or not in UTF-8."""
+    asides = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
+    contents = {path: encoded(path, text) for path, text in texts.items()}
+    try:
+        for path, content in contents.items():
+            asides[path].write_bytes(content)
         for path, aside in asides.items():
             aside.replace(path)
     except OSError as error:
-        raise RecordError(
-            f"{error.filename}: {error.strerror}; nothing of it was changed"
-        ) from None
+        raise RecordError(f"{path}: {error.strerror or error}; it was not changed") from None
     finally:
         for aside in asides.values():
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):  # what made writing fail may make this fail too
+                aside.unlink(missing_ok=True)
 
 
 def load_script(script: Path):
@@ -164,7 +179,7 @@ def load_script(script: Path):
         try:
             spec.loader.exec_module(module)
         except BaseException:
-            del sys.modules["train_gpt"]
+            sys.modules.pop("train_gpt", None)  # the script may have done it
             raise
         return module
     require(

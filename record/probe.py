@@ -37,17 +37,18 @@ def run_probe(source: str, settings: str) -> dict[str, list]:
     env = {key: value for key, value in os.environ.items() if key in KEPT}
     env |= dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
     env["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
-    with tempfile.TemporaryDirectory() as elsewhere:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as elsewhere:
         script = Path(elsewhere, "train_gpt.py")
         script.write_bytes(source.encode())
         command = [sys.executable, "-m", "record.probe", str(script)]
-        talk = dict(input=settings, capture_output=True, text=True, timeout=PROBE_SECONDS)
+        talk = dict(input=settings, capture_output=True, timeout=PROBE_SECONDS)
+        talk |= dict(encoding="utf-8", errors="backslashreplace")
         try:
             done = subprocess.run(command, cwd=elsewhere, env=env, **talk)
             return json.loads(done.stdout.splitlines()[-1])
         except subprocess.TimeoutExpired:
             problem = f"the script did not answer in {PROBE_SECONDS} s"
-        except (IndexError, json.JSONDecodeError):
+        except (IndexError, ValueError, RecursionError):  # the last line is no JSON
             said = done.stderr.strip().splitlines() or ["it said nothing"]
             problem = f"the process died: {said[-1]}"
     return {name: [False, problem] for name in ("imports", *PROBES)}
@@ -272,4 +273,4 @@ PROBES = dict(
 )
 
 if __name__ == "__main__":
-    print(json.dumps(probe(Path(sys.argv[1]), json.load(sys.stdin))))
+    print(json.dumps(probe(Path(sys.argv[1]), json.load(sys.stdin)), allow_nan=False))

@@ -143,7 +143,7 @@ def check_result(line: Line, run: Run) -> None:
     """RecordError: the line that programs read is no JSON, or says another number."""
     try:
         found = dict(json.loads(line.text.removeprefix("result ")))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         found = {}
     expected = {name: value for name, value in vars(run).items() if name not in ("log", "step_ms")}
     line.require(found, f"expected JSON with {', '.join(expected)}")
@@ -300,17 +300,26 @@ def check_same_experiment(logs: list[Log]) -> None:
 def check_same_data(log: Log, first: Log) -> None:
     """RecordError names the first line by which two runs were trained or scored on different
     data."""
-    for mine, its in zip(data_lines(log), data_lines(first)):
+    found, expected = data_lines(log), data_lines(first)
+    problem = f"{log.path}: there are {len(found)} data lines, but {len(expected)} in {first.path}"
+    require(len(found) == len(expected), f"{problem}; expected byte shards for all runs or none")
+    for mine, its in zip(found, expected):
         problem = (
             f"other data than {its.place} ({its.text[:120]!r}), expected the same for all logs"
         )
-        mine.require({**mine, "first": ""} == {**its, "first": ""}, problem)
+        mine.require(mine == its, problem)
 
 
 def data_lines(log: Log) -> list[Line]:
-    """What was trained and scored on: shards, tokenizer, sizes."""
-    starts = "data:train ", "data:val ", "data:tokenizer ", "train_tokens:"
-    return [log.find(start) for start in starts]
+    """What was trained and scored on: shards, tokenizer, which stream it is, sizes, and the byte
+    shards if there are any. RecordError: the log does not say."""
+    require(
+        not log.has("data:val first:"),
+        f"{log.place('data:val ')}: the log of an older train_gpt.py, which hashed only the first "
+        "shard of the validation stream, expected the SHA-256 of all of it; repeat the run",
+    )
+    starts = "data:train ", "data:val ", "data:tokenizer ", "data:stream ", "train_tokens:"
+    return [*map(log.find, starts), *log.all("data:val_bytes ")]
 
 
 def read_systems(logs: list[Log]) -> dict[str, list[Run]]:

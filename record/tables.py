@@ -7,7 +7,6 @@ import ast
 import datetime
 import inspect
 import json
-import math
 import re
 from dataclasses import fields
 from functools import lru_cache
@@ -54,15 +53,20 @@ def hardware(runs: list[Run]) -> str:
 
 
 def data_facts(runs: list[Run]) -> dict[str, str | int]:
-    """What was trained and scored on: folder and first file of each part, its SHA-256, tokens,
-    targets, bytes."""
-    *parts, header = data_lines(runs[0].log)
+    """What was trained and scored on: the name of each part's folder or file, its SHA-256 and how
+    many shards it has; the stream's name; tokens, targets, bytes."""
+    log = runs[0].log
+    train, val, tokenizer, stream, header, *val_bytes = data_lines(log)
+    folder, model = (Path(log.setting(name)) for name in ("DATA_PATH", "TOKENIZER_PATH"))
+    names = {"train": Path(log.settings.get("TRAIN_DATA_PATH") or folder).name, "val": folder.name}
     facts = {}
-    for line in parts:
-        facts[line["data"]] = "/".join(Path(line["first"]).parts[-2:])
-        facts[f"{line['data']}_sha256"] = line["sha256"]
+    for line in (train, val, tokenizer, *val_bytes):
+        part = line["data"]
+        facts[part] = names.get(part, model.name if part == "tokenizer" else folder.name)
+        facts[f"{part}_sha256"] = line["sha256"]
+    facts |= {f"{line['data']}_shards": int(line.number("shards")) for line in (train, val)}
     sizes = "train_tokens", "val_targets", "val_bytes"
-    return facts | {key: int(header.number(key)) for key in sizes}
+    return facts | {"stream": stream["name"]} | {key: int(header.number(key)) for key in sizes}
 
 
 # --- tables ---
@@ -115,7 +119,9 @@ def systems_table(systems: dict[str, list[Run]]) -> str:
                 f"{stdev(bpbs):.4f}" if len(runs) > 1 else "-",
                 pseudo,
                 mass,
+                coder_of(runs[0]),
                 f"{fmean(run.submission_bytes for run in runs):,.0f}",
+                f"{fmean(map(bytes_by_rans, runs)):,.0f}",
                 f"{fmean(run.train_seconds for run in runs):.1f}",
                 f"{fmean(run.eval_seconds for run in runs):.1f}",
             )
@@ -126,13 +132,27 @@ def systems_table(systems: dict[str, list[Run]]) -> str:
         "table.md",
         heads=[
             *("System", "seeds", "neural bpb", "**mixed bpb**, exact counts", "std"),
-            *("hashed, *not a bpb*", "its mass", "artifact bytes", "train s", "eval s"),
+            *("hashed, *not a bpb*", "its mass", "coder", "artifact bytes", "by rANS"),
+            *("train s", "eval s"),
         ],
         rows=rows,
         caption=f"Measured on {hardware(every_run)}; {facts['val']}: {facts['val_targets']:,} "
         "targets. Hashed: what the pull request's method reports; its counts sum to the mass over "
-        "the vocabulary, not 1.",
+        "the vocabulary, not 1. By rANS: the bytes of the same weights with CODER=rans.",
     )
+
+
+def coder_of(run: Run) -> str:
+    """The value of CODER: `lzma`, if the log names the artifact `int6+lzma`."""
+    label = run.log.find("Total submission size int").text.split(":")[0]
+    return label.rpartition("+")[2]
+
+
+def bytes_by_rans(run: Run) -> float:
+    """`submission_bytes`, if rANS had coded the same weights."""
+    if coder_of(run) == "rans":
+        return run.submission_bytes
+    return run.code_bytes + run.log.find("fit_artifact ").number("bytes_by_rans")
 
 
 def replay_of(run: Run) -> dict[str, float] | None:
@@ -156,7 +176,8 @@ def replay_of(run: Run) -> dict[str, float] | None:
 def settings_page(script: Path) -> str:
     """Every environment variable of `script`, its default, range and meaning, from its
     Hyperparameters, under the headings that stand there as comments."""
-    settings = load_script(script).Hyperparameters
+    loaded = load_script(script)
+    settings = loaded.Hyperparameters
     source, defaults = inspect.getsource(settings), settings().as_env()
     titles = dict(re.findall(r"^\n? {4}# ([A-Z].*)\n {4}(\w+):", source, re.M))
     groups, heads = [], {first: title for title, first in titles.items()}
@@ -167,10 +188,10 @@ def settings_page(script: Path) -> str:
         if choices or low is None:
             span = ", ".join(choices() if choices else [])
         else:
-            span = f"from {low:,}" if high == math.inf else f"{low:,} to {high:,}"
+            span = f"from {low:,}" if high == loaded.MOST else f"{low:,} to {high:,}"
         name = field.name.upper()
         groups[-1][1].append((name, defaults[name], span, field.metadata["doc"]))
-    return fill("settings.md", groups=groups) + "\n"
+    return fill("settings.md", groups=groups, script=loaded) + "\n"
 
 
 # --- submission.json ---
@@ -302,7 +323,7 @@ def personal_facts(folder: Path, flags: dict[str, str | None]) -> dict[str, str]
 
 
 def as_json(found: dict) -> str:
-    return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 # --- what the commands write ---

@@ -11,12 +11,12 @@
 #   - SWA is used: AVERAGING packs the middle of EMA and SWA. The PR collected SWA and packed EMA
 #   - late QAT works: it is an argument of the loss, not a class attribute that a compiled graph has already read
 #   - each target is scored once; the PR scored the last 64 tokens 32 times, after they had entered its cache
-#   - the file is range-coded, never over 16,000,000 bytes, and holds no pickle
+#   - the file is never over 16,000,000 bytes and holds no pickle; its codes are packed by lzma as in the PR
 set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
+use_fineweb
 export AVERAGING=${AVERAGING:-ema_swa} EMA_DECAY=${EMA_DECAY:-0.997} SWA_EVERY=${SWA_EVERY:-50}
 export QUANT_BITS=${QUANT_BITS:-6} LATE_QAT_THRESHOLD=${LATE_QAT_THRESHOLD:-0.15}
-export QUANTIZER=${QUANTIZER:-rows}   # as the PR: each row by itself
+export QUANTIZER=${QUANTIZER:-rows} CODER=${CODER:-lzma}   # as the PR: each row by itself, codes through lzma
 export NGRAM_ALPHA=${NGRAM_ALPHA:-entropy} SAVE_SCORES=${SAVE_SCORES:-1}
-source runs/common.sh
 run_and_replay 889

@@ -1,13 +1,23 @@
 # Sourced by the launch scripts. Sets `run`, the command that starts train_gpt.py on the GPUs: on the largest of 8, 4, 2, 1
 # that are there, or on two CPU ranks where there is no GPU. NPROC: another number of ranks; 0: one, without torchrun, which
 # starts seconds sooner. PYTHON: interpreter; by default that of `make`, else python3. SCRIPT: another train_gpt.py.
-python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+# A run takes place where you stand: relative paths begin there, and logs/ is written there. Only what the scripts themselves
+# name, train_gpt.py and the default data, is looked for in the repository, `repo`.
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+[[ $repo != "$(pwd -P)" ]] || repo=.   # short paths in the log
+python=${PYTHON:-$([ -x "$repo/.venv/bin/python" ] && echo "$repo/.venv/bin/python" || echo python3)}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 for ranks in 8 4 2 1; do (( gpus < ranks )) || break; done   # what the batches of the scripts divide by
 run=("$python" -m torch.distributed.run --standalone --nproc_per_node="${NPROC:-$(( gpus > 0 ? ranks : 2 ))}"
-    "${SCRIPT:-train_gpt.py}")
-[[ ${NPROC:-} != 0 ]] || run=("$python" "${SCRIPT:-train_gpt.py}")
+    "${SCRIPT:-$repo/train_gpt.py}")
+[[ ${NPROC:-} != 0 ]] || run=("$python" "${SCRIPT:-$repo/train_gpt.py}")
+
+# use_fineweb: the data of the challenge, unless other data are named
+use_fineweb() {
+    export DATA_PATH=${DATA_PATH:-$repo/data/datasets/fineweb10B_sp1024}
+    export TOKENIZER_PATH=${TOKENIZER_PATH:-$repo/data/tokenizers/fineweb_1024_bpe.model}
+}
 
 # run_and_replay RULE: the run, then studies/predecessors.py on its scores, which says what PR #RULE would have reported. A
 # run that fails or is stopped is not replayed. The exit status is the run's, or if that is 0, the study's.
@@ -21,6 +31,7 @@ run_and_replay() {
     local stop
     for stop in TERM INT HUP QUIT; do trap "pass_on $stop" "$stop"; done
     supervise "${run[@]}" || exit
+    export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}   # for `studies`
     supervise "$python" -m studies.predecessors "logs/${name}_scores.npz" --rule "$1" || exit
 }
 

@@ -5,9 +5,10 @@
 #   bash runs/frontier.sh; SEED=42 bash runs/frontier.sh; every setting likewise. TTT_EPOCHS=3: learns while it scores.
 # Needs FineWeb under DATA_PATH and TOKENIZER_PATH; one rank per GPU.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
+use_fineweb
 # the network
-export RECUR_LAYERS=${RECUR_LAYERS:-4,5} RECUR_START=${RECUR_START:-0.55}
+export RECUR_LAYERS=${RECUR_LAYERS-4,5} RECUR_START=${RECUR_START:-0.55}
 export PARALLEL_START_LAYER=${PARALLEL_START_LAYER:-7} SKIP_GATES=${SKIP_GATES:-1}
 export ATTN_GATE_DIMS=${ATTN_GATE_DIMS:-12} SMEAR_CROSSES_BOS=${SMEAR_CROSSES_BOS:-0}
 export XSA_LAST_N=${XSA_LAST_N:-${NUM_LAYERS:-11}} VRL_ENABLED=${VRL_ENABLED:-0} QK_GAIN_INIT=${QK_GAIN_INIT:-5}
@@ -17,5 +18,4 @@ export BIGRAM_VOCAB_SIZE=${BIGRAM_VOCAB_SIZE:-1536} BIGRAM_DIM=${BIGRAM_DIM:-112
 export MUON_ROW_NORM=${MUON_ROW_NORM:-1} MATRIX_LR=${MATRIX_LR:-0.02} SCALAR_LR=${SCALAR_LR:-0.02}
 export TIED_EMBED_LR=${TIED_EMBED_LR:-0.03} MUON_WD=${MUON_WD:-0.09} EMBED_WD=${EMBED_WD:-0.09} ADAM_WD=${ADAM_WD:-0.02}
 export WARMDOWN_FRAC=${WARMDOWN_FRAC:-0.667} EMA_DECAY=${EMA_DECAY:-0.9965}
-source runs/common.sh
 exec "${run[@]}"

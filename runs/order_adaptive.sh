@@ -16,7 +16,8 @@
 #     to zero, as PR #606 introduced it to the challenge
 #   - value residual, value embedding and U-Net skips of the defaults stay on; the PR's table does not name them
 set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
+use_fineweb
 export NUM_HEADS=${NUM_HEADS:-8} XSA_LAST_N=${XSA_LAST_N:-${NUM_LAYERS:-11}} MLP_MULT=${MLP_MULT:-3.5}
 export NUM_KV_HEADS=${NUM_KV_HEADS:-$NUM_HEADS}
 export AVERAGING=${AVERAGING:-ema_swa} QUANT_BITS=${QUANT_BITS:-5} FILL_BUDGET=${FILL_BUDGET:-0}
@@ -25,5 +26,4 @@ export TTT_EPOCHS=${TTT_EPOCHS:-3} TTT_CHUNK_TOKENS=${TTT_CHUNK_TOKENS:-32768} T
 export TTT_BLOCKS=${TTT_BLOCKS:-2} TTT_DECAY=${TTT_DECAY:-0.998}
 export QUANTIZER=${QUANTIZER:-rows}   # as the PR: each row by itself
 export NGRAM_ALPHA=${NGRAM_ALPHA:-order} SAVE_SCORES=${SAVE_SCORES:-1}
-source runs/common.sh
 run_and_replay 825

@@ -12,9 +12,9 @@
 #   - the last weights' uniform average, SWA, is what is packed; value residual, value embedding and XSA of the defaults
 #     stay on, though the PR's table does not name them
 set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
+use_fineweb
 export LEAKY_SLOPE=${LEAKY_SLOPE:-0.9} AVERAGING=${AVERAGING:-swa} WARMDOWN_ITERS=${WARMDOWN_ITERS:-3000}
 export QUANTIZER=${QUANTIZER:-rows}   # as the PR: each row by itself
 export NGRAM_ALPHA=${NGRAM_ALPHA:-entropy} SAVE_SCORES=${SAVE_SCORES:-1}
-source runs/common.sh
 run_and_replay 806

@@ -24,7 +24,7 @@ def one_run(hp, validation) -> dict[str, tuple[float, float]]:
     model, states = common.train_averages(hp)
     results = {}
     for averaging, state in states.items():
-        restored = t.decompress(t.pack(state, hp).blob)
+        _, restored = t.decompress(t.pack(state, hp).blob)
         found = (bits_per_byte(model, validation, weights) for weights in (state, restored))
         results[averaging] = tuple(found)
     return results

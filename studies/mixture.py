@@ -16,7 +16,6 @@ The last table shows which targets the gain comes from.
 
 import argparse
 import math
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +131,9 @@ def read_scores(path: Path) -> dict[str, np.ndarray]:
                 for name in ("nll", "entropy", "tokens", "bytes")
                 if name in scores
             }
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile):
+    except UserError:
+        raise
+    except Exception:  # damage raises many types: of NumPy, zipfile, zlib, struct ...
         raise UserError(f"{path}: not an npz file of plain arrays") from None
     targets = found["nll"].size
     for name, array in found.items():

@@ -28,8 +28,9 @@ import hashlib
 import json
 import os
 import re
-import zipfile
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ from train_gpt import (
     UserError,
     bits_per_byte,
     load_validation,
+    say,
     sort_runs,
 )
 
@@ -211,7 +213,7 @@ def read_scores(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
             found = {name: file[name] for name in ("nll", "entropy", "settings") if name in file}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {expected}") from None
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
+    except Exception:  # damage raises many types: of NumPy, zipfile, zlib, struct ...
         raise UserError(f"{path}: not an npz file of plain arrays; {expected}") from None
     for name in ("nll", "entropy", "settings"):
         if name not in found:
@@ -272,7 +274,7 @@ def replay(path: Path, name: str, moved: dict[str, str], buckets: int = BUCKETS)
     neural_bpb = bits_per_byte(nll, validation.target_bytes)
     check_log(path, neural_bpb)
 
-    print(f"{path}: counting by hashes as PR #{name} does, {targets:,} targets", flush=True)
+    say(f"{path}: counting by hashes as PR #{name} does, {targets:,} targets", sys.stdout)
     rule = RULES[name]
     counts = HashedCounts(tokens, rule, hp.vocab_size, lengths, buckets, hp.ngram_min_count)
     matched = np.flatnonzero(counts.n)
@@ -308,12 +310,13 @@ def write_json(path: Path, found: dict) -> None:
     """Write aside, then rename, so that the file is never half-written. UserError: cannot."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        aside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         aside.replace(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; nothing was written") from None
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # what made writing fail may make this fail too
+            aside.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -335,10 +338,11 @@ def main(argv: list[str] | None = None) -> None:
         write_json(path, found)
     except UserError as error:
         raise SystemExit(f"predecessors.py: error: {error}") from None
-    print(
+    say(
         f"predecessors pull_request:{args.rule} pseudo_bpb:{found['pseudo_bpb']:.8f} "
         f"mass:{found['mass']:.2f} targets:{found['targets']} orders:{found['orders']} "
-        f"buckets:{found['buckets']} (no score: a probability sums to 1, this to the mass)\n{path}"
+        f"buckets:{found['buckets']} (no score: a probability sums to 1, this to the mass)\n{path}",
+        sys.stdout,
     )
 
 

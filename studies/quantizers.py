@@ -177,7 +177,7 @@ def compare(label: str, judge: Judge, args) -> None:
             quantizer = QUANTIZERS[name](judge.state, hp, judge.curvature)
             container = t.fit(judge.state, hp, quantizer, size + t.AIM).container
             seconds = time.perf_counter() - began
-            back = t.decompress(container.blob)
+            _, back = t.decompress(container.blob, judge.state)
             (kl, kl_error), (rise, rise_error) = map(mean_and_error, judge(back))
             print(
                 f"  {bits} bits {name:5} {len(container.blob):>10,} bytes  rise {rise:+.6f} "

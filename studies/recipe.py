@@ -153,7 +153,7 @@ def train_once(hp: t.Hyperparameters, file: Path | None) -> float:
     found = train(hp)
     if file:
         with file.open("a") as lines:  # a line break first, as the last line may be cut short
-            lines.write("\n" + json.dumps({"bpb": found, "settings": settings}))
+            lines.write("\n" + json.dumps({"bpb": found, "settings": settings}, allow_nan=False))
     return found
 
 

@@ -8,6 +8,7 @@ SHUFFLE=<number> does it again."""
 import itertools
 import os
 import random
+import signal
 
 import hypothesis
 import numpy as np
@@ -25,6 +26,9 @@ pytest.register_assert_rewrite("helpers")
 from helpers import FRESH, SECTIONS, SHUFFLE, run_script, seed_of, write_shard  # noqa: E402
 
 torch.set_num_threads(1)
+for number in (signal.SIGINT, signal.SIGQUIT):  # a shell's background jobs ignore these,
+    if signal.getsignal(number) == signal.SIG_IGN:  # and so would what the tests start
+        signal.signal(number, signal.SIG_DFL)
 
 
 hypothesis.settings.register_profile(
@@ -128,7 +132,7 @@ def runs(corpus, tmp_path_factory):
     done = {}
     for ranks in (1, 2, 4, *[8] * (os.cpu_count() >= 8)):
         cwd = tmp_path_factory.mktemp(f"ranks{ranks}")
-        result = run_script(cwd, ranks, **corpus, NUM_LAYER=3)
+        result = run_script(cwd, ranks, **corpus, NUM_LAYER=3, TTT_LR=0.5)
         assert result.returncode == 0, result.stderr[-3000:]
         done[ranks] = cwd, result
     return done

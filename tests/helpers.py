@@ -25,20 +25,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # What `make test T=<section>` runs: a section of train_gpt.py, or a folder beside it -> test files
 SECTIONS = {
-    "settings": "settings source",
+    "settings": "settings bounds source",
     "runtime": "runtime ranks ranks_of_hosts",
-    "data": "data",
+    "data": "data stream demo_corpus",
     "model": "model frontier",
     "kernels": "kernels",
     "rounding": "artifact gptq quantizers",
     "optimizers": "optimizer ranks",
-    "training": "training optimizer frontier ranks",
-    "curvature": "gptq",
-    "artifact": "artifact gptq quantizers",
+    "training": "training clocks optimizer frontier ranks",
+    "curvature": "gptq clocks",
+    "artifact": "artifact load coders gptq quantizers",
     "scoring": "scoring",
     "ttt": "ttt",
     "mixture": "mixture ngram decodable predecessors",
-    "run": "script faults ranks systems",
+    "run": "script faults clocks ranks systems launch",
     "record": "record figures",
     "bench": "bench gpu_queue",  # studies/ and tools/ too
 }
@@ -337,7 +337,8 @@ def train(corpus, log_path: Path | None = None, **changes) -> tuple[t.Trained, K
 
 def new_state(training: Training) -> tuple[t.TrainState, Callable]:
     """The state that `t.train` makes, and the function with which it takes a step."""
-    state = t.TrainState(training.model, training.ranks, training.log)
+    data = training.validation.identity | training.loader.identity
+    state = t.TrainState(training.model, training.ranks, training.log, data)
     return state, partial(t.training_step, state, training.loader, t.training_loss)
 
 
@@ -349,7 +350,7 @@ def tensors_of(state: t.TrainState) -> dict[str, np.ndarray]:
 def checkpoint(path: Path) -> dict[str, np.ndarray]:
     """The tensors in a checkpoint."""
     arrays = t.read_checkpoint(str(path))
-    return {name: x for name, x in arrays.items() if name != "settings"}
+    return {name: x for name, x in arrays.items() if name not in ("settings", "data")}
 
 
 def assert_same(a: dict, b: dict) -> None:
@@ -490,7 +491,7 @@ t.StopSignal.handle = handle
 RECORDER = """#!/usr/bin/env bash
 case "$*" in
 -c*) echo 0 ;;
-*studies.predecessors*) printf '%s\\0' "$@" > study ;;
+*studies.predecessors*) printf '%s\\0' "$@" > study; echo "$PYTHONPATH" > study_path ;;
 *) printf '%s\\0' "$@" > arguments; env -0 > environment ;;
 esac
 """

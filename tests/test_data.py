@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import sentencepiece as spm
 from helpers import tiny, write_shard
 
 from data import prepare_demo
@@ -12,7 +11,6 @@ from train_gpt import (
     ByteCounter,
     TokenLoader,
     UserError,
-    fingerprint,
     load_shard,
     load_validation,
     window_starts,
@@ -40,7 +38,7 @@ def test_load_shard_is_a_memory_map_of_what_was_written(tmp_path, rng):
         (lambda b: b[:-2], "100 tokens in 1222 bytes; expected .* 1024 \\+ 2 n bytes"),
         (lambda b: b[:100], "100 tokens in 100 bytes; expected .* 1024 \\+ 2 n bytes"),
         (lambda b: b"", "0 tokens in 0 bytes; expected"),
-        (lambda b: b[:8] + bytes(1016), "0 tokens in 1024 bytes; expected"),
+        (lambda b: b[:8] + (-462).to_bytes(4, "little", signed=True) + b[12:100], "-462 tokens in"),
     ],
 )
 def test_bad_shards_are_refused_by_name(tmp_path, damage, said):
@@ -158,18 +156,6 @@ def test_training_shards_may_lie_elsewhere(tmp_path, corpus):
         TokenLoader(tiny(**corpus, TRAIN_DATA_PATH=tmp_path / "nowhere"), 0, 1)
 
 
-@pytest.mark.parametrize("token", [0, 1000, -1000, -1])
-def test_ranks_see_where_a_file_differs_from_rank_0s(tmp_path, corpus, rng, token):
-    """At its beginning and at its end: a file that was cut and filled up has the right size."""
-    tokens = rng.integers(2, 300, 100_000)
-    shard = write_shard(tmp_path / "fineweb_train_000000.bin", tokens)
-    hp = tiny(**corpus | dict(TRAIN_DATA_PATH=tmp_path))
-    before = fingerprint(hp)
-    tokens[token] ^= 1
-    write_shard(shard, tokens)
-    assert fingerprint(hp) != before
-
-
 def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
     for part in ("train", "val"):
         write_shard(tmp_path / f"fineweb_{part}_000000.bin", [1, 2, 512, 4] * 400)
@@ -192,7 +178,8 @@ def test_a_validation_stream_shorter_than_a_window_is_refused(tmp_path):
 
 
 def test_validation_shards_are_joined_in_order(tmp_path, corpus, rng):
-    parts = [rng.integers(0, 300, n) for n in (40, 3, 50)]
+    text = load_validation(tiny(**corpus)).tokens
+    parts = np.split(text[:93], [40, 43])
     for i, part in enumerate(parts):
         write_shard(tmp_path / f"fineweb_val_{i:06d}.bin", part)
     validation = load_validation(tiny(**corpus | {"DATA_PATH": tmp_path}))
@@ -216,44 +203,8 @@ def test_a_validation_stream_without_its_tokenizer_is_refused(corpus, tmp_path):
         load_validation(tiny(**corpus | {"TOKENIZER_PATH": tmp_path / "absent.model"}))
 
 
-def test_bytes_of_a_document_are_the_bytes_of_its_text(corpus):
-    """Decoding a document must give a text of exactly as many bytes as its targets count
-    (its first space is none)."""
-    sp = spm.SentencePieceProcessor(model_file=corpus["TOKENIZER_PATH"])
-    counter = ByteCounter(tiny(**corpus))
-    for text in (
-        "plain words",
-        "caf\u00e9 \u2603 and \U0001f600 bytes",
-        "x",
-        "  spaces   here ",
-        "\u2581 literal",
-    ):
-        ids = np.array([1, *sp.encode(text)])
-        assert counter(ids).sum() == len(sp.decode(ids[1:].tolist()).encode())
-
-
-def test_bytes_follow_the_definition_token_by_token(corpus, rng):
-    sp = spm.SentencePieceProcessor(model_file=corpus["TOKENIZER_PATH"])
-    tokens = rng.integers(0, 512, 5000)
-
-    def plain(previous, target):
-        if sp.is_control(target) or sp.is_unknown(target) or sp.is_unused(target):
-            return 0
-        if sp.is_byte(target):
-            return 1
-        piece = sp.id_to_piece(target)
-        after_text = not (
-            sp.is_control(previous) or sp.is_unknown(previous) or sp.is_unused(previous)
-        )
-        space = piece.startswith("\u2581") and after_text
-        return len(piece.replace("\u2581", "").encode()) + space
-
-    expected = [plain(int(a), int(b)) for a, b in zip(tokens[:-1], tokens[1:])]
-    assert ByteCounter(tiny(**corpus))(tokens).tolist() == expected
-
-
 def test_tokenizer_errors(corpus, tmp_path):
-    with pytest.raises(UserError, match="has 512 pieces, but VOCAB_SIZE=256: set VOCAB_SIZE=512"):
+    with pytest.raises(UserError, match="has 512 pieces, but VOCAB_SIZE=256: name the tokenizer"):
         ByteCounter(tiny(**corpus | {"VOCAB_SIZE": 256}))
     with pytest.raises(UserError, match="no such file"):
         ByteCounter(tiny(TOKENIZER_PATH=tmp_path / "absent.model"))

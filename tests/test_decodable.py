@@ -45,7 +45,7 @@ def artifact(corpus) -> tuple[bytes, t.Hyperparameters, np.ndarray]:
 
 def load(blob: bytes, hp) -> t.GPT:
     model = t.GPT(hp)
-    model.load_state_dict(t.decompress(blob))
+    model.load_state_dict(t.decompress(blob)[1])
     return model
 
 

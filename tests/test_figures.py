@@ -167,14 +167,14 @@ def sp(corpus):
 @pytest.fixture(scope="session")
 def run(corpus, sp, tmp_path_factory) -> Path:
     """The scores of a run of random quality;
-    the text of its first document tries to leave its place."""
+    the text that it begins with tries to leave its place."""
     rng = np.random.default_rng(seed_of("a run of random quality"))
     folder = tmp_path_factory.mktemp("run")
     newline = sp.piece_to_id("<0x0A>")
     reference = train_gpt.load_validation(tiny(**corpus)).tokens[:1400]
-    stream = np.concatenate(
-        [[1], sp.encode(HOSTILE), [newline], sp.encode("after"), reference]
-    ).astype(np.uint16)
+    stream = np.concatenate([sp.encode(HOSTILE), [newline], sp.encode("after"), reference]).astype(
+        np.uint16
+    )
     write_shard(folder / "data/fineweb_val_000000.bin", stream)
     hp = tiny(**{**corpus, "DATA_PATH": folder / "data", "VE_LAYERS": "2,3"})
     nll = rng.gamma(2, 2, len(stream) - 1).astype(np.float32)
@@ -199,27 +199,32 @@ def page_data(page: str) -> dict:
 # --- the page ---
 
 
-def test_token_texts_are_the_exact_text(sp, rng, corpus):
+@pytest.fixture(scope="module")
+def counter(corpus):
+    return train_gpt.ByteCounter(tiny(**corpus))
+
+
+def test_token_texts_are_the_exact_text(sp, rng, counter):
     pool = [*"abc xyz \u00e9\u00df\u4e2d\U0001f600\u0416\u2014<&>", "the ", "with "]
     documents = [
         " ".join("".join(rng.choice(pool, rng.integers(1, 30))).split()) or "x" for _ in range(30)
     ]
     tokens = np.array(sum(([1, *sp.encode(text)] for text in documents), [1]))
-    texts = view.token_texts(tokens[1:], sp, after_text=False)
+    texts = view.token_texts(tokens[1:], counter, at_start=True)
     assert "".join(texts) == "".join(sp.decode(sp.encode(text)) for text in documents)
-    counted = train_gpt.ByteCounter(tiny(**corpus))(tokens).sum()
+    counted = counter(tokens).sum()
     assert len("".join(texts).encode()) == counted, (
         "the text shown has the bytes that the score divides by"
     )
 
 
-def test_bytes_that_are_no_utf8_are_replaced_as_a_decoder_would(sp, rng):
+def test_bytes_that_are_no_utf8_are_replaced_as_a_decoder_would(sp, rng, counter):
     raw = bytes(
         rng.choice(np.frombuffer("\u00e9\u4e2d\U0001f600a\n".encode() + b"\xff", np.uint8), 200)
     )
-    texts = view.token_texts([sp.piece_to_id(f"<0x{b:02X}>") for b in raw], sp, after_text=True)
+    texts = view.token_texts([sp.piece_to_id(f"<0x{b:02X}>") for b in raw], counter, False)
     assert len(texts) == len(raw) and "".join(texts) == raw.decode(errors="replace")
-    cut = view.token_texts([sp.piece_to_id("<0xE4>"), sp.piece_to_id("a")], sp, True)
+    cut = view.token_texts([sp.piece_to_id("<0xE4>"), sp.piece_to_id("a")], counter, False)
     assert "".join(cut) == "\ufffda"
 
 
@@ -242,7 +247,7 @@ def test_the_stretch_is_the_one_that_gains_most(run, corpus):
     for a in range(len(scores.nll) - count + 1):
         token = scores.tokens[a + 1]
         saved = scores.gain[a : a + count].sum()
-        if (counter.opens_word[token] or not counter.is_text[token]) and saved > gain + 1e-9:
+        if (counter.opens_word[token] or not counter.length[token]) and saved > gain + 1e-9:
             best, gain = a, saved
     assert view.choose_stretch(scores, None, count) == (best, best + count)
     assert view.choose_stretch(scores, 1300, 10_000) == (1300, len(scores.nll))

@@ -199,7 +199,7 @@ def test_validations_and_a_resumed_run_score_with_the_passes_that_were_trained(
 def test_an_artifact_keeps_all_that_the_preset_learns():
     """Nothing of it is large enough to be coded; float16 is what the container keeps."""
     model = randomize(t.GPT(tiny(**FRONTIER))).float()
-    found = t.decompress(t.pack(model.state_dict(), model.hp).blob)
+    _, found = t.decompress(t.pack(model.state_dict(), model.hp).blob)
     for name, p in model.named_parameters():
         if t.parameter_row(name).kind == "vector":
             assert torch.equal(found[name], p.half().float()), name
@@ -262,7 +262,7 @@ def test_the_preset_runs_its_layers_again_in_the_second_half(logs):
 def test_the_preset_is_scored_with_its_layers_run_again(folders, logs):
     found = dict(line.split("=", 1) for line in re.findall(r"^[A-Z_]+=.*", logs[1], re.M))
     model = t.GPT(t.Hyperparameters.from_env(found))
-    model.load_state_dict(t.decompress((folders[1] / "final_model.int6.ptz").read_bytes()))
+    model.load_state_dict(t.decompress((folders[1] / "logs/test.int6.ptz").read_bytes())[1])
     validation = t.load_validation(model.hp)
     _, bpb = t.validate(t.Scorer(model, RECURRING), validation, ALONE, SILENT)
     expected = float(values(logs[1], "final_int6_roundtrip")["val_bpb"])

@@ -81,7 +81,7 @@ def weighted_errors(state, curvature, hp, budget) -> tuple[float, float]:
     """Of the files of GPTQ and of rows, at equal bytes."""
     found = []
     for c in (curvature, {}):
-        back = t.decompress(t.compress(state, hp, c, budget).container.blob)
+        _, back = t.decompress(t.compress(state, hp, c, budget).container.blob, state)
         found.append(sum(weighted_error(curvature[n], w, back[n]) for n, w in state.items()))
     return found
 
@@ -110,11 +110,11 @@ def test_codes_of_gptq_take_less_than_their_zeroth_order_entropy(rng):
     curvature = t.Curvature(correlated_moments(400).float(), torch.logspace(-2, 2, 700))
     codes, _ = t.GPTQ({MATRIX: w}, tiny(), {MATRIX: curvature}).quantize(MATRIX, w, 1.5)
     codes = codes.numpy().astype(np.int8)
-    freq, classes, words, _ = t.encode_matrices([codes])
-    side = lzma.compress(b"".join([freq, *classes]), **t.LZMA)
+    coded = t.Rans.encode([codes])
+    side = lzma.compress(b"".join(coded.numbers), **t.LZMA)
     p = np.unique(codes, return_counts=True)[1] / codes.size
     entropy = -(p * np.log2(p)).sum() * codes.size / 8
-    assert len(side) + len(words) < 0.985 * entropy
+    assert len(side) + len(coded.codes) < 0.985 * entropy
 
 
 def test_rows_that_matter_more_get_smaller_deltas(matrices):
@@ -291,3 +291,112 @@ def test_measuring_ends_when_its_time_does(corpus, monkeypatch):
     monkeypatch.setattr(t, "perf_counter", lambda: float(next(clock)))
     _, num_tokens = measured(model, t.TokenLoader(model.hp, 0, 1))
     assert num_tokens == 3 * 512
+
+
+# ---- rows and matrices that training has not touched
+
+
+def with_dead_rows(state: dict, curvature: dict, share: float, size: float) -> dict:
+    """The state with rows of this size in the place of a share of the rows of each matrix."""
+    dead = {}
+    for name, w in state.items():
+        rows = torch.arange(len(w)) * 0.618 % 1 < share  # evenly over rows that matter and others
+        dead[name] = torch.where(rows[:, None], torch.randn_like(w) * size, w)
+    return dead
+
+
+@pytest.mark.parametrize(
+    "size, share",
+    [(0.0, 0.02), (0.0, 0.08), (0.0, 0.7), (1e-38, 0.08), (1e-12, 0.08), (1e-12, 0.4)],
+)
+def test_rows_next_to_zero_do_not_move_the_step_sizes_of_others(matrices, size, share):
+    """Never visited rows of a table are 0, or what weight decay has left of them."""
+    state, curvature = matrices
+    dead = with_dead_rows(state, curvature, share, size)
+    scale, expected = (t.GPTQ(s, tiny(), curvature).scale for s in (dead, state))
+    assert 0.3 < scale / expected < 3
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(outputs_R=torch.zeros(60)),
+        dict(outputs_R=torch.full((60,), 1e-38)),
+        dict(inputs_CC=torch.zeros(40, 40)),
+        dict(inputs_CC=torch.eye(40) * 1e-38),
+    ],
+    ids=["no gradients", "hardly any", "no inputs", "hardly any inputs"],
+)
+def test_a_matrix_without_gradients_or_inputs_is_rounded_by_rows_and_moves_no_other(
+    matrices, changed
+):
+    state, curvature = matrices
+    name, *others = state
+    dead = t.Curvature(curvature[name].inputs_CC, curvature[name].outputs_R)
+    dead = t.Curvature(**{**vars_of(dead), **changed})
+    assert dead.factors is None
+    rest = {other: curvature[other] for other in others}
+    one, expected = (t.GPTQ(state, tiny(), c) for c in (rest | {name: dead}, rest))
+    assert one.scale == expected.scale
+    codes, delta = one.quantize(name, state[name], 1.0)
+    plain, same = t.RowQuantizer(state, tiny(), {}).quantize(name, state[name], 1.0)
+    assert torch.equal(codes, plain) and torch.equal(delta, same)
+
+
+def vars_of(c: t.Curvature) -> dict[str, torch.Tensor]:
+    return dict(inputs_CC=c.inputs_CC, outputs_R=c.outputs_R)
+
+
+def test_some_rows_without_gradients_keep_step_sizes_near_those_of_others(matrices):
+    """A row that seems not to matter gets at most ten times the mean row's."""
+    _, curvature = matrices
+    for c in curvature.values():
+        outputs_R = torch.where(torch.arange(len(c.outputs_R)) < 20, 0.0, 1.0)
+        deltas = t.Curvature(c.inputs_CC, outputs_R).deltas
+        assert deltas.max() < 13 * deltas.min()
+
+
+def test_a_state_of_zeros_can_be_packed(matrices):
+    state, curvature = matrices
+    zeros = {name: torch.zeros_like(w) for name, w in state.items()}
+    packed = t.compress(zeros, tiny(), curvature, 100_000)
+    _, back = t.decompress(packed.container.blob, zeros)
+    assert all(torch.equal(back[name], w) for name, w in zeros.items())
+    assert packed.container.levels == 0
+
+
+@pytest.mark.parametrize("dead", ["rows", "matrix", "gradients", "matrix and gradients"])
+@pytest.mark.parametrize("share", [0.35, 0.6])
+def test_what_fits_by_rows_fits_by_gptq(matrices, dead, share):
+    """Dead parts are no reason to refuse a model."""
+    state, curvature = matrices
+    name = next(iter(state))
+    if dead == "rows":
+        state = with_dead_rows(state, curvature, 0.3, 0.0)
+    if "matrix" in dead:
+        state = state | {name: torch.zeros_like(state[name])}
+    if "gradients" in dead:
+        nothing = t.Curvature(curvature[name].inputs_CC, torch.zeros(60))
+        curvature = curvature | {name: nothing}
+    budget = int(share * len(t.pack(state, tiny()).blob))
+    sizes = [len(t.compress(state, tiny(), c, budget).container.blob) for c in (curvature, {})]
+    assert all(budget - t.TOLERANCE < size <= budget for size in sizes)
+
+
+def test_rows_that_matter_a_thousand_times_as_much_are_no_reason_to_refuse_a_model():
+    """They have steps so fine that 254 times the natural ones leaves large codes."""
+    w = torch.randn(60, 40)
+    outputs_R = torch.where(torch.arange(60) < 30, 1e9, 1.0)
+    curvature = {MATRIX: t.Curvature(correlated_moments(40).float(), outputs_R)}
+    state = {MATRIX: w, OTHER: torch.randn(60, 40) * 1e-3}
+    curvature[OTHER] = t.Curvature(correlated_moments(40).float() * 1e-9, torch.ones(60))
+    least = len(t.pack(state, tiny(), t.COARSEST).blob)
+    assert len(t.compress(state, tiny(), curvature, least).container.blob) <= least
+
+
+def test_step_sizes_stay_finite_however_coarse(matrices):
+    """Else a file would be written that nobody can read: 0 times infinity is no number."""
+    state, curvature = matrices
+    quantizer = t.GPTQ(state, tiny(), curvature)
+    _, back = t.decompress(t.pack(state, tiny(), 1e45, quantizer.draft).blob, state)
+    assert all(w.isfinite().all() for w in back.values())

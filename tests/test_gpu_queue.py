@@ -27,7 +27,7 @@ case "$*" in
         echo "$RUN_ID $(basename "$RESUME")" >>"$CALLS"
         [[ $RUN_ID != "${FAILS:-}" ]] || exit 3
         if [[ $RUN_ID == "${HANGS:-}" ]]; then sleep 600 & wait; fi
-        touch final_model.int6.ptz ;;
+        touch "logs/$RUN_ID.int6.ptz" ;;
 esac
 """
 
@@ -107,7 +107,7 @@ def test_items_are_no_longer_skipped_once_their_code_is_there(queue):
         data / "fineweb_8192_bpe.model",
         data / "retokenize.py",
         data / "pr889_train_gpt.py",
-        queue.root / "state/defaults/final_model.int6.ptz",
+        queue.root / "state/defaults/logs/defaults.int6.ptz",
         queue.root / "data/gpu_wheels/1of2/part",
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -275,5 +275,6 @@ def test_the_queue_on_a_cpu(corpus, tmp_path):
     }  # fmt: skip
     with tarfile.open(out / "runs.tar.gz") as logs:
         assert "long/logs/long.txt" in logs.getnames()
-    assert (out / "final_model.int6.ptz").read_bytes().startswith(b"PGOLF")
+    (artifact,) = out.glob("long*.int6.ptz")
+    assert artifact.read_bytes().startswith(b"PGOLF")
     assert (out / "long_scores.npz").exists()

@@ -57,7 +57,7 @@ def test_the_file_gives_back_codes_times_deltas(name, matrices, bits):
     state, curvature = matrices
     hp = tiny(QUANT_BITS=bits)
     quantizer = t.QUANTIZERS[name](state, hp, curvature)
-    back = t.decompress(t.pack(state, hp, 1.0, quantizer.quantize).blob)
+    _, back = t.decompress(t.pack(state, hp, 1.0, quantizer.quantize).blob, state)
     for matrix, w in state.items():
         codes, delta = quantizer.quantize(matrix, w, 1.0)
         assert torch.equal(back[matrix], codes * delta), matrix
@@ -128,6 +128,30 @@ def test_a_budget_too_small_for_any_codes_is_refused(name, matrices):
     state, curvature = matrices
     with pytest.raises(t.UserError, match="even with codes of -1, 0 and 1"):
         t.compress(state, tiny(QUANTIZER=name), curvature, 400)
+
+
+def test_at_its_coarsest_all_codes_are_small(quantizer, matrices):
+    """So "even with codes of -1, 0 and 1" is true."""
+    state, _ = matrices
+    for matrix, w in state.items():
+        codes, _ = quantizer.draft(matrix, w, quantizer.coarsest)
+        assert codes.abs().max() <= 1
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8, 2.0])
+@pytest.mark.parametrize("bits", [4, 6])
+def test_levels_are_the_largest_code_in_the_file(name, matrices, share, bits):
+    state, curvature = matrices
+    state = state | {"bigram.table.weight": torch.randn(50, 9)}  # of 8 bits, so not counted
+    hp = tiny(QUANTIZER=name, QUANT_BITS=bits)
+    packed = t.compress(state, hp, curvature, int(share * len(t.pack(state, hp).blob)))
+    _, back = t.decompress(packed.container.blob, state)
+    quantizer = t.QUANTIZERS[name](state, hp, curvature)
+    largest = 0
+    for matrix in curvature:
+        _, delta = quantizer.quantize(matrix, state[matrix], packed.coarsen)
+        largest = max(largest, int((back[matrix] / delta).abs().max()))
+    assert packed.container.levels == largest
 
 
 def test_a_quantiser_with_a_quicker_draft_packs_only_a_few_times_itself(

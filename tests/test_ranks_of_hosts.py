@@ -101,13 +101,13 @@ def test_two_hosts_give_the_losses_of_two_ranks_on_one(hosts, runs):
 
 def test_two_hosts_give_the_artifact_of_two_ranks_on_one(hosts, runs):
     (first, _), _ = hosts
-    expected = (runs[2][0] / "final_model.int6.ptz").read_bytes()
-    assert (first / "final_model.int6.ptz").read_bytes() == expected
+    expected = (runs[2][0] / "logs/test.int6.ptz").read_bytes()
+    assert (first / "logs/test.int6.ptz").read_bytes() == expected
 
 
 def test_the_first_host_has_the_log_and_the_artifact(hosts):
     (first, _), _ = hosts
-    assert files(first) == ["final_model.int6.ptz", "logs/test.txt"]
+    assert files(first) == ["final_model.int6.ptz", "logs/test.int6.ptz", "logs/test.txt"]
 
 
 def test_the_second_host_needs_and_writes_no_file(hosts):

@@ -2,9 +2,12 @@
 runs serve all tests."""
 
 import ast
+import contextlib
 import dataclasses
+import errno
 import graphlib
 import inspect
+import io
 import json
 import os
 import re
@@ -12,19 +15,23 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT, collect, run_script
 
+import record.__main__
 import train_gpt as t
 from record import checks, probe
 from record.__main__ import main
-from record.folder import Folder, load_script
-from record.log import RULE, Log, RecordError, parse_log
+from record.folder import Folder, load_script, read_json, write_all
+from record.log import RULE, Log, RecordError, parse_log, require
 from record.run import LIMITS, read_run, seed_of
 from record.tables import settings_page
+from record.view import load_scores
+from studies import mixture, predecessors
 
 SEEDS = 11, 2, 303
 SAID = [
@@ -413,6 +420,16 @@ REFUSED = [
         r"seed2.txt:\d+: .*expected train_time / step = step_avg",
     ),
     (
+        "a log of an older script, which hashed first shards alone",
+        changed(r"^data:val .*", "data:val first:a/fineweb_val_000000.bin sha256:" + "0" * 64),
+        r"seed2.txt:\d+: .*older train_gpt.py, .*expected the SHA-256 of all of it; repeat",
+    ),
+    (
+        "other byte shards",
+        changed(r"^(data:tokenizer .*\n)", r"\1data:val_bytes sha256:0\n"),
+        r"seed2.txt: there are 6 data lines, but 5 in \S+seed11.txt",
+    ),
+    (
         "no data line",
         changed(r"^data:tokenizer.*\n", ""),
         r"seed2.txt:\d+: the log ends without a line 'data:tok",
@@ -544,6 +561,21 @@ def write_systems(folder) -> int:
     """Exit status of `record systems`."""
     logs = map(str, folder.glob("logs/systems/*.txt"))
     return main(["systems", *logs, "--folder", str(folder)])
+
+
+def test_the_table_of_systems_shows_each_coder_and_what_rans_would_take(folder):
+    with_systems(folder)
+    path = folder / f"logs/systems/backoff_seed{SEEDS[0]}.txt"
+    edit(path, r"^(Total submission size) int6\+rans", r"\1 int6+lzma")
+    edit(path, r"bytes_by_rans:\d+", "bytes_by_rans:1000")
+    assert write_systems(folder) == 0
+    page = (folder / "docs/predecessors.md").read_text()
+    run, other = (
+        read_run(parse_log(folder / f"logs/systems/{system}_seed{seed}.txt"))
+        for seed, system in zip(SEEDS, ("backoff", "prefill"))
+    )
+    assert f"| lzma | {run.submission_bytes:,} | {run.code_bytes + 1000:,} |" in page
+    assert f"| rans | {other.submission_bytes:,} | {other.submission_bytes:,} |" in page
 
 
 def other_system(folder):
@@ -891,7 +923,7 @@ final_int6_ngram val_loss:1.6280 val_bpb:0.9642 eval_time:895000ms
         r"FAIL json_units submission.json:4: val_loss 0.9642 equals val_bpb",
         r"FAIL source .*train_seed42.log:1: the log does not begin with the source",
         r"FAIL self_audit .*without a line 'ngram_audit'",
-        r"\d+ of 24 checks passed: not ready: ",
+        r"\d+ of 25 checks passed: not ready: ",
     ):
         assert re.search(f"^{line}", out, re.M), (line, out)
 
@@ -919,6 +951,113 @@ def test_the_command_line_speaks_to_people(tmp_path, capsys):
 
 
 # --- copy ---
+
+
+class AsciiConsole(io.TextIOWrapper):
+    """Refuses what is not ASCII, as Python's standard output does under PYTHONIOENCODING=ascii."""
+
+    def __init__(self):
+        super().__init__(io.BytesIO(), "ascii")
+
+    def said(self) -> bytes:
+        self.flush()
+        return self.buffer.getvalue()
+
+
+def test_an_ascii_console_gets_names_of_any_kind(tmp_path, monkeypatch):
+    console, folder = AsciiConsole(), tmp_path / os.fsdecode(b"caf\xe9")
+    (folder / "docs").mkdir(parents=True)
+    shutil.copy(ROOT / "train_gpt.py", folder)
+    monkeypatch.setattr(sys, "stdout", console)
+    assert main(["settings", "--folder", str(folder)]) == 0
+    assert console.said() == f"{tmp_path}/caf\\udce9/docs/settings.md\n".encode()
+
+
+def test_an_ascii_console_gets_errors_of_any_kind(tmp_path, monkeypatch):
+    console = AsciiConsole()
+    monkeypatch.setattr(sys, "stderr", console)
+    assert main(["check", str(tmp_path / os.fsdecode(b"\xff\xe2\x96\x81"))]) == 1
+    assert f"record: error: {tmp_path}/\\udcff\\u2581: no such folder".encode() in console.said()
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_console_costs_no_file(tmp_path, monkeypatch, stream):
+    shutil.copy(ROOT / "train_gpt.py", tmp_path)
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(sys, stream, None)
+    assert main(["settings", "--folder", str(tmp_path)]) == 0
+    assert (tmp_path / "docs/settings.md").exists()
+
+
+@pytest.mark.parametrize("failed, said", [(False, ""), (True, "record: error: no settings\n")])
+def test_a_reader_that_has_read_enough_gets_no_traceback(monkeypatch, capsys, failed, said):
+    """`| head -1`: neither now nor when Python ends, which flushes once more."""
+
+    def run_settings(args) -> int:
+        """Prints, and then may fail."""
+        print("a line")
+        require(not failed, "no settings")
+        return 0
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    console = os.fdopen(writer, "w")
+    monkeypatch.setattr(record.__main__, "run_settings", run_settings)
+    monkeypatch.setattr(sys, "stdout", console)
+    assert main(["settings"]) == 1
+    console.close()
+    assert capsys.readouterr().err == said
+
+
+def test_a_page_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    """Some errors of the system name no file."""
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    shutil.copy(ROOT / "train_gpt.py", tmp_path)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "unlink", full)
+    assert main(["settings", "--folder", str(tmp_path)]) == 1
+    page = tmp_path / "docs/settings.md"
+    expected = f"record: error: {page}: No space left on device; it was not changed\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_figure_that_cannot_be_written_is_one_line(folder, monkeypatch, capsys):
+    (folder / "logs/fig_bpb_light.png").mkdir()
+    assert main(["plot", str(folder)]) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch("record: error: .*Is a directory: '.*/fig_bpb_light.png'\n", said)
+
+
+def test_a_name_that_is_no_utf8_is_refused_where_it_would_be_written(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("older")
+    with pytest.raises(RecordError, match=r"README.md: would contain '.*\\udcff.*rename the file"):
+        write_all({page: "see [the log](logs/\udcff.txt)"})
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["older"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, "{", "3"])
+def test_json_of_any_kind_is_read_or_refused_in_one_line(tmp_path, text):
+    (tmp_path / "submission.json").write_text(text)
+    with pytest.raises(RecordError, match="submission.json:1: "):
+        read_json(tmp_path / "submission.json")
+
+
+@pytest.mark.parametrize("read", [load_scores, predecessors.read_scores, mixture.read_scores])
+def test_scores_that_are_damaged_anywhere_are_refused(tmp_path, read):
+    """NumPy and zipfile raise many types."""
+    path = tmp_path / "damaged_scores.npz"
+    np.savez(path, nll=np.ones(9, np.float32), entropy=np.ones(9, np.float32))
+    whole = path.read_bytes()
+    for place in range(len(whole) - 100, len(whole)):  # the end of the directory
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with contextlib.suppress(RecordError, t.UserError):
+            read(path)
 
 
 def test_copy_makes_a_folder_that_runs(good, corpus, tmp_path, capsys):
@@ -988,11 +1127,12 @@ def test_copy_refuses_what_check_refuses(folder, tmp_path, capsys):
     assert main(command) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "not made, 3 checks failed: hardware: submission.json:7: track" in error
+    assert "not made, 4 checks failed: hardware: submission.json:7: track" in error
     assert not list((tmp_path / "dest").iterdir())
     assert main([*command, "--force"]) == 0
     assert (
-        "21 of 24 checks passed: not ready: hardware, json, json_bytes" in capsys.readouterr().out
+        "21 of 25 checks passed: not ready: hardware, stream, json, json_bytes"
+        in capsys.readouterr().out
     )
     assert (
         tmp_path / "dest/records/track_10min_16mb/2026-12-01_Tiny_a_test/submission.json"
@@ -1128,3 +1268,21 @@ def test_a_record_whose_readme_says_it_is_none_is_refused(folder, monkeypatch):
     assert "says 'no record', but the track is 10min_16mb" in failing(folder)["hardware"]
     edit(folder / "README.md", "no record", "one")
     assert "hardware" not in failing(folder)
+
+
+@pytest.mark.parametrize(
+    "stream, holds",
+    [
+        ("SP1024 known_by:length and the sha256 of its first 1040298 tokens", True),
+        ("SP8192 CaseOps known_by:length only", True),
+        ("the first 1040298 tokens of SP1024 known_by:sha256", False),
+        ("unknown", False),
+    ],
+)
+def test_the_record_track_is_scored_on_a_known_stream(folder, monkeypatch, stream, holds):
+    monkeypatch.setattr(checks, "CHECKS", {"stream": checks.check_stream})
+    in_every_log("^data:stream name:.*", f"data:stream name:{stream}")(folder)
+    assert failing(folder) == {}
+    edit_json(folder, track="10min_16mb")
+    assert holds or "a whole validation stream of the challenge" in failing(folder)["stream"]
+    assert not holds or failing(folder) == {}

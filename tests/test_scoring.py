@@ -10,6 +10,7 @@ from helpers import (
     ROOT,
     SILENT,
     FakeRanks,
+    KeptLog,
     collect,
     final_passes,
     hidden_states,
@@ -190,6 +191,14 @@ def test_only_rank_0_knows_a_validation(rng):
     validation = validation_of(rng.integers(0, 300, 150).astype(np.uint16), None)
     found = t.validate(scorer_of(t.GPT(tiny())), validation, FakeRanks(1, 2), SILENT)
     assert found == (0.0, 0.0)
+
+
+def test_scores_that_are_not_finite_are_refused_and_give_no_result():
+    scores = t.Scores(np.array([1, np.nan]), np.ones(2), None, 1, 0, 0, 0)
+    validation, log = validation_of(np.arange(3), np.ones(2)), KeptLog()
+    with pytest.raises(t.UserError, match="scores that are not finite"):
+        t.report(scores, t.Trained({}, {}, 0, 0), validation, 1, tiny(), log)
+    assert log.lines == []
 
 
 def test_bits_per_byte_sums_in_float64():

@@ -55,11 +55,30 @@ def test_the_log_has_what_repeats_the_run(ran):
         "\nVE_LAYERS=2,3\n",
     ):
         assert fact in ran.log
-    assert len(re.findall(r"sha256:[0-9a-f]{64}", ran.log)) == 3
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        r"data:val shards:1 tokens:6001 sha256:[0-9a-f]{64}",
+        r"data:tokenizer sha256:[0-9a-f]{64}",
+        r"data:train shards:3 tokens:\d+ sha256:[0-9a-f]{64}",
+        r"data:train_shards 000000:\d+:[0-9a-f]{16} 000001:\S+ 000002:\S+",
+        r"data:stream name:unknown",
+        r"data:round_trip documents:\d+ parts:1 tokens:\d+ bytes:\d+",
+        r"data:unknown tokens:0 documents:0",
+    ],
+)
+def test_the_log_says_what_was_trained_on_and_scored(ran, line):
+    assert re.search(f"^{line}$", ran.log, re.M)
 
 
 def test_a_mistyped_setting_is_pointed_out(ran):
     assert "warning: NUM_LAYER is set but is no setting; did you mean NUM_LAYERS?" in ran.said
+
+
+def test_a_setting_without_effect_is_pointed_out(ran):
+    assert "warning: TTT_LR=0.5 has no effect with TTT_EPOCHS=0" in ran.said
 
 
 def test_each_step_has_a_line(ran):
@@ -98,7 +117,7 @@ def test_the_log_has_an_audit_of_the_mixture(ran):
 
 
 def test_the_log_has_the_size_of_code_and_artifact(ran):
-    size = (ran.cwd / "final_model.int6.ptz").stat().st_size
+    size = (ran.cwd / "logs/test.int6.ptz").stat().st_size
     assert f"Serialized model int6+rans: {size} bytes" in ran.log
     total = size + (ROOT / "train_gpt.py").stat().st_size
     assert f"Total submission size int6+rans: {total} bytes" in ran.log
@@ -114,7 +133,7 @@ def test_a_run_ends_with_a_summary(ran, word):
 def test_a_run_leaves_an_artifact_and_logs(ran):
     """No checkpoint: the artifact is whole."""
     assert sorted(p.name for p in ran.cwd.iterdir()) == ["final_model.int6.ptz", "logs"]
-    assert {p.suffix for p in ran.cwd.glob("logs/*")} == {".txt"}
+    assert sorted(p.name for p in ran.cwd.glob("logs/*")) == ["test.int6.ptz", "test.txt"]
 
 
 def test_the_gains_by_order_add_up_to_the_gain(runs):
@@ -129,7 +148,7 @@ def test_what_was_scored_is_what_is_in_the_file(runs, corpus):
     cwd, _ = runs[1]
     hp = tiny(**corpus)
     model = t.GPT(hp)
-    model.load_state_dict(t.decompress((cwd / "final_model.int6.ptz").read_bytes()))
+    model.load_state_dict(t.decompress((cwd / "logs/test.int6.ptz").read_bytes())[1])
     validation = t.load_validation(hp)
     nll, entropy = scores_of(model, validation.tokens, hp.eval_stride)
     log = (cwd / "logs/test.txt").read_text()
@@ -221,7 +240,7 @@ def test_without_counts_there_is_no_mixed_score(timed):
     [
         (
             dict(DATA_PATH="nowhere"),
-            r"DATA_PATH=nowhere: no fineweb_train_\*.bin there; `make demo` needs no data",
+            r"DATA_PATH=nowhere: no fineweb_train_ .* there; `make demo` needs no data",
         ),
         (dict(NUM_LAYERS="eleven"), "NUM_LAYERS='eleven': expected an integer"),
         (dict(VOCAB_SIZE=600), "has 512 pieces, but VOCAB_SIZE=600"),
@@ -247,8 +266,7 @@ def test_under_torchrun_the_error_is_said_once(corpus, tmp_path):
 
 def test_a_bad_token_during_training_names_its_shard(corpus, tmp_path):
     write_shard(tmp_path / "data/fineweb_train_000000.bin", [1, 2, 3] * 500 + [999])
-    write_shard(tmp_path / "data/fineweb_val_000000.bin", [1, 2, 3] * 500)
-    done = run_script(tmp_path, 0, **{**corpus, "DATA_PATH": str(tmp_path / "data")})
+    done = run_script(tmp_path, 0, **{**corpus, "TRAIN_DATA_PATH": str(tmp_path / "data")})
     assert done.returncode != 0
     assert "fineweb_train_000000.bin: holds token 999" in done.stderr
     assert "error: UserError" in (tmp_path / "logs/test.txt").read_text()

@@ -15,15 +15,15 @@ from train_gpt import Hyperparameters, UserError, mistyped
     [
         (
             {"NUM_LAYERS": "eleven"},
-            "NUM_LAYERS='eleven': expected an integer, at least 1 (default 11)",
+            "NUM_LAYERS='eleven': expected an integer from 1 to 256 (default 11)",
         ),
-        ({"MLP_MULT": "nan"}, "MLP_MULT='nan': expected a number, at least 0"),
-        ({"MATRIX_LR": "inf"}, "MATRIX_LR='inf': expected a number, at least 0"),
+        ({"MLP_MULT": "nan"}, "MLP_MULT='nan': expected a number from 0 to 65,536"),
+        ({"MATRIX_LR": "inf"}, "MATRIX_LR='inf': expected a number from 0 to 1,000,000,000"),
         ({"LN_SCALE": "yes please"}, "LN_SCALE='yes please': expected 0 or 1"),
         ({"VE_LAYERS": "1,b"}, "VE_LAYERS='1,b': expected comma-separated integers"),
         ({"AVERAGING": "mean"}, "AVERAGING='mean': expected one of none, ema, swa, ema_swa"),
-        ({"NUM_LAYERS": "0"}, "NUM_LAYERS='0': expected an integer, at least 1"),
-        ({"BETA2": "1.5"}, "BETA2='1.5': expected a number from 0 to 1 (default 0.95)"),
+        ({"NUM_HEADS": "0"}, "NUM_HEADS='0': expected an integer from 1"),
+        ({"BETA2": "1.5"}, "BETA2='1.5': expected a number from 0 to 0.99999 (default 0.95)"),
         (
             {"MODEL_DIM": "100"},
             "MODEL_DIM=100, NUM_HEADS=8: expected heads that divide the width",
@@ -39,6 +39,10 @@ from train_gpt import Hyperparameters, UserError, mistyped
         (
             {"NGRAM_MIN_ORDER": "9"},
             "NGRAM_MIN_ORDER=9, NGRAM_ORDER=7: expected NGRAM_MIN_ORDER to be at most NGRAM_ORDER",
+        ),
+        (
+            {"BETA2": "0.5"},
+            "BETA1=0.9, BETA2=0.5: expected BETA1 <= sqrt(BETA2), or AdamW's steps have no bound",
         ),
         ({"ALPHA_MIN": "0.9"}, "ALPHA_MIN=0.9, ALPHA_MAX=0.6: expected ALPHA_MIN <= ALPHA_MAX < 1"),
         (
@@ -89,6 +93,58 @@ def test_mistyped_names_are_pointed_out():
 @pytest.mark.parametrize("name", ["", "PATH", "LAYERS", "SEQ_LEN", "MODEL_PARALLEL", "NUM_GPUS"])
 def test_names_that_only_resemble_a_setting_are_left_alone(name):
     assert mistyped({name: "1"}) == []
+
+
+# ---- settings without effect
+
+
+def without_effect(**env) -> list[str]:
+    return Hyperparameters.from_env(env).without_effect(env)
+
+
+@pytest.mark.parametrize(
+    "env, reason",
+    [
+        ({"TTT_LR": "1e-3"}, "TTT_EPOCHS=0"),
+        ({"TTT_LR": "1e-3\r"}, "TTT_EPOCHS=0"),
+        ({"ALPHA_MIN": "0.1"}, "NGRAM_ALPHA=online"),
+        ({"NGRAM_MIN_COUNT": "3", "NGRAM_ALPHA": "entropy", "NGRAM_ENABLED": "0"}, "NGRAM_ENABLED"),
+        ({"SWA_EVERY": "5"}, "AVERAGING=ema"),
+        ({"EMA_DECAY": "0.9", "AVERAGING": "none"}, "AVERAGING=none"),
+        ({"VE_DIM": "64", "VE_ENABLED": "0"}, "VE_ENABLED=False"),
+        ({"VE_DIM": "64", "VE_LAYERS": ""}, "VE_LAYERS="),
+        ({"BIGRAM_DIM": "64", "BIGRAM_VOCAB_SIZE": "0"}, "BIGRAM_VOCAB_SIZE=0"),
+        ({"HEAD_LR": "0.1"}, "TIE_EMBEDDINGS=True"),
+        ({"TIED_EMBED_LR": "0.1", "TIE_EMBEDDINGS": "0"}, "TIE_EMBEDDINGS=False"),
+        ({"WARMDOWN_ITERS": "10", "WARMDOWN_FRAC": "0.5"}, "WARMDOWN_FRAC=0.5"),
+        ({"QAT_ROUNDING": "soft", "LATE_QAT_THRESHOLD": "0"}, "LATE_QAT_THRESHOLD=0.0"),
+        ({"GPTQ_TOKENS": "100", "QUANTIZER": "rows"}, "QUANTIZER=rows"),
+        ({"ROPE_BASE": "5000", "ROPE_DIMS": "0"}, "ROPE_DIMS=0"),
+        ({"RECUR_START": "0.2"}, "RECUR_LAYERS="),
+    ],
+)
+def test_a_setting_of_a_feature_that_is_off_is_pointed_out(env, reason):
+    name, value = next(iter(env.items()))
+    assert any(
+        said.startswith(f"{name}={value.strip()} has no effect with {reason}")
+        for said in without_effect(**env)
+    )
+
+
+def test_a_setting_of_a_feature_that_is_on_is_left_alone():
+    assert without_effect(**Hyperparameters().as_env() | {"NGRAM_ALPHA": "order"}) != []
+    on = {"TTT_LR": "1", "TTT_EPOCHS": "1", "SWA_EVERY": "5", "AVERAGING": "ema_swa", "SEED": "3"}
+    assert without_effect(**on) == []
+
+
+def test_only_what_somebody_has_set_is_pointed_out():
+    assert without_effect() == without_effect(TTT_EPOCHS="0", NGRAM_ENABLED="0") == []
+
+
+def test_features_and_what_turns_them_on_are_settings():
+    names = set(Hyperparameters().as_env())
+    for switch, _, feature in t.FEATURES:
+        assert {switch, *feature.split()} <= names
 
 
 # ---- choices come from the tables

@@ -1,13 +1,14 @@
 """What the source of train_gpt.py keeps to, read from its syntax tree."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, finish, start_python
 
 import train_gpt as t
 
@@ -41,6 +42,23 @@ FUNCTIONS = {
     for name, node in DEFINITIONS.items()
     if isinstance(node, Function) and not is_kernel(node)
 }
+
+
+class Unloadable:
+    """An import hook: Triton is installed, but not for this machine."""
+
+    def find_spec(self, name: str, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise RuntimeError("undefined symbol")
+
+
+def test_a_triton_that_cannot_be_loaded_is_as_none(monkeypatch):
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Unloadable(), *sys.meta_path])
+    (block,) = [node for node in TREE.body if isinstance(node, ast.Try)]
+    names = {}
+    exec(compile(ast.Module([block], []), "train_gpt.py", "exec"), names)
+    assert names["triton"] is None
 
 
 # --- form -----------------------------------------------------------------------------------------
@@ -147,6 +165,15 @@ def test_an_attribute_set_by_its_own_class_is_not_meant(line):
     assert list(attributes_set_outside(ast.parse(f"def f(self, model):\n    {line}"))) == []
 
 
+def test_only_say_prints():
+    """What it prints, any console takes."""
+    calls = {
+        name: [ast.unparse(c.func) for c in ast.walk(node) if isinstance(c, ast.Call)]
+        for name, node in FUNCTIONS.items()
+    }
+    assert [name for name, called in calls.items() if "print" in called] == ["say"]
+
+
 def test_every_setting_is_read_by_something():
     """A switch without effect is a lie."""
     read = {
@@ -179,6 +206,18 @@ def test_numpy_loads_no_pickles():
     assert all("allow_pickle=False" in call for call in loads)
 
 
+def test_no_json_can_hold_nan():
+    """NaN is no JSON, though Python writes it. (data/ writes whole numbers alone.)"""
+    folders = "record", "studies", "bench", "tools"
+    files = [ROOT / "train_gpt.py", *(p for name in folders for p in (ROOT / name).rglob("*.py"))]
+    sources = [path.read_text() for path in files]
+    nodes = [n for text in sources if "json.dump" in text for n in ast.walk(ast.parse(text))]
+    calls = [ast.unparse(node) for node in nodes if isinstance(node, ast.Call)]
+    writing = [call for call in calls if call.startswith(("json.dumps(", "json.dump("))]
+    assert writing
+    assert [call for call in writing if "allow_nan=False" not in call] == []
+
+
 def test_import_does_nothing_and_needs_no_gpu_library(tmp_path):
     code = (
         "import sys\n"
@@ -198,3 +237,29 @@ def test_import_does_nothing_and_needs_no_gpu_library(tmp_path):
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
+
+
+def test_it_can_be_imported_without_an_entry_in_sys_modules(tmp_path):
+    """As other people's loaders do it."""
+    code = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('theirs', {str(ROOT / 'train_gpt.py')!r})\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "assert not {'theirs', 'train_gpt'} & set(sys.modules)\n"
+        "assert module.Hyperparameters.from_env({'NUM_LAYERS': '12'}).num_layers == 12\n"
+        "hp = module.Hyperparameters.from_env(dict(NUM_LAYERS='1', VE_ENABLED='0'))\n"
+        "assert module.GPT(hp).hp is hp\n"
+    )
+    script = tmp_path / "loader.py"
+    script.write_text(code)
+    done = finish(start_python(tmp_path, [str(script)], {}))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_every_test_that_the_page_of_trust_names_exists():
+    page = (ROOT / "docs/trust.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)::(\w+)`", page)) - {("file", "test")}
+    assert len(named) > 30
+    sources = {file: (ROOT / f"tests/test_{file}.py").read_text() for file, _ in named}
+    assert [(f, n) for f, n in named if f"\ndef test_{n}(" not in sources[f]] == []

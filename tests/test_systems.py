@@ -59,10 +59,11 @@ def launch(system: str, folder: Path, corpus) -> Launched:
     stem = str(folder / scores).removesuffix("_scores.npz")
     with np.load(f"{stem}.ckpt", allow_pickle=False) as checkpoint:
         arrays = dict(checkpoint)
-    artifact = next(folder.glob("final_model.int*.ptz"))
+    artifact = next(folder.glob("logs/*.int*.ptz"))
     replayed = json.loads(Path(f"{stem}_predecessors.json").read_text())
     log = Path(f"{stem}.txt").read_text()
-    return Launched(log, t.decompress(artifact.read_bytes()), arrays, replayed)
+    _, state = t.decompress(artifact.read_bytes())
+    return Launched(log, state, arrays, replayed)
 
 
 @pytest.fixture(scope="module")

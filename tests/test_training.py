@@ -2,17 +2,22 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
+    ALONE,
     BRIEF,
     STEADY,
     FakeRanks,
+    KeptLog,
     final_passes,
+    launched,
     new_state,
     new_training,
     tiny,
     train,
+    validation_of,
 )
 
 import train_gpt as t
@@ -200,3 +205,141 @@ def test_a_model_that_is_scored_alone_gets_no_optimizer(corpus, tmp_path, monkey
     log = t.RunLog("alone")
     t.run(tiny(**settings), t.Ranks({}), log, t.StopSignal(), [])
     assert "\nresult {" in log.path.read_text()
+
+
+# --- what is turned on but cannot act -------------------------------------------------------------
+
+
+def idle_parts(corpus, world_size: int = 1, num_targets: int = 5000, **settings) -> list[str]:
+    """The warnings at the start of a run with these settings, TINY's for the others."""
+    hp = tiny(**corpus, **settings)
+    validation = validation_of(np.zeros(num_targets + 1, np.uint16), np.ones(num_targets))
+    return list(t.idle_parts(hp, t.TokenLoader(hp, 0, world_size), validation))
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (
+            dict(WARMDOWN_ITERS=24),
+            "WARMDOWN_ITERS=24 is more than ITERATIONS=12: the learning rates begin at 0.5",
+        ),
+        (dict(MIN_LR=0.3), "LATE_QAT_THRESHOLD=0.3 is never reached: the lr scale stays at 0.41"),
+        (
+            dict(WARMDOWN_ITERS=0),
+            "LATE_QAT_THRESHOLD=0.3 is never reached: the lr scale stays at 1",
+        ),
+        (
+            dict(MIN_LR=0.3, MAX_WALLCLOCK_SECONDS=9),
+            "LATE_QAT_THRESHOLD=0.3 is never reached: the lr scale stays at 0.3 or more",
+        ),
+        (
+            dict(AVERAGING="swa", SWA_EVERY=13),
+            "AVERAGING=swa: SWA takes no snapshot, as the lr scale is not below",
+        ),
+        (dict(AVERAGING="ema_swa", SWA_EVERY=7), "AVERAGING=ema_swa: SWA takes no snapshot"),
+        (
+            dict(AVERAGING="swa", SWA_EVERY=1, MIN_LR=0.2, MAX_WALLCLOCK_SECONDS=9),
+            "AVERAGING=swa: SWA takes no snapshot",
+        ),
+        (
+            dict(RECUR_LAYERS=1, RECUR_START=0.95),
+            "RECUR_START=0.95 is never reached in 12 steps",
+        ),
+        (
+            dict(TRAIN_BATCH_TOKENS=32 * 13, MICRO_BATCH_TOKENS=128),
+            "TRAIN_BATCH_TOKENS=416 makes 13 micro-batches of 1 x 32 tokens on each rank; 384",
+        ),
+        (
+            dict(TTT_EPOCHS=1, TTT_CHUNK_TOKENS=5000),
+            "TTT_CHUNK_TOKENS=5000: the whole stream of 5000 targets is scored before",
+        ),
+    ],
+)
+def test_what_cannot_act_is_said_in_one_line(settings, said, corpus):
+    (warning,) = idle_parts(corpus, **settings)
+    assert warning.startswith(said)
+    assert "\n" not in warning
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        dict(AVERAGING="ema_swa", SWA_EVERY=1),
+        dict(MAX_WALLCLOCK_SECONDS=9),
+        dict(LATE_QAT_THRESHOLD=0, WARMDOWN_ITERS=0),
+        dict(TRAIN_BATCH_TOKENS=32 * 13),
+        dict(TRAIN_BATCH_TOKENS=32 * 2),
+        dict(TRAIN_BATCH_TOKENS=32 * 13, MICRO_BATCH_TOKENS=32),
+        dict(TTT_EPOCHS=1, TTT_CHUNK_TOKENS=4999),
+        dict(RECUR_LAYERS=1),
+        dict(WARMDOWN_ITERS=24, WARMDOWN_FRAC=0.5),
+    ],
+)
+def test_nothing_is_said_where_all_can_act(settings, corpus):
+    assert idle_parts(corpus, **settings) == []
+
+
+def test_a_better_batch_has_the_largest_micro_batches(corpus):
+    hp = tiny(**corpus, TRAIN_BATCH_TOKENS=32 * 26, MICRO_BATCH_TOKENS=128)
+    tokens = t.TokenLoader(hp, 0, 2).better_batch()
+    better = tiny(**corpus, TRAIN_BATCH_TOKENS=tokens, MICRO_BATCH_TOKENS=128)
+    assert t.TokenLoader(better, 0, 2).rows == 4
+
+
+@pytest.mark.parametrize("system", ["demo", "backoff", "order_adaptive", "prefill", "frontier"])
+def test_launch_scripts_warn_of_nothing(system, corpus, tmp_path):
+    _, env = launched(system, tmp_path)
+    hp = t.Hyperparameters.from_env(env)
+    assert hp.without_effect(env) == []
+    ranks = 2 if system == "demo" else 8
+    validation = validation_of(np.zeros(60_001, np.uint16), np.ones(60_000))
+    hp = t.Hyperparameters.from_env(env | corpus)
+    assert list(t.idle_parts(hp, t.TokenLoader(hp, 0, ranks), validation)) == []
+
+
+def test_the_defaults_warn_of_nothing(corpus):
+    validation = validation_of(np.zeros(60_001, np.uint16), np.ones(60_000))
+    hp = t.Hyperparameters.from_env(corpus)
+    for ranks in (1, 2, 4, 8):
+        assert list(t.idle_parts(hp, t.TokenLoader(hp, 0, ranks), validation)) == []
+
+
+def test_what_cannot_act_is_said_before_training(corpus, tmp_path, monkeypatch):
+    def train(*args):
+        raise t.Stopped("training begins")
+
+    monkeypatch.setattr(t, "train", train)
+    log = KeptLog(tmp_path / "log.txt")
+    with pytest.raises(t.Stopped, match="training begins"):
+        t.run(tiny(**corpus, WARMDOWN_ITERS=24), ALONE, log, t.StopSignal(), ["of the settings"])
+    first, second = log.starting("warning:")
+    assert first == "warning: of the settings"
+    assert second.startswith("warning: WARMDOWN_ITERS=24 is more than ITERATIONS=12")
+
+
+def test_an_average_without_a_snapshot_is_pointed_out(corpus):
+    _, log = train(corpus, AVERAGING="swa", SWA_EVERY=7, **BRIEF)
+    assert "warning: AVERAGING=swa: swa took no snapshot" in log.lines
+
+
+@pytest.mark.parametrize(
+    "warmdown, warns", [(300, True), (60, False), (10**6 + 1, False)], ids=["long", "fits", "known"]
+)
+def test_a_warm_down_that_the_clock_makes_too_long_is_pointed_out(warmdown, warns, corpus):
+    """The time limit allows 100 steps. A warm-down longer than ITERATIONS was warned of before."""
+    training = new_training(
+        corpus,
+        ITERATIONS=10**6,
+        WARMDOWN_ITERS=warmdown,
+        MAX_WALLCLOCK_SECONDS=100,
+        QUANTIZER="rows",
+    )
+    state, _ = new_state(training)
+    state.progress[0] = 10
+    state.progress[1] = 10.0
+    plan = t.plan_step(10, 10.0, state.hp, CPU)
+    t.log_changes(plan, plan, state)
+    said = training.log.starting(f"warning: WARMDOWN_ITERS={warmdown} is more than three times")
+    assert bool(said) == warns

@@ -34,9 +34,9 @@ def make_demo_corpus() -> None:
 
 
 def script_settings(name: str) -> dict[str, str]:
-    """The settings that runs/<name>.sh has where the environment has none."""
-    script = (ROOT / f"runs/{name}.sh").read_text()
-    return dict(re.findall(r"\b([A-Z_0-9]+)=\$\{\1:-([^}]*)\}", script))
+    """The settings that runs/<name>.sh has where the environment has none, paths from ROOT on."""
+    script = (ROOT / f"runs/{name}.sh").read_text(encoding="utf-8").replace("$repo/", "")
+    return dict(re.findall(r"\b([A-Z_0-9]+)=\$\{\1:?-([^}]*)\}", script))
 
 
 def demo_settings(**changes) -> t.Hyperparameters:

@@ -1,4 +1,4 @@
-"""Do the tests notice a defect? 42 of them, of one line each, are put into train_gpt.py in turn.
+"""Do the tests notice a defect? Each of MUTATIONS, a change of one line, is put into train_gpt.py.
 
     python -m tools.mutations            all of them; about ten minutes on two idle cores
     python -m tools.mutations 7 12       these
@@ -43,9 +43,9 @@ class Mutation:
 MUTATIONS = [
     Mutation(
         1,
-        "low is None or (low <= value <= high and value < math.inf)",
-        "low is None or low <= value <= high",
-        "test_settings.py::test_impossible_settings_are_refused_in_one_line",
+        "else low is None or low <= value <= high",
+        "else low is None or low <= value",
+        "test_bounds.py::test_a_number_beyond_its_bounds_is_refused",
     ),
     Mutation(
         1,
@@ -55,15 +55,81 @@ MUTATIONS = [
     ),
     Mutation(
         1,
+        "text == text.strip() and not re.search",
+        "not re.search",
+        "test_bounds.py::test_a_path_with_stray_characters_is_refused_not_changed",
+    ),
+    Mutation(
+        1,
+        'is_one_word and text[0] != "." and',
+        "is_one_word and",
+        "test_bounds.py::test_a_run_id_that_is_no_file_name_is_refused",
+    ),
+    Mutation(
+        1,
+        "block = 2 * D * D + 2 * D * values",
+        "block = 2 * D * D + D * values",
+        "test_artifact.py::test_what_the_settings_count_are_the_matrices_of_the_model",
+    ),
+    Mutation(
+        1,
+        "return self.reason_for_no_effect(switch) if is_on else",
+        'return "" if is_on else',
+        "test_settings.py::test_a_setting_of_a_feature_that_is_off_is_pointed_out",
+    ),
+    Mutation(
+        1,
         "cutoff=0.82",
         "cutoff=0.7",
         "test_settings.py::test_names_that_only_resemble_a_setting_are_left_alone",
     ),
     Mutation(
+        1,
+        "import concurrent.futures\nimport difflib",
+        "from __future__ import annotations\n\nimport concurrent.futures\nimport difflib",
+        "test_source.py::test_it_can_be_imported_without_an_entry_in_sys_modules",
+    ),
+    Mutation(
+        1,
+        "if self.model_numbers > MOST_WEIGHTS:",
+        "if self.model_numbers > 1e30:",
+        "test_artifact.py::test_a_model_too_large_to_be_read_back_is_refused_before_it_is_trained",
+    ),
+    Mutation(
+        1,
+        '*("XSA_LAST_N", "LN_SCALE", "UNET_SKIPS",',
+        '*("XSA_LAST_N", "UNET_SKIPS",',
+        "test_load.py::test_all_that_the_model_reads_is_in_the_artifact",
+    ),
+    Mutation(
+        1,
+        "            here == there,\n",
+        "            True,\n",
+        "test_load.py::test_a_setting_that_contradicts_the_artifact_is_refused_with_both_values",
+    ),
+    Mutation(
         2,
-        "if is_first and not self.is_patient:",
-        "if not self.is_patient:",
-        "test_runtime.py",
+        "class Stopped(BaseException):",
+        "class Stopped(UserError):",
+        "test_runtime.py::test_nobody_who_catches_exceptions_catches_a_stop",
+    ),
+    Mutation(
+        2,
+        "                    self.end_at_once()",
+        "            return",
+        "test_runtime.py::test_a_second_signal_ends_the_process",
+    ),
+    Mutation(
+        2,
+        "signal.setitimer(signal.ITIMER_REAL, RAISED_AGAIN_SECONDS)",
+        "pass",
+        "test_faults.py::test_a_stop_that_python_ignores_is_raised_again",
+    ),
+    Mutation(
+        2,
+        "if signal.getsignal(number) != signal.SIG_IGN]",
+        "if True]",
+        "test_runtime.py::test_a_signal_stops_a_run_unless_it_was_ignored",
     ),
     Mutation(
         2,
@@ -84,6 +150,30 @@ MUTATIONS = [
         "test_runtime.py",
     ),
     Mutation(
+        2,
+        'f"{line}\\n".encode(errors="backslashreplace")',
+        'f"{line}\\n".encode()',
+        "test_runtime.py::test_any_console_and_any_name_leave_the_log_whole",
+    ),
+    Mutation(
+        2,
+        "with suppress(OSError):  # what made writing fail may make this fail too",
+        "with suppress():",
+        "test_faults.py::test_a_file_that_cannot_even_be_removed_does_not_hide_the_error",
+    ),
+    Mutation(
+        2,
+        "absent = [name for name in names if not env.get(name)]",
+        "absent = []",
+        "test_runtime.py::test_a_place_among_ranks_that_cannot_be_is_refused",
+    ),
+    Mutation(
+        2,
+        'env.get("CUDA_VISIBLE_DEVICES") in ("", "-1")',
+        'env.get("CUDA_VISIBLE_DEVICES") == ""',
+        "test_runtime.py::test_a_gpu_that_torch_cannot_use_is_pointed_out",
+    ),
+    Mutation(
         3,
         'np.searchsorted(self.shard_ends, position, "right")',
         'np.searchsorted(self.shard_ends, position, "left")',
@@ -97,15 +187,51 @@ MUTATIONS = [
     ),
     Mutation(
         3,
-        "(self.opens_word[target_ids] & self.is_text[before])",
-        "self.opens_word[target_ids]",
-        "test_data.py::test_bytes_follow_the_definition_token_by_token",
+        "sizes -= is_first & self.opens_word[tokens]",
+        "sizes -= self.opens_word[tokens]",
+        "test_stream.py::test_bytes_follow_the_definition_token_by_token",
     ),
     Mutation(
         3,
-        "crc = zlib.crc32(data[-(1 << 16) :], zlib.crc32(data[: 1 << 16]))",
-        "crc = 0",
+        "digest.update(file.read(4096))",
+        "pass",
         "test_ranks.py::test_rank_0_names_the_rank_that_disagrees",
+    ),
+    Mutation(
+        3,
+        '_([0-9]{6})\\.bin")',
+        '_([0-9]{6}).*\\.bin")',
+        "test_stream.py::test_what_may_be_taken_for_a_validation_shard_is_refused_by_name",
+    ),
+    Mutation(
+        3,
+        "if self.sidecar is None else self.sidecar[1:]",
+        "if self.sidecar is None else self.sidecar[:-1]",
+        "test_stream.py::test_byte_shards_are_the_targets_bytes_and_no_tokens",
+    ),
+    Mutation(
+        3,
+        "failed += size != number or not came_back(ids, new, is_cut, counter)",
+        "failed += size != number",
+        "test_stream.py::test_another_tokenizer_of_the_same_size_is_refused_with_both_numbers",
+    ),
+    Mutation(
+        3,
+        'text.replace("\\u2581", " ").encode()',
+        'text.replace("\\u2581", "").encode()',
+        "test_stream.py::test_bytes_follow_the_definition_token_by_token",
+    ),
+    Mutation(
+        8,
+        "                found == here,",
+        "                True,",
+        "test_stream.py::test_resume_refuses_other_data",
+    ),
+    Mutation(
+        3,
+        "OPEN_SHARDS = 256",
+        "OPEN_SHARDS = 9999",
+        "test_stream.py::test_more_shards_than_a_process_may_open",
     ),
     Mutation(
         3,
@@ -118,6 +244,18 @@ MUTATIONS = [
         "base *= (span / 1024) ** (r / (r - 2))",
         "base *= (span / 1024) ** (r / r)",
         "test_model.py",
+    ),
+    Mutation(
+        14,
+        "0 < hp.late_qat_threshold <= lowest",
+        "0 < hp.late_qat_threshold < lowest",
+        "test_training.py::test_what_cannot_act_is_said_in_one_line",
+    ),
+    Mutation(
+        14,
+        "loader.rows <= 2 < min(loader.most_rows, loader.share)",
+        "loader.rows <= 2 < loader.most_rows",
+        "test_training.py::test_nothing_is_said_where_all_can_act",
     ),
     Mutation(4, ".tril(T - S)", ".tril(T - S + 1)", "test_model.py"),
     Mutation(
@@ -188,15 +326,39 @@ MUTATIONS = [
     ),
     Mutation(
         8,
-        'units = 3 if state.ranks.device.type == "cuda" else 2',
-        "units = 1",
+        "more = 2 * units + max(hp.gptq_seconds,",
+        "more = units + max(hp.gptq_seconds,",
         "test_script.py::test_no_step_begins_that_would_pass_the_cap_if_it_took_twice_the_average",
     ),
     Mutation(
         8,
-        "started += perf_counter() - paused",
-        "pass",
+        "            log_progress_validation(state, validation)\n            state.start_clock()",
+        "            log_progress_validation(state, validation)",
         "test_script.py::test_no_step_begins_that_would_pass_the_cap_if_it_took_twice_the_average",
+    ),
+    Mutation(
+        8,
+        "checkpoints * state.longest[",
+        "0 * state.longest[",
+        "test_clocks.py",
+    ),
+    Mutation(
+        8,
+        'free_path(self.log.path.with_suffix(".ckpt"))',
+        'self.log.path.with_suffix(".ckpt")',
+        "test_faults.py::test_a_checkpoint_that_is_resumed_under_its_own_name_is_kept_as_it_is",
+    ),
+    Mutation(
+        8,
+        "    if not state.is_over:",
+        "    if True:",
+        "test_faults.py::test_resume_after_training_goes_straight_to_packing_and_leaves_a_whole_record",
+    ),
+    Mutation(
+        9,
+        "would_overrun(seconds, 2 * longest, hp.gptq_seconds)",
+        "would_overrun(seconds, longest, hp.gptq_seconds)",
+        "test_clocks.py test_gptq.py::test_measuring_ends_when_its_time_does",
     ),
     Mutation(
         8,
@@ -218,9 +380,57 @@ MUTATIONS = [
     ),
     Mutation(
         10,
+        "plain = engine.decompress(packed, most + 1)",
+        "plain = engine.decompress(packed)",
+        "test_artifact.py::test_a_decompression_bomb_is_refused_without_being_inflated",
+    ),
+    Mutation(
+        10,
         "is_whole = engine.eof and not engine.unused_data",
         "is_whole = True",
-        "test_artifact.py::test_a_decompression_bomb_is_refused_without_being_inflated",
+        "test_coders.py::test_codes_that_are_cut_or_too_long_are_refused",
+    ),
+    Mutation(
+        10,
+        "require_table(entries, tensor_table(like, hp))",
+        "pass",
+        "test_artifact.py::test_another_model_is_refused_before_its_codes_are_decoded",
+    ),
+    Mutation(
+        10,
+        "(found - median).abs() <= USUAL_RANGE",
+        "(found - median).abs() <= 1000",
+        "test_gptq.py::test_rows_next_to_zero_do_not_move_the_step_sizes_of_others",
+    ),
+    Mutation(
+        10,
+        "octaves[name] = ratio[w_RC.any(1)]",
+        "octaves[name] = ratio",
+        "test_gptq.py::test_rows_next_to_zero_do_not_move_the_step_sizes_of_others",
+    ),
+    Mutation(
+        9,
+        "self.outputs_R.double().mean() <= LEAST_COST",
+        "self.outputs_R.double().mean() < 0",
+        "test_gptq.py::test_a_matrix_without_gradients_or_inputs_is_rounded_by_rows_and_moves_no_other",
+    ),
+    Mutation(
+        10,
+        "self.coarsest = max([COARSEST, *",
+        "self.coarsest = min([COARSEST, *",
+        "test_quantizers.py::test_at_its_coarsest_all_codes_are_small test_gptq.py",
+    ),
+    Mutation(
+        10,
+        'parameter_row(n).kind == "matrix"]',
+        'parameter_row(n).kind != "vector"]',
+        "test_quantizers.py::test_levels_are_the_largest_code_in_the_file",
+    ),
+    Mutation(
+        10,
+        'by_rans = best if hp.coder == "rans" else',
+        "by_rans = best if hp.coder else",
+        "test_coders.py::test_the_bytes_that_rans_would_take_are_known",
     ),
     Mutation(
         11,
@@ -272,15 +482,39 @@ MUTATIONS = [
     ),
     Mutation(
         14,
-        'log.path.with_suffix(".ckpt").unlink(missing_ok=True)',
+        "needed <= disk.free or not disk.total",
+        "sizes[paths[0]] <= disk.free or not disk.total",
+        "test_faults.py::test_files_must_fit_on_their_disk_together",
+    ),
+    Mutation(
+        14,
+        "checkpoint.unlink()",
         "pass",
         "test_script.py::test_a_run_leaves_an_artifact_and_logs",
+    ),
+    Mutation(
+        14,
+        "while not budget.is_late_after(more, spare=more):",
+        "while True:",
+        "test_clocks.py",
     ),
     Mutation(
         14,
         "gain = np.bincount(mixture.matched_n, nll - mixture.nll) / math.log(2)",
         "gain = np.bincount(mixture.matched_n, nll - mixture.nll)",
         "test_script.py::test_the_gains_by_order_add_up_to_the_gain",
+    ),
+    Mutation(
+        14,
+        "require_valid(found == (written or found),",
+        "require_valid(True,",
+        "test_load.py::test_a_file_that_something_else_has_replaced_is_not_scored",
+    ),
+    Mutation(
+        14,
+        '"code_bytes": len(SOURCE),',
+        '"code_bytes": Path(__file__).stat().st_size,',
+        "test_load.py::test_a_script_that_is_renamed_during_the_run_does_not_end_it",
     ),
 ]
 

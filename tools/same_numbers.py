@@ -9,7 +9,8 @@ own. The runs are short and of demo size; the number of steps is fixed, and no c
 anything. See CASES.
 
 Compared are all lines of the log after the source, except for EXCEPTIONS; the last checkpoint
-(weights, momenta, averages) and the scores of every target, bit for bit; and the artifact's bytes.
+(weights, momenta, averages) and the scores of every target, bit for bit; and the artifact's bytes
+or, if the scripts pack differently, its weights.
 There is one line per case and number of ranks. The exit status is 1 if anything differs or a run
 fails.
 
@@ -20,6 +21,7 @@ again if script, launch scripts, settings, data, versions and processor are stil
 import argparse
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -37,6 +39,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data import prepare_demo
 
@@ -67,8 +70,8 @@ class Case:
 
     launch: str
     settings: dict = field(default_factory=dict)
-    after: str = ""  # another case: both scripts begin with what BASE's run of it has left,
-    start: str = ""  # "EVAL_ONLY": with its artifact, "RESUME": with its checkpoint
+    after: str = ""  # another case, with what is left of which this one begins:
+    start: str = ""  # "EVAL_ONLY": each script's own artifact; "RESUME": BASE's checkpoint
     budget: int = 0  # most bytes of the artifact alone, whatever the code's size; 0: as it is
 
 
@@ -114,20 +117,25 @@ EXCEPTIONS = (  # what is taken out of both logs before they are compared: patte
     (r"^.* elapsed:\S+ left:\S+$", "progress, logged every 10 s"),
     (r"^  training .* evaluation .*$", "times, on the last screen"),
     (r"^Code size: .*$", "the code's size"),
-    (r"(?<=^artifact_bytes )code:\d+", "the code's size; the sizes after it are compared"),
     (r"^Total submission size .*$", "with the code's size"),
     (r"^  artifact .* code included.*$", "with the code's size, on the last screen"),
+    (r"^artifact:.*$", "its name and SHA-256; the artifacts themselves are compared"),
+    (r"(?<=^artifact_bytes) .*$", "likewise"),
+    (r"^Serialized model .*$", "likewise"),
+    (r"\b(bits_per_parameter|levels|bytes|bytes_by_rans):\S+", "likewise"),
     (r"^final_ngram_hashed .*$", "of BASE alone: studies/predecessors.py counts by hashes now"),
 )
-SETTINGS_OF_BASE = {  # settings that may be in BASE's log, checkpoint and scores alone: reason
+SETTINGS_OF_ONE = {  # settings that log, checkpoint and scores of one side alone may have: reason
     "NGRAM_COUNTS": "chose the hashed counts, which are now those of studies/predecessors.py",
     "NGRAM_BUCKETS": "their number of buckets",
+    "CODER": "how codes become bytes; before, they always were rANS's",
 }
 RESULT_EXCEPTIONS = {  # keys of the line `result {json}` that are not compared: reason
     "train_seconds": "a time",
     "eval_seconds": "a time",
     "code_bytes": "the code's size",
     "submission_bytes": "with the code's size; the artifact itself is compared",
+    "artifact_sha256": "the artifact itself is compared",
 }
 
 # With this line the cap less the code's size, which is what the artifact may take, is `budget`.
@@ -282,7 +290,8 @@ class Schedule:
         job = side.name, name, ranks
         if job not in self.futures:
             after = CASES[name].after
-            before = self.submit(base, base, after, ranks) if after else None
+            beginning = base if CASES[name].start == "RESUME" else side
+            before = self.submit(beginning, base, after, ranks) if after else None
             self.futures[job] = self.pool.submit(self.work, side, name, ranks, before)
         return self.futures[job]
 
@@ -314,7 +323,7 @@ def log_values(log: str) -> dict[str, str]:
 
     for line in filter(None, map(str.strip, body.splitlines())):
         if setting := re.fullmatch(r"([A-Z][A-Z0-9_]+)=(.*)", line):
-            if setting[1] not in SETTINGS_OF_BASE:
+            if setting[1] not in SETTINGS_OF_ONE:
                 add(f"setting {setting[1]}", setting[2])
             continue
         if line.startswith("result {"):
@@ -341,7 +350,7 @@ def arrays(folder: Path) -> dict[str, np.ndarray]:
                 found |= {f"{kind} {name}": array for name, array in archive.items()}
         if f"{kind} settings" in found:
             settings = json.loads(str(found.pop(f"{kind} settings")))
-            for name in settings.keys() - SETTINGS_OF_BASE.keys():
+            for name in settings.keys() - SETTINGS_OF_ONE.keys():
                 found[f"{kind} setting {name}"] = np.array(settings[name])
     if "checkpoint progress" in found:
         found["checkpoint progress"] = found["checkpoint progress"][:1]  # the rest is a time
@@ -383,9 +392,23 @@ def compare_artifacts(base: Path, new: Path) -> tuple[str, bool]:
     old, young = artifact(base), artifact(new)
     if not old and not young:
         return "no artifact is written", True
-    equal = bool(old and young) and old.name == young.name
-    equal = equal and old.read_bytes() == young.read_bytes()
-    return f"artifact's SHA-256 {'equal' if equal else 'DIFFERS'}", equal
+    if not (old and young and old.name == young.name):
+        return "artifact's name DIFFERS", False
+    if old.read_bytes() == young.read_bytes():
+        return "artifact's SHA-256 equal", True
+    a, b = weights(base), weights(new)
+    equal = list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+    return f"artifact's weights {'equal' if equal else 'DIFFER'}, its bytes differ", equal
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The state dict in the artifact, read by the script that wrote it: formats may differ."""
+    spec = importlib.util.spec_from_file_location(f"script_{folder.name}", folder / "train_gpt.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # older scripts need it
+    spec.loader.exec_module(script)
+    found = script.decompress(artifact(folder).read_bytes())
+    return found if isinstance(found, dict) else found[1]
 
 
 def report(name: str, ranks: int, base: Future, new: Future, show: int) -> bool:

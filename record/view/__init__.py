@@ -6,7 +6,6 @@ from __future__ import annotations
 import codecs
 import json
 import math
-import zipfile
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -56,7 +55,7 @@ def view(scores: Path | str, out=None, start: int | None = None, tokens: int = 4
     found = load_scores(path)
     page = render(found, *choose_stretch(found, start, tokens))
     try:
-        out.write_text(page, encoding="utf-8", newline="\n")
+        out.write_bytes(page.encode(errors="backslashreplace"))  # names may be no UTF-8
     except OSError as error:
         problem = "expected a file that can be written in a folder that is there"
         raise RecordError(f"{out}: {error.strerror}; {problem}") from None
@@ -80,8 +79,7 @@ def load_scores(path: Path) -> Scores:
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
-    # TypeError: a bare array, .npy
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damage raises many types: of NumPy, zipfile, zlib, struct ...
         problem = f"no scores of a run ({error}); expected an .npz that SAVE_SCORES=1 wrote"
         raise RecordError(f"{path}: {problem}") from None
     names = "nll", "entropy", "mixed"
@@ -129,7 +127,7 @@ def choose_stretch(scores: Scores, start: int | None, count: int) -> tuple[int, 
     require(is_there, f"{scores.path}: {problem}")
     if start is None:
         counter = load_script(SCRIPT).ByteCounter(scores.hp)
-        opens = counter.opens_word | ~counter.is_text
+        opens = counter.opens_word | (counter.length == 0)
         begins = np.flatnonzero(opens[scores.tokens[1 : max(total - count, 0) + 2]])
         begins = begins if len(begins) else np.zeros(1, int)
         so_far = np.append(0, np.cumsum(scores.gain))
@@ -137,25 +135,17 @@ def choose_stretch(scores: Scores, start: int | None, count: int) -> tuple[int, 
     return start, min(start + count, total)
 
 
-def is_text(sp, i: int) -> bool:
-    return not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i))
-
-
-def token_texts(ids, sp, after_text: bool) -> list[str]:
-    """The text that each token completes; joined, the exact text. A character of several byte
-    pieces stands at its last byte, '' at the others; malformed bytes are U+FFFD. A word's space is
-    dropped where it opens a document, as when bytes are counted. Control pieces have no text."""
+def token_texts(ids, counter, at_start: bool) -> list[str]:
+    """The text that each token completes, by the ByteCounter's rule; joined, the exact text. A
+    character of several byte pieces stands at its last byte, '' at the others; malformed bytes are
+    U+FFFD. `at_start`: the first token is at the start of a document, where a space is dropped."""
     decoder, texts = codecs.getincrementaldecoder("utf-8")("replace"), []
     for i in map(int, ids):
-        if sp.is_byte(i):
-            texts.append(decoder.decode(bytes([int(sp.id_to_piece(i)[3:5], 16)])))
-            after_text = True
-            continue
-        if rest := decoder.decode(b"", final=True):
+        if not counter.is_byte[i] and (rest := decoder.decode(b"", final=True)):
             texts[-1] += rest
-        after, after_text = after_text, is_text(sp, i)
-        text = sp.id_to_piece(i).replace("\u2581", " ") if after_text else ""
-        texts.append(text if after else text.removeprefix(" "))
+        dropped = int(at_start and counter.drops_space and counter.opens_word[i])
+        texts.append(decoder.decode(counter.texts[i][dropped:]))
+        at_start = counter.is_control[i]
     if texts:
         texts[-1] += decoder.decode(b"", final=True)
     return texts
@@ -166,17 +156,16 @@ def token_texts(ids, sp, after_text: bool) -> list[str]:
 
 def render(scores: Scores, first: int, last: int) -> str:
     """The page for targets [first, last)."""
-    import sentencepiece
-
     hp, size = scores.hp, slice(first, last)
-    sp = sentencepiece.SentencePieceProcessor(model_file=hp.tokenizer_path)
+    counter = load_script(SCRIPT).ByteCounter(hp)
+    sp = counter.pieces
     least = 1 if hp.ngram_alpha == "online" else hp.ngram_min_count
     rule = load_script(SCRIPT).Backoff
     known = rule(scores.tokens[: last + 1], replace(hp, ngram_min_count=least))
     # enough for the first context and to finish its characters
     lead = max(0, first - max(hp.ngram_order, 4))
     ids = [int(i) for i in scores.tokens[lead + 1 : last + 1]]
-    texts = token_texts(ids, sp, is_text(sp, int(scores.tokens[lead])))
+    texts = token_texts(ids, counter, counter.is_control[scores.tokens[lead]])
     ids, texts, before = ids[first - lead :], texts[first - lead :], texts[: first - lead]
     pieces = {k: sp.id_to_piece(i) for k, i in enumerate(ids) if sp.is_byte(i) or not texts[k]}
     bits = {name: scores.bits(name)[size] for name in ("nll", "mixed", "entropy")}
