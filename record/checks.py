@@ -179,8 +179,11 @@ def check_stream(folder: Folder) -> str:
     if track == TRACKS[0]:
         problem = f"track {track} is scored on a whole validation stream of the challenge"
         line.require(known_by.startswith("length"), f"but {problem}; use {TRACKS[1]}")
+    name = f"{line['name']}, known by {known_by}"
+    if line["name"] == "unknown":
+        name = "none of the challenge's"
     return (
-        f"{line['name']}, known by {known_by}; {val['tokens']} tokens, sha256 {val['sha256']} "
+        f"{name}; {val['tokens']} tokens, sha256 {val['sha256']} "
         f"({val.place}), {unknown['tokens']} of them unknown to the tokenizer"
     )
 
