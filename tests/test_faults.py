@@ -820,9 +820,9 @@ def test_a_run_that_lacks_room_is_refused_before_its_first_step(corpus, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("console", [">&-", ">&- 2>&- <&-", "| head -1", "> said"])
 def test_any_console_and_any_names_leave_a_result(corpus, tmp_path, console):
-    name = os.fsdecode(b"caf\xe9 \xff")
+    name, run_id = os.fsdecode(b"caf\xe9 \xff"), "caf\u00e9"  # no UTF-8; UTF-8, but no ASCII
     shutil.copytree(corpus["DATA_PATH"], tmp_path / name)
-    settings = {**TINY, **BRIEF, "RUN_ID": name, "DATA_PATH": name, "SAVE_SCORES": 1}
+    settings = {**TINY, **BRIEF, "RUN_ID": run_id, "DATA_PATH": name, "SAVE_SCORES": 1}
     settings |= dict(TOKENIZER_PATH=f"{name}/tiny.model", PYTHONIOENCODING="ascii")
     command = f'set -o pipefail; "{sys.executable}" "{SCRIPT}" {console}'
     done = subprocess.run(
@@ -832,9 +832,9 @@ def test_any_console_and_any_names_leave_a_result(corpus, tmp_path, console):
         capture_output=True,
     )
     assert done.returncode == 0, done.stderr
-    log = (tmp_path / "logs" / f"{name}.txt").read_text(encoding="utf-8")
+    log = (tmp_path / "logs" / f"{run_id}.txt").read_text(encoding="utf-8")
     assert log.splitlines()[-1].startswith("result {")
-    assert (tmp_path / "logs" / f"{name}_scores.npz").exists()
+    assert (tmp_path / "logs" / f"{run_id}_scores.npz").exists()
 
 
 # ---- data, numbers, names
