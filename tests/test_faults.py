@@ -823,7 +823,9 @@ def test_any_console_and_any_names_leave_a_result(corpus, tmp_path, console):
     name, run_id = os.fsdecode(b"caf\xe9 \xff"), "caf\u00e9"  # no UTF-8; UTF-8, but no ASCII
     shutil.copytree(corpus["DATA_PATH"], tmp_path / name)
     settings = {**TINY, **BRIEF, "RUN_ID": run_id, "DATA_PATH": name, "SAVE_SCORES": 1}
-    settings |= dict(TOKENIZER_PATH=f"{name}/tiny.model", PYTHONIOENCODING="ascii")
+    settings |= dict(
+        TOKENIZER_PATH=f"{name}/tiny.model", PYTHONIOENCODING="ascii", OMP_NUM_THREADS=1
+    )
     command = f'set -o pipefail; "{sys.executable}" "{SCRIPT}" {console}'
     done = subprocess.run(
         ["bash", "-c", command],
