@@ -116,7 +116,7 @@ MUTATIONS = [
     Mutation(
         2,
         "                    self.end_at_once()",
-        "            return",
+        "                    return",
         "test_runtime.py::test_a_second_signal_ends_the_process",
     ),
     Mutation(
@@ -238,6 +238,36 @@ MUTATIONS = [
         "nll.sum(dtype=np.float64)",
         "nll.sum()",
         "test_scoring.py::test_bits_per_byte_sums_in_float64",
+    ),
+    Mutation(
+        3,
+        "file.seek(4 * SHARD_HEADER)",
+        "file.seek(0)",
+        "test_stream.py::test_a_copied_validation_shard_is_refused",
+    ),
+    Mutation(
+        3,
+        "self.opens_word = has_text & np.array(",
+        "self.opens_word = np.array(",
+        "test_stream.py::test_a_piece_that_is_no_text_has_no_space_to_drop",
+    ),
+    Mutation(
+        3,
+        "for path in paths[1:]:\n        round_trip(",
+        "for path in []:\n        round_trip(",
+        "test_stream.py::test_each_validation_shard_must_be_of_the_tokenizer",
+    ),
+    Mutation(
+        8,
+        'name in MODEL_SETTINGS and name not in ("QUANT_BITS", "CODER")',
+        "False",
+        "test_stream.py::test_resume_refuses_another_model",
+    ),
+    Mutation(
+        14,
+        "path.is_file() and size <= SIZE_CAP",
+        "path.is_file()",
+        "test_load.py::test_load_reads_nothing_that_is_larger_than_artifacts_or_has_no_end",
     ),
     Mutation(
         4,
