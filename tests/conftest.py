@@ -125,14 +125,23 @@ def corpus(tmp_path_factory) -> dict[str, str]:
     return dict(DATA_PATH=str(folder), TOKENIZER_PATH=str(folder / "tiny.model"))
 
 
+def run_on(ranks: int, corpus, tmp_path_factory):
+    """(folder, what it said) of a run on so many ranks."""
+    cwd = tmp_path_factory.mktemp(f"ranks{ranks}")
+    result = run_script(cwd, ranks, **corpus, NUM_LAYER=3, TTT_LR=0.5)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return cwd, result
+
+
 @pytest.fixture(scope="session")
-def runs(corpus, tmp_path_factory):
+def alone(corpus, tmp_path_factory):
+    """(folder, what it said) of a run on one rank."""
+    return run_on(1, corpus, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def runs(alone, corpus, tmp_path_factory):
     """The same run on 1, 2 and 4 ranks, and on 8 where there are cores for them: ranks -> (folder,
     what it said)."""
-    done = {}
-    for ranks in (1, 2, 4, *[8] * (os.cpu_count() >= 8)):
-        cwd = tmp_path_factory.mktemp(f"ranks{ranks}")
-        result = run_script(cwd, ranks, **corpus, NUM_LAYER=3, TTT_LR=0.5)
-        assert result.returncode == 0, result.stderr[-3000:]
-        done[ranks] = cwd, result
-    return done
+    many = (2, 4, *[8] * (os.cpu_count() >= 8))
+    return {1: alone, **{ranks: run_on(ranks, corpus, tmp_path_factory) for ranks in many}}

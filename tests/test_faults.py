@@ -294,13 +294,13 @@ def trained_checkpoint(after_training) -> Path:
 
 
 def test_resume_after_training_goes_straight_to_packing_and_leaves_a_whole_record(
-    corpus, after_training, trained_checkpoint, tmp_path, runs
+    corpus, after_training, trained_checkpoint, tmp_path, alone
 ):
     """The scores are those of a run that was not disturbed."""
     no_step = patched(tmp_path / "no_step.py", "t.training_step = t.warm_up = None")
     done = run_script(tmp_path, 0, no_step, **corpus, RESUME=trained_checkpoint)
     assert done.returncode == 0, done.stderr
-    undisturbed, _ = runs[1]
+    undisturbed, _ = alone
     assert score_lines(done.stdout) == score_lines(log_of(undisturbed))
     run = read_run(parse_log(tmp_path / "logs/test.txt"))
     assert run.steps == 12

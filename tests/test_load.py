@@ -220,9 +220,9 @@ def test_only_rank_0_reads_the_file(artifact):
 
 
 @pytest.mark.slow
-def test_the_digits_of_a_run_are_repeated_with_no_setting_of_its_model(runs, corpus, tmp_path):
+def test_the_digits_of_a_run_are_repeated_with_no_setting_of_its_model(alone, corpus, tmp_path):
     """On two ranks, from the settings in the file alone."""
-    cwd, _ = runs[1]
+    cwd, _ = alone
     kept = ("EVAL_SEQ_LEN", "EVAL_STRIDE", "VAL_BATCH_SIZE", "RUN_ID")  # how to score it
     env = {name: str(TINY[name]) for name in kept} | corpus
     env |= {"EVAL_ONLY": str(cwd / "logs/test.int6.ptz")}
@@ -238,17 +238,17 @@ def test_the_digits_of_a_run_are_repeated_with_no_setting_of_its_model(runs, cor
 # ---- the file of a run
 
 
-def test_the_log_and_its_last_line_have_the_sha256_of_the_artifact(runs):
-    for cwd, _ in runs.values():
-        checksum = hashlib.sha256((cwd / "logs/test.int6.ptz").read_bytes()).hexdigest()
-        log = log_of(cwd)
-        assert f"\nartifact:logs/test.int6.ptz sha256:{checksum}\n" in log
-        result = json.loads(log.splitlines()[-1].removeprefix("result "))
-        assert result["artifact_sha256"] == checksum
+def test_the_log_and_its_last_line_have_the_sha256_of_the_artifact(alone):
+    cwd, _ = alone
+    checksum = hashlib.sha256((cwd / "logs/test.int6.ptz").read_bytes()).hexdigest()
+    log = log_of(cwd)
+    assert f"\nartifact:logs/test.int6.ptz sha256:{checksum}\n" in log
+    result = json.loads(log.splitlines()[-1].removeprefix("result "))
+    assert result["artifact_sha256"] == checksum
 
 
-def test_the_name_that_other_tools_expect_is_a_link(runs):
-    cwd, _ = runs[1]
+def test_the_name_that_other_tools_expect_is_a_link(alone):
+    cwd, _ = alone
     link = cwd / "final_model.int6.ptz"
     assert link.is_symlink()
     # of the last run in that folder, which may be another test's
