@@ -806,7 +806,8 @@ def test_a_run_that_lacks_room_is_refused_before_its_first_step(corpus, tmp_path
     done = run_script(tmp_path, ranks, script, **corpus)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("train_gpt.py: error: ")]
-    (error,) = errors
+    # rank 1 may add that it has lost rank 0, if torchrun ends it late
+    (error,) = [line for line in errors if "error: rank 1: another rank ended" not in line]
     assert error.startswith("train_gpt.py: error: logs: the disk has 1,000 bytes free, and up to ")
     assert "logs/test.ckpt, logs/test.int6.ptz: free space there" in error
     assert "step:" not in done.stdout
