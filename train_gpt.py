@@ -5281,11 +5281,11 @@ def main(env: dict[str, str]) -> None:
 def explained(error: BaseException, env: dict[str, str], stop, log) -> BaseException:
     """The error that a user should see instead of `error`: it says what is left to go on with."""
     if "gloo/transport" in str(error):  # a connection to another rank was lost
-        signalled = f"; {stop.name} came" if stop.name else ""
         what = "another rank ended: see what it said; if nothing, a signal stopped it"
         if "timed out" in str(error).lower():
             what = "another rank did not answer in time, see whether it hangs"
-        error = UserError(f"{what}{signalled}")
+        # after a signal to all ranks, which rank 0 tells of
+        error = Stopped(f"{what}; {stop.name} came") if stop.name else UserError(what)
     is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if is_memory or "can't allocate memory" in str(error):
         cause, *_ = str(error).splitlines() or [""]
