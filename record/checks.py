@@ -172,7 +172,7 @@ def check_hardware(folder: Folder) -> str:
 
 
 def check_stream(folder: Folder) -> str:
-    """The record track is scored on one of the challenge's validation streams."""
+    """A folder for the record track must be scored on one of the challenge's validation streams."""
     log = folder.runs[0].log
     line, val, unknown = (log.find(f"data:{part} ") for part in ("stream", "val", "unknown"))
     known_by, track = line.get("known_by", "nothing"), folder.submission.get("track")

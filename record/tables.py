@@ -53,8 +53,9 @@ def hardware(runs: list[Run]) -> str:
 
 
 def data_facts(runs: list[Run]) -> dict[str, str | int]:
-    """What was trained and scored on: the name of each part's folder or file, its SHA-256 and how
-    many shards it has; the stream's name; tokens, targets, bytes."""
+    """The data of the runs, for submission.json: names of folders and of the tokenizer's file, a
+    SHA-256 and a number of shards for each part, the name of the validation stream, and how many
+    tokens, targets and bytes there are."""
     log = runs[0].log
     train, val, tokenizer, stream, header, *val_bytes = data_lines(log)
     folder, model = (Path(log.setting(name)) for name in ("DATA_PATH", "TOKENIZER_PATH"))

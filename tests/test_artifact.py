@@ -367,7 +367,7 @@ def test_a_whole_file_under_the_checksum_of_another_is_refused():
 
 @pytest.fixture(scope="module")
 def small() -> dict[str, bytes]:
-    """By coder: a container that is read in a millisecond."""
+    """For each coder, the bytes of an artifact so small that reading it takes a millisecond."""
     torch.manual_seed(1)
     sizes = dict(NUM_LAYERS=1, VE_LAYERS="0", MODEL_DIM=16, VOCAB_SIZE=32, BIGRAM_VOCAB_SIZE=8)
     hps = [tiny(CODER=coder, NUM_HEADS=2, NUM_KV_HEADS=1, **sizes) for coder in t.CODERS]

@@ -1,5 +1,6 @@
-"""Every numeric setting at its bounds and beyond them: what `from_env` lets through must train,
-pack and score without a traceback, an endless loop or a number that is not finite."""
+"""Every numeric setting, at its bounds and beyond them. Values beyond are refused by `from_env`.
+With those that it accepts, a model trains, is packed and is scored: no traceback, no endless loop,
+and all numbers are finite."""
 
 import math
 from dataclasses import fields

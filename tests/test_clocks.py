@@ -14,7 +14,8 @@ import train_gpt as t
 
 
 class Durations:
-    """A clock in the place of perf_counter. What is told to take time moves it."""
+    """A fake clock, which replaces perf_counter. It stands still, except while a function runs that
+    was given a duration."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
@@ -45,7 +46,8 @@ class Durations:
 
 @pytest.fixture
 def clock(monkeypatch) -> Durations:
-    """A validation takes 100 s, nothing else any time yet. A step does nothing."""
+    """A fake clock on which a validation takes 100 s and everything else no time, until a test
+    gives it a duration. Training steps are counted, but compute nothing."""
 
     def training_step(state, *args):
         state.progress[0] += 1

@@ -63,7 +63,8 @@ def test_this_python_has_all_modules_of_the_demo():
 
 @pytest.fixture
 def make(tmp_path, monkeypatch, capsys) -> Callable[[], str]:
-    """Makes a small corpus in tmp_path, unless it is there; returns what was printed."""
+    """A function that runs prepare_demo on 99 short documents, into tmp_path, and returns what it
+    printed."""
     texts = {f"m{i}.py": f"Words of document {i}: alpha beta gamma {i * 7919}." for i in range(99)}
     monkeypatch.setattr(prepare_demo, "documents", lambda: texts)
     monkeypatch.setattr(prepare_demo, "VOCAB_SIZE", 300)

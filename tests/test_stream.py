@@ -330,7 +330,8 @@ def lowered(text: str) -> str:
 
 
 def true_bytes(model: bytes, tokens) -> np.ndarray:
-    """Bytes of the text before it was lowered, for each token: a sentinel has none."""
+    """The bytes that a correct sidecar holds: for each token, those of the original text, which
+    still has its capital letters. A case sentinel stands for no byte."""
     sp = pieces(model)
     sizes = [0, *slow_bytes(sp, tokens)]
     names = [sp.id_to_piece(token) for token in tokens]

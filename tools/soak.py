@@ -68,7 +68,8 @@ MOMENTS = {  # what a start is in the middle of -> the line of the log that says
 
 
 def reached(moment: str, log: str, step: int) -> bool:
-    """Has a run with this log reached the moment, one of MOMENTS or "step" number `step`?"""
+    """Does the log show that the run has come as far as `moment`? That is a key of MOMENTS or
+    "step", which means the training step of number `step`."""
     if moment == "step":
         return any(int(s) >= step for s in re.findall(r"^step:(\d+)/", log, re.M))
     return bool(re.search(f"^{MOMENTS[moment]}", log, re.M))
