@@ -2776,7 +2776,7 @@ def train(model, loader: TokenLoader, validation: Validation, ranks, log, stop) 
 
 
 def stop_if_signalled(state: TrainState, stop) -> None:
-    """Stopped: a signal has come to some rank. Collective."""
+    """End training if a signal has come to any rank. Collective. Stopped: it has."""
     (stopped,) = state.ranks.any(bool(stop.name))
     if stopped:
         raise stopped_here(state, stop)
@@ -3048,9 +3048,10 @@ class Moments:
         y.register_hook(lambda g: self.add_gradients(g, factor))
 
     def watch_embedding(self, module, args, y: Tensor) -> None:
-        """A forward hook of an embedding. An error in a row of the table matters as often as the
-        row is looked up: outputs_R counts that. How much the errors of its columns matter follows
-        from the gradients of the looked-up rows, whose moments go into inputs_CC."""
+        """A forward hook of an embedding. How much an error in a row of the table matters depends
+        on how often that row is looked up, so outputs_R counts the lookups. How much errors in the
+        columns matter depends on the gradients of the rows that were looked up, so the moments of
+        these gradients go into inputs_CC."""
         counts_R = torch.bincount(args[0].flatten(), minlength=len(module.weight))
         self.outputs_R = self.outputs_R + counts_R
         y.register_hook(self.add_inputs)
@@ -5049,7 +5050,8 @@ class Budget(NamedTuple):
 
 
 def log_projection(seconds: float, hp, stride: int, log, what: str = "") -> None:
-    """Log how long evaluation will take in all, with `stride`. `what`: more about it."""
+    """Log that evaluation will have taken `seconds` at its end, if it scores with `stride`. `what`
+    is appended to the line."""
     budget = f"budget:{hp.eval_budget_seconds:g}s"
     log(f"eval_budget projected:{seconds:.1f}s {budget} stride:{stride}{what}")
 
@@ -5084,7 +5086,7 @@ def score_in_time(
             segments = score_and_learn(scorer, loss, validation, stride, ranks, log)
         else:
             segments = score(scorer, validation.tokens, stride, ranks)
-        # a step of training on a window takes about as long as to score four
+        # a training step on one window takes about four times as long as scoring that window
         target_seconds = window_seconds * (1 / stride + 4 * hp.ttt_epochs / hp.eval_seq_len)
         first = min(hp.ttt_chunk_tokens if hp.ttt_epochs else batch * stride, num_targets)
         segments = until_late(segments, budget, num_targets, first, target_seconds)
@@ -5284,7 +5286,7 @@ def explained(error: BaseException, env: dict[str, str], stop, log) -> BaseExcep
         what = "another rank ended: see what it said; if nothing, a signal stopped it"
         if "timed out" in str(error).lower():
             what = "another rank did not answer in time, see whether it hangs"
-        # after a signal to all ranks, which rank 0 tells of
+        # after a signal, rank 0 says so for all ranks, and the others stay silent
         error = Stopped(f"{what}; {stop.name} came") if stop.name else UserError(what)
     is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if is_memory or "can't allocate memory" in str(error):
