@@ -178,8 +178,17 @@ class Hyperparameters:
     tie_embeddings: bool = setting(True, "use the token embedding as output head")
     logit_softcap: float = setting(30.0, "c in c*tanh(logits/c); 0: no cap", 0)
     rope_base: float = setting(10_000.0, "RoPE base", 1)
+    rope_base_length: int = setting(
+        1024, "longest window for which ROPE_BASE holds; longer ones have a larger base", 1
+    )
     rope_dims: int = setting(16, "rotated dimensions of each head; 0: no position encoding", 0)
     qk_gain_init: float = setting(1.5, "initial gain of the queries, per head", -100, 100)
+    table_gain_init: float = setting(
+        0.0,
+        "initial gain of the projections of the bigram and value tables; 0: 1/sqrt(2 NUM_LAYERS)",
+        0,
+        100,
+    )
     xsa_last_n: int = setting(
         4, "number of last layers with XSA, in which a head ignores its own position", 0
     )
@@ -188,18 +197,27 @@ class Hyperparameters:
     skip_gates: bool = setting(
         False, "combine a skip by a learned gate per channel instead of adding it"
     )
-    recur_layers: tuple[int, ...] = setting((), "layers (from 0) that run twice; empty: none")
+    recur_layers: tuple[int, ...] = setting((), "layers (from 0) that run again; empty: none")
+    recur_times: int = setting(2, "how often RECUR_LAYERS run in one forward pass", 2, 16)
     recur_start: float = setting(
-        0.5, "share of training after which RECUR_LAYERS run twice", 0, 0.95
+        0.5, "share of training after which RECUR_LAYERS run again", 0, 0.95
     )
     parallel_start_layer: int = setting(
-        0, "first layer whose attention and MLP have residual streams of their own; 0: none", 0
+        0,
+        "first layer with two residual streams (lanes): attention reads one, the MLP the other, "
+        "and both write to both; 0: none",
+        0,
     )
     attn_gate_dims: int = setting(
         0, "input channels from which the gate of each head's output is computed; 0: no gate", 0
     )
     smear_enabled: bool = setting(
         True, "SmearGate: mix each position's input with the one before it"
+    )
+    smear_gate_dims: int = setting(
+        0,
+        "input channels from which SmearGate computes its share; 0: a learned share per channel",
+        0,
     )
     smear_crosses_bos: bool = setting(
         True, "SmearGate also mixes a document's start with the end of the previous one"
@@ -230,6 +248,12 @@ class Hyperparameters:
     muon_wd: float = setting(0.04, "Muon decoupled weight decay", 0, 1)
     muon_row_norm: bool = setting(
         False, "give all rows the same norm before Newton-Schulz (MuonEq-R, PR #1435)"
+    )
+    wd_taper_start_frac: float = setting(
+        0.7, "share of training after which MUON_WD changes linearly", 0, 1
+    )
+    wd_taper_final_mult: float = setting(
+        1.0, "Muon's final weight decay, as a multiple of MUON_WD; 1: it does not change", 0, 1000
     )
     adam_wd: float = setting(0.04, "AdamW decoupled weight decay of vectors and head", 0, 1)
     embed_wd: float = setting(0.04, "AdamW decoupled weight decay of embeddings", 0, 1)
@@ -369,7 +393,8 @@ class Hyperparameters:
         for switch, values, feature in FEATURES:
             if name in feature.split():
                 text = env[switch]
-                is_on = text in values.split() if values else text not in ("", "0", "0.0", "False")
+                is_listed = not text or text in values.split()
+                is_on = is_listed != values.startswith("not ")
                 return self.reason_for_no_effect(switch) if is_on else f"{switch}={text}"
         return ""
 
@@ -414,10 +439,15 @@ class Hyperparameters:
         valid = sorted(set(self.recur_layers) & set(range(self.num_layers)))
         if list(self.recur_layers) != valid:  # not rising, or no such layer
             yield "RECUR_LAYERS", f"expected rising numbers from 0 to {self.num_layers - 1}"
-        if self.parallel_start_layer >= self.num_layers:
+        start = self.parallel_start_layer
+        if start >= self.num_layers:
             yield "PARALLEL_START_LAYER", f"expected at most {self.num_layers - 1}; 0: no lanes"
-        if self.attn_gate_dims > self.model_dim:
-            yield "ATTN_GATE_DIMS MODEL_DIM", "expected at most MODEL_DIM"
+        if len({layer < start for layer in self.recur_layers}) == 2:
+            rule = "expected the lanes to start before or after all layers that run again"
+            yield "PARALLEL_START_LAYER RECUR_LAYERS", rule
+        for name in ("ATTN_GATE_DIMS", "SMEAR_GATE_DIMS"):
+            if getattr(self, name.lower()) > self.model_dim:
+                yield f"{name} MODEL_DIM", "expected at most MODEL_DIM"
         if self.bigram_vocab_size == 1:
             yield "BIGRAM_VOCAB_SIZE", "expected 0 (off) or at least 2"
         if self.model_numbers > MOST_WEIGHTS:
@@ -446,24 +476,27 @@ class Hyperparameters:
             yield "ALPHA_MIN ALPHA_MAX", "expected ALPHA_MIN <= ALPHA_MAX < 1"
 
 
+ON = "not 0 0.0 False"  # and not empty
 FEATURES = [  # a setting that turns others on, the values with which it does, and these others
-    ("VE_ENABLED", "", "VE_LAYERS"),  # no values: any but 0, False and the empty one
-    ("VE_LAYERS", "", "VE_DIM"),
-    ("BIGRAM_VOCAB_SIZE", "", "BIGRAM_DIM"),
-    ("ROPE_DIMS", "", "ROPE_BASE"),
-    ("RECUR_LAYERS", "", "RECUR_START"),
-    ("UNET_SKIPS", "", "SKIP_GATES"),
-    ("SMEAR_ENABLED", "", "SMEAR_CROSSES_BOS"),
+    ("VE_ENABLED", ON, "VE_LAYERS"),
+    ("VE_LAYERS", ON, "VE_DIM"),
+    ("BIGRAM_VOCAB_SIZE", ON, "BIGRAM_DIM"),
+    ("ROPE_DIMS", ON, "ROPE_BASE ROPE_BASE_LENGTH"),
+    ("RECUR_LAYERS", ON, "RECUR_START RECUR_TIMES"),
+    ("UNET_SKIPS", ON, "SKIP_GATES"),
+    ("SMEAR_ENABLED", ON, "SMEAR_CROSSES_BOS SMEAR_GATE_DIMS"),
     ("TIE_EMBEDDINGS", "True", "TIED_EMBED_LR"),
     ("TIE_EMBEDDINGS", "False", "EMBED_LR HEAD_LR"),
     ("WARMDOWN_FRAC", "0.0", "WARMDOWN_ITERS"),
-    ("MUON_MOMENTUM_WARMUP_STEPS", "", "MUON_MOMENTUM_WARMUP_START"),
+    ("MUON_MOMENTUM_WARMUP_STEPS", ON, "MUON_MOMENTUM_WARMUP_START"),
+    ("MUON_WD", ON, "WD_TAPER_FINAL_MULT"),
+    ("WD_TAPER_FINAL_MULT", "not 1.0", "WD_TAPER_START_FRAC"),
     ("AVERAGING", "ema ema_swa", "EMA_DECAY"),
     ("AVERAGING", "swa ema_swa", "SWA_EVERY SWA_THRESHOLD"),
-    ("LATE_QAT_THRESHOLD", "", "QAT_ROUNDING"),
+    ("LATE_QAT_THRESHOLD", ON, "QAT_ROUNDING"),
     ("QUANTIZER", "gptq", "GPTQ_TOKENS GPTQ_RESERVE_SECONDS"),
-    ("TTT_EPOCHS", "", "TTT_CHUNK_TOKENS TTT_LR TTT_BLOCKS TTT_DECAY"),
-    ("NGRAM_ENABLED", "", "NGRAM_MIN_ORDER NGRAM_ORDER NGRAM_ALPHA"),
+    ("TTT_EPOCHS", ON, "TTT_CHUNK_TOKENS TTT_LR TTT_BLOCKS TTT_DECAY"),
+    ("NGRAM_ENABLED", ON, "NGRAM_MIN_ORDER NGRAM_ORDER NGRAM_ALPHA"),
     ("NGRAM_ALPHA", "entropy order", "NGRAM_MIN_COUNT ALPHA_MIN ALPHA_MAX"),
 ]
 
@@ -490,10 +523,12 @@ def parse_float(text: str) -> float:
 # how the file is packed. (Not what only training or only scoring reads, such as QK_GAIN_INIT.)
 MODEL_SETTINGS = (
     *("VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT"),
-    *("LEAKY_SLOPE", "TIE_EMBEDDINGS", "LOGIT_SOFTCAP", "ROPE_BASE", "ROPE_DIMS", "TRAIN_SEQ_LEN"),
-    *("XSA_LAST_N", "LN_SCALE", "UNET_SKIPS", "SKIP_GATES", "RECUR_LAYERS", "PARALLEL_START_LAYER"),
-    *("ATTN_GATE_DIMS", "SMEAR_ENABLED", "SMEAR_CROSSES_BOS", "VE_ENABLED", "VE_DIM", "VE_LAYERS"),
-    *("VRL_ENABLED", "BIGRAM_VOCAB_SIZE", "BIGRAM_DIM", "QUANT_BITS", "CODER"),
+    *("LEAKY_SLOPE", "TIE_EMBEDDINGS", "LOGIT_SOFTCAP", "TRAIN_SEQ_LEN"),
+    *("ROPE_BASE", "ROPE_BASE_LENGTH", "ROPE_DIMS", "XSA_LAST_N", "LN_SCALE"),
+    *("UNET_SKIPS", "SKIP_GATES", "RECUR_LAYERS", "RECUR_TIMES", "PARALLEL_START_LAYER"),
+    *("ATTN_GATE_DIMS", "SMEAR_ENABLED", "SMEAR_GATE_DIMS", "SMEAR_CROSSES_BOS"),
+    *("VE_ENABLED", "VE_DIM", "VE_LAYERS", "VRL_ENABLED", "BIGRAM_VOCAB_SIZE", "BIGRAM_DIM"),
+    *("QUANT_BITS", "CODER"),
 )
 
 
@@ -1551,13 +1586,13 @@ class Linear(nn.Linear):
 
 def rotary_tables(T: int, hp, device=None) -> Tensor:
     """cos and sin of RoPE's angles, (2, T, 1, ROPE_DIMS/2). The base grows with the larger of T and
-    TRAIN_SEQ_LEN, if that is above 1024 (NTK-aware scaling, as in PR #889): so windows up to the
-    training length have the same angles."""
+    TRAIN_SEQ_LEN, if that is above ROPE_BASE_LENGTH (NTK-aware scaling, as in PR #889): so windows
+    up to the training length have the same angles."""
     r = hp.rope_dims
     base = hp.rope_base
-    span = max(T, hp.train_seq_len)
-    if span > 1024 and r > 2:  # with r = 2 the only frequency is 1, whatever the base
-        base *= (span / 1024) ** (r / (r - 2))
+    stretch = max(T, hp.train_seq_len) / hp.rope_base_length
+    if stretch > 1 and r > 2:  # with r = 2 the only frequency is 1, whatever the base
+        base *= stretch ** (r / (r - 2))
     frequency = base ** -(torch.arange(0, r, 2, dtype=torch.float32, device=device) / max(r, 1))
     position = torch.arange(T, dtype=torch.float32, device=device)
     angle = torch.outer(position, frequency)[:, None, :]
@@ -1720,19 +1755,55 @@ class Block(nn.Module):
         self.attn_scale = nn.Parameter(torch.ones(D))
         self.mlp_scale = nn.Parameter(torch.ones(D))
         self.norm_scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
+        has_lanes = 0 < hp.parallel_start_layer <= layer
+        # a row per lane: the weights of the lane itself, of attention's output, of the MLP's output
+        weights = torch.tensor([[1.1, 1.0, 1.0], [1.1, 1.0, 1.0]])
+        self.lane_weights = nn.Parameter(weights) if has_lanes else None
 
-    def attend(self, x_BTD, shared: Shared, v_first_BTGK, last: int):
-        """Returns the residual stream after attention, (B, last, D), and the layer's own values.
-        There are queries for the last positions only, keys and values for all."""
-        dtype = x_BTD.dtype
-        x = self.mix_x.to(dtype) * x_BTD + self.mix_x0.to(dtype) * shared.x0_BTD
-        normed = norm(x) * self.norm_scale
-        y, v_own = self.attn(normed, self.attn_scale, shared, v_first_BTGK, last)
-        return x[:, -last:] + y, v_own
+    def forward(self, lanes: tuple[Tensor, ...], shared: Shared, v_first_BTGK, last: int):
+        """Returns the lanes after the block, each (B, last, D), and the layer's own values. There
+        are queries for the last positions only, keys and values for all. Before
+        PARALLEL_START_LAYER there is one lane, the residual stream: attention reads it and adds to
+        it, then the MLP does. From there on there are two: attention reads the first, the MLP the
+        second, and both write to both (modded-nanogpt; challenge PR #1204, #1529)."""
+        dtype = lanes[0].dtype
+        x = self.mix_x.to(dtype) * lanes[0] + self.mix_x0.to(dtype) * shared.x0_BTD
+        y, v_own = self.attn(norm(x) * self.norm_scale, self.attn_scale, shared, v_first_BTGK, last)
+        if self.lane_weights is None:
+            x = x[:, -last:] + y
+            return (x + self.feed(x),), v_own
+
+        lanes = [lane[:, -last:] for lane in (lanes[0], lanes[-1])]  # both begin as the stream
+        z = self.feed(lanes[1])
+        weights = self.lane_weights.to(dtype)
+        return tuple(w[0] * lane + w[1] * y + w[2] * z for w, lane in zip(weights, lanes)), v_own
 
     def feed(self, x_BTD) -> Tensor:
-        """The residual stream after the MLP."""
-        return x_BTD + self.mlp(norm(x_BTD) * self.norm_scale, self.mlp_scale)
+        """The output of the MLP, (B, T, D)."""
+        return self.mlp(norm(x_BTD) * self.norm_scale, self.mlp_scale)
+
+
+class SmearGate(nn.Module):
+    """Mixes each position's input with that of the position before: by a learned share per channel
+    or, with SMEAR_GATE_DIMS, by a share per position, which its first channels decide (challenge
+    PR #1667, after modded-nanogpt)."""
+
+    def __init__(self, hp):
+        super().__init__()
+        self.crosses_bos = hp.smear_crosses_bos
+        self.gate = nn.Parameter(torch.zeros(hp.smear_gate_dims or hp.model_dim))
+        self.scale = nn.Parameter(torch.zeros(())) if hp.smear_gate_dims else None
+
+    def forward(self, x_BTD, ids_BT) -> Tensor:
+        """(B, T, D) -> (B, T, D). Nothing stands before the first position."""
+        before = F.pad(x_BTD, (0, 0, 1, 0))[:, :-1]
+        if not self.crosses_bos:
+            before = before.masked_fill((ids_BT == BOS)[..., None], 0)
+        gate = self.gate.to(x_BTD.dtype)
+        if self.scale is None:
+            return torch.lerp(x_BTD, before, torch.sigmoid(gate))
+        share_BT = torch.sigmoid(x_BTD[..., : len(gate)] @ gate)
+        return x_BTD + (self.scale.to(gate.dtype) * share_BT)[..., None] * before
 
 
 class NarrowEmbedding(nn.Module):
@@ -1769,13 +1840,12 @@ def token_nll(z_NV, target_ids_N, cap: float) -> Tensor:
 
 def block_passes(hp) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Two orders in which the blocks run, as layer numbers: until RECUR_START of training is done,
-    and after it. In the second, RECUR_LAYERS run again as a group, right after the last of them:
-    with 6 layers and RECUR_LAYERS=2,3 it is 0 1 2 3 2 3 4 5. Without RECUR_LAYERS both are the
-    same."""
+    and after it. In the second, the group of RECUR_LAYERS runs RECUR_TIMES times in a row: with 6
+    layers, RECUR_LAYERS=2,3 and RECUR_TIMES=2 it is 0 1 2 3 2 3 4 5. Without RECUR_LAYERS both are
+    the same."""
     once = tuple(range(hp.num_layers))
-    again = hp.recur_layers
-    split = again[-1] + 1 if again else len(once)
-    return once, once[:split] + again + once[split:]
+    split = hp.recur_layers[-1] + 1 if hp.recur_layers else len(once)
+    return once, once[:split] + hp.recur_layers * (hp.recur_times - 1) + once[split:]
 
 
 def orthogonal(p: Tensor, hp) -> None:
@@ -1786,9 +1856,10 @@ def orthogonal(p: Tensor, hp) -> None:
 
 
 def orthogonal_table(p: Tensor, hp) -> None:
-    """As `orthogonal`, times 1/sqrt(2 L): for the projections of embedding tables."""
+    """As `orthogonal`, times TABLE_GAIN_INIT: for the projections of embedding tables. Its default,
+    1/sqrt(2 L), is PR #889's; PR #1435 has 1."""
     if min(p.shape) >= 64:
-        nn.init.orthogonal_(p, (2 * hp.num_layers) ** -0.5)
+        nn.init.orthogonal_(p, hp.table_gain_init or (2 * hp.num_layers) ** -0.5)
 
 
 def zeros(p: Tensor, hp) -> None:
@@ -1799,6 +1870,12 @@ def zeros(p: Tensor, hp) -> None:
 def normal(std: float) -> Callable:
     """A function that draws a matrix from N(0, std^2)."""
     return lambda p, hp: nn.init.normal_(p, std=std)
+
+
+def token_embedding(p: Tensor, hp) -> None:
+    """Draws the token embedding: with a standard deviation of 0.005 if it is also the output head,
+    else of 1, as in the pull requests."""
+    nn.init.normal_(p, std=0.005 if hp.tie_embeddings else 1.0)
 
 
 class ParameterRow(NamedTuple):
@@ -1812,7 +1889,7 @@ class ParameterRow(NamedTuple):
 
 
 PARAMETERS = [  # the first row that matches a name counts
-    ParameterRow("embed.weight", "table", "embeddings", normal(0.005), "if it is the head"),
+    ParameterRow("embed.weight", "table", "embeddings", token_embedding, "if it is the head"),
     ParameterRow("head.weight", "head", "embeddings", zeros, "always"),
     ParameterRow("bigram.table.weight", "table", "embeddings", zeros, "never"),
     ParameterRow("value_embed.table.weight", "table", "embeddings", normal(0.01), "never"),
@@ -1847,13 +1924,12 @@ class GPT(nn.Module):
 
         self.embed = nn.Embedding(V, D)
         self.bigram = NarrowEmbedding(rows, hp.bigram_dim, D, 0.05) if rows else None
-        self.smear_gate = nn.Parameter(torch.zeros(D)) if hp.smear_enabled else None
+        self.smear = SmearGate(hp) if hp.smear_enabled else None
         self.value_embed = NarrowEmbedding(V, hp.ve_dim, values, 0.1) if has_ve else None
         self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(L))
         self.skip_weights = nn.Parameter(torch.ones(L // 2, D)) if has_skips else None
         has_gates = has_skips and hp.skip_gates
         self.skip_gates = nn.Parameter(torch.zeros(L // 2, D)) if has_gates else None
-        self.lane_mix = nn.Parameter(torch.tensor(0.5)) if hp.parallel_start_layer else None
         self.head = None if hp.tie_embeddings else Linear(D, V)
         for T in {hp.train_seq_len, hp.eval_seq_len}:  # else compiled code computes them each time
             self.register_buffer(f"rope_{T}", rotary_tables(T, hp), persistent=False)
@@ -1880,32 +1956,20 @@ class GPT(nn.Module):
         x = self.embedded(ids_BT)
         shared = self.shared(ids_BT, x)
 
-        # From PARALLEL_START_LAYER on there are two residual streams, called lanes: attention reads
-        # and writes x, the MLPs read and write mlp_lane. They are blended at the end.
-        mlp_lane = None
+        lanes = (x,)  # two from PARALLEL_START_LAYER on; skips leave and enter the first
         v_first = None
         skips = []
         half = len(passes) // 2  # the first half of the passes leaves skips, the second takes them
         for i, layer in enumerate(passes):
-            block = self.blocks[layer]
             if i >= half:
-                x = self.add_skip(x, skips, i - half)
-            starts_lanes = self.lane_mix is not None and layer == self.hp.parallel_start_layer
-            if starts_lanes and mlp_lane is None:
-                mlp_lane = x
+                lanes = (self.add_skip(lanes[0], skips, i - half), *lanes[1:])
             queries = last if last and i == len(passes) - 1 else T
-            x, v_own = block.attend(x, shared, v_first, queries)
+            lanes, v_own = self.blocks[layer](lanes, shared, v_first, queries)
             if v_first is None:
                 v_first = v_own
-            if mlp_lane is None:
-                x = block.feed(x)
-            else:
-                mlp_lane = block.feed(mlp_lane[:, -queries:])
             if i < half:
-                skips.append(x)
-        if mlp_lane is None:
-            return x
-        return torch.lerp(mlp_lane, x, self.lane_mix.to(x.dtype))
+                skips.append(lanes[0])
+        return lanes[0] if len(lanes) == 1 else (lanes[0] + lanes[1]) / 2
 
     def embedded(self, ids_BT) -> Tensor:
         """The input of the first block: the embedding of the token plus that of its bigram,
@@ -1914,12 +1978,7 @@ class GPT(nn.Module):
         if self.bigram is not None:
             x = x + self.bigram(bigram_rows(ids_BT, self.hp.bigram_vocab_size), x.dtype)
         x = norm(x).to(working_dtype(x))
-        if self.smear_gate is not None:
-            before = F.pad(x, (0, 0, 1, 0))[:, :-1]
-            if not self.hp.smear_crosses_bos:
-                before = before.masked_fill((ids_BT == BOS)[..., None], 0)
-            x = torch.lerp(x, before, torch.sigmoid(self.smear_gate).to(x.dtype))
-        return x
+        return x if self.smear is None else self.smear(x, ids_BT)
 
     def shared(self, ids_BT, x_BTD) -> Shared:
         """What every block reads, given the input of the first."""
@@ -2200,10 +2259,10 @@ class SummedGradients:
     Muon divides its work among the ranks, and so has its own versions. Every rank must call all of
     them in the same order, under torch.no_grad(); only `schedule` may be called alone."""
 
-    def schedule(self, step: int, scale: float):
-        """Set the learning rates of this step: the initial ones times `scale`."""
+    def schedule(self, step: int, plan: "StepPlan"):
+        """Set the learning rates of training step `step`, as `plan` has them."""
         for group in self.param_groups:
-            group["lr"] = group["initial_lr"] * scale
+            group["lr"] = group["initial_lr"] * plan.scale
 
     def send_gradients(self):
         """Start to sum the gradients over the ranks. (This class waits for the sum.)"""
@@ -2278,7 +2337,8 @@ class Muon(torch.optim.Optimizer):
                 buffer = same[0].new_zeros(len(same), *shape)
                 is_tall = [p.size(0) > p.size(1) for p in same]
                 is_tall = torch.tensor(is_tall, device=buffer.device)[:, None, None]
-                stacks.append({**group, "params": same, "buffer": buffer, "is_tall": is_tall})
+                stack = {"params": same, "buffer": buffer, "is_tall": is_tall}
+                stacks.append({**group, **stack, "initial_decay": group["weight_decay"]})
         super().__init__(stacks, {"momentum": hp.muon_momentum_warmup_start})
 
     def local_share(self, stack: Tensor) -> Tensor:
@@ -2286,10 +2346,11 @@ class Muon(torch.optim.Optimizer):
         size = math.ceil(len(stack) / self.ranks.world_size)
         return stack[self.ranks.rank * size :][:size]
 
-    def schedule(self, step: int, scale: float):
-        """Set the learning rates of this step, and its momentum."""
+    def schedule(self, step: int, plan: "StepPlan"):
+        """Set the learning rates, the weight decay and the momentum of this step."""
         for group in self.param_groups:
-            group["lr"] = group["initial_lr"] * scale
+            group["lr"] = group["initial_lr"] * plan.scale
+            group["weight_decay"] = group["initial_decay"] * plan.muon_decay
             group["momentum"] = muon_momentum(step, self.hp)
 
     def send_gradients(self):
@@ -2458,25 +2519,35 @@ def lr_scale(step: int, seconds: float, hp) -> float:
     return hp.min_lr + (1 - hp.min_lr) * min(1.0, left)
 
 
+def muon_decay(step: int, seconds: float, hp) -> float:
+    """What Muon's weight decay is multiplied by: 1 up to WD_TAPER_START_FRAC of training, then
+    linearly to WD_TAPER_FINAL_MULT at its end (challenge PR #1729)."""
+    start = hp.wd_taper_start_frac
+    beyond = max(training_share(step, seconds, hp) - start, 0.0) / max(1 - start, 1e-9)
+    return 1 + (hp.wd_taper_final_mult - 1) * beyond
+
+
 class StepPlan(NamedTuple):
     """What changes from one training step to the next."""
 
     scale: float  # factor of all learning rates
     passes: tuple[int, ...]  # the order in which blocks run
-    hardness: Tensor | None  # None: no late QAT. Else how hard soft rounding is (see `soft_round`)
+    hardness: Tensor | None = None  # late QAT: how hard soft rounding is (see `soft_round`)
+    muon_decay: float = 1.0  # factor of Muon's weight decay
 
 
 def plan_step(step: int, seconds: float, hp, device) -> StepPlan:
     """The plan of the next step, when `step` steps have taken `seconds`. From RECUR_START of
-    training on, RECUR_LAYERS run twice. While the lr scale is below LATE_QAT_THRESHOLD, weights are
+    training on, RECUR_LAYERS run again. While the lr scale is below LATE_QAT_THRESHOLD, weights are
     rounded; the hardness rises from 1 at the threshold to 16 at a scale of 0."""
     scale = lr_scale(step, seconds, hp)
     before, after = block_passes(hp)
     passes = after if training_share(step, seconds, hp) >= hp.recur_start else before
+    decay = muon_decay(step, seconds, hp)
     if scale >= hp.late_qat_threshold:
-        return StepPlan(scale, passes, None)
+        return StepPlan(scale, passes, None, decay)
     hardness = 16 - 15 * scale / hp.late_qat_threshold
-    return StepPlan(scale, passes, torch.full((), hardness, device=device))
+    return StepPlan(scale, passes, torch.full((), hardness, device=device), decay)
 
 
 def training_loss(model, ids_BT, target_ids_BT, passes, hardness=None, shares_BT=None) -> Tensor:
@@ -2576,16 +2647,16 @@ class TrainState:
         ms = 1e3 * self.seconds
         return f"train_time:{ms:.0f}ms step_avg:{ms / max(self.steps, 1):.2f}ms"
 
-    def update(self, scale: float) -> None:
+    def update(self, plan: StepPlan) -> None:
         """One step on the gradients that the parameters hold now; then averages take their
         snapshots. Collective."""
         for optimizer in self.optimizers:
-            optimizer.schedule(self.steps, scale)
+            optimizer.schedule(self.steps, plan)
         update_parameters(self.optimizers, self.hp.grad_clip_norm)
         self.model.zero_grad(set_to_none=True)
         self.progress[0] += 1
         for name, average in self.averages.items():
-            if takes_snapshot(name, self.steps, scale, self.hp):
+            if takes_snapshot(name, self.steps, plan.scale, self.hp):
                 average.update(self.parameters)
 
     def load_averages(self) -> None:
@@ -2824,7 +2895,7 @@ def training_step(state: TrainState, loader: TokenLoader, loss: Callable, plan: 
         part = part / (loader.accumulation * state.ranks.world_size)
         part.backward()
         total += part.detach()
-    state.update(plan.scale)
+    state.update(plan)
     return total
 
 
@@ -2858,7 +2929,7 @@ def run_steps(state: TrainState, take_step: Callable, validation: Validation, st
     stop.be_patient()  # from here on signals wait for the end of a step
     saved_at = state.seconds
     state.start_clock()
-    plan = StepPlan(1.0, block_passes(hp)[0], None)  # as if before the first step
+    plan = StepPlan(1.0, block_passes(hp)[0])  # as if before the first step
     losses = deque(maxlen=2)  # of the last two steps, the older one first
     while True:
         if losses:
@@ -3031,11 +3102,13 @@ class Moments:
 
     inputs_CC: Tensor | float = 0.0  # of x x'
     outputs_R: Tensor | float = 0.0  # of squared gradients
+    num_inputs: int = 0  # tokens, counted again at each run of a layer that runs again
 
     def add_inputs(self, x: Tensor) -> None:
         """`x`: (..., C), what the matrix multiplies."""
         x_NC = x.detach().flatten(0, -2).float()
         self.inputs_CC = self.inputs_CC + x_NC.T @ x_NC
+        self.num_inputs += len(x_NC)
 
     def add_gradients(self, g: Tensor, factor=1.0) -> None:
         """Add squares. g is the gradient of factor * (W x); so g * factor is that of W x."""
@@ -3117,7 +3190,8 @@ def measure_curvature(
 
     found = {}
     for name in sorted(moments):
-        inputs_CC = ranks.sum_over_ranks(moments[name].inputs_CC) / num_tokens
+        num_inputs = moments[name].num_inputs * ranks.world_size
+        inputs_CC = ranks.sum_over_ranks(moments[name].inputs_CC) / num_inputs
         outputs_R = ranks.sum_over_ranks(moments[name].outputs_R) / num_tokens
         found[name] = Curvature(inputs_CC, outputs_R)
     if model.head is None:
@@ -4720,7 +4794,7 @@ def idle_parts(hp, loader: TokenLoader | None, validation: Validation) -> Iterat
         if hp.recur_layers and share < hp.recur_start:
             yield (
                 f"RECUR_START={hp.recur_start:g} is never reached in {hp.iterations} steps: the "
-                "network is scored with RECUR_LAYERS run twice, but not trained so"
+                "network is scored with RECUR_LAYERS run again, but not trained so"
             )
         if loader.rows <= 2 < min(loader.most_rows, loader.share):
             tokens = loader.better_batch()

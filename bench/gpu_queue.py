@@ -2,14 +2,11 @@
 
 python -m bench.gpu_queue unpack DATA OUT [--tiny]   text of data/gpu as the loader expects it
 python -m bench.gpu_queue shorten IN OUT             the first tokens of a validation stream
-python -m bench.gpu_queue other-lanes                NAME=value of the lanes that the frontier
-                                                     preset does not use, if there is a choice
 python -m bench.gpu_queue attention                  ms of torch's attention, FlashAttention 4's
 python -m bench.gpu_queue summary STATE              a table of all finished runs
 """
 
 import argparse
-import ast
 import json
 import lzma
 import re
@@ -20,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
 HEADER = 1024  # bytes
 SHORT = 65_536  # tokens
 TINY_TRAIN, TINY_VAL = 200_000, 20_000  # tokens of each shard
@@ -62,42 +58,6 @@ def shorten(source: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     name = "fineweb_val_000000.bin"
     write_shard(out / name, (source / name).read_bytes(), SHORT)
-
-
-# --- what the script can do -----------------------------------------------------------------------
-
-
-def constant(node: ast.expr):
-    """Its value; of an expression that is computed, its source."""
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return ast.unparse(node)
-
-
-def declared_settings(script: str) -> dict[str, tuple]:
-    """Name -> (default, its line of doc, its choices), of the source of train_gpt.py."""
-    found = {}
-    for node in ast.walk(ast.parse(script)):
-        is_setting = isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)
-        if is_setting and getattr(node.value.func, "id", "") == "setting":
-            default, doc = map(constant, node.value.args[:2])
-            choices = [constant(k.value) for k in node.value.keywords if k.arg == "choices"]
-            found[node.target.id.upper()] = default, doc, " ".join(choices).split()
-    return found
-
-
-def other_lanes(script: str, preset: str) -> str:
-    """NAME=value: how the preset would choose the other kind of residual lanes, those that write
-    across or those that don't; "" as long as no setting of the script chooses between them."""
-    for name, (default, doc, choices) in declared_settings(script).items():
-        about = f"{name} {doc} {' '.join(choices)}".lower()
-        if not ("lane" in about and "cross" in about and (choices or isinstance(default, bool))):
-            continue
-        chosen = re.search(rf"\b{name}:-([^}}]*)\}}", preset)
-        used = chosen[1] if chosen else str(int(default) if isinstance(default, bool) else default)
-        return f"{name}={next(c for c in choices or ['0', '1'] if c != used)}"
-    return ""
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -177,14 +137,9 @@ def main() -> None:
             command.add_argument(place, type=Path)
         if name == "unpack":
             command.add_argument("--tiny", action="store_true")
-    commands.add_parser("other-lanes")
     given = vars(parser.parse_args())
     command = given.pop("command")
-    if command == "other-lanes":
-        paths = ROOT / "train_gpt.py", ROOT / "runs/frontier.sh"
-        print(other_lanes(*(path.read_text(encoding="utf-8") for path in paths)))
-    else:
-        globals()[command](**given)
+    globals()[command](**given)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@
 # whose code or data are missing is skipped, with the reason. To repeat one, delete its .done and the folders of its runs.
 #
 # --seconds N      begin no item whose limit does not fit in what is left of N seconds (or QUEUE_SECONDS=N; 0: no limit)
-# --pack FOLDER    copy compressed text, tokenizers and the script with the old loader to data/gpu/. --pr889 FILE adds PR
+# --pack FOLDER    copy compressed text, tokenizers and two older scripts to data/gpu/. --pr889 FILE adds PR
 #                  #889's own script, which is never committed; --wheels FOLDER packs wheels for the item fa4
 # QUEUE_LIMIT=N    replaces the limit of every item, for the last minutes of a machine
 # QUEUE_BEST=run   which kind of run `long` trains: preset (default), sp8192, defaults
@@ -35,14 +35,22 @@ steptime | 120 | ms per step of the defaults as they are, and without Inductor's
 pr889    | 150 | Is our step as fast as PR #889's own script on the same GPU and batch?
 preset   | 420 | How far is the frontier preset ahead of the defaults at equal time, with the new loader?
 sp8192   | 420 | Does a vocabulary of 8,192 pieces beat the preset on the same text in the same seconds?
-lanes    | 300 | Are lanes that write across better than the preset's?
+lanes    | 420 | Are lanes that write across better than the preset's former ones, and than none? (they cost 0.009 in small runs)
 decay04  | 260 | Is a weight decay of 0.04 better than the preset's 0.09, as our files are full in any case?
 decay06  | 260 | The same, for 0.06
+larger   | 300 | Is a larger model in the same bytes better? One with wider MLPs, whose weights have fewer bits
 ttt      | 200 | What does learning at evaluation, as in PR #825, add to one artifact, with and without the mixture?
 fa4      | 200 | Is FlashAttention 4 faster than torch's own attention? If so, requirements-gpu.txt should name it
 long     | 480 | 600 s of the best preset, in two calls: stopped at 480 s with a checkpoint, resumed by the next
+momentum | 260 | Is MUON_MOMENTUM 0.97 better than 0.99? (0.0004 to 0.0008 in the field)
+minlr    | 260 | Are rates that end at 5 % better than at 0? (0.001 in the field)
+taper    | 260 | Does halving Muon's decay towards the end help?
+gain     | 260 | Is QK gain 5.25 better than 5? (0.0002 in the field)
+slope    | 260 | Is a slope of 0.3 better than 0.5? (0.0007 in the field; it costs in small runs)
+window   | 120 | Does scoring in windows of 2,560 tokens help? The same artifact, trained on 2,048
 "
 OLD_LOADER=2d8162d   # the last revision whose batches went on where the last one ended
+OLD_LANES=aaba28b    # the last one whose attention and MLP wrote to a lane of their own
 GRACE=45             # seconds from SIGTERM to SIGKILL
 MOST=$((64 << 20))   # bytes that one call can take to a lent machine, this repository included
 
@@ -82,13 +90,17 @@ say() { printf '%s\n' "$*"; }
 launch() {
     case $1 in
         defaults) exec "$PYTHON" "$SCRIPT" ;;
-        old_loader) exec "$PYTHON" "$DATA/train_gpt_lanes.py" ;;
+        old_loader) exec "$PYTHON" "$DATA/train_gpt_old_loader.py" ;;
+        old_lanes)   # this script always enlarges RoPE's base; with this one it is 10,000 for 2,048 tokens, as in the preset
+            export SCRIPT=$DATA/train_gpt_old_lanes.py ROPE_BASE=4528.6
+            launch preset ;;
         preset)
             [[ ! $TINY ]] || export RECUR_LAYERS=1 PARALLEL_START_LAYER=2
             exec bash runs/frontier.sh ;;
         sp8192)
             export DATA_PATH=$UNPACKED/fineweb_8192 TRAIN_DATA_PATH=$UNPACKED/docs_8192
             export TOKENIZER_PATH=$DATA/fineweb_8192_bpe.model
+            [[ ! $TINY ]] || export RECUR_LAYERS=1 PARALLEL_START_LAYER=2
             exec bash runs/sp8192.sh ;;
     esac
 }
@@ -145,8 +157,9 @@ needs_data() { [[ -d $UNPACKED ]] || queue_part unpack "$DATA" "$UNPACKED" ${TIN
 queue_part() { PYTHONPATH=$ROOT "$PYTHON" "$ROOT/bench/gpu_queue.py" "$@"; }
 bench_step() { (cd "$ROOT" && "$PYTHON" -m bench.step "$@"); }
 
-# --- items: item_NAME does the work, missing_NAME says why it cannot be done ------------------------
+# --- items: item_NAME does the work; missing_NAME says why it cannot be done, by default missing_text ---
 
+missing_script() { [[ -e $DATA/$1 ]] || say "no $DATA/$1, an older script: --pack"; }
 missing_text() { [[ -e $DATA/docs/docs_train_000000.bin.xz ]] || say "no text in $DATA: --pack"; }
 
 item_works() {
@@ -168,7 +181,6 @@ item_works() {
     stopped_at=$(sed -nE 's/^error: Stopped: step:([0-9]+).*/\1/p' "$folder"/logs/works*.txt | tail -n 1)
     train works defaults "${settings[@]}" ITERATIONS=$((stopped_at < 20 ? 40 : stopped_at + 20))
 }
-missing_works() { missing_text; }
 
 item_loader() {
     needs_data
@@ -179,9 +191,10 @@ item_loader() {
 }
 missing_loader() {
     missing_text
-    [[ -e $DATA/train_gpt_lanes.py ]] || say "no $DATA/train_gpt_lanes.py, the script with the old loader: --pack"
+    missing_script train_gpt_old_loader.py
 }
 
+missing_steptime() { :; }   # it needs no data
 item_steptime() { TRAIN_BATCH_TOKENS=$BATCH bench_step --steps 10 --rounds 3 --only "as it is" "mix-order reduction off"; }
 
 # The pull request's script divides a batch into eight parts on one GPU, as ours does. It needs FlashAttention 3; where that
@@ -231,7 +244,6 @@ item_preset() {
     compared defaults defaults   # done before, if `loader` ran on this machine
     on_docs defaults defaults
 }
-missing_preset() { missing_text; }
 
 # Scored on the same bytes of FineWeb as the preset, so bits per byte compare.
 item_sp8192() {
@@ -251,23 +263,34 @@ needs_8192() {
 }
 missing_sp8192() {
     missing_text
-    [[ -e $ROOT/runs/sp8192.sh ]] || say "there is no runs/sp8192.sh yet"
     [[ -e $DATA/fineweb_8192_bpe.model && -e $DATA/retokenize.py ]] || say "no tokenizer of 8,192 pieces in $DATA: --pack"
 }
 
-item_lanes() { needs_data; compared preset_other_lanes preset "$(other_lanes)"; compared preset preset; }
-other_lanes() { queue_part other-lanes; }   # NAME=value, or nothing
-missing_lanes() { missing_text; [[ $(other_lanes) ]] || say "no setting chooses lanes that write across yet"; }
-
-item_decay04() { decay 0.04; }
-item_decay06() { decay 0.06; }
-decay() {
+item_lanes() {
     needs_data
-    compared "preset_decay_$1" preset MUON_WD="$1" EMBED_WD="$1"
+    compared old_lanes old_lanes
+    compared preset_no_lanes preset PARALLEL_START_LAYER=0
     compared preset preset
 }
-missing_decay04() { missing_text; }
-missing_decay06() { missing_text; }
+missing_lanes() { missing_text; missing_script train_gpt_old_lanes.py; }
+
+# candidate NAME SETTING=VALUE ...: the preset with these settings, and as it is
+candidate() { needs_data; compared "preset_$1" preset "${@:2}"; compared preset preset; }
+item_decay04() { candidate decay04 MUON_WD=0.04 EMBED_WD=0.04; }
+item_decay06() { candidate decay06 MUON_WD=0.06 EMBED_WD=0.06; }
+item_larger() { candidate larger MLP_MULT=5; }
+item_momentum() { candidate momentum MUON_MOMENTUM=0.97; }
+item_minlr() { candidate minlr MIN_LR=0.05; }
+item_taper() { candidate taper WD_TAPER_FINAL_MULT=0.5; }
+item_gain() { candidate gain QK_GAIN_INIT=5.25; }
+item_slope() { candidate slope LEAKY_SLOPE=0.3; }
+
+item_window() {
+    local length
+    needs_data
+    for length in 2048 2560; do score "preset_window_$length" preset preset EVAL_SEQ_LEN=$length EVAL_STRIDE="$STRIDE"; done
+}
+missing_window() { missing_text; [[ $(artifact preset) ]] || say "no artifact: the item preset leaves one"; }
 
 item_ttt() {
     local run settings=(EVAL_STRIDE="$STRIDE")
@@ -311,7 +334,6 @@ item_long() {
     train long "$kind" $(for_seconds "$LONG_SECONDS" "$(average_of "$kind")") EVAL_STRIDE="$STRIDE" SAVE_SCORES=1
     cp -f "$(artifact long)" "$STATE"/long/logs/*_scores.npz "$RESULTS"
 }
-missing_long() { missing_text; }
 
 # --- the queue ------------------------------------------------------------------------------------
 
@@ -320,7 +342,7 @@ field() { sed -nE "s/^$1 +\| ([0-9]+) \| (.*)/\\$2/p" <<<"$ITEMS"; }   # field N
 limit() { say "${QUEUE_LIMIT:-$([[ $TINY ]] && say 60 || field "$1" 1)}"; }
 state() {   # of the item NAME, in words
     local reasons=
-    if declare -F "missing_$1" >/dev/null; then reasons=$("missing_$1"); fi
+    if declare -F "missing_$1" >/dev/null; then reasons=$("missing_$1"); else reasons=$(missing_text); fi
     if [[ -e $STATE/$1.done ]]; then
         say "done, $(<"$STATE/$1.done")"
     elif [[ $reasons ]]; then
@@ -405,16 +427,18 @@ pack() {   # pack SHARED PR889 WHEELS, the last two may be empty
     cp -f "$shared"/fineweb_sample/* "$DATA/fineweb_sample/"
     cp -f "$shared"/fineweb_8192_bpe.model "$shared"/retokenize.py "$DATA/" || say "goes without 8,192 pieces"
     chmod -R u+w "$DATA"
-    if ! git -C "$ROOT" show "$OLD_LOADER:train_gpt.py" >"$DATA/train_gpt_lanes.py"; then
-        rm "$DATA/train_gpt_lanes.py"
-        say "goes without the script that has the old loader"
-    fi
+    pack_script "$OLD_LOADER" train_gpt_old_loader.py
+    pack_script "$OLD_LANES" train_gpt_old_lanes.py
     [[ ! $2 ]] || cp -f "$2" "$DATA/pr889_train_gpt.py"
     [[ ! $3 ]] || pack_wheels "$3"
     size=$(find "$DATA" -type f -printf '%s\n' | awk '{ n += $1 } END { print n + 0 }')
     tree=$(cd "$ROOT" && git ls-files -coz --exclude-standard | xargs -0 cat 2>/dev/null | wc -c) || true
     say "$DATA: $size bytes; with the repository's $tree that is $((size + tree)) of $MOST"
     ((size + tree <= MOST)) || { say "error: more than one call can carry; remove a file of $DATA/docs" >&2; return 1; }
+}
+
+pack_script() {   # pack_script REVISION NAME
+    git -C "$ROOT" show "$1:train_gpt.py" >"$DATA/$2" || { rm "$DATA/$2"; say "goes without $2: there is no revision $1"; }
 }
 
 pack_wheels() {   # in parts of 52 MiB: each is carried by a call of its own, as a wheel can be larger than a call takes

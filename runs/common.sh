@@ -13,10 +13,11 @@ run=("$python" -m torch.distributed.run --standalone --nproc_per_node="${NPROC:-
     "${SCRIPT:-$repo/train_gpt.py}")
 [[ ${NPROC:-} != 0 ]] || run=("$python" "${SCRIPT:-$repo/train_gpt.py}")
 
-# use_fineweb: the data of the challenge, unless other data are named
+# use_fineweb [PIECES]: the data of the challenge in so many pieces, 1024 if not given, unless other data are named
 use_fineweb() {
-    export DATA_PATH=${DATA_PATH:-$repo/data/datasets/fineweb10B_sp1024}
-    export TOKENIZER_PATH=${TOKENIZER_PATH:-$repo/data/tokenizers/fineweb_1024_bpe.model}
+    local pieces=${1:-1024}
+    export DATA_PATH=${DATA_PATH:-$repo/data/datasets/fineweb10B_sp$pieces}
+    export TOKENIZER_PATH=${TOKENIZER_PATH:-$repo/data/tokenizers/fineweb_${pieces}_bpe.model}
 }
 
 # run_and_replay RULE: the run, then studies/predecessors.py on its scores, which says what PR #RULE would have reported. A

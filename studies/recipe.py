@@ -50,18 +50,22 @@ FEATURES = {
     "no value residual": "VRL_ENABLED",
     "QK gain 5": "QK_GAIN_INIT",
     "MLP 4 wide": "MLP_MULT",
-    "leaky slope 0.3": "LEAKY_SLOPE",
+    "table gain 1": "TABLE_GAIN_INIT",
     "equal rows in Muon": "MUON_ROW_NORM",
     "rates and decays": "MATRIX_LR SCALAR_LR TIED_EMBED_LR MUON_WD EMBED_WD ADAM_WD",
     "warm-down by share": "WARMDOWN_FRAC",
 }
 LONG_RUNS = ("rates and decays", "QK gain 5")  # were chosen for thousands of steps
-ELSEWHERE = ("BIGRAM_VOCAB_SIZE", "BIGRAM_DIM", "EMA_DECAY")  # not compared: sizes and averages
+# not compared: sizes, averages, what matters in long windows only, and late QAT, which is off here
+ELSEWHERE = (
+    *("BIGRAM_VOCAB_SIZE", "BIGRAM_DIM", "EMA_DECAY", "ROPE_BASE_LENGTH", "LATE_QAT_THRESHOLD"),
+)
 
 
-def frontier_settings(layers: int) -> dict[str, str]:
-    """The features of runs/frontier.sh for a model of `layers` layers instead of 11."""
-    found = common.script_settings("frontier")
+def frontier_settings(layers: int, script: str = "frontier") -> dict[str, str]:
+    """The features of runs/frontier.sh, or of another script, for a model of `layers` layers
+    instead of 11."""
+    found = common.script_settings(script)
     deep = {round(int(layer) * layers / 11) for layer in found["RECUR_LAYERS"].split(",")}
     found["RECUR_LAYERS"] = ",".join(map(str, sorted(deep)))
     found["PARALLEL_START_LAYER"] = str(round(int(found["PARALLEL_START_LAYER"]) * layers / 11))

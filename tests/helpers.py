@@ -28,7 +28,7 @@ SECTIONS = {
     "settings": "settings bounds source",
     "runtime": "runtime ranks ranks_of_hosts",
     "data": "data stream demo_corpus",
-    "model": "model frontier",
+    "model": "model frontier sp8192",
     "kernels": "kernels",
     "rounding": "artifact gptq quantizers",
     "optimizers": "optimizer ranks",

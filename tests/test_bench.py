@@ -337,7 +337,7 @@ def recipe_study(monkeypatch):
     return start, trained
 
 
-FEW = ("--seeds", "1", "2", "--base", "network", "--only", "skip gates", "leaky slope 0.3")
+FEW = ("--seeds", "1", "2", "--base", "network", "--only", "skip gates", "MLP 4 wide")
 
 
 @pytest.mark.parametrize("design", [(), ("--halves",)])
@@ -345,9 +345,9 @@ def test_the_recipe_study_finds_what_each_feature_gives(recipe_study, capsys, de
     start, _ = recipe_study
     start(*FEW, *design)
     out = capsys.readouterr().out
-    assert re.findall(r"(skip gates|slope 0.3) \|.* (\S+) ± 0.0000", out) == [
+    assert re.findall(r"(skip gates|MLP 4 wide) \|.* (\S+) ± 0.0000", out) == [
         ("skip gates", "+0.0200"),
-        ("slope 0.3", "+0.0900"),
+        ("MLP 4 wide", "+0.0800"),
     ]
 
 
@@ -456,3 +456,83 @@ def test_each_program_says_how_it_is_used(program):
     done = run(program, "--help")
     assert done.returncode == 0
     assert f"usage: python -m {program} " in done.stdout
+
+
+# ---- sizes of models
+
+
+@pytest.fixture
+def sizes_study(monkeypatch, tmp_path):
+    """studies.sizes, in which a run trains nothing: wider models are better and take more bits; a
+    file of fewer than 3 bits per weight doesn't hold them. And a file of its runs."""
+    from studies import sizes
+
+    def packed_scores(hp, budgets):
+        weights = sizes.parameters(sizes.Size(hp.model_dim, hp.mlp_mult))
+        bpb = 2 - hp.model_dim / 1000 + hp.seed / 10
+        packed = {str(b): bpb + 4.0 ** -(8 * b / weights) for b in budgets if 8 * b > 3 * weights}
+        return {"float": bpb} | packed
+
+    monkeypatch.setattr(sizes, "packed_scores", packed_scores)
+    monkeypatch.setattr(sizes, "mean_flops", lambda hp: hp.model_dim**2)
+    monkeypatch.setattr(common, "make_demo_corpus", lambda: None)
+    monkeypatch.delenv("DATA_PATH", raising=False)
+    runs = tmp_path / "runs"
+
+    def start(*options):
+        always = ["--sizes", "128x3", "256x3", "--seeds", "1", "2", "--bits", "6", "4"]
+        monkeypatch.setattr(sys, "argv", ["sizes.py", *always, "--append", str(runs), *options])
+        sizes.main()
+
+    return start, runs
+
+
+def test_the_study_of_sizes_compares_files_of_equal_bytes(sizes_study, capsys, tmp_path):
+    start, _ = sizes_study
+    start("--plot", str(tmp_path / "sizes.png"))
+    first, second = (row.split(" | ") for row in capsys.readouterr().out.splitlines()[2:])
+    assert first[3:] == ["2.0220", "**2.0222**", "**2.0259** |"]
+    assert second[3:] == ["1.8940 ± 0.0000", "does not fit", "does not fit |"]
+    assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_larger_model_takes_fewer_steps_at_equal_flops(sizes_study, capsys):
+    start, _ = sizes_study
+    start("--equal", "flops")
+    rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[2] for row in rows] == ["200", "50"]
+
+
+def test_what_rounding_costs_is_read_from_the_runs_of_the_demos_model(sizes_study):
+    from studies import sizes
+
+    start, runs = sizes_study
+    start()
+    assert sizes.rounding_costs(runs) == pytest.approx({6: 4.0**-6, 4: 4.0**-4}, rel=1e-4)
+
+
+def test_the_predicted_cost_of_rounding_goes_on_beyond_the_bits_that_were_measured():
+    from studies.best_size import KNOWN_BITS, KNOWN_COST, rounding_cost
+
+    costs = {bits: 4.0**-bits for bits in (3, 4, 5)}
+    for bits in (2, 3, 3.7, 5, 6):
+        expected = KNOWN_COST * 4 ** (KNOWN_BITS - bits)
+        assert rounding_cost(bits, costs) == pytest.approx(expected)
+
+
+def test_the_predicted_best_size_is_compared_with_the_preset(sizes_study, capsys, monkeypatch):
+    from studies import best_size, recipe
+
+    start, runs = sizes_study
+    start()
+    capsys.readouterr()
+    monkeypatch.setattr(recipe, "mean_flops", lambda hp: hp.mlp_mult)
+    command = ["best_size.py", str(runs), "--sizes", "512x4", "512x8"]
+    monkeypatch.setattr(sys, "argv", command)
+    best_size.main()
+    preset, wider = (row.split(" | ") for row in capsys.readouterr().out.splitlines()[2:])
+    assert [float(x.strip(" |")) for x in preset[4:]] == [0, 0, 0, 0]
+    capacity, steps, rounding, whole = (float(x.strip(" |")) for x in wider[4:])
+    assert wider[2] == "2,750"
+    assert capacity < 0 < min(steps, rounding)
+    assert whole == pytest.approx(capacity + steps + rounding, abs=2e-4)

@@ -57,6 +57,16 @@ def test_warm_down_by_share_follows_the_clock_where_that_ends_training():
     assert [t.lr_scale(9, seconds, hp) for seconds in (20.0, 30.0, 40.0)] == [1, 0.5, 0]
 
 
+def test_muons_decay_changes_linearly_from_its_share_of_training_on():
+    hp = tiny(ITERATIONS=100, WD_TAPER_START_FRAC=0.6, WD_TAPER_FINAL_MULT=0.5)
+    found = [t.muon_decay(step, 0.0, hp) for step in (0, 60, 80, 100)]
+    assert found == pytest.approx([1, 1, 0.75, 0.5])
+
+
+def test_by_default_muons_decay_stays():
+    assert [t.muon_decay(step, 0.0, tiny(ITERATIONS=100)) for step in (0, 80, 100)] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("decay", [dict(WARMDOWN_FRAC=0.5), dict(WARMDOWN_ITERS=50)])
 def test_rates_end_at_min_lr(decay):
     hp = tiny(ITERATIONS=100, MIN_LR=0.1, **decay)

@@ -44,7 +44,7 @@ class Queue:
         shutil.copy(ROOT / "train_gpt.py", root)
         (root / "data/gpu/docs").mkdir(parents=True)
         (root / "data/gpu/docs/docs_train_000000.bin.xz").touch()
-        (root / "data/gpu/train_gpt_lanes.py").touch()
+        (root / "data/gpu/train_gpt_old_loader.py").touch()
         stand_in = root / "python"
         stand_in.write_text(STAND_IN)
         stand_in.chmod(0o755)
@@ -89,8 +89,8 @@ def queue(tmp_path):
 def test_items_without_code_or_data_say_what_is_missing(queue):
     states = queue.states()
     assert states["loader"] == "to do"
-    assert states["sp8192"] == "skipped: there is no runs/sp8192.sh yet"
-    assert states["lanes"] == "skipped: no setting chooses lanes that write across yet"
+    assert states["sp8192"].startswith("skipped: no tokenizer of 8,192 pieces")
+    assert "train_gpt_old_lanes.py" in states["lanes"]
     assert states["ttt"].startswith("skipped: no artifact")
     assert "pr889_train_gpt.py" in states["pr889"]
     assert "no wheels" in states["fa4"]
@@ -103,33 +103,29 @@ def test_items_without_code_or_data_say_what_is_missing(queue):
 def test_items_are_no_longer_skipped_once_their_code_is_there(queue):
     data = queue.root / "data/gpu"
     for path in (
-        queue.root / "runs/sp8192.sh",
         data / "fineweb_8192_bpe.model",
         data / "retokenize.py",
         data / "pr889_train_gpt.py",
+        data / "train_gpt_old_lanes.py",
         queue.root / "state/defaults/logs/defaults.int6.ptz",
         queue.root / "data/gpu_wheels/1of2/part",
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    script = queue.root / "train_gpt.py"
-    field = '    lanes: str = setting("own", "what residual lanes write", choices="own cross")\n'
-    text = script.read_text()
-    script.write_text(text.replace("    attn_gate_dims: int", f"{field}    attn_gate_dims: int"))
     states = queue.states()
     assert {states[name] for name in ("sp8192", "lanes", "pr889", "ttt")} == {"to do"}
     assert states["fa4"].startswith("skipped: 1 of 2 parts")
     queue("lanes")
-    assert queue.runs() == ["preset_other_lanes", "preset"]
+    assert queue.runs() == ["old_lanes", "preset_no_lanes", "preset"]
 
 
 def test_an_item_that_fails_is_tried_again_and_the_others_are_not(queue):
-    status, said = queue("decay04", "decay06", FAILS="preset_decay_0.04")
+    status, said = queue("decay04", "decay06", FAILS="preset_decay04")
     assert status == 1
     assert "failed with status 3" in said
-    assert queue.runs() == ["preset_decay_0.04", "preset_decay_0.06", "preset"]
+    assert queue.runs() == ["preset_decay04", "preset_decay06", "preset"]
     assert queue("decay04", "decay06")[0] == 0
-    assert queue.runs() == ["preset_decay_0.04"]  # the preset's own run is there
+    assert queue.runs() == ["preset_decay04"]  # the preset's own run is there
     assert all(queue.states()[name].startswith("done, ") for name in ("decay04", "decay06"))
 
 
@@ -260,7 +256,7 @@ def test_the_queue_on_a_cpu(corpus, tmp_path):
     command = ["bash", str(ROOT / "bench/gpu_queue.sh")]
     options = dict(env=settings, text=True, capture_output=True, timeout=2 * DEADLINE)
     subprocess.run([*command, "--pack", str(shared)], check=True, **options)
-    shutil.copy(ROOT / "train_gpt.py", data / "train_gpt_lanes.py")
+    shutil.copy(ROOT / "train_gpt.py", data / "train_gpt_old_loader.py")
     items = "works", "loader", "ttt", "long"
     done = subprocess.run([*command, *items], **options)
     logs = {name: (out / f"{name}.log").read_text() for name in items}

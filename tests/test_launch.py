@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import RECORDER, ROOT
 
-SYSTEMS = ["demo", "backoff", "order_adaptive", "prefill", "frontier"]
+SYSTEMS = ["demo", "backoff", "order_adaptive", "prefill", "frontier", "sp8192"]
 
 
 @pytest.fixture
@@ -56,12 +56,17 @@ def test_a_relative_path_begins_where_the_user_stands(system, repository, here):
 
 
 @pytest.mark.parametrize(
-    "system, data", [("demo", "demo_sp1024"), ("prefill", "fineweb10B_sp1024")]
+    "system, data, tokenizer",
+    [
+        ("demo", "demo_sp1024", "demo_1024_bpe"),
+        ("prefill", "fineweb10B_sp1024", "fineweb_1024_bpe"),
+        ("sp8192", "fineweb10B_sp8192", "fineweb_8192_bpe"),
+    ],
 )
-def test_the_default_data_lie_in_the_repository(system, data, repository, here):
+def test_the_default_data_lie_in_the_repository(system, data, tokenizer, repository, here):
     _, env = launch(repository / f"runs/{system}.sh", here)
     assert env["DATA_PATH"] == str(repository / f"data/datasets/{data}")
-    assert Path(env["TOKENIZER_PATH"]).parent == repository / "data/tokenizers"
+    assert env["TOKENIZER_PATH"] == str(repository / f"data/tokenizers/{tokenizer}.model")
 
 
 def test_paths_are_short_for_who_stands_in_the_repository(repository, here):
@@ -97,7 +102,12 @@ def test_the_study_after_a_run_finds_its_package(repository, here):
 
 
 @pytest.mark.parametrize(
-    "system, name, default", [("frontier", "RECUR_LAYERS", "4,5"), ("demo", "VE_LAYERS", "3,4")]
+    "system, name, default",
+    [
+        ("frontier", "RECUR_LAYERS", "4,5"),
+        ("sp8192", "RECUR_LAYERS", "3,4,5"),
+        ("demo", "VE_LAYERS", "3,4"),
+    ],
 )
 def test_an_empty_list_of_layers_stays_empty(system, name, default, repository, here):
     assert launch(repository / f"runs/{system}.sh", here)[1][name] == default

@@ -17,8 +17,9 @@ def rms(x):
 
 def plain_rope(x_K, position, T, hp):
     r, base = hp.rope_dims, hp.rope_base
-    if T > 1024 and r > 2:
-        base = base * (T / 1024) ** (r / (r - 2))
+    span = max(T, hp.train_seq_len)
+    if span > hp.rope_base_length and r > 2:
+        base = base * (span / hp.rope_base_length) ** (r / (r - 2))
     y = x_K.clone()
     for i in range(r // 2):
         angle = position / base ** (2 * i / r)
@@ -56,12 +57,13 @@ def plain_attention(m, x_TD, hp, ve_TGK, v_first_TGK, layer):
 
 
 def plain_passes(hp):
-    """Depth recurrence: 0 ... 5, 4, 5, 6 ... 10 for RECUR_LAYERS=4,5 of 11 layers."""
+    """Depth recurrence: 0 ... 5, 4, 5, 6 ... 10 for RECUR_LAYERS=4,5 of 11 layers, twice."""
     passes = []
     for layer in range(hp.num_layers):
         passes.append(layer)
         if hp.recur_layers and layer == hp.recur_layers[-1]:
-            passes += hp.recur_layers
+            for _ in range(hp.recur_times - 1):
+                passes += hp.recur_layers
     return passes
 
 
@@ -77,14 +79,17 @@ def plain_forward(model, ids):
         x = x + (model.bigram.table.weight[rows] @ model.bigram.proj.weight.T) * model.bigram.scale
     x = rms(x)
     if hp.smear_enabled:
-        gate = torch.sigmoid(model.smear_gate)
-        x = torch.stack(
-            [
-                (1 - gate) * x[i]
-                + gate * (x[i - 1] if i and (hp.smear_crosses_bos or ids[i] != 1) else 0 * x[i])
-                for i in range(T)
-            ]
-        )
+        smear, mixed = model.smear, []
+        for i in range(T):
+            reads_before = i and (hp.smear_crosses_bos or ids[i] != 1)
+            before = x[i - 1] if reads_before else 0 * x[i]
+            if hp.smear_gate_dims:
+                share = torch.sigmoid(smear.gate @ x[i, : hp.smear_gate_dims])
+                mixed.append(x[i] + smear.scale * share * before)
+            else:
+                share = torch.sigmoid(smear.gate)
+                mixed.append((1 - share) * x[i] + share * before)
+        x = torch.stack(mixed)
     ve = None
     if hp.ve_enabled and hp.ve_layers:
         ve = (
@@ -92,7 +97,7 @@ def plain_forward(model, ids):
         ) * model.value_embed.scale
         ve = ve.view(T, hp.num_kv_heads, hp.head_dim)
     x0, v_first, stack, passes = x, None, [], plain_passes(hp)
-    mlp_lane = None
+    mlp_lane = None  # the second lane
     for i, layer in enumerate(passes):
         m, number = model.blocks[layer], i - len(passes) // 2
         if hp.unet_skips and 0 <= number < L // 2:
@@ -102,19 +107,23 @@ def plain_forward(model, ids):
         if hp.parallel_start_layer and layer >= hp.parallel_start_layer and mlp_lane is None:
             mlp_lane = x
         c = 1 / math.sqrt(layer + 1) if hp.ln_scale else 1.0
-        x = m.mix_x * x + m.mix_x0 * x0
-        y, v = plain_attention(m.attn, rms(x) * c, hp, ve, v_first, layer)
+        mixed = m.mix_x * x + m.mix_x0 * x0
+        y, v = plain_attention(m.attn, rms(mixed) * c, hp, ve, v_first, layer)
+        y = m.attn_scale * y
         v_first = v if v_first is None else v_first
-        x = x + m.attn_scale * y
-        read = x if mlp_lane is None else mlp_lane
+        read = mixed + y if mlp_lane is None else mlp_lane
         hidden = (rms(read) * c) @ m.mlp.fc.weight.T
         hidden = torch.where(hidden > 0, hidden, hp.leaky_slope * hidden) ** 2
-        written = read + m.mlp_scale * (hidden @ m.mlp.proj.weight.T)
-        x, mlp_lane = (written, None) if mlp_lane is None else (x, written)
+        z = m.mlp_scale * (hidden @ m.mlp.proj.weight.T)
+        if mlp_lane is None:
+            x = mixed + y + z
+        else:
+            (r0, p0, q0), (r1, p1, q1) = m.lane_weights
+            x, mlp_lane = r0 * x + p0 * y + q0 * z, r1 * mlp_lane + p1 * y + q1 * z
         if number < 0:
             stack.append(x)
     if mlp_lane is not None:
-        x = model.lane_mix * x + (1 - model.lane_mix) * mlp_lane
+        x = (x + mlp_lane) / 2
     return rms(x) @ (model.embed.weight if hp.tie_embeddings else model.head.weight).T
 
 
@@ -155,6 +164,10 @@ SWITCHES = [
     dict(SKIP_GATES=1),
     dict(ATTN_GATE_DIMS=12),
     dict(SMEAR_CROSSES_BOS=0),
+    dict(SMEAR_GATE_DIMS=12),
+    dict(SMEAR_GATE_DIMS=12, SMEAR_CROSSES_BOS=0),
+    dict(RECUR_LAYERS="1,2", RECUR_TIMES=3),
+    dict(ROPE_BASE_LENGTH=4),
 ]
 
 
@@ -294,7 +307,7 @@ def test_output_projections_bigram_table_and_smear_gate_begin_at_zero(default_mo
     zero = {n for n, p in default_model.named_parameters() if not p.count_nonzero()}
     projections = {f"blocks.{i}.{part}.proj.weight" for i in range(11) for part in ("attn", "mlp")}
     mixes = {f"blocks.{i}.mix_x0" for i in range(11)}
-    assert zero == projections | mixes | {"bigram.table.weight", "smear_gate"}
+    assert zero == projections | mixes | {"bigram.table.weight", "smear.gate"}
 
 
 def test_the_other_matrices_begin_orthogonal(default_model):
@@ -310,6 +323,17 @@ def test_the_other_matrices_begin_orthogonal(default_model):
 def test_tables_begin_at_random(default_model, name, std):
     weight = default_model.get_parameter(f"{name}.weight")
     assert weight.std().item() == pytest.approx(std, rel=0.02)
+
+
+def test_an_untied_embedding_begins_with_the_deviation_of_the_pull_requests():
+    weight = t.GPT(tiny(TIE_EMBEDDINGS=0)).embed.weight
+    assert weight.std().item() == pytest.approx(1.0, rel=0.03)
+
+
+def test_the_projections_of_tables_begin_with_the_gain_that_is_asked_for():
+    model = t.GPT(tiny(MODEL_DIM=128, BIGRAM_DIM=64, TABLE_GAIN_INIT=0.7))
+    w = model.bigram.proj.weight
+    torch.testing.assert_close(w.T @ w, 0.49 * torch.eye(64), rtol=0, atol=1e-5)
 
 
 def test_features_of_layers_are_on_where_the_design_has_them(default_model):

@@ -27,7 +27,7 @@ def optimizer_of(cls: type, model):
 
 
 def take_step(optimizer, step: int, gradients: list[torch.Tensor]) -> None:
-    optimizer.schedule(step, 1.0)
+    optimizer.schedule(step, t.StepPlan(1.0, ()))
     for p, g in zip(parameters_of(optimizer), gradients):
         p.grad = g.clone()
     t.update_parameters([optimizer], clip=0.3)
@@ -84,10 +84,19 @@ def test_a_fresh_optimizer_with_the_state_of_another_takes_its_steps(cls, optimi
 
 
 def test_a_schedule_scales_every_rate_from_its_initial_one(optimizer):
-    optimizer.schedule(0, 0.5)
-    optimizer.schedule(750, 0.25)
+    optimizer.schedule(0, t.StepPlan(0.5, ()))
+    optimizer.schedule(750, t.StepPlan(0.25, ()))
     for group in optimizer.param_groups:
         assert group["lr"] == 0.25 * group["initial_lr"] > 0
+
+
+def test_only_muons_decay_follows_the_plan_and_from_its_initial_value(optimizer):
+    before = [group["weight_decay"] for group in optimizer.param_groups]
+    optimizer.schedule(0, t.StepPlan(1.0, (), muon_decay=0.2))
+    optimizer.schedule(1, t.StepPlan(1.0, (), muon_decay=0.5))
+    factor = 0.5 if type(optimizer) is t.Muon else 1.0
+    found = [group["weight_decay"] for group in optimizer.param_groups]
+    assert found == [factor * decay for decay in before]
 
 
 def test_the_square_of_the_gradients_is_that_of_all_its_parameters(optimizer):
@@ -194,7 +203,7 @@ def test_muon_step_is_the_written_rule(rng):
     muon = t.Muon([dict(params=params, lr=0.1, initial_lr=0.1, weight_decay=0.2)], hp, ALONE)
     for step in range(3):
         momentum = t.muon_momentum(step * 100, hp)
-        muon.schedule(step * 100, 1.0)
+        muon.schedule(step * 100, t.StepPlan(1.0, ()))
         for p in params:
             p.grad = torch.randn_like(p)
         for p, w, m in zip(params, plain, buffers):
@@ -222,7 +231,7 @@ def test_muon_with_equal_rows_is_the_written_rule(rng):
     params = [torch.nn.Parameter(torch.randn(s)) for s in ((8, 4), (4, 8))]
     before = [p.detach().clone() for p in params]
     muon = t.Muon([dict(params=params, lr=0.1, initial_lr=0.1, weight_decay=0.0)], hp, ALONE)
-    muon.schedule(0, 1.0)
+    muon.schedule(0, t.StepPlan(1.0, ()))
     momentum = t.muon_momentum(0, hp)
     updates = []
     for p in params:
@@ -243,7 +252,7 @@ def test_muon_momentum_warms_up():
 
 def test_a_schedule_sets_muons_momentum():
     muon = optimizer_of(t.Muon, t.GPT(tiny()))
-    muon.schedule(750, 1.0)
+    muon.schedule(750, t.StepPlan(1.0, ()))
     assert {round(group["momentum"], 4) for group in muon.param_groups} == {0.955}
 
 

@@ -121,6 +121,10 @@ def without_effect(**env) -> list[str]:
         ({"GPTQ_TOKENS": "100", "QUANTIZER": "rows"}, "QUANTIZER=rows"),
         ({"ROPE_BASE": "5000", "ROPE_DIMS": "0"}, "ROPE_DIMS=0"),
         ({"RECUR_START": "0.2"}, "RECUR_LAYERS="),
+        ({"RECUR_TIMES": "3"}, "RECUR_LAYERS="),
+        ({"SMEAR_GATE_DIMS": "12", "SMEAR_ENABLED": "0"}, "SMEAR_ENABLED=False"),
+        ({"WD_TAPER_START_FRAC": "0.5"}, "WD_TAPER_FINAL_MULT=1.0"),
+        ({"WD_TAPER_FINAL_MULT": "0.5", "MUON_WD": "0"}, "MUON_WD=0.0"),
     ],
 )
 def test_a_setting_of_a_feature_that_is_off_is_pointed_out(env, reason):

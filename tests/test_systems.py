@@ -87,7 +87,7 @@ def mean_of(arrays, name) -> dict[str, np.ndarray]:
     return {n: arrays[f"{name}.{i + 1}"] for i, n in enumerate(order)}
 
 
-@pytest.mark.parametrize("system", ["backoff", "order_adaptive", "prefill", "frontier"])
+@pytest.mark.parametrize("system", ["backoff", "order_adaptive", "prefill", "frontier", "sp8192"])
 def test_without_a_gpu_a_launch_script_starts_two_ranks(system, tmp_path):
     arguments, _ = launched(system, tmp_path)
     assert arguments == [*torchrun(2), str(SCRIPT)]

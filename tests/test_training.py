@@ -288,7 +288,9 @@ def test_a_better_batch_has_the_largest_micro_batches(corpus):
     assert t.TokenLoader(better, 0, 2).rows == 4
 
 
-@pytest.mark.parametrize("system", ["demo", "backoff", "order_adaptive", "prefill", "frontier"])
+@pytest.mark.parametrize(
+    "system", ["demo", "backoff", "order_adaptive", "prefill", "frontier", "sp8192"]
+)
 def test_launch_scripts_warn_of_nothing(system, corpus, tmp_path):
     _, env = launched(system, tmp_path)
     hp = t.Hyperparameters.from_env(env)

@@ -90,7 +90,7 @@ def check_update(ranks, clip):
         for p, g in zip(params, gradients(params, 100 * step + ranks.rank)):
             p.grad = g
         for optimizer in optimizers:
-            optimizer.schedule(step, 1.0)
+            optimizer.schedule(step, t.StepPlan(1.0, ()))
         t.update_parameters(optimizers, clip)
     assert clipped == (3 if clip and clip < 1 else 0)
     for i, (name, p) in enumerate(model.named_parameters()):
@@ -117,7 +117,7 @@ def check_sharing(ranks, index: int):
             p.grad = all_shares[ranks.rank].clone()
             q.grad = sum(all_shares)
         for o in (optimizer, other):
-            o.schedule(step, 0.5)
+            o.schedule(step, t.StepPlan(0.5, ()))
             t.update_parameters([o], clip=0.5)
     for i, (p, q) in enumerate(zip(params, expected)):
         assert_near(p, q, f"parameter {i}")

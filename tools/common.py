@@ -36,6 +36,7 @@ def make_demo_corpus() -> None:
 def script_settings(name: str) -> dict[str, str]:
     """The settings that runs/<name>.sh has where the environment has none, paths from ROOT on."""
     script = (ROOT / f"runs/{name}.sh").read_text(encoding="utf-8").replace("$repo/", "")
+    script = script.replace("${NUM_LAYERS:-11}", "11")
     return dict(re.findall(r"\b([A-Z_0-9]+)=\$\{\1:?-([^}]*)\}", script))
 
 

@@ -97,8 +97,8 @@ MUTATIONS = [
     ),
     Mutation(
         1,
-        '*("XSA_LAST_N", "LN_SCALE", "UNET_SKIPS",',
-        '*("XSA_LAST_N", "UNET_SKIPS",',
+        '"XSA_LAST_N", "LN_SCALE"),',
+        '"XSA_LAST_N"),',
         "test_load.py::test_all_that_the_model_reads_is_in_the_artifact",
     ),
     Mutation(
@@ -271,8 +271,8 @@ MUTATIONS = [
     ),
     Mutation(
         4,
-        "base *= (span / 1024) ** (r / (r - 2))",
-        "base *= (span / 1024) ** (r / r)",
+        "base *= stretch ** (r / (r - 2))",
+        "base *= stretch ** (r / r)",
         "test_model.py",
     ),
     Mutation(
@@ -296,9 +296,33 @@ MUTATIONS = [
     ),
     Mutation(
         4,
-        "normal(0.005)",
-        "normal(0.01)",
+        "std=0.005 if hp.tie_embeddings",
+        "std=0.01 if hp.tie_embeddings",
         "test_model.py",
+    ),
+    Mutation(
+        4,
+        "z = self.feed(lanes[1])",
+        "z = self.feed(lanes[0])",
+        "test_model.py::test_every_feature_equals_its_plain_reading",
+    ),
+    Mutation(
+        4,
+        "hp.recur_layers * (hp.recur_times - 1)",
+        "hp.recur_layers * hp.recur_times",
+        "test_model.py::test_every_feature_equals_its_plain_reading",
+    ),
+    Mutation(
+        8,
+        "max(training_share(step, seconds, hp) - start, 0.0)",
+        "training_share(step, seconds, hp) - start",
+        "test_frontier.py",
+    ),
+    Mutation(
+        9,
+        "self.num_inputs += len(x_NC)",
+        "self.num_inputs = len(x_NC)",
+        "test_gptq.py::test_curvature_is_the_mean_over_training_tokens",
     ),
     Mutation(
         4, "nn.Parameter(torch.tensor(-1.5))", "nn.Parameter(torch.tensor(1.5))", "test_model.py"
