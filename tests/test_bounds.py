@@ -215,13 +215,23 @@ FITTING = {  # what else must be set for a bound to be possible
     "ALPHA_MIN": dict(NGRAM_ALPHA="entropy", ALPHA_MAX=0.99),
     "ALPHA_MAX": dict(NGRAM_ALPHA="order", ALPHA_MIN=0),
     "MLP_MULT": dict(MODEL_DIM=64),
+    "RECUR_TIMES": dict(RECUR_LAYERS="1,2"),
+    "TABLE_GAIN_INIT": dict(BIGRAM_DIM=64, VE_DIM=64),
+    "WD_TAPER_START_FRAC": dict(WD_TAPER_FINAL_MULT=0.5),
     "EMBED_LR": dict(TIE_EMBEDDINGS=0),
     "HEAD_LR": dict(TIE_EMBEDDINGS=0),
 }
-OF_LOW = {"VOCAB_SIZE": 512, "ALPHA_MAX": 0.0, "ATTN_GATE_DIMS": 1, "MLP_MULT": 1 / 64}
+OF_LOW = {
+    "VOCAB_SIZE": 512,
+    "ALPHA_MAX": 0.0,
+    "ATTN_GATE_DIMS": 1,
+    "SMEAR_GATE_DIMS": 1,
+    "MLP_MULT": 1 / 64,
+}
 OF_HIGH = {  # the largest possible value, where others bound it further
     **{"ROPE_DIMS": 16, "NUM_HEADS": 64, "NUM_KV_HEADS": 4, "EVAL_STRIDE": 32, "VOCAB_SIZE": 2048},
-    **{"PARALLEL_START_LAYER": 3, "ATTN_GATE_DIMS": 64, "BIGRAM_VOCAB_SIZE": 100_000},
+    **{"PARALLEL_START_LAYER": 3, "ATTN_GATE_DIMS": 64, "SMEAR_GATE_DIMS": 64},
+    **{"BIGRAM_VOCAB_SIZE": 100_000},
     **{"ALPHA_MIN": 0.99, "ALPHA_MAX": 1 - 2**-53, "MUON_BACKEND_STEPS": 100, "VE_DIM": 256},
     **{"BIGRAM_DIM": 256, "LOGIT_SOFTCAP": 10**9, "MAX_WALLCLOCK_SECONDS": 10**9},
 }
