@@ -2,8 +2,8 @@
 
     python -m studies.best_size RUNS [--sizes 512x3 512x4 512x5 512x6 576x4 576x5 640x4]
 
-RUNS: the file that studies.sizes --append has written. It says how the cost of rounding grows as
-the bits per weight fall.
+RUNS: the file that studies.sizes --append has written. It says how fast the cost of rounding grows
+as the bits per weight fall.
 
 Three things change with the size, each to be added to the bits per byte of the preset as it is:
 
@@ -13,8 +13,8 @@ Three things change with the size, each to be added to the bits per byte of the 
 
 The first two are taken from the law that Hoffmann et al. fitted (2203.15556),
 L = 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28 nats per token, for N weights and D training tokens of
-about 4.2 bytes. The third is the preset's own cost on a GPU, 0.0018 bpb at 3.88 bits, times the
-ratio of the costs of the demo's model at these two numbers of bits. So it is assumed that a
+about 4.2 bytes. The third starts from the preset's own cost on a GPU, 0.0018 bpb at 3.88 bits, and
+grows by the same factor for each bit less as in models of the demo's size. So it is assumed that a
 law of other models, with other data and optimizers, has the right slopes here; that time goes with
 counted FLOPs, from the 5,500 steps on that PR #1435 reports for the preset's network; and that
 rounding grows with falling bits as it does for a model of a million weights. None of this replaces
@@ -25,11 +25,10 @@ import argparse
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from studies import recipe
-from studies.sizes import Size, rounding_costs
+from studies.sizes import Size, rounding_growth
 from tools import common
 from tools.common import t
 
@@ -61,20 +60,6 @@ def law_bpb(weights: float, steps: float, batch_tokens: int) -> tuple[float, flo
     return A / weights**ALPHA / unit, B / tokens**BETA / unit
 
 
-def rounding_cost(bits: float, costs: dict[float, float]) -> float:
-    """bpb lost at so many bits per weight; its logarithm is linear between the bits of `costs` and
-    goes on beyond them."""
-    known = np.array(sorted(costs))
-    logs = np.log([costs[b] for b in known])
-
-    def log_cost(b: float) -> float:
-        i = int(np.clip(np.searchsorted(known, b), 1, len(known) - 1))
-        slope = (logs[i] - logs[i - 1]) / (known[i] - known[i - 1])
-        return logs[i] + slope * (b - known[i])
-
-    return KNOWN_COST * math.exp(log_cost(bits) - log_cost(KNOWN_BITS))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m studies.best_size", description=__doc__.split("\n\n")[0]
@@ -83,11 +68,11 @@ def main() -> None:
     sizes = [Size(512, mlp) for mlp in (3, 4, 5, 6)] + [Size(576, 4), Size(576, 5), Size(640, 4)]
     parser.add_argument("--sizes", type=Size.parse, nargs="+", default=sizes, metavar="WIDTHxMULT")
     args = parser.parse_args()
-    costs = rounding_costs(args.runs)
+    growth = rounding_growth(args.runs)
     preset = frontier()
     own_weights, own_flops = weights_and_flops(preset)
     own_terms = law_bpb(own_weights, STEPS, preset.train_batch_tokens)
-    own_cost = rounding_cost(FILE_BITS / own_weights, costs)
+    print(f"Each bit per weight less multiplies the cost of rounding by {growth:.2f}.\n")
     print("| | weights | steps | bits per weight | capacity | fewer steps | rounding | all |")
     print("|---" * 8 + "|")
     for size in args.sizes:
@@ -95,9 +80,12 @@ def main() -> None:
         steps = STEPS * own_flops / flops
         terms = law_bpb(weights, steps, preset.train_batch_tokens)
         parts = [new - old for new, old in zip(terms, own_terms)]
-        parts.append(rounding_cost(FILE_BITS / weights, costs) - own_cost)
-        changes = " | ".join(f"{part:+.4f}" for part in [*parts, sum(parts)])
         bits = FILE_BITS / weights
+        lost, own_lost = (
+            KNOWN_COST * growth ** (KNOWN_BITS - b) for b in (bits, FILE_BITS / own_weights)
+        )
+        parts.append(lost - own_lost)
+        changes = " | ".join(f"{part:+.4f}" for part in [*parts, sum(parts)])
         print(f"| {size} | {weights / 1e6:.1f}M | {steps:,.0f} | {bits:.2f} | {changes} |")
 
 

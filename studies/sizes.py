@@ -20,18 +20,20 @@ the first size, taken between runs of equal seed. --append keeps runs, as in stu
 
 import argparse
 import json
+import math
 import os
-import statistics
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from studies.recipe import kept_runs, mean_flops, settings, unusual
 from tools import common
 from tools.common import t
 
+LEAST_LOSS = 0.0005  # bpb
 COLORS = ("#2a78d6", "#d6662a", "#2f9e62", "#8f5bd6", "#b8860b", "#777777", "#c2417c", "#3aa6b9")
 
 
@@ -107,19 +109,28 @@ def run(size: Size, seed: int, budgets: list[int], steps: int, args) -> dict[str
     return found
 
 
-def rounding_costs(file: Path) -> dict[float, float]:
-    """Bits per weight -> bpb lost by rounding, a mean over the runs in --append's file of models
-    with the demo's own shape."""
-    own = packed_settings(1)
-    weights = parameters(Size(own.model_dim, own.mlp_mult))
-    shape = {name: unusual(own).get(name) for name in ("MODEL_DIM", "MLP_MULT")}
-    lost = defaultdict(list)
+def rounding_growth(file: Path) -> float:
+    """By which factor the bpb lost by rounding grows for each bit per weight less: the slope of its
+    logarithm within the runs of --append's file. Losses under LEAST_LOSS are left out, as they are
+    hardly told from 0. ValueError: no run has two that are larger."""
+    usual = t.Hyperparameters().as_env()
+    bits, logs = [], []
     for run in kept_runs(file):
-        if shape == {name: run["settings"].get(name) for name in shape}:
-            for budget, bpb in run["bpb"].items():
-                if budget != "float":
-                    lost[8 * int(budget) / weights].append(bpb - run["bpb"]["float"])
-    return {bits: statistics.mean(costs) for bits, costs in lost.items()}
+        found = usual | run["settings"]
+        weights = parameters(Size(int(found["MODEL_DIM"]), float(found["MLP_MULT"])))
+        lost = {
+            8 * int(b) / weights: x - run["bpb"]["float"]
+            for b, x in run["bpb"].items()
+            if b != "float"
+        }
+        points = np.array([(b, math.log(x)) for b, x in lost.items() if x >= LEAST_LOSS])
+        if len(points) > 1:
+            own_bits, own_logs = (points - points.mean(0)).T
+            bits.extend(own_bits)
+            logs.extend(own_logs)
+    if not bits:
+        raise ValueError(f"{file}: no run in which rounding costs {LEAST_LOSS} bpb in two budgets")
+    return math.exp(-np.dot(bits, logs) / np.dot(bits, bits))
 
 
 def cell(own: list[dict], first: list[dict], key: str) -> str:

@@ -503,34 +503,34 @@ def test_a_larger_model_takes_fewer_steps_at_equal_flops(sizes_study, capsys):
     assert [row[2] for row in rows] == ["200", "50"]
 
 
-def test_what_rounding_costs_is_read_from_the_runs_of_the_demos_model(sizes_study):
+def test_how_fast_rounding_costs_more_is_read_from_the_runs(sizes_study):
     from studies import sizes
 
     start, runs = sizes_study
-    start()
-    assert sizes.rounding_costs(runs) == pytest.approx({6: 4.0**-6, 4: 4.0**-4}, rel=1e-4)
+    start("--bits", "5.5", "5", "4", "3.5")
+    assert sizes.rounding_growth(runs) == pytest.approx(4)
 
 
-def test_the_predicted_cost_of_rounding_goes_on_beyond_the_bits_that_were_measured():
-    from studies.best_size import KNOWN_BITS, KNOWN_COST, rounding_cost
+def test_without_a_cost_of_rounding_there_is_no_prediction(sizes_study):
+    from studies import sizes
 
-    costs = {bits: 4.0**-bits for bits in (3, 4, 5)}
-    for bits in (2, 3, 3.7, 5, 6):
-        expected = KNOWN_COST * 4 ** (KNOWN_BITS - bits)
-        assert rounding_cost(bits, costs) == pytest.approx(expected)
+    start, runs = sizes_study
+    start("--sizes", "128x3", "--bits", "12", "11")
+    with pytest.raises(ValueError, match="no run in which rounding costs 0.0005 bpb"):
+        sizes.rounding_growth(runs)
 
 
 def test_the_predicted_best_size_is_compared_with_the_preset(sizes_study, capsys, monkeypatch):
     from studies import best_size, recipe
 
     start, runs = sizes_study
-    start()
+    start("--bits", "5", "4")
     capsys.readouterr()
     monkeypatch.setattr(recipe, "mean_flops", lambda hp: hp.mlp_mult)
     command = ["best_size.py", str(runs), "--sizes", "512x4", "512x8"]
     monkeypatch.setattr(sys, "argv", command)
     best_size.main()
-    preset, wider = (row.split(" | ") for row in capsys.readouterr().out.splitlines()[2:])
+    preset, wider = (row.split(" | ") for row in capsys.readouterr().out.splitlines()[4:])
     assert [float(x.strip(" |")) for x in preset[4:]] == [0, 0, 0, 0]
     capacity, steps, rounding, whole = (float(x.strip(" |")) for x in wider[4:])
     assert wider[2] == "2,750"
