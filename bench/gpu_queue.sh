@@ -39,6 +39,7 @@ lanes    | 420 | Are lanes that write across better than the preset's former one
 decay04  | 260 | Is a weight decay of 0.04 better than the preset's 0.09, as our files are full in any case?
 decay06  | 260 | The same, for 0.06
 larger   | 300 | Is a larger model in the same bytes better? One with wider MLPs, whose weights have fewer bits
+wider    | 300 | The same, for a model of width 576
 ttt      | 200 | What does learning at evaluation, as in PR #825, add to one artifact, with and without the mixture?
 fa4      | 200 | Is FlashAttention 4 faster than torch's own attention? If so, requirements-gpu.txt should name it
 long     | 480 | 600 s of the best preset, in two calls: stopped at 480 s with a checkpoint, resumed by the next
@@ -279,6 +280,7 @@ candidate() { needs_data; compared "preset_$1" preset "${@:2}"; compared preset 
 item_decay04() { candidate decay04 MUON_WD=0.04 EMBED_WD=0.04; }
 item_decay06() { candidate decay06 MUON_WD=0.06 EMBED_WD=0.06; }
 item_larger() { candidate larger MLP_MULT=5; }
+item_wider() { candidate wider MODEL_DIM=576; }
 item_momentum() { candidate momentum MUON_MOMENTUM=0.97; }
 item_minlr() { candidate minlr MIN_LR=0.05; }
 item_taper() { candidate taper WD_TAPER_FINAL_MULT=0.5; }
