@@ -35,7 +35,7 @@ steptime | 120 | ms per step of the defaults as they are, and without Inductor's
 pr889    | 150 | Is our step as fast as PR #889's own script on the same GPU and batch?
 preset   | 420 | How far is the frontier preset ahead of the defaults at equal time, with the new loader?
 sp8192   | 420 | Does a vocabulary of 8,192 pieces beat the preset on the same text in the same seconds?
-lanes    | 420 | Are lanes that write across better than the preset's former ones, and than none? (they cost 0.009 in small runs)
+lanes    | 420 | Are lanes that write across better than the preset's former ones, and than none? (small runs: a gain in 11 layers, a loss in 5)
 decay04  | 260 | Is a weight decay of 0.04 better than the preset's 0.09, as our files are full in any case?
 decay06  | 260 | The same, for 0.06
 larger   | 300 | Is a larger model in the same bytes better? One with wider MLPs, whose weights have fewer bits
@@ -47,7 +47,7 @@ momentum | 260 | Is MUON_MOMENTUM 0.97 better than 0.99? (0.0004 to 0.0008 in th
 minlr    | 260 | Are rates that end at 5 % better than at 0? (0.001 in the field)
 taper    | 260 | Does halving Muon's decay towards the end help?
 gain     | 260 | Is QK gain 5.25 better than 5? (0.0002 in the field)
-slope    | 260 | Is a slope of 0.3 better than 0.5? (0.0007 in the field; it costs in small runs)
+slope    | 260 | Is a slope of 0.3 better than 0.5? (0.0007 in the field)
 window   | 120 | Does scoring in windows of 2,560 tokens help? The same artifact, trained on 2,048
 "
 OLD_LOADER=2d8162d   # the last revision whose batches went on where the last one ended

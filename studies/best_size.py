@@ -5,20 +5,22 @@
 RUNS: the file that studies.sizes --append has written. It says how fast the cost of rounding grows
 as the bits per weight fall.
 
-Three things change with the size, each to be added to the bits per byte of the preset as it is:
+A larger model differs from the preset in three ways. The table has the bits per byte of each, and
+their sum:
 
-- capacity: what a larger model gains in the same number of steps,
-- steps: what it loses because a step costs more FLOPs, so that 600 s buy fewer of them,
-- rounding: what it loses because the file has fewer bits for each weight.
+- capacity: it gains by having more weights,
+- fewer steps: it loses because each step costs more FLOPs, and the time is the same,
+- rounding: it loses because the file has fewer bits for each weight.
 
-The first two are taken from the law that Hoffmann et al. fitted (2203.15556),
-L = 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28 nats per token, for N weights and D training tokens of
-about 4.2 bytes. The third starts from the preset's own cost on a GPU, 0.0018 bpb at 3.88 bits, and
-grows by the same factor for each bit less as in models of the demo's size. So it is assumed that a
-law of other models, with other data and optimizers, has the right slopes here; that time goes with
-counted FLOPs, from the 5,500 steps on that PR #1435 reports for the preset's network; and that
-rounding grows with falling bits as it does for a model of a million weights. None of this replaces
-a run.
+The first two follow the scaling law of Hoffmann et al. (2203.15556). With N weights and D training
+tokens, the loss is 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28 nats per token of about 4.2 bytes. The
+third starts from what rounding cost the preset on a GPU, 0.0018 bpb at 3.88 bits per weight. For
+each bit less it is multiplied by the factor that the demo-sized models in RUNS show.
+
+The prediction assumes that this law, fitted to other models and data, holds for ours; that the
+time of a step grows as its FLOPs do, starting from 5,500 steps in 600 s, which PR #1435 reports;
+and that rounding costs a large model the same factor per bit as a small one. It does not replace a
+run.
 """
 
 import argparse
@@ -41,13 +43,14 @@ FILE_BITS = 8 * (16_000_000 - 260_000)  # without the code
 
 
 def frontier(**changes) -> t.Hyperparameters:
-    """The settings of runs/frontier.sh, then `changes`."""
+    """The settings of runs/frontier.sh, overridden by `changes`."""
     env = common.script_settings("frontier")
     return t.Hyperparameters.from_env(env | {k: str(v) for k, v in changes.items()})
 
 
 def weights_and_flops(hp: t.Hyperparameters) -> tuple[int, float]:
-    """Number of weights; FLOPs of a step, as a mean over training."""
+    """The number of weights, and the FLOPs of a training step. Steps with and without recurrence
+    differ; this is their mean over a run."""
     with torch.device("meta"):
         weights = sum(p.numel() for p in t.GPT(hp).parameters())
     return weights, recipe.mean_flops(hp)
@@ -68,7 +71,10 @@ def main() -> None:
     sizes = [Size(512, mlp) for mlp in (3, 4, 5, 6)] + [Size(576, 4), Size(576, 5), Size(640, 4)]
     parser.add_argument("--sizes", type=Size.parse, nargs="+", default=sizes, metavar="WIDTHxMULT")
     args = parser.parse_args()
-    growth = rounding_growth(args.runs)
+    try:
+        growth = rounding_growth(args.runs)
+    except ValueError as error:
+        parser.error(str(error))
     preset = frontier()
     own_weights, own_flops = weights_and_flops(preset)
     own_terms = law_bpb(own_weights, STEPS, preset.train_batch_tokens)

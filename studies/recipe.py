@@ -50,7 +50,7 @@ FEATURES = {
     "no value residual": "VRL_ENABLED",
     "QK gain 5": "QK_GAIN_INIT",
     "MLP 4 wide": "MLP_MULT",
-    "table gain 1": "TABLE_GAIN_INIT",
+    "table gain 1": "TABLE_GAIN_INIT",  # changes nothing if VE_DIM and BIGRAM_DIM are below 64
     "equal rows in Muon": "MUON_ROW_NORM",
     "rates and decays": "MATRIX_LR SCALAR_LR TIED_EMBED_LR MUON_WD EMBED_WD ADAM_WD",
     "warm-down by share": "WARMDOWN_FRAC",

@@ -3,10 +3,10 @@
     python -m studies.sizes [--sizes 128x3 192x3 128x6] [--steps 200] [--seeds 1337 42 2025]
         [--bits 6 5 4 3.5 3 2.5] [--equal steps|flops] [--append FILE] [--plot FILE.png]
 
-Models of the demo's settings (or of the settings in the environment, if DATA_PATH is there) are
-trained with other values of MODEL_DIM and MLP_MULT: 128x3 is a width of 128 and MLPs 3 times as
-wide. The number of heads stays, so that heads grow with the width. With --equal flops, larger
-models take fewer steps, so that all trainings cost what --steps steps of the first size cost.
+It trains the demo's model with other values of MODEL_DIM and MLP_MULT. (Set DATA_PATH and other
+settings in the environment for a model and data of your own.) 128x3 means a width of 128 and MLPs
+that are 3 times as wide. The number of heads is the same for all sizes. With --equal flops, larger
+models take fewer steps, so that every training costs as many FLOPs as the first size's.
 
 Each trained model is then packed into several budgets, read back, and scored on the validation
 stream in windows that do not overlap. A budget is what the first size would need at --bits bits for
@@ -14,8 +14,9 @@ each of its parameters: so the columns of the table are files of equal bytes, an
 fewer bits per weight in them. A model that does not fit, even with the coarsest codes, has no
 number there.
 
-The table shows the mean bpb over the seeds and, behind ±, the standard error of the difference to
-the first size, taken between runs of equal seed. --append keeps runs, as in studies.recipe.
+The table shows the mean bpb over the seeds. After ± stands the standard error of the difference
+from the first size, where each seed is compared with itself. --append keeps runs, as in
+studies.recipe.
 """
 
 import argparse
@@ -59,7 +60,7 @@ class Size(NamedTuple):
 
 
 def packed_settings(steps: int, **changes) -> t.Hyperparameters:
-    """As of studies.recipe, but packed by GPTQ, as a run would pack it."""
+    """The settings of studies.recipe, but with GPTQ, which a real run uses to pack its weights."""
     return settings(steps, QUANTIZER="gptq", **changes)
 
 

@@ -63,6 +63,12 @@ def test_muons_decay_changes_linearly_from_its_share_of_training_on():
     assert found == pytest.approx([1, 1, 0.75, 0.5])
 
 
+@pytest.mark.parametrize("threshold", [0, 2], ids=["no late QAT", "late QAT"])
+def test_the_plan_of_a_step_has_muons_decay(threshold):
+    hp = tiny(ITERATIONS=100, WD_TAPER_FINAL_MULT=0.4, LATE_QAT_THRESHOLD=threshold)
+    assert t.plan_step(85, 0.0, hp, "cpu").muon_decay == pytest.approx(0.7)
+
+
 def test_by_default_muons_decay_stays():
     assert [t.muon_decay(step, 0.0, tiny(ITERATIONS=100)) for step in (0, 80, 100)] == [1, 1, 1]
 

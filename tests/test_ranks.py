@@ -548,7 +548,7 @@ def test_a_file_that_is_not_there_is_named_by_the_script(corpus, tmp_path, setti
     assert done.stderr.count("\n") == 1
     assert "nowhere: " in done.stderr
     assert done.stderr.startswith("train_gpt.py: error: ")
-    # settings are checked before a log is opened, and with EVAL_ONLY they come from the artifact
+    # With EVAL_ONLY the settings come from the artifact. They are read before a log is opened.
     assert setting == "EVAL_ONLY" or "error: UserError: " in log_of(tmp_path)
 
 

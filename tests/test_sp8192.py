@@ -39,7 +39,8 @@ UNUSED = ("VE_LAYERS", "VE_DIM", "BIGRAM_VOCAB_SIZE", "BIGRAM_DIM", "WARMDOWN_IT
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> dict[str, str]:
-    """DATA_PATH and TOKENIZER_PATH: this Python's language reference in 8,192 pieces."""
+    """The settings that name a corpus and its tokenizer of 8,192 pieces. The text is the language
+    reference that comes with the Python that runs this test."""
     from pydoc_data.topics import topics
 
     folder = tmp_path_factory.mktemp("corpus8192")

@@ -68,8 +68,8 @@ MOMENTS = {  # what a start is in the middle of -> the line of the log that says
 
 
 def reached(moment: str, log: str, step: int) -> bool:
-    """Does the log show that the run has come as far as `moment`? That is a key of MOMENTS or
-    "step", which means the training step of number `step`."""
+    """Whether the log shows that the run has reached `moment`: a key of MOMENTS, or "step" for the
+    training step with the number `step`."""
     if moment == "step":
         return any(int(s) >= step for s in re.findall(r"^step:(\d+)/", log, re.M))
     return bool(re.search(f"^{MOMENTS[moment]}", log, re.M))
