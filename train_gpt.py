@@ -253,7 +253,7 @@ class Hyperparameters:
         0.7, "share of training after which MUON_WD changes linearly", 0, 1
     )
     wd_taper_final_mult: float = setting(
-        1.0, "Muon's final weight decay, as a multiple of MUON_WD; 1: it does not change", 0, 1000
+        1.0, "Muon's final weight decay, as a multiple of MUON_WD; 1: it does not change", 0, 10
     )
     adam_wd: float = setting(0.04, "AdamW decoupled weight decay of vectors and head", 0, 1)
     embed_wd: float = setting(0.04, "AdamW decoupled weight decay of embeddings", 0, 1)
@@ -1756,7 +1756,7 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(D))
         self.norm_scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
         has_lanes = 0 < hp.parallel_start_layer <= layer
-        # a row per lane: the weights of the lane itself, of attention's output, of the MLP's output
+        # one row per lane; columns weight the lane itself, attention's output and the MLP's output
         weights = torch.tensor([[1.1, 1.0, 1.0], [1.1, 1.0, 1.0]])
         self.lane_weights = nn.Parameter(weights) if has_lanes else None
 
@@ -2347,7 +2347,8 @@ class Muon(torch.optim.Optimizer):
         return stack[self.ranks.rank * size :][:size]
 
     def schedule(self, step: int, plan: "StepPlan"):
-        """Set the learning rates, the weight decay and the momentum of this step."""
+        """Set the learning rates, the weight decay and the momentum of training step `step`, as
+        `plan` has them."""
         for group in self.param_groups:
             group["lr"] = group["initial_lr"] * plan.scale
             group["weight_decay"] = group["initial_decay"] * plan.muon_decay
@@ -5160,7 +5161,7 @@ def score_in_time(
             segments = score_and_learn(scorer, loss, validation, stride, ranks, log)
         else:
             segments = score(scorer, validation.tokens, stride, ranks)
-        # a training step on one window takes about four times as long as scoring that window
+        # training on a window takes about four times as long as scoring it
         target_seconds = window_seconds * (1 / stride + 4 * hp.ttt_epochs / hp.eval_seq_len)
         first = min(hp.ttt_chunk_tokens if hp.ttt_epochs else batch * stride, num_targets)
         segments = until_late(segments, budget, num_targets, first, target_seconds)
