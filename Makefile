@@ -10,20 +10,23 @@
 #             (the table of systems from logs/systems/*.txt, if there are any)
 # make check  the reviewers' checks alone
 # make view   the text of the last run, coloured by what each token cost and what the counts saved: prints the page's path
+# make sample PROMPT="Return the"  text that the last run's model writes (TOKENIZER_PATH=file, if not the demo's)
 # make lint   ruff: its checks, and its format at 100 columns; a warning if train_gpt.py has over 160,000 bytes
 # make bench  speed and size, as ratios measured in one run; python -m bench.step and so on: one of them, with options
 # make bench-gpu  kernels tested, a step and scoring timed, on a GPU (ARTIFACT=file DATA_PATH=... TOKENIZER_PATH=...)
 # make clean  removes .venv, .venv-field and the demo's data; other data, logs, checkpoints and artifacts stay
 # Each target sets up what it needs in .venv; nothing outside this folder changes.
 PYTHON ?= python3
+PROMPT ?= The
+export PROMPT
 VENV := .venv
 CONSTRAINTS := constraints.txt
 RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest tests -q -n 2 --dist worksteal --durations=8 $(if $(T),--section=$(T))
 BENCHES := $(filter-out __init__ gpu_queue,$(basename $(notdir $(wildcard bench/*.py))))
-DEV := pytest pytest-xdist hypothesis constriction matplotlib jinja2 ruff
+DEV := pytest pytest-xdist hypothesis constriction matplotlib jinja2 scipy safetensors ruff
 
-.PHONY: demo test test-all test-field prove record check view lint bench bench-gpu setup clean
+.PHONY: demo test test-all test-field prove record check view sample lint bench bench-gpu setup clean
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt $(CONSTRAINTS)
@@ -46,7 +49,7 @@ test-field:
 	$(MAKE) test-all VENV=.venv-field CONSTRAINTS=constraints-field.txt
 
 prove: setup
-	$(RUN) -m pytest tests/test_decodable.py -q -s
+	@$(RUN) tests/prove.py
 
 record: setup
 	$(RUN) -m record report
@@ -60,6 +63,9 @@ check: setup
 
 view: setup
 	$(RUN) -m record view
+
+sample: setup
+	TOKENIZER_PATH=$${TOKENIZER_PATH:-data/tokenizers/demo_1024_bpe.model} $(RUN) -m examples.sample --prompt "$$PROMPT"
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -45,6 +45,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -144,6 +145,7 @@ class Hyperparameters:
     checkpoint_every: float = setting(
         0.0, "training seconds between checkpoints; 0: only at validations, stops and the end", 0
     )
+    dry_run: bool = setting(False, "forecast the run from some timed steps, and train nothing")
     compile: str = setting(
         "auto", "use torch.compile; auto: on CUDA only", choices=lambda: ["auto", "0", "1"]
     )
@@ -334,6 +336,9 @@ class Hyperparameters:
         "mixing rule; online: weights learned from earlier targets",
         choices=lambda: list(RULES),
     )
+    ngram_threads: int = setting(
+        0, "threads that count; 0: one per core, at most 8; changes no result", 0, 256
+    )
     ngram_min_count: int = setting(
         2, "minimum count of a context before its order is used (rules entropy and order)", 1
     )
@@ -496,7 +501,7 @@ FEATURES = [  # a setting that turns others on, the values with which it does, a
     ("LATE_QAT_THRESHOLD", ON, "QAT_ROUNDING"),
     ("QUANTIZER", "gptq", "GPTQ_TOKENS GPTQ_RESERVE_SECONDS"),
     ("TTT_EPOCHS", ON, "TTT_CHUNK_TOKENS TTT_LR TTT_BLOCKS TTT_DECAY"),
-    ("NGRAM_ENABLED", ON, "NGRAM_MIN_ORDER NGRAM_ORDER NGRAM_ALPHA"),
+    ("NGRAM_ENABLED", ON, "NGRAM_MIN_ORDER NGRAM_ORDER NGRAM_ALPHA NGRAM_THREADS"),
     ("NGRAM_ALPHA", "entropy order", "NGRAM_MIN_COUNT ALPHA_MIN ALPHA_MAX"),
 ]
 
@@ -584,16 +589,150 @@ def parse_setting(f, text: str):
             expected += f"; if not 0, at least {LEAST} in size"
         elif is_allowed:
             return value
-    found = text if len(text) <= 200 else f"{text[:200]}..."
+    found = shortened_text(text)
     raise UserError(f"{f.name.upper()}={found!r}: expected {expected} (default {f.default!r})")
+
+
+def shortened_text(text: str) -> str:
+    """The first 200 characters of a text that stands in a message."""
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def setting_groups() -> dict[str, list]:
+    """The fields of Hyperparameters under the headings that stand there as comments."""
+    lines = SOURCE.decode().split("class Hyperparameters:")[1]
+    heads = {first: title for title, first in re.findall(r"\n    # ([A-Z].*)\n    (\w+):", lines)}
+    groups = {}
+    for f in fields(Hyperparameters):
+        if f.name in heads:
+            group = groups.setdefault(heads[f.name], [])
+        group.append(f)
+    return groups
+
+
+def allowed(f) -> str:
+    """What the field `f` may hold, in words; empty if that is any text."""
+    low, high, list_choices = (f.metadata[key] for key in ("low", "high", "choices"))
+    if list_choices:
+        return ", ".join(list_choices())
+    if low is None:
+        return ""
+    return f"from {low:,}" if high == MOST else f"{low:,} to {high:,}"
+
+
+def help_text() -> str:
+    """All settings, in groups: name, default, what it may hold, and what it does."""
+    parts = [
+        "Trains a small GPT, packs it into 16 MB, and scores a text in bits per byte.\n\n"
+        "  SEED=42 torchrun --standalone --nproc_per_node=8 train_gpt.py    one rank per GPU\n"
+        "  SEED=42 python train_gpt.py                                      one rank, or a CPU\n\n"
+        "There are no arguments. Settings are environment variables; without any, the model and\n"
+        "its training are those of PR #889. Defaults stand behind the =, allowed values in\n"
+        "brackets."
+    ]
+    defaults = Hyperparameters().as_env()
+    for title, group in setting_groups().items():
+        lines = [f"\n{title}"]
+        for f in group:
+            name = f.name.upper()
+            bounds = f"  [{allowed(f)}]" if allowed(f) else ""
+            lines.append(f"  {name}={defaults[name]}{bounds}\n      {f.metadata['doc']}")
+        parts.append("\n".join(lines))
+    return "\n".join(parts)
+
+
+def refuse_arguments(arguments: list[str]) -> None:
+    """UserError: there are arguments. It says how to write them as settings."""
+    # torch.distributed.launch appends --local-rank=N; LOCAL_RANK says the same
+    arguments = [a for a in arguments if not re.fullmatch(r"--local[-_]rank=\d+", a)]
+    if not arguments:
+        return
+    known = {f.name.upper() for f in fields(Hyperparameters)}
+    text = " ".join(map(shlex.quote, arguments)).replace("\n", " ")
+    names = {}
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        name, equals, value = argument.lstrip("-").partition("=")
+        name = name.upper().replace("-", "_")
+        if equals or (argument.startswith("--") and name):
+            names[name] = value if equals else following
+    meant = [f"{name}={shlex.quote(value)}" for name, value in names.items() if name in known]
+    example = " ".join(meant) or "SEED=42"
+    rule = "settings are environment variables; write them in front of the command"
+    similar = mistyped(dict.fromkeys(names, ""))
+    unknown = [line.replace(" is set but", "") for line in similar]
+    message = f"{rule}: {example} torchrun ... train_gpt.py; --help lists them"
+    raise UserError("; ".join([f"arguments {shortened_text(text)}: {message}", *unknown]))
+
+
+# Words that other scripts use in the names of settings, and the word of ours that means the same.
+OTHER_WORDS = {
+    "DATA": "DATASET DATASETS",
+    "PATH": "DIR FOLDER FILE",
+    "ID": "NAME",
+    "ITERS": "ITERATIONS ITERATION ITER STEPS STEP",
+    "SECONDS": "TIME LIMIT",
+    "EVERY": "INTERVAL FREQ",
+    "CHECKPOINT": "CKPT SAVE",
+    "LR": "LEARNING_RATE",
+    "WD": "WEIGHT_DECAY",
+    "TOKENS": "SIZE",
+    "SEQ": "CONTEXT CTX SEQUENCE",
+    "LEN": "LENGTH",
+    "VAL": "VALIDATION",
+    "DIM": "WIDTH HIDDEN",
+    "EMBED": "EMBD EMBEDDING EMBEDDINGS",
+    "LAYERS": "DEPTH",
+    "MULT": "RATIO",
+    "BASE": "THETA",
+    "MATRIX": "MUON",
+    "QUANT": "QUANTIZATION",
+}
+NO_WORDS = {"", "N", "D", "NUM", "USE", "ENABLE", "ENABLED"}  # these say little
+OFTEN_SET = re.compile(  # names in many environments that would resemble a setting
+    r"((OMP|MKL|OPENBLAS|NUMEXPR)_)?NUM_THREADS|.*(_RUN_ID|_NODE|MODEL_DIR|MODEL_PATH)"
+    r"|(TORCH|GITHUB|SLURM|CUDA|NCCL|HF|WANDB).*"
+)
+# A single one of these words is enough to mean a setting; other single words are too common.
+TELLING = {
+    *("LR", "WD", "STRIDE", "LAYER", "HEAD", "VOCAB", "TOKENIZER", "BIT", "QUANT", "EMA", "SWA"),
+    *("WALLCLOCK", "ITER", "WARMUP", "WARMDOWN", "DIM", "MOMENTUM", "SOFTCAP", "NGRAM", "TTT"),
+    *("GPTQ", "XSA", "VRL", "VE", "BIGRAM", "DATA", "CHECKPOINT"),
+}
+
+
+def words_of(name: str) -> set[str]:
+    """The words in the name of a setting, of any case, each as our names would have it."""
+    text = f"_{name.upper()}_"
+    for word, others in OTHER_WORDS.items():
+        for other in others.split():
+            text = text.replace(f"_{other}_", f"_{word}_")
+    return {word.removesuffix("S") for word in text.split("_") if word not in NO_WORDS}
+
+
+def similar_settings(name: str) -> list[str]:
+    """The names of at most three settings that a user may have meant by `name`, which is none: it
+    has another case, nearly the same letters, or the same words or most of them."""
+    known = [f.name.upper() for f in fields(Hyperparameters)]
+    if OFTEN_SET.fullmatch(name):
+        return []
+    similar = difflib.get_close_matches(name.upper(), known, cutoff=0.82)  # of 1; chosen by hand
+    if similar:
+        return similar
+    words = words_of(name)
+    if len(words) == 1 and not words & TELLING:
+        return []
+    shared = {other: len(words & words_of(other)) / len(words | words_of(other)) for other in known}
+    found = [
+        other for other in known if words and (shared[other] >= 0.5 or words < words_of(other))
+    ]
+    return sorted(found, key=shared.get, reverse=True)[:3]
 
 
 def mistyped(env: dict[str, str]) -> list[str]:
     """A warning for each name in `env` that is not a setting but resembles one."""
-    known = {f.name.upper() for f in fields(Hyperparameters)}
     warnings = []
-    for name in sorted(set(env) - known):
-        similar = difflib.get_close_matches(name, known, cutoff=0.82)  # of 1; chosen by hand
+    for name in sorted(set(env) - {f.name.upper() for f in fields(Hyperparameters)}):
+        similar = similar_settings(name)
         if similar:
             question = f"did you mean {' or '.join(similar)}?"
             warnings.append(f"{name} is set but is no setting; {question}")
@@ -801,9 +940,21 @@ def say(text: str, stream, end: str = "\n") -> None:
     if stream is None:  # it was closed before Python started
         return
     with suppress(OSError, ValueError):  # ValueError: it has been closed since
+        if stream is sys.stderr and is_live(stream):
+            text = CLEAR + text  # an unfinished bar may stand there
         encoding = getattr(stream, "encoding", None) or "utf-8"
         shown = text.encode(encoding, "backslashreplace").decode(encoding)
         print(shown, end=end, file=stream, flush=True)
+
+
+def is_live(stream=None) -> bool:
+    """Is the stream, or standard output, a terminal, where a line can be written over?"""
+    with suppress(AttributeError, OSError, ValueError):  # None, or closed
+        return (stream or sys.stdout).isatty()
+    return False
+
+
+CLEAR = "\r\033[K"  # erases the line of a terminal, such as a bar that is not full yet
 
 
 def write_problem(path: Path, error: OSError) -> str:
@@ -865,7 +1016,12 @@ class RunLog:
             lacks = f"so far the log lacks its last {len(self.unwritten)} bytes"
             say(f"warning: {self.problem}; {lacks}", sys.stderr)
         if console:
-            say(line, sys.stdout)
+            say(f"{CLEAR}{line}" if is_live() else line, sys.stdout)
+
+    def heading(self, text: str) -> None:
+        """Print the name of the phase that begins. It is for people, and not in the file."""
+        if self.path is not None:
+            say(f"{CLEAR if is_live() else ''}\n{text}", sys.stdout)
 
     def write(self) -> None:
         """Write what is unwritten, as far as the disk takes it."""
@@ -975,32 +1131,31 @@ class StopSignal:
 
 class Progress:
     """Shows how much of `total` is done: call it with the amount done so far. A terminal gets a
-    live bar; the log gets a line every ten seconds."""
+    live bar; the log gets a line every ten seconds, unless `has_lines` is False."""
 
-    def __init__(self, log, label: str, total: int):
+    def __init__(self, log, label: str, total: float, has_lines: bool = True, done: float = 0.0):
         self.log = log
         self.label = label
-        self.total = max(total, 1)
+        self.total = total or 1
+        self.has_lines = has_lines
+        self.first = done / self.total  # the share that was done at the start
         self.started = self.last_line = perf_counter()
 
-    def __call__(self, done: int) -> None:
+    def __call__(self, done: float) -> None:
         if self.log.path is None:
             return
         now = perf_counter()
         share = done / self.total
         elapsed = now - self.started
-        left = elapsed / share - elapsed if share else math.nan
-        line = f"{self.label} {share:.0%} elapsed:{elapsed:.0f}s left:{left:.0f}s"
-
-        is_live = False
-        with suppress(AttributeError, OSError, ValueError):  # None, or closed
-            is_live = sys.stdout.isatty()
-        if is_live:
-            bar = "#" * round(24 * share)
-            say(f"\r[{bar:24}] {line}\033[K", sys.stdout, end="" if share < 1 else "\n")
-        if now - self.last_line >= 10:
-            self.log(line, console=not is_live)
+        line = f"{self.label} {share:.0%} elapsed:{elapsed:.0f}s"
+        if share > self.first:
+            line += f" left:{elapsed * (1 - share) / (share - self.first):.0f}s"
+        if self.has_lines and now - self.last_line >= 10:
+            self.log(line, console=not is_live())
             self.last_line = now
+        if is_live():
+            bar = "#" * round(24 * share)
+            say(f"{CLEAR}[{bar:24}] {line}", sys.stdout, end="" if share < 1 else "\n")
 
 
 def would_overrun(elapsed: float, more: float, limit: float) -> bool:
@@ -2900,6 +3055,16 @@ def training_step(state: TrainState, loader: TokenLoader, loss: Callable, plan: 
     return total
 
 
+def plans_by_graph(hp, device) -> list[StepPlan]:
+    """A plan of a step for each graph that training may need: for each order of the blocks, with
+    and without late QAT."""
+    hardnesses = [None]
+    if hp.late_qat_threshold:
+        hardnesses.append(torch.ones((), device=device))
+    orders = dict.fromkeys(block_passes(hp))  # one, if no layer recurs
+    return [StepPlan(1.0, passes, hardness) for passes in orders for hardness in hardnesses]
+
+
 def warm_up(state: TrainState, take_step: Callable) -> None:
     """Compile every graph that training may need, by taking steps with each of them: WARMUP_STEPS
     or, if that is not 0 but too few, one for each graph. Then restore all that they changed.
@@ -2907,11 +3072,7 @@ def warm_up(state: TrainState, take_step: Callable) -> None:
     hp = state.hp
     tensors = list(state.tensors().values())
     before = [t.clone() for t in tensors]
-    hardnesses = [None]
-    if hp.late_qat_threshold:
-        hardnesses.append(torch.ones((), device=state.ranks.device))
-    orders = dict.fromkeys(block_passes(hp))  # one, if no layer recurs
-    plans = [StepPlan(1.0, passes, hardness) for passes in orders for hardness in hardnesses]
+    plans = plans_by_graph(hp, state.ranks.device)
     progress = Progress(state.log, "warm-up", len(plans))
     steps = max(hp.warmup_steps, len(plans)) if hp.warmup_steps else 0
     for i in range(steps):
@@ -2931,6 +3092,8 @@ def run_steps(state: TrainState, take_step: Callable, validation: Validation, st
     saved_at = state.seconds
     state.start_clock()
     plan = StepPlan(1.0, block_passes(hp)[0])  # as if before the first step
+    share = training_share(state.steps, state.seconds, hp)
+    progress = Progress(log, "training", 1.0, has_lines=False, done=share)
     losses = deque(maxlen=2)  # of the last two steps, the older one first
     while True:
         if losses:
@@ -2942,6 +3105,7 @@ def run_steps(state: TrainState, take_step: Callable, validation: Validation, st
         plan = plan_step(state.steps, state.seconds, hp, ranks.device)
         if losses:
             log_loss(losses[-1], plan, state)
+        progress(training_share(state.steps, state.seconds, hp))
 
         is_capped = time_is_up(state)
         if is_capped or state.steps >= hp.iterations:
@@ -4142,6 +4306,7 @@ def ttt_step(optimizer, tuned: list[nn.Parameter], ranks) -> None:
 # is the count of its n-gram so far. Sorting each group by these tokens gives the groups for n + 1.
 # All of it happens while the GPUs score.
 
+COUNTING_BYTES = 55  # of memory per token of the stream, at the peak (measured at 62M tokens)
 CHUNK = 1 << 18  # positions sorted at a time: they fit into the CPU's cache
 # The online rule has a set of mixing weights for each bucket of targets, which is made of:
 BUCKETS = (
@@ -4240,58 +4405,102 @@ class Counts(NamedTuple):
     context_state: ndarray  # of u, uint8, see `context_states`; empty for n = 1
 
 
-def ngram_counts(tokens: ndarray, longest: int, describe: bool = True) -> Iterator[Counts]:
+def thread_map(threads: int) -> Callable:
+    """A function like Python's `map` that works on `threads` items at a time; 0: as many as there
+    are cores, at most 8. (NumPy lets other threads run while it sorts, copies and calculates.)"""
+    threads = threads or min(8, os.cpu_count() or 1)
+    return map if threads == 1 else concurrent.futures.ThreadPoolExecutor(threads).map
+
+
+def ngram_counts(
+    tokens: ndarray, longest: int, describe: bool = True, map: Callable = map
+) -> Iterator[Counts]:
     """Yields the Counts for n = 1 ... `longest`. c(u), how often a context was followed by
     something, is not among them: it is the ngram_count of n - 1, one position earlier. Without
-    `describe`, only ngram_count is made."""
-    perm, first, count = sort_runs(tokens)
+    `describe`, only ngram_count is made. `map`: a `thread_map`, which changes nothing but the
+    time."""
     stream = tokens
-    doc_count = np.zeros(len(tokens) if describe else 0, np.uint8)
     if describe:
-        document = document_numbers(tokens)
-        doc_count[perm] = ranks_in_document(document[perm], first)
-        stream = document.astype(np.uint64)
-        del document
+        stream = document_numbers(tokens).astype(np.uint64)
         stream <<= np.uint64(16)  # in place: 62M tokens are 0.5 GB
         stream |= tokens
-    yield Counts(narrowed(count), doc_count, np.zeros(0, np.uint8))
+
+    def no_counts() -> Counts:
+        described = np.zeros((2, len(tokens) if describe else 0), np.uint8)
+        return Counts(np.zeros(len(tokens), np.uint32), *described)
+
+    counts = no_counts()._replace(context_state=np.zeros(0, np.uint8))
+    perm = np.argsort(tokens, kind="stable").astype(np.uint32)  # a radix sort, as these are 16 bits
+    by_token = tokens[perm]
+    first = np.append(True, by_token[1:] != by_token[:-1])
+    del by_token
+    for _ in map(partial(count_runs, stream, perm, first, counts), chunks_of_groups(first)):
+        pass
+    yield counts._replace(ngram_count=narrowed(counts.ngram_count))
 
     # t holds positions, grouped by the n - 1 tokens before them; `first` marks where groups start.
     # The last position of the stream has no next one to enter; as it is the last of its group, no
     # group loses its start.
     is_followed = perm < len(tokens) - 1
-    t = perm[is_followed].astype(np.uint32) + 1
+    t = perm[is_followed] + np.uint32(1)
     first = first[is_followed]
-    del perm, is_followed  # 62M tokens: 0.6 GB
+    del perm, is_followed  # 62M tokens: 0.3 GB
     for _ in range(2, longest + 1):
-        ngram_count = np.zeros(len(tokens), np.uint32)
-        doc_count, context_state = np.zeros((2, len(doc_count)), np.uint8)
-        kept = 0  # t and first for n + 1 are written over those for n, as far as these were read
-        for start, stop in chunks_of_groups(first):
-            place = t[start:stop]
-            begins = first[start:stop]
-            document_and_token = stream[place]
-            group = np.cumsum(begins, dtype=np.uint64)
-            keys = group << np.uint64(16) | (document_and_token & 0xFFFF)
-            by_token, next_begins, count = sort_runs(keys)  # the 1st and 2nd: of the sorted order
-            ngram_count[place] = count
-            sorted_place = place[by_token]
-            if describe:
-                by_document = document_and_token[by_token] >> 16
-                doc_count[sorted_place] = ranks_in_document(by_document, next_begins)
-                context_state[place] = context_states(place, begins, count)
-
-            following = sorted_place + 1
-            # an n-gram that comes once is dropped: with any longer context its counts are 0
-            is_alone = next_begins & np.append(next_begins[1:], True)
-            keep = ~is_alone & (following < len(tokens))
-            end = kept + np.count_nonzero(keep)
-            t[kept:end] = following[keep]
-            first[kept:end] = next_begins[keep]
+        counts = no_counts()
+        # What a chunk gives for n + 1 is written over what was read for n. The chunks come in their
+        # order and each gives at most as many positions as it has, so that no chunk is written over
+        # before it was read.
+        kept = 0
+        count_chunk = partial(count_groups, stream, t, first, counts)
+        for next_t, next_first in map(count_chunk, chunks_of_groups(first)):
+            end = kept + len(next_t)
+            t[kept:end] = next_t
+            first[kept:end] = next_first
             kept = end
+        del count_chunk  # it holds t and first
         t = t[:kept].copy()
         first = first[:kept].copy()
-        yield Counts(narrowed(ngram_count), doc_count, context_state)
+        done = counts._replace(ngram_count=narrowed(counts.ngram_count))
+        del counts
+        yield done
+
+
+def count_runs(
+    stream: ndarray, perm: ndarray, first: ndarray, counts: Counts, chunk: tuple[int, int]
+) -> None:
+    """Fill in `counts` for n = 1 at the positions perm[start:stop] of a chunk. `perm` sorts the
+    positions by token; `first` marks, in that order, where a new token begins."""
+    place = perm[slice(*chunk)]
+    begins = first[slice(*chunk)]
+    counts.ngram_count[place] = since_start(np.arange(len(place), dtype=np.uint32), begins)
+    if len(counts.doc_count):
+        counts.doc_count[place] = ranks_in_document(stream[place] >> 16, begins)
+
+
+def count_groups(
+    stream: ndarray, t: ndarray, first: ndarray, counts: Counts, chunk: tuple[int, int]
+) -> tuple[ndarray, ndarray]:
+    """Fill in `counts` at the positions t[start:stop] of a chunk of groups. Returns these positions
+    and their `first` for n + 1, without n-grams that come once. `stream`: document and token of
+    each position, or without descriptions its token; `t` and `first` as in `ngram_counts`."""
+    place = t[slice(*chunk)]
+    begins = first[slice(*chunk)]
+    document_and_token = stream[place]
+    group = np.cumsum(begins, dtype=np.uint64)
+    keys = group << np.uint64(16) | (document_and_token & 0xFFFF)
+    by_token, next_begins, count = sort_runs(keys)  # the 1st and 2nd: of the sorted order
+    counts.ngram_count[place] = count
+    sorted_place = place[by_token]
+    if len(counts.doc_count):
+        by_document = document_and_token[by_token] >> 16
+        counts.doc_count[sorted_place] = ranks_in_document(by_document, next_begins)
+        counts.context_state[place] = context_states(place, begins, count)
+
+    following = sorted_place + 1
+    # an n-gram that comes once is dropped: with any longer context its counts are 0
+    is_alone = next_begins & np.append(next_begins[1:], True)
+    keep = ~is_alone & (following < len(stream))
+    return following[keep], next_begins[keep]
 
 
 def narrowed(count: ndarray) -> ndarray:
@@ -4301,7 +4510,7 @@ def narrowed(count: ndarray) -> ndarray:
 
 def chunks_of_groups(first: ndarray) -> Iterator[tuple[int, int]]:
     """Yields (start, stop) of chunks that end where a group ends, of at least CHUNK positions but
-    for the last. The caller may overwrite `first` up to `stop`: it is not read again."""
+    for the last."""
     stop = 0
     while stop < len(first):
         start = stop
@@ -4360,7 +4569,8 @@ class Backoff:
         shorter = None  # the counts of n - 1
         # Target i is token i + 1, and its context ends at token i. The first target that has a
         # whole context is n - 2.
-        counts = ngram_counts(tokens, hp.ngram_order, describe=False)
+        threads = thread_map(hp.ngram_threads)
+        counts = ngram_counts(tokens, hp.ngram_order, describe=False, map=threads)
         for n, (count, *_) in enumerate(counts, start=1):
             if n in self.lengths:
                 context_count = shorter[n - 2 : -1]
@@ -4477,7 +4687,8 @@ class OnlineChain:
     def __init__(self, tokens: ndarray, hp):
         self.tokens = tokens
         self.lengths = range(hp.ngram_min_order, hp.ngram_order + 1)
-        self.counts = dict(enumerate(ngram_counts(tokens, hp.ngram_order), start=1))
+        counts = ngram_counts(tokens, hp.ngram_order, map=thread_map(hp.ngram_threads))
+        self.counts = dict(enumerate(counts, start=1))
         self.cache = DocumentCache(tokens)
         # For EM: how many earlier targets each expert explained, by n and bucket, old ones fading.
         self.credits = {n: np.zeros((3, *BUCKETS)) for n in self.lengths}
@@ -4734,7 +4945,7 @@ def run(hp, ranks, log, stop, warnings: list[str]) -> Path | None:
     if ranks.rank == 0:
         path = path if hp.eval_only else artifact_path(hp, log)
         require_room(expected_files(path, model, validation.num_targets, log))
-        log_header(hp, loader, validation, ranks, log)
+        log_header(hp, loader, validation, model, ranks, log)
         warnings = [
             *warnings,
             *data_warnings(hp, loader, validation),
@@ -4748,12 +4959,18 @@ def run(hp, ranks, log, stop, warnings: list[str]) -> Path | None:
     trained = Trained({}, {}, 0, 0.0)
     evaluation_began = perf_counter()
     if not hp.eval_only:
+        limit = f" or {hp.max_wallclock_seconds:g} s, whichever comes first"
+        limit = limit if hp.max_wallclock_seconds else ""
+        log.heading(f"Train: {hp.iterations:,} steps{limit}")
         trained = train(model, loader, validation, ranks, log, stop)
         evaluation_began = perf_counter()
+        log_peak_memory(ranks, log)
+        log.heading("Compress: weights become the bytes of the artifact")
         log_validation("final_float", Scorer(model, passes), validation, ranks, log)
         if ranks.rank == 0:
             written = write_artifact(path, trained, hp, log)
 
+    log.heading("Read back and score: what counts is what the file holds")
     trunk = compiled(model.hidden, hp, ranks.device)  # only now: its time counts as evaluation
     artifact = read_artifact(path, written, model, ranks, log)
     if ranks.rank == 0:
@@ -4765,6 +4982,154 @@ def run(hp, ranks, log, stop, warnings: list[str]) -> Path | None:
         report(scores, trained, validation, artifact, hp, log)
     stop.be_patient()  # all is done: a signal can only come too late
     return None if hp.checkpoint_every else trained.checkpoint
+
+
+def dry_run(hp, ranks, log) -> None:
+    """Print what a run with these settings would do, from a few steps and windows that are timed:
+    steps, seconds, memory, files. Nothing is kept. Collective. UserError: data or files are
+    missing, or something will not hold."""
+    require(
+        not hp.eval_only and not hp.resume,
+        "DRY_RUN=1 forecasts a run from its start: unset EVAL_ONLY and RESUME",
+    )
+    torch.manual_seed(hp.seed)
+    loader = TokenLoader(hp, ranks.rank, ranks.world_size)
+    validation = load_validation(hp)
+    require_same_start(hp, validation.identity | loader.identity, ranks)
+    model = GPT(hp).to(ranks.device)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    log(f"DRY_RUN: {ranks.world_size} ranks, {ranks.device.type}; nothing is trained or kept\n")
+    log(
+        f"  data        {len(loader.paths)} shards, {loader.num_tokens:,} tokens to train on, "
+        f"{validation.num_targets:,} targets to score; stream {stream_name(validation.tokens)}; "
+        f"round trip {validation.checked}"
+    )
+    if ranks.rank == 0:
+        sizes = expected_files(artifact_path(hp, log), model, validation.num_targets, log)
+        require_room(sizes)
+        for path, size in sizes.items():
+            log(f"  file        {path}: at most {size:,} bytes")
+        bits = 8 * (SIZE_CAP - len(SOURCE)) / num_parameters
+        log(f"  size        {num_parameters:,} parameters: at most {bits:.2f} bits for each")
+
+    steps, training_seconds, curvature = forecast_training(model, loader, ranks, log)
+    evaluation_seconds = forecast_evaluation(model, curvature, validation, ranks, log)
+    problems = []
+    if hp.max_wallclock_seconds and training_seconds > hp.max_wallclock_seconds:
+        problems.append(f"training would take {training_seconds:.0f} s")
+    if hp.eval_budget_seconds and evaluation_seconds > 0.95 * hp.eval_budget_seconds:
+        problems.append(
+            f"evaluation would take {evaluation_seconds:.0f} s of EVAL_BUDGET_SECONDS="
+            f"{hp.eval_budget_seconds:g}, so that a wider stride is used: raise EVAL_STRIDE"
+        )
+    if not hp.warmdown_frac and hp.warmdown_iters > steps:
+        problems.append(
+            f"there is time for {steps:,} steps, but WARMDOWN_ITERS={hp.warmdown_iters}: the "
+            "learning rates would never be whole; set WARMDOWN_FRAC"
+        )
+    require(not ranks.from_rank0(len(problems)), f"this will not hold: {'; '.join(problems)}")
+    log("\n  all of this holds")
+
+
+def forecast_training(
+    model, loader: TokenLoader, ranks, log
+) -> tuple[int, float, dict[str, Curvature]]:
+    """Time three steps of each graph and a chunk of the curvature, and log what training will be.
+    Returns (steps, seconds of training, the curvature from that chunk). Collective."""
+    hp = model.hp
+    state = TrainState(model, ranks, log)
+    take_step = partial(training_step, state, loader, compiled(training_loss, hp, ranks.device))
+    seconds = {}
+    for plan in plans_by_graph(hp, ranks.device):
+        take_step(plan).item()  # compiles
+        began = perf_counter()
+        for _ in range(3):
+            take_step(plan).item()
+        took = ranks.from_rank0((perf_counter() - began) / 3)
+        seconds[plan.passes, plan.hardness is not None] = took
+    began = perf_counter()
+    curvature = {}
+    if hp.quantizer == "gptq":
+        _, passes = block_passes(hp)
+        curvature, _ = measure_curvature(model, passes, loader, 0, ranks, most_chunks=1)
+    chunk = ranks.from_rank0(perf_counter() - began)
+
+    steps = hp.iterations
+    for _ in range(3):  # the plan of a step depends on how many there are
+        plans = [
+            plan_step(int(share * steps), share * hp.seconds_for_steps, hp, ranks.device)
+            for share in np.linspace(0, 1, 64, endpoint=False)
+        ]
+        mean = np.mean([seconds[plan.passes, plan.hardness is not None] for plan in plans])
+        if hp.seconds_for_steps:
+            steps = min(hp.iterations, int(hp.seconds_for_steps / mean))
+    chunks = math.ceil(hp.gptq_tokens / (loader.rows * hp.train_seq_len * ranks.world_size))
+    curving = chunk * chunks if curvature else 0.0
+    if hp.gptq_seconds:
+        curving = min(curving, hp.gptq_seconds)
+    total = steps * mean + curving
+    each = ", ".join(f"{1e3 * took:.1f} ms" for took in seconds.values())
+    log(f"  step        {each} (each order of the blocks, without and with late QAT)")
+    log(f"  training    {steps:,} steps in {total:.0f} s, {curving:.1f} s of it for the curvature")
+    if ranks.device.type == "cuda":
+        free, whole = torch.cuda.mem_get_info()
+        most = torch.cuda.max_memory_allocated()
+        log(f"  memory      {most >> 20:,} MiB at most in training, of {whole >> 20:,} MiB")
+    return steps, total, curvature
+
+
+def forecast_evaluation(
+    model, curvature: dict[str, Curvature], validation: Validation, ranks, log
+) -> float:
+    """Pack the weights as they are, time some windows and count some of the stream, and log what
+    evaluation will be. Returns its seconds. Collective."""
+    hp, num_targets = model.hp, validation.num_targets
+    began = perf_counter()
+    if ranks.rank == 0:
+        compress(model.state_dict(), hp, curvature, SIZE_CAP - len(SOURCE))
+    packing = ranks.from_rank0(perf_counter() - began)
+
+    _, passes = block_passes(hp)
+    scorer = Scorer(model, passes, compiled(model.hidden, hp, ranks.device))
+    length = min(hp.eval_seq_len, num_targets)
+    count = 2 * max(50, ranks.world_size * rank_batch(length, hp, ranks))  # windows to time
+
+    def window_seconds(stride: int) -> tuple[float, float]:
+        """(seconds of a window, seconds that the first call took more)."""
+        end = min(length + count * stride, num_targets)
+        windows_timed = math.ceil((end - length) / stride) or 1
+        took = []
+        for _ in range(2):
+            began = perf_counter()
+            deque(score(scorer, validation.tokens, stride, ranks, (min(length, end - 1), end)), 0)
+            took.append(ranks.from_rank0(perf_counter() - began))
+        return took[1] / windows_timed, max(0.0, took[0] - took[1])
+
+    whole, _ = window_seconds(length)
+    overlapping, compiling = window_seconds(hp.eval_stride)
+    validating = 2 * math.ceil(num_targets / length) * whole
+    scoring = compiling + math.ceil(num_targets / hp.eval_stride) * overlapping
+    log(
+        f"  packing     {packing:.1f} s (of untrained weights; how many bytes trained ones take "
+        "is not known before)"
+    )
+    log(
+        f"  scoring     {validating:.1f} s for two validations, {scoring:.1f} s with stride "
+        f"{hp.eval_stride}"
+    )
+    added = 0.0
+    if hp.ngram_enabled:
+        began = perf_counter()
+        some = validation.tokens[: 1 << 20]
+        if ranks.rank == 0:
+            Mixture(some, hp)
+        counting = ranks.from_rank0(perf_counter() - began) * num_targets / len(some)
+        added = max(0.0, counting - validating / 2 - scoring)
+        memory = COUNTING_BYTES * num_targets
+        log(f"  counting    {counting:.1f} s beside that, {memory / 1e9:.1f} GB of rank 0's memory")
+    total = packing + validating + scoring + added
+    log(f"  evaluation  {total:.0f} s of EVAL_BUDGET_SECONDS={hp.eval_budget_seconds:g}")
+    return total
 
 
 def idle_parts(hp, loader: TokenLoader | None, validation: Validation) -> Iterator[str]:
@@ -4825,7 +5190,29 @@ def require_same_start(hp, identity: dict[str, str], ranks) -> None:
     )
 
 
-def log_header(hp, loader: TokenLoader | None, validation: Validation, ranks, log) -> None:
+def log_peak_memory(ranks, log) -> None:
+    """Log the most memory that this rank's GPU has held so far, if there is one."""
+    if ranks.device.type == "cuda":
+        held, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        log(f"peak memory allocated: {held >> 20} MiB reserved: {reserved >> 20} MiB")
+
+
+def customary_lines(hp, loader: TokenLoader | None, validation: Validation, model) -> list[str]:
+    """Lines that other scripts of the challenge log, in their form, for tools that look for
+    them."""
+    folder = hp.train_data_path or hp.data_path
+    shards = len(loader.paths) if loader else 0
+    return [
+        f"seed:{hp.seed}",
+        f"model_params:{sum(p.numel() for p in model.parameters())}",
+        f"train_loader:dataset:{Path(folder).name} train_shards:{shards}",
+        f"val_loader:shards pattern={hp.data_path}/fineweb_val_*.bin "
+        f"tokens:{validation.num_targets}",
+        f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={hp.tokenizer_path}",
+    ]
+
+
+def log_header(hp, loader: TokenLoader | None, validation: Validation, model, ranks, log) -> None:
     """Log what is needed to repeat the run: this source, versions, hardware, every setting, and the
     data's identity."""
     versions = (
@@ -4842,8 +5229,12 @@ def log_header(hp, loader: TokenLoader | None, validation: Validation, ranks, lo
         f"data:unknown tokens:{unknown} documents:{documents}",
     ]
     lines += [f"{name}={value}" for name, value in hp.as_env().items()]
+    lines += customary_lines(hp, loader, validation, model)
     log("\n".join(lines), console=False)
 
+    usual = Hyperparameters().as_env()
+    changed = [f"{name}={value}" for name, value in hp.as_env().items() if value != usual[name]]
+    log(f"changed: {' '.join(changed) or 'nothing, all settings have their defaults'}")
     device = f"{platform.processor() or platform.machine()} CPU"
     if ranks.device.type == "cuda":
         device = torch.cuda.get_device_name()
@@ -5227,6 +5618,7 @@ def report(
     )
     nats = {"neural": nll}
     if mixture:
+        log.heading("Mix with exact counts of the text that came before")
         report_mixture(scores, validation, hp, log)
         nats["mixed"] = mixture.nll
 
@@ -5241,9 +5633,12 @@ def report(
             log(f"warning: {what} took {took:.1f} s, more than {limit.upper()}")
     bpb = {name: bits_per_byte(x, validation.target_bytes) for name, x in nats.items()}
     report_to_people(bpb, trained, seconds, artifact.size, hp, log)
+    usual = Hyperparameters().as_env()
     result = {
+        "run_id": log.path.stem,
         "seed": hp.seed,
         "steps": trained.steps,
+        "step_ms": round(1e3 * trained.seconds / max(trained.steps, 1), 3),
         "train_seconds": round(1e3 * trained.seconds) / 1e3,
         "eval_seconds": round(seconds, 1),
         "stride_tokens": scores.stride,
@@ -5256,6 +5651,7 @@ def report(
         result[f"{name}_bits_per_byte"] = round(float(bpb[name]), 8)
     if mixture:
         result["gain_bits_per_byte"] = round(float(bpb["neural"] - bpb["mixed"]), 8)
+    result["settings"] = {name: x for name, x in hp.as_env().items() if x != usual[name]}
     # one line for programs, rounded as in the lines for people and for other tools
     log(f"result {json.dumps(result, allow_nan=False)}", console=False)
     if hp.save_scores:
@@ -5330,14 +5726,17 @@ def save_scores(scores: Scores, hp, log) -> None:
 def main(env: dict[str, str]) -> None:
     """One run with the settings in `env`. UserError: an error the user can fix."""
     ranks = Ranks(env)
-    hp = read_settings(env, ranks)
+    try:
+        hp = read_settings(env, ranks)
+    except UserError as error:
+        raise UserError("; ".join([str(error), *mistyped(env)])) from None
     run_id = hp.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}_seed{hp.seed}"
     log = RunLog(run_id, ranks.rank)
     stop = StopSignal(log)
     stop.install()
     try:
         warnings = [*mistyped(env), *hp.without_effect(env), *unusable_gpu(ranks.device, env)]
-        checkpoint = run(hp, ranks, log, stop, warnings)
+        checkpoint = dry_run(hp, ranks, log) if hp.dry_run else run(hp, ranks, log, stop, warnings)
         ranks.barrier()
         ranks.close()
         log.close()
@@ -5348,14 +5747,18 @@ def main(env: dict[str, str]) -> None:
         # The process group stays open: to close it would make the other ranks fail, and speak
         # first. They wait until this process has ended. No signal interrupts what is said now.
         stop.be_patient()
-        shown = explained(error, env, stop, log)
+        shown = explained(error, env, hp, stop, log)
         log(f"error: {type(shown).__name__}: {shown}", console=False)
         if shown is error:
             raise
         raise shown from None
+    finally:
+        if hp.dry_run and log.path:  # nothing of a dry run is kept
+            with suppress(OSError):
+                log.path.unlink()
 
 
-def explained(error: BaseException, env: dict[str, str], stop, log) -> BaseException:
+def explained(error: BaseException, env: dict[str, str], hp, stop, log) -> BaseException:
     """The error that a user should see instead of `error`: it says what is left to go on with."""
     if "gloo/transport" in str(error):  # a connection to another rank was lost
         what = "another rank ended: see what it said; if nothing, a signal stopped it"
@@ -5366,7 +5769,11 @@ def explained(error: BaseException, env: dict[str, str], stop, log) -> BaseExcep
     is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if is_memory or "can't allocate memory" in str(error):
         cause, *_ = str(error).splitlines() or [""]
-        remedy = "lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or the size of the model"
+        remedy = (
+            f"try MICRO_BATCH_TOKENS={hp.micro_batch_tokens // 2} if this came in training, "
+            f"VAL_BATCH_SIZE={max(1, hp.val_batch_size // 2)} if it came in scoring, or a smaller "
+            "model"
+        )
         error = UserError(f"out of memory: {remedy} ({cause})")
     message = str(error)
     is_known = any(how.split()[0] in message for how in log.left.values())
@@ -5395,19 +5802,24 @@ def leave(error: BaseException | None, rank: int) -> None:
     os._exit(0 if error is None else 1)
 
 
-def start(env: dict[str, str]) -> None:
-    """Run `main`, then end the process, with or without an error."""
+def start(env: dict[str, str], arguments: list[str]) -> None:
+    """Run `main`, then end the process, with or without an error. With --help, print the settings
+    instead."""
     fill_closed_streams()
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` handles it: no traceback
     text = env.get("RANK", "")
     rank = int(text) if text.isdecimal() else 0  # `main` refuses other texts
     try:
-        main(env)
+        if set(arguments) & {"-h", "--help"}:
+            say("" if rank else help_text(), sys.stdout, end="" if rank else "\n")
+        else:
+            refuse_arguments(arguments)
+            main(env)
         leave(None, rank)
     except BaseException as error:
         leave(error, rank)
 
 
 if __name__ == "__main__":
-    start(dict(os.environ))
+    start(dict(os.environ), sys.argv[1:])

@@ -1,7 +1,8 @@
 """Speed and memory of the n-gram stage, compared with a dictionary cache and the predecessors' hash
 cache, in one run.
 
-    python -m bench.ngram [--tokens 1000000 8000000] [--full] [--repeat 3] [SHARD ...]
+    python -m bench.ngram [--tokens 1000000 8000000] [--full] [--repeat 3] [--threads 1 2]
+        [--arrive 100] [SHARD ...]
 
 Rows: exact counts + backoff (what NGRAM_ALPHA=entropy needs), the online mixture's counting and
 mixing, a plain dictionary that scores one token and then adds it, and chunked `np.add.at` into hash
@@ -9,9 +10,15 @@ tables. Every measurement is a fresh process on one core (OMP_NUM_THREADS=1), so
 another's memory. It times the call alone, without imports and reading the stream, in seconds of CPU
 time, which on a busy machine says more than the clock (each row has one thread). Memory is the
 process's high-water mark (ru_maxrss). Nothing here fails because it is slow: read the ratios.
+
+Counting with several threads (NGRAM_THREADS) is compared by the clock, in turn and in one process,
+on the largest size. With --arrive S it also does what rank 0 of a run does: count, and mix scores
+while they come in segments as from 8 GPUs that take S seconds for the stream, or less in proportion
+to its length. It says how much later than the last score the last target is mixed.
 """
 
 import argparse
+import concurrent.futures
 import json
 import os
 import platform
@@ -93,7 +100,11 @@ def exact_settings():
     import train_gpt
 
     return train_gpt.Hyperparameters(
-        ngram_alpha="entropy", ngram_min_order=LOW, ngram_order=HIGH, ngram_min_count=MIN_COUNT
+        ngram_alpha="entropy",
+        ngram_min_order=LOW,
+        ngram_order=HIGH,
+        ngram_min_count=MIN_COUNT,
+        ngram_threads=1,
     )
 
 
@@ -112,8 +123,9 @@ def online_row(tokens: np.ndarray, highest: int) -> list[tuple]:
     scores."""
     import train_gpt
 
-    longest = dict(ngram_order=highest) if highest else {}
-    hp, rng = train_gpt.Hyperparameters(ngram_alpha="online", **longest), np.random.default_rng(0)
+    changes = dict(ngram_order=highest) if highest else {}
+    hp = train_gpt.Hyperparameters(ngram_alpha="online", ngram_threads=1, **changes)
+    rng = np.random.default_rng(0)
     name = f"online mixture, orders {hp.ngram_min_order}-{hp.ngram_order}"
     counting, mixture = timed(f"{name}: counting", train_gpt.Mixture, tokens, hp)
     nll = rng.standard_exponential(len(tokens) - 1, np.float32)
@@ -122,6 +134,54 @@ def online_row(tokens: np.ndarray, highest: int) -> list[tuple]:
     entropy *= 6
     mixing, _ = timed(f"{name}: mixing", mixture.extend, nll, entropy)
     return [counting, mixing]
+
+
+def threads_row(tokens: np.ndarray, repeat: int, *threads: int) -> list[list]:
+    """For each number of threads, the seconds by the clock that counting took, in each round; and
+    whether its counts are those of the first."""
+    import train_gpt
+
+    found = {number: [] for number in threads}
+    sums = {}
+    for _ in range(repeat):
+        for number in threads:
+            began = time.perf_counter()
+            checksum = 0
+            for counts in train_gpt.ngram_counts(tokens, HIGH, map=train_gpt.thread_map(number)):
+                checksum += sum(int(array.sum(dtype=np.uint64)) for array in counts)
+            found[number].append(time.perf_counter() - began)
+            sums[number] = checksum
+    return [[number, found[number], sums[number] == sums[threads[0]]] for number in threads]
+
+
+def arrive_row(tokens: np.ndarray, seconds: float, threads: int) -> list[float]:
+    """(when counting ended, when the last score came, when the last target was mixed), in seconds
+    from the start, if `seconds` pass until all scores are there; and the high-water mark in bytes.
+    Segments are as large as those of 8 GPUs with the default settings."""
+    import train_gpt
+
+    hp, rng = train_gpt.Hyperparameters(ngram_threads=threads), np.random.default_rng(0)
+    scores_2N = np.empty((2, len(tokens) - 1), np.float32)
+    rng.standard_exponential(out=scores_2N[0], dtype=np.float32)
+    scores_2N[0] *= 2
+    rng.random(out=scores_2N[1], dtype=np.float32)
+    scores_2N[1] *= 6
+    windows = hp.val_batch_size // hp.eval_seq_len * train_gpt.SEGMENT_BATCHES
+    size = windows * hp.eval_stride
+    began = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(1) as worker:  # as in train_gpt.evaluate
+        counted = worker.submit(train_gpt.Mixture, tokens, hp)
+        ended = []
+        counted.add_done_callback(lambda _: ended.append(time.perf_counter() - began))
+        mixing = []
+        for done in [*range(size, len(tokens) - 1, size), len(tokens) - 1]:
+            time.sleep(max(0, seconds * done / len(tokens) - (time.perf_counter() - began)))
+            scores = scores_2N[:, :done]
+            mixing.append(worker.submit(train_gpt.extend_when_counted, counted, scores))
+        scored = time.perf_counter() - began
+        for future in mixing:
+            future.result()
+    return [ended[0], scored, time.perf_counter() - began, high_water()]
 
 
 def dictionary_cache(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -195,6 +255,7 @@ def hash_row(tokens: np.ndarray) -> list[tuple]:
 
 
 ROWS = dict(exact=exact_row, online=online_row, dictionary=dictionary_row, hash=hash_row)
+OTHERS = dict(threads=threads_row, arrive=arrive_row)
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -228,7 +289,11 @@ def serve(task: str, *args: str) -> None:
         else:
             tokens = np.fromfile(args[0], np.uint16, int(args[1]))
             begin = high_water()
-            answer = [[*row, begin] for row in ROWS[task](tokens, *map(int, args[2:]))]
+            numbers = map(int, args[2:])
+            if task in OTHERS:
+                answer = OTHERS[task](tokens, *numbers)
+            else:
+                answer = [[*row, begin] for row in ROWS[task](tokens, *numbers)]
     except train_gpt.UserError as error:
         print(f"ngram.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -284,9 +349,18 @@ def main() -> None:
     parser.add_argument(
         "--order", type=int, default=0, help="longest gram of the online mixture; 0: the default"
     )
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads to compare"
+    )
+    parser.add_argument(
+        "--arrive",
+        type=int,
+        metavar="S",
+        help=f"scores arrive as from GPUs that take S seconds for {FULL:,} targets",
+    )
     args = parser.parse_args()
-    if min(args.tokens) < 2 or args.repeat < 1:
-        parser.error("--tokens needs at least 2 and --repeat at least 1")
+    if min(args.tokens) < 2 or args.repeat < 1 or min(args.threads) < 1:
+        parser.error("--tokens needs at least 2, --repeat and --threads at least 1")
     wanted = args.tokens + [FULL] * args.full
     print(
         f"python {platform.python_version()}, numpy {np.__version__}, {os.cpu_count()} cores of "
@@ -299,6 +373,37 @@ def main() -> None:
         print(f"stream: {stream['words']}", flush=True)
         sizes = sorted({min(size, stream["tokens"]) for size in wanted})
         table(path, sizes, args.repeat, args.order)
+        compare_threads(path, sizes[-1], args.repeat, args.threads)
+        if args.arrive is not None:
+            for threads in args.threads:
+                let_arrive(path, sizes[-1], args.arrive, threads)
+
+
+def compare_threads(path: str, tokens: int, repeat: int, threads: list[int]) -> None:
+    """Print how long counting takes with each number of threads, and the ratio to the first."""
+    rows = child("_threads", path, tokens, repeat, *threads)
+    base = rows[0][1]
+    print(
+        f"\ncounting {tokens:,} tokens, orders 1-{HIGH}, seconds by the clock in {repeat} rounds:"
+    )
+    for number, seconds, same in rows:
+        ratios = [a / b for a, b in zip(base, seconds)]
+        print(
+            f"  {number} threads: {statistics.median(seconds):.1f} s, "
+            f"{statistics.median(ratios):.2f}x as fast ({min(ratios):.2f}-{max(ratios):.2f})"
+            + ("" if same else "; DIFFERENT counts")
+        )
+
+
+def let_arrive(path: str, tokens: int, full_seconds: int, threads: int) -> None:
+    """Print what counting and mixing add to a run whose scores arrive in time."""
+    seconds = round(full_seconds * tokens / FULL)
+    counted, scored, mixed, peak = child("_arrive", path, tokens, seconds, threads)
+    print(
+        f"scores of {tokens:,} targets in {scored:.1f} s, {threads} threads: counted after "
+        f"{counted:.1f} s; all mixed {mixed - scored:.2f} s after the last score; peak "
+        f"{peak / 1e6:.0f} MB"
+    )
 
 
 def table(path: str, sizes: list[int], repeat: int, order: int) -> None:

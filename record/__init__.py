@@ -13,5 +13,6 @@ per byte, sizes bytes (1 MB = 1,000,000).
 #   folder   the parts of a submission folder, its pages
 #   tables   README, docs/, submission.json                probe    what only running it tells
 #   figures  PNGs of the logs' numbers                     view/    the scored text as a page
+#   compare  runs beside each other
 #   checks   what a reviewer would look at
 #   copy     the folder for records/

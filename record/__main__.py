@@ -1,4 +1,5 @@
-"""The command line: `python -m record report | check | plot | view | copy | systems | settings`."""
+"""The command line: `python -m record report | check | plot | compare | view | copy | systems |
+settings`."""
 
 from __future__ import annotations
 
@@ -60,6 +61,13 @@ def arguments() -> argparse.ArgumentParser:
     one = command(run_systems, "--folder")
     one.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="<system>_seed<seed>.txt")
     command(run_settings, "--folder")
+    one = command(run_compare)
+    one.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="logs/<RUN_ID>.txt")
+    one.add_argument("--csv", type=Path, metavar="F", help="write the rows as CSV, too")
+    said = "draw the losses as F_light.png and F_dark.png"
+    one.add_argument("--plot", type=Path, metavar="F.png", help=said)
+    said = "are runs whose names begin with A (or match it, with * and ?) better than those of B?"
+    one.add_argument("--test", nargs=2, metavar=("A", "B"), help=said)
     return parser
 
 
@@ -129,12 +137,33 @@ def run_plot(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_compare(args: argparse.Namespace) -> int:
+    """Show runs beside each other: settings in which they differ, steps, scores, sizes, times."""
+    from . import compare
+    from .log import parse_log
+
+    logs = [parse_log(path) for path in args.logs]
+    rows = compare.rows(logs)
+    print(compare.table(rows))
+    if args.csv:
+        compare.write_csv(rows, args.csv)
+    if args.plot:
+        print(*compare.plot(logs, args.plot), sep="\n")
+    if args.test:
+        print(compare.test(logs, *args.test))
+    return 0
+
+
 def run_view(args: argparse.Namespace) -> int:
     """Make an HTML page of the scored text, coloured by what the mixture saved."""
     from .view import last_scores, view
 
     scores = args.scores or last_scores(Path("."))
-    print(view(scores, args.out, args.start, args.tokens))
+    page = view(scores, args.out, args.start, args.tokens)
+    print(page.path.resolve().as_uri())
+    shown = f"targets {page.first:,} to {page.last:,} of {page.total:,}"
+    why = ", where counting saved most; --start N shows others" if args.start is None else ""
+    print(f"It shows {shown}{why}.")
     return 0
 
 

@@ -54,7 +54,13 @@ def check(path: Path) -> list[Finding]:
 def summary(findings: list[Finding]) -> str:
     failed = [finding.name for finding in findings if not finding.passed]
     verdict = f"not ready: {', '.join(failed)}" if failed else "ready"
-    return f"{len(findings) - len(failed)} of {len(findings)} checks passed: {verdict}"
+    said = f"{len(findings) - len(failed)} of {len(findings)} checks passed: {verdict}"
+    if failed and set(failed) <= {"source", "code_bytes"}:
+        said += (
+            "\nOnly the code has changed since the logs were written. To work on it, that is fine; "
+            "a submission needs new logs, and then `make record`."
+        )
+    return said
 
 
 def every(items, problem: Callable) -> None:
@@ -343,15 +349,20 @@ def check_parameters(folder: Folder) -> str:
     """The model that the logged settings make has as many parameters as the log says."""
 
     def problem(log: Log) -> str:
-        line = log.find("model_params:" if log.has("model_params:") else "averaging:")
+        lines = log.all("model_params:") + [x for x in log.all("averaging:") if "parameters" in x]
+        if not lines:
+            log.find("averaging:")
         if not log.settings:
             problem = "but the log lists no settings to count them by"
-            return f"{line.place}: {line.text[:80]!r}, {problem}"
-        claimed = int(line.number("parameters" if "parameters" in line else "model_params"))
+            return f"{lines[0].place}: {lines[0].text[:80]!r}, {problem}"
         passed, count = probed(folder)["parameters"]
-        if not passed or int(count) == claimed:
-            return "" if passed else count
-        return f"{line.place}: parameters:{claimed}, but its settings make {count}"
+        if not passed:
+            return count
+        for line in lines:
+            name = "parameters" if "parameters" in line else "model_params"
+            if line.number(name) != int(count):
+                return f"{line.place}: {name}:{line[name]}, but its settings make {count}"
+        return ""
 
     every(folder.logs, problem)
     return f"{probed(folder)['parameters'][1]}, as in the logs"

@@ -180,8 +180,13 @@ def collect_calibration(logs: list[Log]) -> dict:
 
 
 def draw(name: str, data: dict, theme: str, path: Path) -> None:
-    """One figure in one theme. Neither pyplot nor the user's matplotlibrc has a say, and no date
-    goes into the file."""
+    """One figure in one theme."""
+    saved_as_png(lambda figure, colors: FIGURES[name].draw(figure, data, colors), theme, path)
+
+
+def saved_as_png(draw: Callable, theme: str, path: Path) -> None:
+    """draw(figure, colors) on a matplotlib Figure, saved. Neither pyplot nor the user's
+    matplotlibrc has a say, and no date goes into the file."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -201,7 +206,7 @@ def draw(name: str, data: dict, theme: str, path: Path) -> None:
         matplotlib.rcParams.update(style)
         figure = Figure(facecolor=colors["paper"], dpi=DPI)
         FigureCanvasAgg(figure)
-        FIGURES[name].draw(figure, data, colors)
+        draw(figure, colors)
         figure.savefig(path, dpi=DPI, format="png", metadata={"Software": None})
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import ast
 import datetime
-import inspect
 import json
-import re
-from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
@@ -175,23 +172,14 @@ def replay_of(run: Run) -> dict[str, float] | None:
 
 
 def settings_page(script: Path) -> str:
-    """Every environment variable of `script`, its default, range and meaning, from its
-    Hyperparameters, under the headings that stand there as comments."""
+    """Every environment variable of `script`, its default, range and meaning, under its headings in
+    Hyperparameters."""
     loaded = load_script(script)
-    settings = loaded.Hyperparameters
-    source, defaults = inspect.getsource(settings), settings().as_env()
-    titles = dict(re.findall(r"^\n? {4}# ([A-Z].*)\n {4}(\w+):", source, re.M))
-    groups, heads = [], {first: title for title, first in titles.items()}
-    for field in fields(settings):
-        if field.name in heads or not groups:
-            groups.append((heads.get(field.name, "Settings"), []))
-        low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
-        if choices or low is None:
-            span = ", ".join(choices() if choices else [])
-        else:
-            span = f"from {low:,}" if high == loaded.MOST else f"{low:,} to {high:,}"
-        name = field.name.upper()
-        groups[-1][1].append((name, defaults[name], span, field.metadata["doc"]))
+    defaults = loaded.Hyperparameters().as_env()
+    groups = []
+    for title, group in loaded.setting_groups().items():
+        rows = [(f.name.upper(), loaded.allowed(f), f.metadata["doc"]) for f in group]
+        groups.append((title, [(name, defaults[name], *others) for name, *others in rows]))
     return fill("settings.md", groups=groups, script=loaded) + "\n"
 
 

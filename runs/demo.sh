@@ -13,7 +13,8 @@ export BIGRAM_VOCAB_SIZE=${BIGRAM_VOCAB_SIZE:-1024} BIGRAM_DIM=${BIGRAM_DIM:-32}
 # small batches of short sequences: a CPU takes some hundred steps in a minute, so everything is shorter
 export TRAIN_BATCH_TOKENS=${TRAIN_BATCH_TOKENS:-2048} TRAIN_SEQ_LEN=${TRAIN_SEQ_LEN:-256}
 export MAX_WALLCLOCK_SECONDS=${MAX_WALLCLOCK_SECONDS:-70} WARMUP_STEPS=${WARMUP_STEPS:-2}
-export WARMDOWN_ITERS=${WARMDOWN_ITERS:-250} TRAIN_LOG_EVERY=${TRAIN_LOG_EVERY:-50}
+[[ -n ${WARMDOWN_ITERS:-} ]] || export WARMDOWN_FRAC=${WARMDOWN_FRAC:-0.75}   # rates fall over the last 75 % of the time
+export TRAIN_LOG_EVERY=${TRAIN_LOG_EVERY:-50}
 # in so short a run the last weights are the best (studies/averaging.py); an average that you name gets shorter, too
 export AVERAGING=${AVERAGING:-none}
 [[ $AVERAGING != *ema* ]] || export EMA_DECAY=${EMA_DECAY:-0.95}

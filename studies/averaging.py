@@ -44,6 +44,7 @@ def main() -> None:
         MAX_WALLCLOCK_SECONDS=0,
         WARMUP_STEPS=0,
         WARMDOWN_ITERS=args.steps * 5 // 8,
+        WARMDOWN_FRAC=0,
         AVERAGING="ema_swa",
         QUANT_BITS=args.bits,
         QUANTIZER="rows",

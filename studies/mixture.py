@@ -10,11 +10,13 @@ vocabulary: `tokens` (uint16) and `bytes` per target. For each rule it prints th
 all targets (bits per token if the bytes are unknown) and the gain over the neural model; the gain
 in each third of the targets, in the first 60 %, on which the constants of the rule were chosen, and
 in the last 40 %; and the mixture's own audit. The rule without each of its parts shows what the
-part is worth. The same targets, shuffled, show what the rule costs where the past tells nothing.
-The last table shows which targets the gain comes from.
+part is worth; the rule with an idea more shows why the script does without it. The same targets,
+shuffled, show what the rule costs where the past tells nothing. The last table shows which targets
+the gain comes from.
 """
 
 import argparse
+import itertools
 import math
 from pathlib import Path
 
@@ -94,12 +96,119 @@ class NoForgetting(OnlineChain):
     forgetting = 1.0
 
 
+# --- the online rule with ideas that it does without ----------------------------------------------
+
+
+class FadingCache(DocumentCache):
+    """A token of the document counts half as much after each HALF_LIFE tokens."""
+
+    HALF_LIFE = 50
+    PIECE = 1000  # tokens summed at a time: weights within a piece differ by at most 2^20
+
+    def __init__(self, tokens):
+        super().__init__(tokens)
+        self.cubes = self.cubes.astype(np.float64)
+
+    def extend(self, begin, end, model):
+        token = self.tokens[begin + 1 : end + 1]
+        opens = self.tokens[begin:end] == train_gpt.BOS
+        cubes = self.surprise(np.minimum(-np.log(model), train_gpt.LARGEST_SURPRISE))
+        self.cubes[begin + 1 : end + 1] = cubes
+        sums = np.empty((2, end - begin))
+        edges = {0, end - begin, *np.flatnonzero(opens), *range(0, end - begin, self.PIECE)}
+        for start, stop in itertools.pairwise(sorted(edges)):
+            if opens[start]:
+                self.open_sums[:] = 0
+            piece = slice(start, stop)
+            fade = 0.5 ** (np.arange(stop - start) / self.HALF_LIFE)
+            risen = cubes[piece] / fade  # relative to the start of the piece
+            perm, first, _ = train_gpt.sort_runs(token[piece])
+            of_token = np.empty(stop - start)
+            of_token[perm] = train_gpt.sum_before(risen[perm], first)
+            of_token += self.open_sums[token[piece]]
+            of_all = np.cumsum(risen) - risen + self.open_sums.sum()
+            sums[:, piece] = of_token * fade, of_all * fade
+            self.open_sums += np.bincount(token[piece], risen, len(self.open_sums))
+            self.open_sums *= 0.5 ** ((stop - start) / self.HALF_LIFE)
+        return sums
+
+    def distribution(self, target, V):
+        start = train_gpt.document_start(self.tokens, target)
+        places = np.arange(start, target + 1)
+        weights = self.cubes[places] * 0.5 ** ((target - places) / self.HALF_LIFE)
+        sums = np.bincount(self.tokens[places], weights, V)
+        return sums, sums.sum()
+
+
+class TwoSpeeds(OnlineChain):
+    """Beside the cache of the document another one that forgets."""
+
+    def __init__(self, tokens, hp):
+        super().__init__(tokens, hp)
+        self.fading = FadingCache(tokens)
+        self.credits[1] = np.zeros((3, train_gpt.BUCKETS[0]))
+
+    def links_of_block(self, begin, end, model, entropy):
+        first, *others = super().links_of_block(begin, end, model, entropy)
+        sums, total = (x[first.rows] for x in self.fading.extend(begin, end, model))
+        return [self.with_second(first, sums, total), *others]
+
+    def links_of_target(self, target, V, entropy):
+        for link in super().links_of_target(target, V, entropy):
+            if link.n == 1:
+                link = self.with_second(link, *self.fading.distribution(target, V))
+            yield link
+
+    @staticmethod
+    def with_second(link, sums, total):
+        """The link with the second cache's p, or once more the first one's where it is empty."""
+        (slow,) = link.experts
+        fast = np.where(total > 0, sums / np.where(total > 0, total, 1), slow)
+        return link._replace(experts=[slow, fast])
+
+
+def with_strength(strength, *lengths):
+    """The rule with a prior of other strength, in pseudo-observations, for these n; for all if none
+    is named."""
+
+    class WithStrength(OnlineChain):
+        def learn(self, link, parts):
+            before = self.credits[link.n] * self.forgetting
+            super().learn(link, parts)
+            if link.n in lengths or not lengths:  # what a target adds weighs more or less
+                new = self.credits[link.n] - before
+                self.credits[link.n] = before + new * (train_gpt.PRIOR_STRENGTH / strength)
+
+    return WithStrength
+
+
+def with_forgetting(factor, *lengths):
+    """The rule with another forgetting factor for these n; for all if none is named."""
+
+    class WithForgetting(OnlineChain):
+        def learn(self, link, parts):
+            if link.n in lengths or not lengths:
+                self.forgetting = factor
+            super().learn(link, parts)
+            self.forgetting = OnlineChain.forgetting
+
+    return WithForgetting
+
+
 LEFT_OUT = {
     "without the cache": with_cache(NoCache),
     "cache of counts, not of surprise": with_cache(CountingCache),
     "cache of squares, not of cubes": with_cache(SquaringCache),
     "without counts of the document": NoDocument,
     "without forgetting": NoForgetting,
+}
+ADDED = {
+    "a second cache, which fades": TwoSpeeds,
+    "forgetting factor 0.94": with_forgetting(0.94),
+    "forgetting factor 0.9 for n = 2, 6 and 7": with_forgetting(0.9, 2, 6, 7),
+    "prior of 30": with_strength(30),
+    "prior of 120": with_strength(120),
+    "prior of 20 for n >= 4": with_strength(20, 4, 5, 6, 7),
 }
 
 
@@ -224,7 +333,7 @@ def study(tokens, nll, entropy, stream_bytes, unit: str, args) -> None:
         table.row(f"online, orders 2-{order}", mixture.nll, mixture.audit())
     best = mixture.nll
     hp = settings(ngram_alpha="online", vocab_size=args.vocab_size, ngram_order=orders[0])
-    for label, rule in LEFT_OUT.items():
+    for label, rule in (LEFT_OUT | ADDED).items():
         mixture = mixed(tokens, nll, entropy, hp, rule)
         table.row(f"  2-{orders[0]} {label}", mixture.nll, mixture.audit())
     counts = predecessors.HashedCounts(tokens, predecessors.RULES["889"], args.vocab_size)

@@ -124,6 +124,7 @@ def settings(steps: int, **changes) -> t.Hyperparameters:
         MAX_WALLCLOCK_SECONDS=0,
         WARMUP_STEPS=0,
         WARMDOWN_ITERS=steps * 5 // 8,
+        WARMDOWN_FRAC=0,
         AVERAGING="none",
         LATE_QAT_THRESHOLD=0,
         QUANTIZER="rows",
@@ -132,7 +133,7 @@ def settings(steps: int, **changes) -> t.Hyperparameters:
     )
     known = demo_settings().as_env()
     given = {name: value for name, value in os.environ.items() if name in known}
-    return demo_settings(**given, **(fixed | changes))
+    return demo_settings(**(given | fixed | changes))
 
 
 def unusual(hp: t.Hyperparameters) -> dict[str, str]:

@@ -13,7 +13,6 @@ import signal
 import hypothesis
 import numpy as np
 import pytest
-import sentencepiece as spm
 import torch
 
 # kernels made in this process run in Triton's interpreter; not those of subprocesses
@@ -23,7 +22,7 @@ import train_gpt  # noqa: F401
 
 os.environ.pop("TRITON_INTERPRET", None)
 pytest.register_assert_rewrite("helpers")
-from helpers import FRESH, SECTIONS, SHUFFLE, run_script, seed_of, write_shard  # noqa: E402
+from helpers import FRESH, SECTIONS, SHUFFLE, make_corpus, run_script, seed_of  # noqa: E402
 
 torch.set_num_threads(1)
 for number in (signal.SIGINT, signal.SIGQUIT):  # a shell's background jobs ignore these,
@@ -106,23 +105,8 @@ def rng(seed):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> dict[str, str]:
-    """DATA_PATH and TOKENIZER_PATH of a real but small text: this Python's language reference,
-    512 pieces."""
-    from pydoc_data.topics import topics
-
-    from data.prepare_demo import train_tokenizer
-
-    folder = tmp_path_factory.mktemp("corpus")
-    texts = [topics[name] for name in sorted(topics)]
-    model = train_tokenizer(texts, 512)
-    (folder / "tiny.model").write_bytes(model)
-    sp = spm.SentencePieceProcessor(model_proto=model)
-    ids = [[1, *sp.encode(t)] for t in texts]
-    train, val = sum(ids[:40], []), sum(ids[40:], [])[:6001]
-    for i, part in enumerate(np.array_split(np.array(train), 3)):
-        write_shard(folder / f"fineweb_train_{i:06d}.bin", part)
-    write_shard(folder / "fineweb_val_000000.bin", val)
-    return dict(DATA_PATH=str(folder), TOKENIZER_PATH=str(folder / "tiny.model"))
+    """DATA_PATH and TOKENIZER_PATH of a real but small text."""
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def run_on(ranks: int, corpus, tmp_path_factory):

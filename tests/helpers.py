@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import sentencepiece as spm
 import torch
 
 import train_gpt as t
@@ -38,9 +39,10 @@ SECTIONS = {
     "scoring": "scoring",
     "ttt": "ttt",
     "mixture": "mixture ngram decodable predecessors",
-    "run": "script faults clocks ranks systems launch",
-    "record": "record figures",
-    "bench": "bench gpu_queue",  # studies/ and tools/ too
+    "run": "script dry_run faults clocks ranks systems launch",
+    "record": "record figures compare",
+    "examples": "examples",
+    "bench": "bench studies gpu_queue",  # studies/ and tools/ too
 }
 
 # --- random numbers and the order of tests --------------------------------------------------------
@@ -138,6 +140,25 @@ def write_shard(path: Path, tokens) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
     return path
+
+
+def make_corpus(folder: Path) -> dict[str, str]:
+    """DATA_PATH and TOKENIZER_PATH of a real but small text, written to `folder`: this Python's
+    language reference, 512 pieces."""
+    from pydoc_data.topics import topics
+
+    from data.prepare_demo import train_tokenizer
+
+    texts = [topics[name] for name in sorted(topics)]
+    model = train_tokenizer(texts, 512)
+    (folder / "tiny.model").write_bytes(model)
+    sp = spm.SentencePieceProcessor(model_proto=model)
+    ids = [[1, *sp.encode(t)] for t in texts]
+    train, val = sum(ids[:40], []), sum(ids[40:], [])[:6001]
+    for i, part in enumerate(np.array_split(np.array(train), 3)):
+        write_shard(folder / f"fineweb_train_{i:06d}.bin", part)
+    write_shard(folder / "fineweb_val_000000.bin", val)
+    return dict(DATA_PATH=str(folder), TOKENIZER_PATH=str(folder / "tiny.model"))
 
 
 def stream_of(kind: str, rng, length: int) -> np.ndarray:
@@ -463,7 +484,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import train_gpt as t
 RANK = int(os.environ.get("RANK", 0))
 {body}
-t.start(dict(os.environ))
+t.start(dict(os.environ), [])
 """)
     return path
 

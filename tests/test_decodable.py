@@ -1,110 +1,15 @@
-"""The proof: a range coder driven by our probabilities,
-and a decoder that has the bytes and the artifact only.
+"""The proof of prove.py: the score is a code length, and a decoder restores the text."""
 
-A small model is trained, packed and read back. The encoder turns 1,800 tokens of real text into
-bytes with the mixed probabilities; the decoder restores every token from those bytes. The length is
-what the score claims, to 64 bits. `make prove` runs this and shows the numbers.
-"""
-
-import math
-
-import constriction
 import numpy as np
 import pytest
-import torch
-from helpers import (
-    hidden_states,
-    log_probabilities,
-    new_training,
-    scores_of,
-)
-from reference import Predictor
+from prove import TOKENS, claimed_bits, decode, encode, hashed_counts, load, trained_artifact
 
 import train_gpt as t
-from studies import predecessors
-
-TOKENS = 1_801  # 1,800 targets
-SMALL = dict(
-    NUM_LAYERS=2,
-    VE_LAYERS="1",
-    ITERATIONS=40,
-    WARMDOWN_ITERS=20,
-    TRAIN_BATCH_TOKENS=2048,
-    TRAIN_LOG_EVERY=0,
-)
 
 
 @pytest.fixture(scope="module")
 def artifact(corpus) -> tuple[bytes, t.Hyperparameters, np.ndarray]:
-    """The bytes of a model trained here, and the stream."""
-    training = new_training(corpus, **SMALL)
-    hp = training.model.hp
-    trained = t.train(*training)
-    return t.pack(trained.weights, hp).blob, hp, np.array(t.load_validation(hp).tokens[:TOKENS])
-
-
-def load(blob: bytes, hp) -> t.GPT:
-    model = t.GPT(hp)
-    model.load_state_dict(t.decompress(blob)[1])
-    return model
-
-
-@torch.no_grad()
-def model_distribution(model, known: list[int], num_targets: int) -> np.ndarray:
-    """p(v) of the token after `known`, in the window that scores it;
-    what is not known yet is zeros."""
-    hp, j = model.hp, len(known) - 1
-    starts, firsts, _ = t.windows(0, num_targets, hp.eval_seq_len, hp.eval_stride)
-    start = int(starts[np.searchsorted(firsts, j, "right") - 1])
-    window = np.zeros(hp.eval_seq_len, np.int64)
-    window[: j + 1 - start] = known[start:]
-    hidden = hidden_states(model, torch.from_numpy(window)[None])[0, j - start]
-    return torch.softmax(log_probabilities(model, hidden).double(), -1).numpy()
-
-
-def predictions(model, first_token: int, num_targets: int):
-    """A coroutine: yields p(v) of the next token, is sent the token.
-    Encoder and decoder run this same code."""
-    predictor, known = Predictor(first_token, num_targets, model.hp), [first_token]
-    while len(known) <= num_targets:
-        p = model_distribution(model, known, num_targets)
-        token = yield predictor.predict(p, float(-(p * np.log(p)).sum()))
-        predictor.learn(token)
-        known.append(token)
-
-
-def coder_model(p: np.ndarray):
-    return constriction.stream.model.Categorical(p.astype(np.float64), perfect=False)
-
-
-def encode(model, tokens: np.ndarray) -> np.ndarray:
-    encoder = constriction.stream.queue.RangeEncoder()
-    stream = predictions(model, int(tokens[0]), len(tokens) - 1)
-    p = next(stream)
-    for token in tokens[1:].tolist():
-        encoder.encode(token, coder_model(p))
-        try:
-            p = stream.send(token)
-        except StopIteration:
-            return encoder.get_compressed()
-
-
-def decode(blob: bytes, hp, words: np.ndarray, first_token: int, num_targets: int) -> np.ndarray:
-    """All a receiver needs: the artifact, the bytes, where the stream begins and how long it is."""
-    decoder = constriction.stream.queue.RangeDecoder(words)
-    stream = predictions(load(blob, hp), first_token, num_targets)
-    tokens, p = [first_token], next(stream)
-    while True:
-        tokens.append(int(decoder.decode(coder_model(p))))
-        try:
-            p = stream.send(tokens[-1])
-        except StopIteration:
-            return np.array(tokens, np.uint16)
-
-
-def claimed_bits(model, tokens, hp) -> float:
-    nll, entropy = scores_of(model, tokens, hp.eval_stride)
-    return float(t.mix(tokens, nll, entropy, hp).sum() / math.log(2))
+    return trained_artifact(corpus)
 
 
 @pytest.mark.parametrize("alpha", ["online", pytest.param("order", marks=pytest.mark.slow)])
@@ -113,35 +18,11 @@ def test_a_decoder_restores_the_stream_from_the_claimed_number_of_bits(artifact,
     hp = t.Hyperparameters(**{**vars(hp), "ngram_alpha": alpha})
     model = load(blob, hp)
     claimed, words = claimed_bits(model, tokens, hp), encode(model, tokens)
-    print(
-        f"alpha:{alpha} targets:{TOKENS - 1} claimed:{claimed:.1f} bits coded:{32 * len(words)} "
-        f"bits uniform:{(TOKENS - 1) * math.log2(hp.vocab_size):.0f} bits artifact:{len(blob)} "
-        "bytes"
-    )
     assert abs(32 * len(words) - claimed) <= 64
     assert np.array_equal(decode(blob, hp, words, int(tokens[0]), TOKENS - 1), tokens)
 
 
 @pytest.mark.slow
 def test_hashed_counts_cannot_keep_what_they_claim(artifact):
-    """What they give to the vocabulary sums to more than 1; a coder must scale it back,
-    and the claim is gone."""
-    blob, hp, tokens = artifact
-    model, rule, low, high = load(blob, hp), predecessors.RULES["825"], hp.alpha_min, hp.alpha_max
-    counts = predecessors.HashedCounts(tokens, rule, hp.vocab_size, buckets=2048)
-    nats = predecessors.mix(counts, *scores_of(model, tokens, hp.eval_stride), low, high)
-    claimed, coded, largest = float(nats.sum() / math.log(2)), 0.0, 0.0
-    known = tokens.tolist()
-    for j in range(TOKENS - 1):
-        p = model_distribution(model, known[: j + 1], TOKENS - 1)
-        entropy = np.array(-(p * np.log(p)).sum())
-        alpha = rule.weight(entropy, counts.n[j], low, high)
-        pairs, context = counts.continuations(j)
-        p = (1 - alpha) * p + alpha * pairs / context
-        largest = max(largest, p.sum())
-        coded -= math.log2(p[tokens[j + 1]] / p.sum())  # the best a coder can do with it
-    print(
-        f"hashed: claimed:{claimed:.0f} 'bits' coded:{coded:.0f} bits largest sum over "
-        f"the vocabulary:{largest:.1f}"
-    )
-    assert coded > claimed + 64 and largest > 2
+    claimed, coded, largest_sum = hashed_counts(artifact)
+    assert coded > claimed + 64 and largest_sum > 2

@@ -707,7 +707,7 @@ def test_an_artifact_that_cannot_be_written_says_what_is_left(tmp_path, monkeypa
     with pytest.raises(t.UserError, match="Permission denied; let ") as found:
         t.write_artifact(tmp_path / "m.ptz", trained, model.hp, log)
     log.leaves("checkpoint", "RESUME=run.ckpt goes on from step 3")
-    shown = t.explained(found.value, {}, t.StopSignal(), log)
+    shown = t.explained(found.value, {}, tiny(), t.StopSignal(), log)
     assert str(shown) == f"{found.value}; RESUME=run.ckpt goes on from step 3"
 
 

@@ -4,6 +4,7 @@ in a real browser and on real pixels."""
 import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -254,9 +255,9 @@ def test_the_stretch_is_the_one_that_gains_most(run, corpus):
 
 
 def test_the_page_states_what_was_scored(run, tmp_path):
-    out = view.view(run, tmp_path / "page.html", start=100, tokens=700)
+    out = view.view(run, tmp_path / "page.html", start=100, tokens=700).path
     assert (
-        view.view(run, tmp_path / "again.html", start=100, tokens=700).read_bytes()
+        view.view(run, tmp_path / "again.html", start=100, tokens=700).path.read_bytes()
         == out.read_bytes()
     )
     page, scores = out.read_text(encoding="utf-8"), view.load_scores(run)
@@ -321,7 +322,13 @@ def test_the_scores_of_the_last_run_are_viewed(run, tmp_path, monkeypatch, capsy
         path = shutil.copy(run, tmp_path / f"logs/{name}_scores.npz")
         os.utime(path, (1_000_000_000 - age,) * 2)
     assert main(["view", "--tokens", "30"]) == 0
-    assert capsys.readouterr().out == "logs/last_view.html\n"
+    address, shown = capsys.readouterr().out.splitlines()
+    assert address == (tmp_path / "logs/last_view.html").as_uri()
+    assert re.fullmatch(
+        r"It shows targets [0-9,]+ to [0-9,]+ of [0-9,]+, where counting saved most; "
+        r"--start N shows others\.",
+        shown,
+    )
 
 
 def test_what_cannot_be_viewed_is_one_line(run, tmp_path, capsys):
@@ -383,7 +390,7 @@ def browser():
 
 
 def test_a_browser_shows_the_text_exactly_and_asks_for_nothing(browser, run, tmp_path):
-    url = view.view(run, tmp_path / "page.html", start=0, tokens=5000).as_uri()
+    url = view.view(run, tmp_path / "page.html", start=0, tokens=5000).path.as_uri()
     browser.open(url)
     data = page_data((tmp_path / "page.html").read_text(encoding="utf-8"))
     shown = browser.js("[...document.querySelectorAll('#text > span')].map(e => e.textContent)")
@@ -394,7 +401,7 @@ def test_a_browser_shows_the_text_exactly_and_asks_for_nothing(browser, run, tmp
 
 
 def test_keys_pointer_and_lists_lead_to_the_same_card(browser, run, tmp_path):
-    browser.open(view.view(run, tmp_path / "page.html", tokens=600).as_uri())
+    browser.open(view.view(run, tmp_path / "page.html", tokens=600).path.as_uri())
     data = page_data((tmp_path / "page.html").read_text(encoding="utf-8"))
     gain = np.subtract(data["nll"], data["mixed"])
     ranked = np.argsort(-gain, kind="stable")
@@ -466,7 +473,7 @@ def test_keys_pointer_and_lists_lead_to_the_same_card(browser, run, tmp_path):
 def test_screenshots_light_and_dark_wide_and_narrow(browser, run, tmp_path, width, height):
     from matplotlib.image import imread
 
-    url, light = view.view(run, tmp_path / "page.html").as_uri(), []
+    url, light = view.view(run, tmp_path / "page.html").path.as_uri(), []
     for theme in THEMES:
         browser.open(url, width, height, theme)
         browser.key("n")

@@ -334,7 +334,7 @@ def train(*args):
     Path(t.__file__).unlink()
     return trained
 t.train = train
-t.start(dict(os.environ))
+t.start(dict(os.environ), [])
 """
 
 

@@ -83,6 +83,54 @@ def test_counts_equal_a_dictionary_cache_on_any_stream(tokens, longest):
         assert [row[:2] + row[3:] for row in want] == found
 
 
+@pytest.mark.parametrize("describe", [True, False])
+@pytest.mark.parametrize("threads", [2, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_are_the_same_with_any_number_of_threads(rng, kind, threads, describe, monkeypatch):
+    """In many small chunks, which the threads finish in any order."""
+    monkeypatch.setattr(t, "CHUNK", 40)
+    tokens = stream_of(kind, rng, 3000)
+    alone = t.ngram_counts(tokens, 9, describe)
+    together = t.ngram_counts(tokens, 9, describe, map=t.thread_map(threads))
+    for want, found in zip(alone, together, strict=True):
+        assert all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(want, found))
+
+
+def test_a_chunk_is_not_overwritten_before_it_is_read(rng, monkeypatch):
+    """The last chunk is counted first, and the first one last."""
+    monkeypatch.setattr(t, "CHUNK", 40)
+    tokens = stream_of("noisy_copies", rng, 2000)
+
+    def backwards(function, items):
+        items = list(items)
+        found = [function(item) for item in reversed(items)]
+        return reversed(found)
+
+    for want, found in zip(t.ngram_counts(tokens, 7), t.ngram_counts(tokens, 7, map=backwards)):
+        assert all(map(np.array_equal, want, found))
+
+
+@pytest.mark.parametrize("rule", t.RULES)
+def test_a_mixture_is_the_same_with_any_number_of_threads(rng, rule):
+    tokens = stream_of("documents", rng, 3000)
+    _, nll, entropy = target_scores(tokens, rng, 300)
+    settings = [tiny(NGRAM_ALPHA=rule, NGRAM_THREADS=threads) for threads in (1, 2, 8)]
+    one, *others = [t.mix(tokens, nll, entropy, hp) for hp in settings]
+    assert all(np.array_equal(one, other) for other in others)
+
+
+def test_no_number_of_threads_means_the_cores_up_to_8(monkeypatch):
+    made = []
+    pool = t.concurrent.futures.ThreadPoolExecutor
+    monkeypatch.setattr(
+        t.concurrent.futures, "ThreadPoolExecutor", lambda n: made.append(n) or pool(n)
+    )
+    for cores in (1, 2, 64, None):
+        monkeypatch.setattr(t.os, "cpu_count", lambda cores=cores: cores)
+        t.thread_map(0)
+    assert made == [2, 8]  # one core needs no pool, nor does an unknown number
+
+
 def test_counts_alone_are_those_with_descriptions(rng):
     tokens = stream_of("documents", rng, 700)
     for alone, described in zip(t.ngram_counts(tokens, 5, False), t.ngram_counts(tokens, 5)):

@@ -1286,3 +1286,11 @@ def test_the_record_track_is_scored_on_a_known_stream(folder, monkeypatch, strea
     edit_json(folder, track="10min_16mb")
     assert holds or "a whole validation stream of the challenge" in failing(folder)["stream"]
     assert not holds or failing(folder) == {}
+
+
+@pytest.mark.slow
+def test_changed_code_alone_is_fine_to_work_on(folder, capsys):
+    script = folder / "train_gpt.py"
+    script.write_text(script.read_text() + "# mine\n")
+    assert main(["check", str(folder)]) == 1
+    assert "not ready: source, code_bytes\nOnly the code has changed" in capsys.readouterr().out

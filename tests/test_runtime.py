@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import signal
 import socket
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ALONE, KeptLog
+from helpers import ALONE, KeptLog, tiny
 
 import train_gpt as t
 
@@ -301,9 +302,9 @@ def test_a_gpu_that_is_used_is_not_pointed_out(monkeypatch):
     ],
 )
 def test_too_little_memory_is_said_in_one_line(error):
-    shown = t.explained(error, {}, t.StopSignal(), t.RunLog())
+    shown = t.explained(error, {}, tiny(), t.StopSignal(), t.RunLog())
     assert type(shown) is t.UserError
-    assert str(shown).startswith("out of memory: lower MICRO_BATCH_TOKENS, ")
+    assert str(shown).startswith("out of memory: try MICRO_BATCH_TOKENS=")
     assert "\n" not in str(shown)
 
 
@@ -540,3 +541,53 @@ def test_an_installation_that_cannot_be_loaded_is_as_none(monkeypatch):
     monkeypatch.setattr(t.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(t.torch.cuda, "get_device_capability", lambda: (9, 0))
     assert t.find_flash_attention.__wrapped__() == ("sdpa", None)
+
+
+# ---- what a terminal shows
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_a_heading_and_a_bar_for_each_phase(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    log = t.RunLog("run")
+    t.run(tiny(**corpus, MATRIX_LR=0.03), t.Ranks({}), log, t.StopSignal(), [])
+    log.close()
+    shown = terminal.getvalue()
+    parts = ["\nTrain: 12 steps", "] training 100%", "] validation 100%", "\nCompress"]
+    parts += ["\nRead back and score", "] scoring 100%", "\nMix", "neural "]
+    places = [shown.find(part) for part in parts]
+    assert places == sorted(places) and min(places) >= 0, dict(zip(parts, places))
+    assert "MATRIX_LR=0.03" in re.search("changed: (.*)", shown)[1].split()
+    written = log.path.read_text().split("=" * 100)[1]
+    assert "\nchanged: " in written and "#####" not in written
+    assert "training 100%" not in written and "\nTrain:" not in written
+
+
+def test_a_line_replaces_an_unfinished_bar(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    log = t.RunLog("run")
+    t.Progress(log, "training", 2)(1)
+    log("step:1")
+    assert terminal.getvalue().endswith(f"left:0s{t.CLEAR}step:1\n")
+
+
+def test_a_bar_of_a_resumed_run_tells_the_time_that_is_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    now = [0.0]
+    monkeypatch.setattr(t, "perf_counter", lambda: now[0])
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    progress = t.Progress(t.RunLog("run"), "training", 1.0, has_lines=False, done=0.5)
+    progress(0.5)
+    assert terminal.getvalue().endswith("training 50% elapsed:0s")
+    now[0] = 10.0
+    progress(0.75)
+    assert terminal.getvalue().endswith("training 75% elapsed:10s left:10s")

@@ -73,6 +73,21 @@ def test_the_log_says_what_was_trained_on_and_scored(ran, line):
     assert re.search(f"^{line}$", ran.log, re.M)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        r"seed:1337",
+        r"model_params:\d+",
+        r"train_loader:dataset:\S+ train_shards:3",
+        r"val_loader:shards pattern=\S+/fineweb_val_\*\.bin tokens:6000",
+        r"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path=\S+/tiny\.model",
+    ],
+)
+def test_the_log_has_the_lines_that_other_tools_look_for(ran, line):
+    written = ran.log.split("=" * 100)[1]
+    assert len(re.findall(f"^{line}$", written, re.M)) == 1
+
+
 def test_a_mistyped_setting_is_pointed_out(ran):
     assert "warning: NUM_LAYER is set but is no setting; did you mean NUM_LAYERS?" in ran.said
 

@@ -1,10 +1,11 @@
 """Hyperparameters: parsing, checks, warnings, choices."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
-from helpers import tiny
+from helpers import ROOT, finish, start_python, tiny
 
 import train_gpt as t
 from train_gpt import Hyperparameters, UserError, mistyped
@@ -90,9 +91,124 @@ def test_mistyped_names_are_pointed_out():
     ]
 
 
-@pytest.mark.parametrize("name", ["", "PATH", "LAYERS", "SEQ_LEN", "MODEL_PARALLEL", "NUM_GPUS"])
-def test_names_that_only_resemble_a_setting_are_left_alone(name):
+WRONG_NAMES = {  # name in other scripts, or a slip -> a setting that must be among those suggested
+    "MAX_WALLCLOCK": "MAX_WALLCLOCK_SECONDS",
+    "WALLCLOCK": "MAX_WALLCLOCK_SECONDS",
+    "LR": "EMBED_LR",
+    "MUON_LR": "MATRIX_LR",
+    "LEARNING_RATE": "EMBED_LR",
+    "WEIGHT_DECAY": "MUON_WD",
+    "STRIDE": "EVAL_STRIDE",
+    "seed": "SEED",
+    "TRAIN_BATCH_SIZE": "TRAIN_BATCH_TOKENS",
+    "BATCH_SIZE": "VAL_BATCH_SIZE",
+    "RESUME_FROM": "RESUME",
+    "SEQ_LEN": "TRAIN_SEQ_LEN",
+    "CONTEXT_LENGTH": "TRAIN_SEQ_LEN",
+    "N_LAYER": "NUM_LAYERS",
+    "LAYERS": "NUM_LAYERS",
+    "N_HEADS": "NUM_HEADS",
+    "VOCAB": "VOCAB_SIZE",
+    "MAX_STEPS": "ITERATIONS",
+    "NUM_ITERATIONS": "ITERATIONS",
+    "WARMUP_ITERS": "WARMUP_STEPS",
+    "WARMDOWN_STEPS": "WARMDOWN_ITERS",
+    "GRAD_CLIP": "GRAD_CLIP_NORM",
+    "DATA_DIR": "DATA_PATH",
+    "TOKENIZER": "TOKENIZER_PATH",
+    "EVAL_BUDGET": "EVAL_BUDGET_SECONDS",
+    "BITS": "QUANT_BITS",
+    "NGRAM_MAX_ORDER": "NGRAM_ORDER",
+    "TTT_ENABLED": "TTT_EPOCHS",
+    "TTT_LEARNING_RATE": "TTT_LR",
+    "EMA": "EMA_DECAY",
+    "LOG_INTERVAL": "TRAIN_LOG_EVERY",
+    "RUN_NAME": "RUN_ID",
+    "ROPE_THETA": "ROPE_BASE",
+}
+
+
+@pytest.mark.parametrize("name, meant", WRONG_NAMES.items())
+def test_names_that_other_scripts_use_are_pointed_out(name, meant):
+    (warning,) = mistyped({name: "1"})
+    assert meant in warning.removeprefix(name)
+
+
+USUAL_NAMES = """
+    PATH HOME USER SHELL PWD OLDPWD LANG LC_ALL TERM SHLVL LOGNAME HOSTNAME EDITOR TMPDIR TEMP
+    SSH_CLIENT SSH_AUTH_SOCK XDG_RUNTIME_DIR XDG_SESSION_ID DBUS_SESSION_BUS_ADDRESS LS_COLORS
+    VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV PYTHONPATH PYTHONUNBUFFERED PYTHONHASHSEED
+    PYTHON_VERSION LD_LIBRARY_PATH LIBRARY_PATH MANPATH CUDA_HOME CUDA_PATH CUDA_VISIBLE_DEVICES
+    CUDA_VERSION NVIDIA_VISIBLE_DEVICES NVIDIA_DRIVER_CAPABILITIES NV_CUDNN_VERSION NCCL_DEBUG
+    NCCL_IB_DISABLE OMP_NUM_THREADS MKL_NUM_THREADS OPENBLAS_NUM_THREADS NUM_THREADS TORCH_HOME
+    TORCHINDUCTOR_CACHE_DIR TORCH_COMPILE_DEBUG PYTORCH_CUDA_ALLOC_CONF TRITON_CACHE_DIR RANK
+    LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_NAME MASTER_ADDR
+    MASTER_PORT TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_RUN_ID HF_HOME
+    HF_TOKEN WANDB_API_KEY WANDB_PROJECT SLURM_JOB_ID SLURM_NTASKS SLURM_STEP_ID GITHUB_RUN_ID
+    GITHUB_PATH GITHUB_STEP_SUMMARY CI KUBERNETES_SERVICE_HOST RUNPOD_POD_ID RUNPOD_GPU_COUNT
+    JUPYTER_TOKEN HISTSIZE HISTFILE COLUMNS LINES DEBIAN_FRONTEND TZ GOPATH JAVA_HOME NODE_PATH
+    NVM_DIR MAKEFLAGS MAKELEVEL CC CFLAGS HTTP_PROXY http_proxy no_proxy SECONDS RANDOM FRESH
+    MODEL_PARALLEL NUM_GPUS NPROC_PER_NODE TOKENIZERS_PARALLELISM SESSION_ID INVOCATION_ID
+    WINDOWID LOG_LEVEL DEBUG PORT HOST MODEL PYTHON
+"""
+
+
+@pytest.mark.parametrize("name", ["", "_", *USUAL_NAMES.split()])
+def test_names_of_a_usual_environment_are_left_alone(name):
     assert mistyped({name: "1"}) == []
+
+
+def test_a_value_that_cannot_work_does_not_hide_a_mistyped_name():
+    done = finish(start_python(ROOT, ["train_gpt.py"], {"ITERATIONS": "x", "STRIDE": "64"}))
+    assert "ITERATIONS='x': expected" in done.stderr
+    assert "STRIDE is set but is no setting; did you mean EVAL_STRIDE?" in done.stderr
+
+
+# ---- arguments
+
+
+def test_help_explains_each_setting_in_its_group():
+    done = finish(start_python(ROOT, ["train_gpt.py", "--help"], {}))
+    assert done.returncode == 0 and not done.stderr
+    groups = t.setting_groups()
+    assert sum(groups.values(), []) == list(dataclasses.fields(Hyperparameters))
+    for f in dataclasses.fields(Hyperparameters):
+        assert f"\n  {f.name.upper()}=" in done.stdout
+        assert f.metadata["doc"] in done.stdout
+    assert all(f"\n\n{title}\n" in done.stdout for title in groups)
+
+
+@pytest.mark.parametrize(
+    "arguments, remedy",
+    [
+        (
+            ["--seed=42", "--iterations", "3"],
+            "write them in front of the command: SEED=42 ITERATIONS=3 ",
+        ),
+        (["SEED=42"], ": SEED=42 torchrun"),
+        (["--eval-stride", "64", "-v"], ": EVAL_STRIDE=64 torchrun"),
+        (["config.yaml"], ": SEED=42 torchrun"),
+        (["--stride", "64"], "STRIDE is no setting; did you mean EVAL_STRIDE?"),
+    ],
+)
+def test_arguments_are_refused_with_the_settings_that_were_meant(arguments, remedy):
+    with pytest.raises(UserError) as caught:
+        t.refuse_arguments(arguments)
+    assert remedy in str(caught.value) and "--help" in str(caught.value)
+
+
+def test_the_rank_that_an_old_launcher_appends_is_no_argument():
+    t.refuse_arguments(["--local-rank=3"])
+    t.refuse_arguments(["--local_rank=3"])
+
+
+def test_a_run_with_arguments_ends_before_it_begins():
+    done = finish(start_python(ROOT, ["train_gpt.py", "--seed=42", "--iterations", "3"], {}))
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "train_gpt.py: error: arguments --seed=42 --iterations 3: settings"
+    )
+    assert not done.stdout
 
 
 # ---- settings without effect

@@ -65,6 +65,16 @@ def micro_batch_rows(hp: t.Hyperparameters) -> int:
 # On one rank, without a log or files. `compress` and `decompress` need no help: call them directly.
 
 
+def load_for_environment(path: Path, **changes: str) -> tuple[t.GPT, t.Hyperparameters]:
+    """The model in an artifact, on this machine's device, and its settings. Those that the artifact
+    does not hold come from `changes` and the environment. UserError: they contradict it."""
+    loaded, stored = t.load(path)
+    hp = t.settings_to_score(str(path), stored.of_model(), {**os.environ, **changes})
+    model = t.GPT(hp).to(t.Ranks({}).device)
+    model.load_state_dict(loaded.state_dict())
+    return model, hp
+
+
 def new_model(hp: t.Hyperparameters) -> t.GPT:
     """A model with the initial weights of SEED, on this machine's device."""
     torch.manual_seed(hp.seed)

@@ -139,8 +139,8 @@ MUTATIONS = [
     ),
     Mutation(
         2,
-        "if now - self.last_line >= 10:",
-        "if now - self.last_line > 10:",
+        "if self.has_lines and now - self.last_line >= 10:",
+        "if self.has_lines and now - self.last_line > 10:",
         "test_script.py::test_progress_is_a_line_every_ten_seconds",
     ),
     Mutation(

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -46,20 +47,30 @@ class Scores:
         return self.bits("nll") - self.bits("mixed")
 
 
-def view(scores: Path | str, out=None, start: int | None = None, tokens: int = 4000) -> Path:
+class Page(NamedTuple):
+    """A page that was written: where, and which targets it shows, [first, last) of `total`."""
+
+    path: Path
+    first: int
+    last: int
+    total: int
+
+
+def view(scores: Path | str, out=None, start: int | None = None, tokens: int = 4000) -> Page:
     """Writes the page for `tokens` targets from target `start` (by default where counting saved
-    most) and returns its path, by default <RUN_ID>_view.html beside the scores. RecordError: scores
-    or data that do not fit together, or `out` cannot be written."""
+    most), by default to <RUN_ID>_view.html beside the scores. RecordError: scores or data that do
+    not fit together, or `out` cannot be written."""
     path = Path(scores)
     out = Path(out or path.with_name(f"{path.stem.removesuffix('_scores')}_view.html"))
     found = load_scores(path)
-    page = render(found, *choose_stretch(found, start, tokens))
+    first, last = choose_stretch(found, start, tokens)
+    page = render(found, first, last)
     try:
         out.write_bytes(page.encode(errors="backslashreplace"))  # names may be no UTF-8
     except OSError as error:
         problem = "expected a file that can be written in a folder that is there"
         raise RecordError(f"{out}: {error.strerror}; {problem}") from None
-    return out
+    return Page(out, first, last, len(found.nll))
 
 
 def last_scores(folder: Path) -> Path:
