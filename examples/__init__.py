@@ -11,7 +11,7 @@ from record.log import RecordError
 
 
 def new_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose help is the docstring of an example."""
+    """A command-line parser. Its help text is `doc`, the docstring of an example."""
     raw = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser("python -m examples", description=doc, formatter_class=raw)
 

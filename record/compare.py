@@ -26,8 +26,8 @@ COLUMNS = (
 
 
 def last(log: Log, prefix: str, key: str) -> float | None:
-    """The number after `key` in the last line that starts with `prefix` and has it, times in
-    seconds; None: there is none."""
+    """Find the last line that starts with `prefix` and has a `key`, and return the number after the
+    key. Times are converted to seconds. None: there is no such line."""
     lines = [line for line in log.all(prefix) if key in line]
     if not lines:
         return None
@@ -174,8 +174,9 @@ def draw(figure, losses: dict[str, np.ndarray], colors: dict) -> None:
 
 
 def group(logs: list[Log], pattern: str) -> list[Log]:
-    """The runs whose names match `pattern` (with * and ?) or begin with it. RecordError: fewer than
-    two, a seed twice, or other settings than the seed that differ."""
+    """Select the runs of one group: their names match `pattern`, in which * and ? are wildcards, or
+    begin with it. RecordError: there are fewer than two runs, two have the same seed, or they
+    differ in a setting other than the seed."""
     pairs = zip(logs, run_names(logs))
     found = [log for log, name in pairs if fnmatchcase(name, pattern) or name.startswith(pattern)]
     names = ", ".join(run_names(logs))

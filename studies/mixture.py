@@ -168,8 +168,8 @@ class TwoSpeeds(OnlineChain):
 
 
 def with_strength(strength, *lengths):
-    """The rule with a prior of other strength, in pseudo-observations, for these n; for all if none
-    is named."""
+    """A variant of the online rule in which the prior counts as `strength` pseudo-observations.
+    `lengths` are the n for which it does; without any, it does for all."""
 
     class WithStrength(OnlineChain):
         def learn(self, link, parts):
@@ -183,7 +183,8 @@ def with_strength(strength, *lengths):
 
 
 def with_forgetting(factor, *lengths):
-    """The rule with another forgetting factor for these n; for all if none is named."""
+    """A variant of the online rule with another forgetting factor. `lengths` are the n that have
+    it; without any, all have it."""
 
     class WithForgetting(OnlineChain):
         def learn(self, link, parts):

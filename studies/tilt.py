@@ -99,7 +99,7 @@ class Tilt:
 
 
 def tilted_nll(nll, p_guess, length, is_true) -> np.ndarray:
-    """nll in nats of all targets after a tilt, block after block."""
+    """Tilt the model's p of every target, one block after the other. Returns the nll in nats."""
     tilt = Tilt()
     found = np.empty(len(nll))
     edges = t.block_edges(len(nll))

@@ -116,7 +116,7 @@ def claimed_bits(model, tokens, hp) -> float:
 
 
 class Hashed(NamedTuple):
-    """What hashed counts claim for a stream, and what they are worth."""
+    """Code lengths of a stream with hashed counts: the claimed one, and the best possible one."""
 
     claimed: float  # bits
     coded: float  # bits of the best code that could be made with them

@@ -1,4 +1,4 @@
-"""examples/: what they print and write for a small model."""
+"""The examples run on a small model: what they print, and which files they write."""
 
 import re
 

@@ -57,7 +57,8 @@ def plain_attention(m, x_TD, hp, ve_TGK, v_first_TGK, layer):
 
 
 def plain_passes(hp):
-    """Depth recurrence: 0 ... 5, 4, 5, 6 ... 10 for RECUR_LAYERS=4,5 of 11 layers, twice."""
+    """The order in which the blocks run, with depth recurrence. For RECUR_LAYERS=4,5, RECUR_TIMES=2
+    and 11 layers it is 0 ... 5, 4, 5, 6 ... 10."""
     passes = []
     for layer in range(hp.num_layers):
         passes.append(layer)

@@ -23,7 +23,7 @@ from data.prepare_demo import train_tokenizer
 pytestmark = pytest.mark.slow
 PIECES = 8192
 
-# SmearGate and the attention-output gate read 12 channels, so a width of 16 is enough.
+# Two gates of this preset read the first 12 channels. So the model needs at least that width.
 SIZES = dict(
     NUM_LAYERS=3,
     MODEL_DIM=16,
