@@ -1294,3 +1294,10 @@ def test_changed_code_alone_is_fine_to_work_on(folder, capsys):
     script.write_text(script.read_text() + "# mine\n")
     assert main(["check", str(folder)]) == 1
     assert "not ready: source, code_bytes\nOnly the code has changed" in capsys.readouterr().out
+
+
+def test_the_readme_denies_a_record_only_where_its_author_rewrites_it():
+    """Status and the paragraph under Results. Elsewhere the words would make `check` refuse every
+    submission with this README."""
+    _, rest = (ROOT / "README.md").read_text().split("## Why the number can be trusted")
+    assert "no record" not in rest
