@@ -9,6 +9,7 @@
 # make record tables, submission.json, figures and docs/settings.md from the logs that README names; then the checks
 #             (the table of systems from logs/systems/*.txt, if there are any)
 # make check  the reviewers' checks alone
+# make rescore  scores the committed artifact of a demo run again, and compares the digits with its log's
 # make view   the text of the last run, coloured by what each token cost and what the counts saved: prints the page's path
 # make sample PROMPT="Return the"  text that the last run's model writes (TOKENIZER_PATH=file, if not the demo's)
 # make lint   ruff: its checks, and its format at 100 columns; a warning if train_gpt.py has over 160,000 bytes
@@ -26,7 +27,7 @@ PYTEST := $(RUN) -m pytest tests -q -n 2 --dist worksteal --durations=8 $(if $(T
 BENCHES := $(filter-out __init__ gpu_queue,$(basename $(notdir $(wildcard bench/*.py))))
 DEV := pytest pytest-xdist hypothesis constriction matplotlib jinja2 scipy safetensors ruff
 
-.PHONY: demo test test-all test-field prove record check view sample lint bench bench-gpu setup clean
+.PHONY: demo test test-all test-field prove record check rescore view sample lint bench bench-gpu setup clean
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt $(CONSTRAINTS)
@@ -60,6 +61,10 @@ record: setup
 
 check: setup
 	$(RUN) -m record check
+
+rescore: setup
+	$(RUN) data/prepare_demo.py
+	$(RUN) -m record rescore
 
 view: setup
 	$(RUN) -m record view

@@ -326,6 +326,21 @@ class Hyperparameters:
     ttt_decay: float = setting(
         0.998, "decay per step of the weight average that is used for scoring", 0, 0.99999
     )
+    ttt_lora_rank: int = setting(
+        0, "rank of the adapters that each document trains for itself; 0: none", 0, 1024
+    )
+    ttt_lora_alpha: float = setting(
+        144.0, "the adapters' change of a matrix is multiplied by this / TTT_LORA_RANK", 0
+    )
+    ttt_lora_lr: float = setting(
+        1e-4, "AdamW lr of the adapters; 0: score documents apart, learn nothing", 0
+    )
+    ttt_chunk_size: int = setting(
+        48, "targets of a document that are scored before its adapters learn from them", 1
+    )
+    ttt_batch_size: int = setting(
+        64, "documents, or pieces of long ones, that a rank scores side by side", 1
+    )
 
     # Mixture with n-gram counts
     ngram_enabled: bool = setting(True, "mix the model with counts of the n-grams that came before")
@@ -470,19 +485,20 @@ class Hyperparameters:
             yield "BETA1 BETA2", "expected BETA1 <= sqrt(BETA2), or AdamW's steps have no bound"
         if self.eval_stride > self.eval_seq_len:
             yield "EVAL_STRIDE EVAL_SEQ_LEN", "the windows would leave targets unscored"
+        if self.ttt_epochs and self.ttt_lora_rank:
+            yield "TTT_EPOCHS TTT_LORA_RANK", "set only one: each is a way to learn while scoring"
+        if self.ttt_lora_rank and self.ttt_chunk_size > self.eval_seq_len:
+            yield "TTT_CHUNK_SIZE EVAL_SEQ_LEN", "a chunk must fit into a window"
         if self.eval_only and self.resume:
             yield "EVAL_ONLY RESUME", "set only one: each names the file to take the weights from"
         if self.ngram_min_order > self.ngram_order:
-            yield (
-                "NGRAM_MIN_ORDER NGRAM_ORDER",
-                "expected NGRAM_MIN_ORDER to be at most NGRAM_ORDER",
-            )
+            yield "NGRAM_MIN_ORDER NGRAM_ORDER", "expected the first to be at most the second"
         if not self.alpha_min <= self.alpha_max < 1:
             yield "ALPHA_MIN ALPHA_MAX", "expected ALPHA_MIN <= ALPHA_MAX < 1"
 
 
-ON = "not 0 0.0 False"  # and not empty
-FEATURES = [  # a setting that turns others on, the values with which it does, and these others
+ON = "not 0 0.0 False"  # any value but these, and not empty
+FEATURES = [  # a switch, the values with which it is on, and the settings that matter only then
     ("VE_ENABLED", ON, "VE_LAYERS"),
     ("VE_LAYERS", ON, "VE_DIM"),
     ("BIGRAM_VOCAB_SIZE", ON, "BIGRAM_DIM"),
@@ -501,6 +517,7 @@ FEATURES = [  # a setting that turns others on, the values with which it does, a
     ("LATE_QAT_THRESHOLD", ON, "QAT_ROUNDING"),
     ("QUANTIZER", "gptq", "GPTQ_TOKENS GPTQ_RESERVE_SECONDS"),
     ("TTT_EPOCHS", ON, "TTT_CHUNK_TOKENS TTT_LR TTT_BLOCKS TTT_DECAY"),
+    ("TTT_LORA_RANK", ON, "TTT_LORA_ALPHA TTT_LORA_LR TTT_CHUNK_SIZE TTT_BATCH_SIZE"),
     ("NGRAM_ENABLED", ON, "NGRAM_MIN_ORDER NGRAM_ORDER NGRAM_ALPHA NGRAM_THREADS"),
     ("NGRAM_ALPHA", "entropy order", "NGRAM_MIN_COUNT ALPHA_MIN ALPHA_MAX"),
 ]
@@ -524,8 +541,8 @@ def parse_float(text: str) -> float:
     return float(text) + 0.0
 
 
-# What an artifact says of its model: everything that changes what the trained network computes, and
-# how the file is packed. (Not what only training or only scoring reads, such as QK_GAIN_INIT.)
+# The settings that an artifact holds: all that change what the trained network computes, and how
+# the file is packed. (Settings that only training or only scoring reads, as QK_GAIN_INIT, are not.)
 MODEL_SETTINGS = (
     *("VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT"),
     *("LEAKY_SLOPE", "TIE_EMBEDDINGS", "LOGIT_SOFTCAP", "TRAIN_SEQ_LEN"),
@@ -599,7 +616,8 @@ def shortened_text(text: str) -> str:
 
 
 def setting_groups() -> dict[str, list]:
-    """The fields of Hyperparameters under the headings that stand there as comments."""
+    """The fields of Hyperparameters by group. The comments above them in the source are the
+    titles."""
     lines = SOURCE.decode().split("class Hyperparameters:")[1]
     heads = {first: title for title, first in re.findall(r"\n    # ([A-Z].*)\n    (\w+):", lines)}
     groups = {}
@@ -642,8 +660,9 @@ def help_text() -> str:
 
 
 def refuse_arguments(arguments: list[str]) -> None:
-    """UserError: there are arguments. It says how to write them as settings."""
-    # torch.distributed.launch appends --local-rank=N; LOCAL_RANK says the same
+    """UserError: the script was started with arguments, which it does not take. The message shows
+    the command with these arguments written as settings."""
+    # torch.distributed.launch adds --local-rank=N, which the variable LOCAL_RANK says too
     arguments = [a for a in arguments if not re.fullmatch(r"--local[-_]rank=\d+", a)]
     if not arguments:
         return
@@ -701,7 +720,8 @@ TELLING = {
 
 
 def words_of(name: str) -> set[str]:
-    """The words in the name of a setting, of any case, each as our names would have it."""
+    """The words of a variable's name, in capitals and without a plural S; those of OTHER_WORDS are
+    replaced by ours."""
     text = f"_{name.upper()}_"
     for word, others in OTHER_WORDS.items():
         for other in others.split():
@@ -710,8 +730,8 @@ def words_of(name: str) -> set[str]:
 
 
 def similar_settings(name: str) -> list[str]:
-    """The names of at most three settings that a user may have meant by `name`, which is none: it
-    has another case, nearly the same letters, or the same words or most of them."""
+    """At most three settings that a user may have meant by the variable `name`, best first. Either
+    their spelling is nearly the same, in any case, or they share most of their words."""
     known = [f.name.upper() for f in fields(Hyperparameters)]
     if OFTEN_SET.fullmatch(name):
         return []
@@ -804,32 +824,21 @@ def meet(backend: str, world_size: int) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
-def unusable_gpu(device: torch.device, env: dict[str, str]) -> list[str]:
-    """A warning if the run takes the CPU of a machine with an NVIDIA GPU, unless
-    CUDA_VISIBLE_DEVICES hides the GPU on purpose."""
+def unusable_gpu(device: torch.device, env: dict[str, str], root: Path = Path("/")) -> list[str]:
+    """A warning if the run takes the CPU of a machine with the driver of an NVIDIA GPU, unless
+    CUDA_VISIBLE_DEVICES hides the GPU on purpose. `root`: where dev is."""
     is_hidden = env.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if device.type == "cuda" or is_hidden or not has_nvidia_gpu():
+    has_gpu = any(root.glob("dev/nvidia[0-9]*"))
+    if device.type == "cuda" or is_hidden or not has_gpu:
         return []
     reason = "no GPU is visible"
     try:
         torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:  # no driver, an old one, torch without CUDA
+    except (RuntimeError, AssertionError) as error:  # an old driver, or torch without CUDA
         reason, *_ = str(error).splitlines()
     return [
         f"this machine has an NVIDIA GPU that torch cannot use, so the run takes the CPU: {reason}"
     ]
-
-
-def has_nvidia_gpu(root: Path = Path("/")) -> bool:
-    """Does Linux list an NVIDIA GPU, with or without a driver? `root`: where dev and sys are."""
-    if any(root.glob("dev/nvidia[0-9]*")):
-        return True
-    with suppress(OSError):
-        for device in root.glob("sys/bus/pci/devices/*"):
-            is_display = (device / "class").read_text().startswith("0x03")
-            if is_display and (device / "vendor").read_text().strip() == "0x10de":
-                return True
-    return False
 
 
 class Ranks:
@@ -862,7 +871,7 @@ class Ranks:
         return self.sum_over_ranks(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
     def any(self, *facts: bool) -> list[bool]:
-        """For each fact: does it hold on at least one rank?"""
+        """For each fact, whether it holds on at least one rank."""
         return [count > 0 for count in self.sum_numbers(*facts)]
 
     def from_rank0(self, x: Tensor | float | str) -> Tensor | float | str:
@@ -879,8 +888,8 @@ class Ranks:
         return self.from_rank0(torch.tensor(x, dtype=torch.float64)).item()
 
     def reduce_scatter(self, x: Tensor) -> Transfer:
-        """Begin to sum `x` over the ranks. Rank r receives the r-th equal share of the sum's rows,
-        whose number the ranks must divide."""
+        """Begin to sum `x` over the ranks. The rows of the sum are cut into equal parts, one for
+        each rank; rank r receives part r. The number of ranks must divide the number of rows."""
         if self.world_size == 1:
             return Transfer(x)
         share = x.new_empty(len(x) // self.world_size, *x.shape[1:])
@@ -889,7 +898,7 @@ class Ranks:
         return Transfer(share, collective(share, x, async_op=True))
 
     def all_gather(self, share: Tensor) -> Transfer:
-        """Begin to collect the rows of all ranks' `share`s into one tensor."""
+        """Begin to join the rows of all ranks' `share` into one tensor, in the order of ranks."""
         if self.world_size == 1:
             return Transfer(share)
         whole = share.new_empty(len(share) * self.world_size, *share.shape[1:])
@@ -897,8 +906,8 @@ class Ranks:
         return Transfer(whole, collective(whole, share, async_op=True))
 
     def require_equal(self, facts: dict[str, object]) -> None:
-        """UserError: one of the named `facts` is not the same on every rank, compared by its
-        repr."""
+        """UserError: one of the `facts`, name -> value, is not the same on every rank. Values are
+        compared by their repr."""
         for name, fact in facts.items():
             checksums = [0.0] * self.world_size  # every rank fills in its own; the sum has them all
             checksums[self.rank] = zlib.crc32(repr(fact).encode())
@@ -1051,16 +1060,17 @@ class RunLog:
             raise UserError(f"{self.problem}; its last {count} bytes are on the console instead")
 
 
-SENT_AGAIN_SECONDS = 0.3  # Ctrl-C comes from the terminal, and so soon again from torchrun
+SENT_AGAIN_SECONDS = 0.3  # Ctrl-C reaches a rank twice: from the terminal and, later, from torchrun
 RAISED_AGAIN_SECONDS = 2.0  # after which Stopped is raised again if nothing has handled it
 
 
 class StopSignal:
     """The handler of SIGTERM, SIGINT and SIGHUP. The first signal raises Stopped; while
     `is_patient`, it is only noted in `name`, so that training can end its step and leave a
-    checkpoint. A second one ends the process at once, whatever it does (see `watch`). Stopped is
-    raised again until somebody handles it and becomes patient: Python ignores what is raised in
-    some callbacks, as those of weak references."""
+    checkpoint. A second one ends the process at once, whatever it is doing (see `watch`). Stopped
+    is raised again every RAISED_AGAIN_SECONDS until the code that catches it calls `be_patient`,
+    because Python drops exceptions that are raised in some callbacks, as those of weak
+    references."""
 
     def __init__(self, log: RunLog | None = None):
         self.log = log or RunLog()  # is told what a second signal ends
@@ -1069,7 +1079,8 @@ class StopSignal:
         self.is_installed = False
 
     def install(self) -> None:
-        """Receive the signals from now on, but for those that are ignored, as nohup does."""
+        """Handle the signals from now on, except those that the process ignores, as it does SIGHUP
+        under nohup."""
         self.is_installed = True
         signal.signal(signal.SIGALRM, self.interrupt)
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -1092,11 +1103,11 @@ class StopSignal:
             self.interrupt()
 
     def watch(self, reader: int, received: list[int]) -> None:
-        """End the process at a second signal. `reader`: a pipe that gets the number of each signal;
-        those `received` count. This runs in a thread of its own, because Python calls no handler
-        while the main thread waits in C code, for example for another rank. What comes within
-        SENT_AGAIN_SECONDS is the same signal: terminals, torchrun and timeout(1) pass on one that
-        the process has got already."""
+        """End the process at a second signal. `reader`: a pipe into which Python writes the number
+        of each signal; only those in `received` count. This runs in a thread of its own, because
+        Python calls no handler while the main thread waits in C code, for example for another rank.
+        A signal within SENT_AGAIN_SECONDS of the first is the same one again: terminals, torchrun
+        and timeout(1) pass on a signal that the process has received already."""
         first = None  # when the first signal came
         while number := os.read(reader, 1):
             if number[0] in received:
@@ -1355,16 +1366,10 @@ class TokenLoader:
             f"{world_size} ranks cannot share TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN = {self.sequences} "
             f"sequences equally: start {' or '.join(map(str, near))} ranks instead",
         )
-        self.share = self.sequences // world_size
+        self.sequences_per_rank = self.sequences // world_size
         self.most_rows = max(1, hp.micro_batch_tokens // hp.train_seq_len)
-        self.rows = max(n for n in divisors(self.share) if n <= self.most_rows)
-        self.accumulation = self.share // self.rows
-
-    def better_batch(self) -> int:
-        """A number of TRAIN_BATCH_TOKENS near the current one whose micro-batches are as large as
-        MICRO_BATCH_TOKENS allows."""
-        share = round(self.share / self.most_rows) * self.most_rows
-        return share * self.sequences // self.share * self.hp.train_seq_len
+        self.rows = max(n for n in divisors(self.sequences_per_rank) if n <= self.most_rows)
+        self.accumulation = self.sequences_per_rank // self.rows
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -1401,7 +1406,7 @@ class TokenLoader:
     def micro_batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
         """This rank's ids and target ids of one micro-batch of `step`, (B, T) int64, on the CPU."""
         T = self.hp.train_seq_len
-        first = step * self.sequences + self.rank * self.share + micro * self.rows
+        first = step * self.sequences + self.rank * self.sequences_per_rank + micro * self.rows
         starts = [self.sequence_start(number) for number in range(first, first + self.rows)]
         ids = torch.from_numpy(np.stack([self.span(start, T + 1) for start in starts]))
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -2728,6 +2733,8 @@ class Trained(NamedTuple):
     steps: int
     seconds: float  # on the training clock, with checkpoints and the measurement of the curvature
     checkpoint: Path | None = None  # which this run has written, on rank 0
+    # (nats per target, bits per byte) of the last validation, if that was of these weights
+    validated: tuple[float, float] | None = None
 
 
 UNITS = ("step", "checkpoint", "chunk")  # of work on the training clock; chunk: of the curvature
@@ -2815,8 +2822,9 @@ class TrainState:
             if takes_snapshot(name, self.steps, plan.scale, self.hp):
                 average.update(self.parameters)
 
-    def load_averages(self) -> None:
-        """Replace the model's weights by the averages, if there are any, and log which."""
+    def load_averages(self) -> bool:
+        """Replace the model's weights by the averages, if there are any, and log which. Returns
+        whether there are."""
         means = averaged_parameters(self.averages)
         if means:
             torch._foreach_copy_(self.parameters, means)
@@ -2827,6 +2835,7 @@ class TrainState:
         for name, average in self.averages.items():
             if not average.count:
                 self.log(f"warning: AVERAGING={self.hp.averaging}: {name} took no snapshot")
+        return bool(means)
 
     def tensors(self) -> dict[str, Tensor]:
         """name -> every tensor of the state. They are the live ones: to overwrite them is to change
@@ -2984,12 +2993,12 @@ def train(model, loader: TokenLoader, validation: Validation, ranks, log, stop) 
         try_units(state, passes, loader)
         run_steps(state, take_step, validation, stop)
     stop_if_signalled(state, stop)
-    log_progress_validation(state, validation)
+    last_passes, last_scores = log_progress_validation(state, validation)
     stop.be_patient(False)  # from here on a signal ends the run at once
     stop_if_signalled(state, stop)
 
     state.start_clock()
-    state.load_averages()
+    is_averaged = state.load_averages()
     curvature = {}
     if hp.quantizer == "gptq":
         curvature, num_tokens = measure_curvature(model, passes, loader, state.steps, ranks)
@@ -2999,7 +3008,8 @@ def train(model, loader: TokenLoader, validation: Validation, ranks, log, stop) 
         facts = f"seconds:{seconds:.1f} matrices:{len(curvature)} dead_columns:{dead}"
         log(f"gptq_curvature tokens:{num_tokens} {facts} {state.clock}")
     weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
-    return Trained(weights, curvature, state.steps, state.seconds, state.checkpoint)
+    validated = last_scores if passes == last_passes and not is_averaged else None
+    return Trained(weights, curvature, state.steps, state.seconds, state.checkpoint, validated)
 
 
 def stop_if_signalled(state: TrainState, stop) -> None:
@@ -3015,11 +3025,15 @@ def stopped_here(state: TrainState, stop) -> Stopped:
     return Stopped(f"{state.label}: stopped by {by}; {state.hint}")
 
 
-def log_progress_validation(state: TrainState, validation: Validation) -> None:
-    """Validate with the weights of now, as they are trained, and log it. Collective."""
+def log_progress_validation(
+    state: TrainState, validation: Validation
+) -> tuple[tuple[int, ...], tuple[float, float]]:
+    """Validate with the weights of now, as they are trained, and log it. Returns the order in which
+    blocks ran, and (nats per target, bits per byte). Collective."""
     passes = plan_step(state.steps, state.seconds, state.hp, state.ranks.device).passes
     loss, bpb = validate(Scorer(state.model, passes), validation, state.ranks, state.log)
     state.log(f"{state.label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {state.clock}")
+    return passes, (loss, bpb)
 
 
 def try_units(state: TrainState, passes: tuple[int, ...], loader: TokenLoader) -> None:
@@ -3161,17 +3175,21 @@ def require_finite(loss: PendingLoss, step: int, state: TrainState) -> None:
 
 
 def time_is_up(state: TrainState, checkpoints: int = 1) -> bool:
-    """Might the time limit be passed by another step, so many checkpoints and the measurement of
-    the curvature, if each took twice as long as the longest so far? The first step is taken in any
-    case. On a GPU the last step is still under way when the clock is read; its time counts too."""
+    """Must training end now, to keep its time limit even if it writes so many more checkpoints? The
+    first step is taken in any case."""
+    more = seconds_to_keep(state, checkpoints)
+    return state.steps > 0 and would_overrun(state.seconds, more, state.hp.max_wallclock_seconds)
+
+
+def seconds_to_keep(state: TrainState, checkpoints: int = 1) -> float:
+    """The seconds that another step, so many checkpoints and the measurement of the curvature take,
+    if each takes twice as long as the longest of its kind so far. On a GPU the last step is still
+    under way when the clock is read; its time counts too."""
     hp = state.hp
-    if not state.steps:
-        return False
     steps = 2 if state.ranks.device.type == "cuda" else 1
-    step_seconds = state.longest["step"] or state.seconds / state.steps  # the mean, after RESUME
+    step_seconds = state.longest["step"] or state.seconds / max(state.steps, 1)  # after RESUME
     units = steps * step_seconds + checkpoints * state.longest["checkpoint"]
-    more = 2 * units + max(hp.gptq_seconds, 2 * state.longest["chunk"])
-    return would_overrun(state.seconds, more, hp.max_wallclock_seconds)
+    return 2 * units + max(hp.gptq_seconds, 2 * state.longest["chunk"])
 
 
 def log_loss(loss: PendingLoss, plan: StepPlan, state: TrainState) -> None:
@@ -3255,9 +3273,8 @@ class Curvature:
         column_cost = self.factors[1].diagonal().double().pow(-2).mean()
         outputs_R = self.outputs_R.double()
         cost_R = column_cost * (outputs_R + 0.01 * outputs_R.mean())
-        eighths = (
-            -4 * cost_R.clamp_min(LEAST_COST).log2()
-        ).round()  # of log2: few values take few bytes
+        # The logarithm is rounded to eighths, because few different values take few bytes.
+        eighths = (-4 * cost_R.clamp_min(LEAST_COST).log2()).round()
         return torch.exp2(eighths / 8).float().cpu()[:, None]
 
 
@@ -3560,9 +3577,9 @@ def table_frequencies(pairs: ndarray) -> ndarray:
     occurs = count > 0
     spare = (1 << SCALE) - occurs.sum(1, keepdims=True)
     freq = occurs + count * spare // np.maximum(count.sum(1, keepdims=True), 1)
-    freq[np.arange(TABLES), freq.argmax(1)] += (1 << SCALE) - freq.sum(
-        1
-    )  # the rest of the rounding
+    # What rounding down has left over goes to the most frequent symbol.
+    left_over = (1 << SCALE) - freq.sum(1)
+    freq[np.arange(TABLES), freq.argmax(1)] += left_over
     return freq.astype("<u2").ravel()
 
 
@@ -3582,9 +3599,8 @@ def rans_encode(pairs: ndarray) -> tuple[ndarray, bytes]:
         spills = (x >> (32 - SCALE)) >= freq[pair]
         words.append(x[spills].astype("<u2"))
         quotient, rest = np.divmod(np.where(spills, x >> 16, x), freq[pair])
-        x[:] = (
-            (quotient << SCALE) + rest + start[pair] % (1 << SCALE)
-        )  # tables follow each other, each 2^SCALE long
+        begin = start[pair] % (1 << SCALE)  # tables follow each other, each 2^SCALE long
+        x[:] = (quotient << SCALE) + rest + begin
     return freq, b"".join([states, *reversed(words)])
 
 
@@ -4112,12 +4128,17 @@ def score(
             for positions, chunk_scores in score_windows(scorer, tokens, some, length, stride):
                 scores_2N[:, positions - segment_begin] = chunk_scores
 
-        scores_2N = ranks.sum_over_ranks(scores_2N)
-        if ranks.rank:
-            scores_2N = scores_2N[:, :0]
-        yield scores_2N.cpu().numpy().copy()  # an empty view would keep the segment in memory
+        yield on_rank0(scores_2N, ranks)
         done = until
         segment_batches = min(2 * segment_batches, scorer.most_batches or SEGMENT_BATCHES)
+
+
+def on_rank0(scores_2N: Tensor, ranks) -> ndarray:
+    """The sum of `scores_2N` over the ranks on rank 0, an empty array on the others. Collective."""
+    scores_2N = ranks.sum_over_ranks(scores_2N)
+    if ranks.rank:
+        scores_2N = scores_2N[:, :0]
+    return scores_2N.cpu().numpy().copy()  # an empty view would keep the segment in memory
 
 
 def rank_batch(length: int, hp, ranks) -> int:
@@ -4192,9 +4213,14 @@ def validate(scorer: Scorer, validation: Validation, ranks, log) -> tuple[float,
 
 
 # --- 12. Test-time training ---------------------
-# Score first, then learn (PR #825). A chunk of the stream is scored with a moving average of the
-# weights. Only then are the weights trained on it, which can help later chunks. TTT_EPOCHS turns it
-# on.
+# Score first, then learn. There are two ways; a run uses one of them or none:
+# - TTT_EPOCHS (PR #825): a chunk of the stream is scored with a moving average of the weights. Only
+#   then are the weights trained on it, which can help later chunks.
+# - TTT_LORA_RANK (the challenge's records since 2026-03-17_LoRA_TTT): each document has low-rank
+#   adapters of its own. A few of its tokens are scored, then the adapters take a step on them.
+#   Documents know nothing of each other. Long ones are cut into pieces, each with new adapters.
+#   Pieces are computed side by side, and AdamW enlarges rounding errors: to decode exactly, read
+#   one piece at a time (TTT_BATCH_SIZE=1).
 
 TTT_BATCH = 32  # most sequences per step, over all ranks
 
@@ -4296,6 +4322,175 @@ def ttt_step(optimizer, tuned: list[nn.Parameter], ranks) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
+ADAPTED = ("attn.k", "attn.proj", "mlp.fc", "mlp.proj")  # of each block; the output head as well
+PIECE_WINDOWS = 4  # a document is scored in pieces of at most so many windows
+FIRST_SEGMENT, LARGEST_SEGMENT = 1024, 4096  # targets, per document that is read side by side
+
+
+class Adapters:
+    """Low-rank changes of a model's matrices: W + (TTT_LORA_ALPHA / TTT_LORA_RANK) B A (LoRA, arXiv
+    2106.09685). Every row of a batch has its own A and B. All rows begin with the same A, drawn
+    with SEED, and with B = 0, which changes nothing."""
+
+    def __init__(self, model: GPT, rows: int):
+        hp, rank = model.hp, model.hp.ttt_lora_rank
+        device = model.embed.weight.device
+        self.model = model
+        self.scale = hp.ttt_lora_alpha / rank
+        self.linears = {n: m for n, m in model.named_modules() if n.endswith(ADAPTED)}
+        head = model.embed if model.head is None else model.head
+        drawn = torch.Generator().manual_seed(hp.seed)
+        self.a, self.b = {}, {}  # by name: (rows, inputs, rank) and (rows, rank, outputs)
+        for name, module in {**self.linears, "head": head}.items():
+            outputs, inputs = module.weight.shape
+            a = torch.empty(inputs, rank).uniform_(-1, 1, generator=drawn) * (3 / inputs) ** 0.5
+            a = a.to(device).expand(rows, -1, -1).contiguous()
+            b = torch.zeros(rows, rank, outputs, device=device)
+            self.a[name], self.b[name] = a.requires_grad_(), b.requires_grad_()
+        self.optimizer = torch.optim.AdamW(
+            [*self.a.values(), *self.b.values()],
+            hp.ttt_lora_lr,
+            betas=(0.0, 0.99),
+            weight_decay=0.0,
+            fused=True,
+        )
+
+    def change(self, name: str, x_BTI: Tensor) -> Tensor:
+        """What the adapters of the first B rows add to the output of a matrix with the input x."""
+        a, b = (of[name][: len(x_BTI)].to(x_BTI.dtype) for of in (self.a, self.b))
+        return self.scale * (x_BTI @ a) @ b
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside this context the model computes with the adapters, except for its output head: see
+        `logits`."""
+
+        def hook(name: str) -> Callable:
+            def add(linear, inputs, output):
+                x, *factor = inputs  # the factor scales the outputs: see Linear
+                change = self.change(name, x)
+                return output + (change * factor[0].squeeze(-1).to(x.dtype) if factor else change)
+
+            return add
+
+        handles = [m.register_forward_hook(hook(n)) for n, m in self.linears.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """The model's logits with the adapters of its output head, (B, T, V), before the
+        softcap."""
+        return self.model.logits(hidden_BTD) + self.change("head", norm(hidden_BTD))
+
+    def learn(self, loss: Tensor) -> None:
+        """Take one step."""
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def document_pieces(tokens: ndarray, hp) -> ndarray:
+    """An array (3, number of pieces) that divides all targets: the first token that a piece reads,
+    its first scored target and the end of its targets. No piece reads beyond its document, which
+    begins with BOS. One that begins inside a document also reads the window before: its adapters
+    learn there before they score."""
+    longest = PIECE_WINDOWS * hp.eval_seq_len
+    num_targets = len(tokens) - 1
+    documents = np.union1d([0], np.flatnonzero(tokens[:-1] == BOS))  # where they start
+    pieces = []
+    for document, end in zip(documents, np.append(documents[1:], num_targets)):
+        for first in range(document, end, longest):
+            start = max(document, first - hp.eval_seq_len)
+            pieces.append((start, first, min(first + longest, end)))
+    return np.array(pieces).T
+
+
+def windows_in_pieces(pieces: ndarray, hp) -> float:
+    """How many whole windows hold as many tokens as the model reads when it scores the pieces chunk
+    by chunk."""
+    starts, _, ends = pieces
+    chunks = -(-(ends - starts) // hp.ttt_chunk_size)  # of each piece, rounded up
+    lengths = np.minimum(np.arange(1, chunks.max() + 1) * hp.ttt_chunk_size, hp.eval_seq_len)
+    return lengths.cumsum()[chunks - 1].sum() / hp.eval_seq_len
+
+
+def first_segment(hp, ranks) -> int:
+    """The most targets in the first segment of `score_documents`."""
+    side_by_side = ranks.world_size * hp.ttt_batch_size
+    return max(FIRST_SEGMENT * side_by_side, PIECE_WINDOWS * hp.eval_seq_len)
+
+
+def score_documents(scorer: Scorer, tokens: ndarray, ranks) -> Iterator[ndarray]:
+    """Yields (2, N) arrays as `score` does, and in the same order: nll and entropy of each target
+    by a model that knows the target's document alone and has learned from earlier chunks of the
+    same piece. A segment consists of whole pieces. They are divided among the ranks, and those of
+    similar length are read side by side. Collective."""
+    hp = scorer.model.hp
+    pieces = document_pieces(tokens, hp)
+    size = first_segment(hp, ranks)
+    largest = LARGEST_SEGMENT // FIRST_SEGMENT * size
+    done = 0
+    while done < pieces.shape[1]:
+        begin = pieces[1, done]
+        until = np.searchsorted(pieces[2], begin + size, "right")  # pieces that end by then
+        segment = pieces[:, done:until]
+        scores_2N = torch.zeros(2, segment[2, -1] - begin, device=ranks.device)
+        perm = np.argsort(segment[0] - segment[2], kind="stable")  # the longest first
+        own = segment[:, perm[ranks.rank :: ranks.world_size]]
+        for i in range(0, own.shape[1], hp.ttt_batch_size):
+            some = own[:, i : i + hp.ttt_batch_size]
+            for positions, chunk_scores in score_pieces(scorer, tokens, some):
+                scores_2N[:, positions - begin] = chunk_scores
+        yield on_rank0(scores_2N, ranks)
+        done = until
+        size = min(2 * size, largest)
+
+
+def score_pieces(
+    scorer: Scorer, tokens: ndarray, pieces: ndarray
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields, chunk after chunk, the positions (n,) of the targets that these pieces score, and
+    their nll and entropy (2, n). The pieces, the longest first, are read side by side. When a chunk
+    was yielded, the adapters of each piece take a step on the mean nll of its targets there. All
+    chunks have TTT_CHUNK_SIZE tokens; what follows the end of a piece fills its last one up, so
+    that a window does not depend on which pieces are read together."""
+    model, hp = scorer.model, scorer.model.hp
+    device = model.embed.weight.device
+    starts, firsts, ends = pieces
+    sizes = ends - starts
+    chunk = hp.ttt_chunk_size
+    filled = math.ceil(sizes[0] / chunk) * chunk
+    positions_BN = starts[:, None] + np.arange(filled + 1)
+    ids = tokens[np.minimum(positions_BN, len(tokens) - 1)].astype(np.int64)
+    ids_BN = torch.from_numpy(ids).to(device)
+    adapters = Adapters(model, len(sizes))
+    model.requires_grad_(False)  # only adapters learn; nothing that comes later trains the model
+    for begin in range(0, filled, chunk):
+        end = begin + chunk
+        rows = np.count_nonzero(sizes > begin)  # pieces that have not ended
+        positions = positions_BN[:rows, begin:end]
+        is_target = positions < ends[:rows, None]
+        scored = is_target & (positions >= firsts[:rows, None])
+        window = ids_BN[:rows, max(0, end - hp.eval_seq_len) : end]
+        learns = hp.ttt_lora_lr > 0 and end < filled
+        with adapters.attached(), torch.set_grad_enabled(learns):
+            hidden_BTD = model.hidden(window, scorer.passes, last=chunk)
+            logp_BTV = log_probabilities(adapters.logits(hidden_BTD), hp.logit_softcap)
+            target_ids = ids_BN[:rows, begin + 1 : end + 1]
+            nll_BT = -logp_BTV.gather(2, target_ids[..., None])[..., 0]
+            loss = (nll_BT * torch.from_numpy(is_target).to(device)).sum() / chunk
+        with torch.no_grad():
+            entropy_BT = -(logp_BTV.exp() * logp_BTV).sum(-1)
+            places = torch.from_numpy(np.flatnonzero(scored)).to(device)
+            scores = torch.stack((nll_BT, entropy_BT)).flatten(1)[:, places]
+        yield torch.from_numpy(positions[scored]).to(device), scores
+        if learns:
+            adapters.learn(loss)
+
+
 # --- 13. Mixture --------------------------------
 # The model's probabilities are mixed with frequencies of what came before in the stream. Each mixed
 # distribution depends on earlier tokens alone and sums to 1 over the vocabulary. So the score is
@@ -4306,7 +4501,9 @@ def ttt_step(optimizer, tuned: list[nn.Parameter], ranks) -> None:
 # is the count of its n-gram so far. Sorting each group by these tokens gives the groups for n + 1.
 # All of it happens while the GPUs score.
 
-COUNTING_BYTES = 55  # of memory per token of the stream, at the peak (measured at 62M tokens)
+# Bytes of memory per token of the stream that counting takes at its peak, with 7-grams (measured at
+# 62M tokens); one more or less for n-grams that are longer or shorter by one; and for the scores.
+COUNTING_BYTES, BYTES_PER_ORDER, SCORE_BYTES = 47, 4, 16
 CHUNK = 1 << 18  # positions sorted at a time: they fit into the CPU's cache
 # The online rule has a set of mixing weights for each bucket of targets, which is made of:
 BUCKETS = (
@@ -4405,64 +4602,80 @@ class Counts(NamedTuple):
     context_state: ndarray  # of u, uint8, see `context_states`; empty for n = 1
 
 
-def thread_map(threads: int) -> Callable:
-    """A function like Python's `map` that works on `threads` items at a time; 0: as many as there
-    are cores, at most 8. (NumPy lets other threads run while it sorts, copies and calculates.)"""
+def map_in_threads(threads: int) -> Callable:
+    """A function that is called like Python's `map`, and works on `threads` items at a time. 0: one
+    for each core, at most 8. (NumPy lets other threads run while it sorts, copies and
+    calculates.)"""
     threads = threads or min(8, os.cpu_count() or 1)
     return map if threads == 1 else concurrent.futures.ThreadPoolExecutor(threads).map
 
 
 def ngram_counts(
-    tokens: ndarray, longest: int, describe: bool = True, map: Callable = map
+    tokens: ndarray, longest: int, describe: bool = True, map_chunks: Callable = map
 ) -> Iterator[Counts]:
     """Yields the Counts for n = 1 ... `longest`. c(u), how often a context was followed by
     something, is not among them: it is the ngram_count of n - 1, one position earlier. Without
-    `describe`, only ngram_count is made. `map`: a `thread_map`, which changes nothing but the
-    time."""
+    `describe`, only ngram_count is made. `map_chunks`: `map`, or what `map_in_threads` returns,
+    which is faster and gives the same counts."""
     stream = tokens
     if describe:
         stream = document_numbers(tokens).astype(np.uint64)
         stream <<= np.uint64(16)  # in place: 62M tokens are 0.5 GB
         stream |= tokens
 
-    def no_counts() -> Counts:
-        described = np.zeros((2, len(tokens) if describe else 0), np.uint8)
-        return Counts(np.zeros(len(tokens), np.uint32), *described)
+    counts = empty_counts(len(tokens), describe)._replace(context_state=np.zeros(0, np.uint8))
+    t, first = count_tokens(tokens, stream, counts, map_chunks)
+    yield counts._replace(ngram_count=narrowed(counts.ngram_count))
 
-    counts = no_counts()._replace(context_state=np.zeros(0, np.uint8))
+    # t holds positions, grouped by the n - 1 tokens before them; `first` marks where groups start.
+    for _ in range(2, longest + 1):
+        counts = empty_counts(len(tokens), describe)
+        kept = count_and_regroup(stream, t, first, counts, map_chunks)
+        t = t[:kept].copy()
+        first = first[:kept].copy()
+        done = counts._replace(ngram_count=narrowed(counts.ngram_count))
+        del counts  # 62M tokens: 0.4 GB, which the next n needs
+        yield done
+
+
+def empty_counts(num_tokens: int, describe: bool) -> Counts:
+    """Counts that are all 0, to be filled in. Without `describe` all but ngram_count are empty."""
+    described = np.zeros((2, num_tokens if describe else 0), np.uint8)
+    return Counts(np.zeros(num_tokens, np.uint32), *described)
+
+
+def count_tokens(
+    tokens: ndarray, stream: ndarray, counts: Counts, map_chunks: Callable
+) -> tuple[ndarray, ndarray]:
+    """Fill in `counts` for n = 1. Returns the groups for n = 2: t and `first`, as in
+    `ngram_counts`. `stream`: see `count_groups`."""
     perm = np.argsort(tokens, kind="stable").astype(np.uint32)  # a radix sort, as these are 16 bits
     by_token = tokens[perm]
     first = np.append(True, by_token[1:] != by_token[:-1])
     del by_token
-    for _ in map(partial(count_runs, stream, perm, first, counts), chunks_of_groups(first)):
+    for _ in map_chunks(partial(count_runs, stream, perm, first, counts), chunks_of_groups(first)):
         pass
-    yield counts._replace(ngram_count=narrowed(counts.ngram_count))
-
-    # t holds positions, grouped by the n - 1 tokens before them; `first` marks where groups start.
     # The last position of the stream has no next one to enter; as it is the last of its group, no
     # group loses its start.
     is_followed = perm < len(tokens) - 1
-    t = perm[is_followed] + np.uint32(1)
-    first = first[is_followed]
-    del perm, is_followed  # 62M tokens: 0.3 GB
-    for _ in range(2, longest + 1):
-        counts = no_counts()
-        # What a chunk gives for n + 1 is written over what was read for n. The chunks come in their
-        # order and each gives at most as many positions as it has, so that no chunk is written over
-        # before it was read.
-        kept = 0
-        count_chunk = partial(count_groups, stream, t, first, counts)
-        for next_t, next_first in map(count_chunk, chunks_of_groups(first)):
-            end = kept + len(next_t)
-            t[kept:end] = next_t
-            first[kept:end] = next_first
-            kept = end
-        del count_chunk  # it holds t and first
-        t = t[:kept].copy()
-        first = first[:kept].copy()
-        done = counts._replace(ngram_count=narrowed(counts.ngram_count))
-        del counts
-        yield done
+    return perm[is_followed] + np.uint32(1), first[is_followed]
+
+
+def count_and_regroup(
+    stream: ndarray, t: ndarray, first: ndarray, counts: Counts, map_chunks: Callable
+) -> int:
+    """Fill in `counts` for one n from its groups, t and `first`. The groups for n + 1 are written
+    over the beginning of both arrays; returns how many positions they have."""
+    kept = 0
+    count_chunk = partial(count_groups, stream, t, first, counts)
+    # The chunks come in their order and each gives at most as many positions as it has, so that no
+    # chunk is written over before it was read.
+    for next_t, next_first in map_chunks(count_chunk, chunks_of_groups(first)):
+        end = kept + len(next_t)
+        t[kept:end] = next_t
+        first[kept:end] = next_first
+        kept = end
+    return kept
 
 
 def count_runs(
@@ -4569,8 +4782,8 @@ class Backoff:
         shorter = None  # the counts of n - 1
         # Target i is token i + 1, and its context ends at token i. The first target that has a
         # whole context is n - 2.
-        threads = thread_map(hp.ngram_threads)
-        counts = ngram_counts(tokens, hp.ngram_order, describe=False, map=threads)
+        in_threads = map_in_threads(hp.ngram_threads)
+        counts = ngram_counts(tokens, hp.ngram_order, describe=False, map_chunks=in_threads)
         for n, (count, *_) in enumerate(counts, start=1):
             if n in self.lengths:
                 context_count = shorter[n - 2 : -1]
@@ -4687,7 +4900,8 @@ class OnlineChain:
     def __init__(self, tokens: ndarray, hp):
         self.tokens = tokens
         self.lengths = range(hp.ngram_min_order, hp.ngram_order + 1)
-        counts = ngram_counts(tokens, hp.ngram_order, map=thread_map(hp.ngram_threads))
+        in_threads = map_in_threads(hp.ngram_threads)
+        counts = ngram_counts(tokens, hp.ngram_order, map_chunks=in_threads)
         self.counts = dict(enumerate(counts, start=1))
         self.cache = DocumentCache(tokens)
         # For EM: how many earlier targets each expert explained, by n and bucket, old ones fading.
@@ -4946,11 +5160,7 @@ def run(hp, ranks, log, stop, warnings: list[str]) -> Path | None:
         path = path if hp.eval_only else artifact_path(hp, log)
         require_room(expected_files(path, model, validation.num_targets, log))
         log_header(hp, loader, validation, model, ranks, log)
-        warnings = [
-            *warnings,
-            *data_warnings(hp, loader, validation),
-            *idle_parts(hp, loader, validation),
-        ]
+        warnings = [*warnings, *run_warnings(hp, loader, validation)]
     for warning in warnings:
         log(f"warning: {warning}")
 
@@ -4966,7 +5176,10 @@ def run(hp, ranks, log, stop, warnings: list[str]) -> Path | None:
         evaluation_began = perf_counter()
         log_peak_memory(ranks, log)
         log.heading("Compress: weights become the bytes of the artifact")
-        log_validation("final_float", Scorer(model, passes), validation, ranks, log)
+        if trained.validated is None:
+            log_validation("final_float", Scorer(model, passes), validation, ranks, log)
+        else:  # training has just validated these weights
+            log_exactly("final_float", *trained.validated, log)
         if ranks.rank == 0:
             written = write_artifact(path, trained, hp, log)
 
@@ -4984,10 +5197,10 @@ def run(hp, ranks, log, stop, warnings: list[str]) -> Path | None:
     return None if hp.checkpoint_every else trained.checkpoint
 
 
-def dry_run(hp, ranks, log) -> None:
+def dry_run(hp, ranks, log, warnings: list[str]) -> None:
     """Print what a run with these settings would do, from a few steps and windows that are timed:
-    steps, seconds, memory, files. Nothing is kept. Collective. UserError: data or files are
-    missing, or something will not hold."""
+    steps, seconds, memory, files; before that the `warnings`. Nothing is kept. Collective.
+    UserError: data or files are missing, or something will not hold."""
     require(
         not hp.eval_only and not hp.resume,
         "DRY_RUN=1 forecasts a run from its start: unset EVAL_ONLY and RESUME",
@@ -4998,6 +5211,8 @@ def dry_run(hp, ranks, log) -> None:
     require_same_start(hp, validation.identity | loader.identity, ranks)
     model = GPT(hp).to(ranks.device)
     num_parameters = sum(p.numel() for p in model.parameters())
+    for warning in [*warnings, *run_warnings(hp, loader, validation)]:
+        log(f"warning: {warning}")
     log(f"DRY_RUN: {ranks.world_size} ranks, {ranks.device.type}; nothing is trained or kept\n")
     log(
         f"  data        {len(loader.paths)} shards, {loader.num_tokens:,} tokens to train on, "
@@ -5010,131 +5225,288 @@ def dry_run(hp, ranks, log) -> None:
         for path, size in sizes.items():
             log(f"  file        {path}: at most {size:,} bytes")
         bits = 8 * (SIZE_CAP - len(SOURCE)) / num_parameters
-        log(f"  size        {num_parameters:,} parameters: at most {bits:.2f} bits for each")
+        log(
+            f"  size        {num_parameters:,} parameters, for each of which the size cap leaves "
+            f"{bits:.2f} bits"
+        )
 
-    steps, training_seconds, curvature = forecast_training(model, loader, ranks, log)
-    evaluation_seconds = forecast_evaluation(model, curvature, validation, ranks, log)
-    problems = []
-    if hp.max_wallclock_seconds and training_seconds > hp.max_wallclock_seconds:
-        problems.append(f"training would take {training_seconds:.0f} s")
-    if hp.eval_budget_seconds and evaluation_seconds > 0.95 * hp.eval_budget_seconds:
+    training = forecast_training(model, loader, ranks, log)
+    evaluation = forecast_evaluation(model, training.curvature, validation, ranks, log)
+    problems = [*training.problems, *evaluation.problems]
+    require(not ranks.from_rank0(len(problems)), f"this will not hold: {'; '.join(problems)}")
+    log("\n  all of this holds")
+
+
+class Forecast(NamedTuple):
+    """What a dry run says of a phase before it begins."""
+
+    seconds: float
+    problems: list[str]  # what will not hold, and what to do about it
+    steps: int = 0  # of training
+    curvature: dict[str, Curvature] | None = None  # measured on one chunk of training tokens
+
+
+def forecast_training(model, loader: TokenLoader, ranks, log) -> Forecast:
+    """Time three steps of each graph, a checkpoint and a chunk of the curvature, and log what
+    training will be. Collective. UserError: a checkpoint cannot be written."""
+    hp = model.hp
+    state = TrainState(model, ranks, log)
+    step_seconds = time_steps(state, loader)
+    state.note_unit("step", max(step_seconds.values()))
+    _, passes = block_passes(hp)
+    try_units(state, passes, loader)
+    curvature, curving = forecast_curvature(state, passes, loader)
+    steps, mean = steps_in_time(state, step_seconds)
+    total = steps * mean + state.longest["checkpoint"] + curving
+
+    each = ", ".join(f"{1e3 * took:.1f} ms" for took in step_seconds.values())
+    log(f"  step        {each} (each order of the blocks, without and with late QAT)")
+    log(f"  training    {steps:,} steps in {total:.0f} s, {curving:.1f} s of it for the curvature")
+    problems = gpu_memory_problems("training", hp, ranks, log)
+    if would_overrun(total, 0, hp.max_wallclock_seconds):
         problems.append(
-            f"evaluation would take {evaluation_seconds:.0f} s of EVAL_BUDGET_SECONDS="
-            f"{hp.eval_budget_seconds:g}, so that a wider stride is used: raise EVAL_STRIDE"
+            f"one step, a checkpoint and the curvature take {total:.1f} s, more than "
+            f"MAX_WALLCLOCK_SECONDS={hp.max_wallclock_seconds:g}: raise it"
         )
     if not hp.warmdown_frac and hp.warmdown_iters > steps:
         problems.append(
             f"there is time for {steps:,} steps, but WARMDOWN_ITERS={hp.warmdown_iters}: the "
             "learning rates would never be whole; set WARMDOWN_FRAC"
         )
-    require(not ranks.from_rank0(len(problems)), f"this will not hold: {'; '.join(problems)}")
-    log("\n  all of this holds")
+    return Forecast(total, problems, steps, curvature)
 
 
-def forecast_training(
-    model, loader: TokenLoader, ranks, log
-) -> tuple[int, float, dict[str, Curvature]]:
-    """Time three steps of each graph and a chunk of the curvature, and log what training will be.
-    Returns (steps, seconds of training, the curvature from that chunk). Collective."""
-    hp = model.hp
-    state = TrainState(model, ranks, log)
-    take_step = partial(training_step, state, loader, compiled(training_loss, hp, ranks.device))
+def time_steps(state: TrainState, loader: TokenLoader) -> dict[tuple, float]:
+    """Seconds of a step with each graph, by its passes and whether it has late QAT: the mean of
+    three, after one that compiles. Collective."""
+    loss = compiled(training_loss, state.hp, state.ranks.device)
     seconds = {}
-    for plan in plans_by_graph(hp, ranks.device):
-        take_step(plan).item()  # compiles
+    for plan in plans_by_graph(state.hp, state.ranks.device):
+        training_step(state, loader, loss, plan).item()
         began = perf_counter()
         for _ in range(3):
-            take_step(plan).item()
-        took = ranks.from_rank0((perf_counter() - began) / 3)
+            training_step(state, loader, loss, plan).item()
+        took = state.ranks.from_rank0((perf_counter() - began) / 3)
         seconds[plan.passes, plan.hardness is not None] = took
-    began = perf_counter()
-    curvature = {}
-    if hp.quantizer == "gptq":
-        _, passes = block_passes(hp)
-        curvature, _ = measure_curvature(model, passes, loader, 0, ranks, most_chunks=1)
-    chunk = ranks.from_rank0(perf_counter() - began)
+    return seconds
 
+
+def forecast_curvature(
+    state: TrainState, passes: tuple[int, ...], loader: TokenLoader
+) -> tuple[dict[str, Curvature], float]:
+    """(the curvature from one chunk of tokens, seconds that training will take to measure it on as
+    many chunks as there is time for); ({}, 0) with QUANTIZER=rows. Collective."""
+    hp, ranks = state.hp, state.ranks
+    if hp.quantizer != "gptq":
+        return {}, 0.0
+    began = perf_counter()
+    curvature, _ = measure_curvature(state.model, passes, loader, 0, ranks, most_chunks=1)
+    seconds = ranks.from_rank0(perf_counter() - began)
+    rows = max(1, CHUNK_TOKENS // hp.train_seq_len)
+    batches = math.ceil(hp.gptq_tokens / hp.train_batch_tokens)
+    chunks = batches * loader.accumulation * math.ceil(loader.rows / rows)
+    if hp.gptq_seconds and seconds:
+        # it ends when another chunk of twice that time might not end in time
+        chunks = min(chunks, max(1, int(hp.gptq_seconds / seconds) - 1))
+    return curvature, chunks * seconds
+
+
+def steps_in_time(state: TrainState, step_seconds: dict[tuple, float]) -> tuple[int, float]:
+    """(steps that training will take, the mean seconds of one), from those with each graph."""
+    hp = state.hp
     steps = hp.iterations
     for _ in range(3):  # the plan of a step depends on how many there are
         plans = [
-            plan_step(int(share * steps), share * hp.seconds_for_steps, hp, ranks.device)
+            plan_step(int(share * steps), share * hp.seconds_for_steps, hp, state.ranks.device)
             for share in np.linspace(0, 1, 64, endpoint=False)
         ]
-        mean = np.mean([seconds[plan.passes, plan.hardness is not None] for plan in plans])
-        if hp.seconds_for_steps:
-            steps = min(hp.iterations, int(hp.seconds_for_steps / mean))
-    chunks = math.ceil(hp.gptq_tokens / (loader.rows * hp.train_seq_len * ranks.world_size))
-    curving = chunk * chunks if curvature else 0.0
-    if hp.gptq_seconds:
-        curving = min(curving, hp.gptq_seconds)
-    total = steps * mean + curving
-    each = ", ".join(f"{1e3 * took:.1f} ms" for took in seconds.values())
-    log(f"  step        {each} (each order of the blocks, without and with late QAT)")
-    log(f"  training    {steps:,} steps in {total:.0f} s, {curving:.1f} s of it for the curvature")
-    if ranks.device.type == "cuda":
-        free, whole = torch.cuda.mem_get_info()
-        most = torch.cuda.max_memory_allocated()
-        log(f"  memory      {most >> 20:,} MiB at most in training, of {whole >> 20:,} MiB")
-    return steps, total, curvature
+        mean = np.mean([step_seconds[plan.passes, plan.hardness is not None] for plan in plans])
+        if hp.max_wallclock_seconds:
+            until_last = hp.max_wallclock_seconds - seconds_to_keep(state)
+            steps = min(hp.iterations, 1 + max(0, int(until_last / mean)))
+    return steps, float(mean)
 
 
 def forecast_evaluation(
     model, curvature: dict[str, Curvature], validation: Validation, ranks, log
-) -> float:
+) -> Forecast:
     """Pack the weights as they are, time some windows and count some of the stream, and log what
-    evaluation will be. Returns its seconds. Collective."""
+    evaluation will be. Collective."""
     hp, num_targets = model.hp, validation.num_targets
     began = perf_counter()
     if ranks.rank == 0:
         compress(model.state_dict(), hp, curvature, SIZE_CAP - len(SOURCE))
     packing = ranks.from_rank0(perf_counter() - began)
-
-    _, passes = block_passes(hp)
-    scorer = Scorer(model, passes, compiled(model.hidden, hp, ranks.device))
-    length = min(hp.eval_seq_len, num_targets)
-    count = 2 * max(50, ranks.world_size * rank_batch(length, hp, ranks))  # windows to time
-
-    def window_seconds(stride: int) -> tuple[float, float]:
-        """(seconds of a window, seconds that the first call took more)."""
-        end = min(length + count * stride, num_targets)
-        windows_timed = math.ceil((end - length) / stride) or 1
-        took = []
-        for _ in range(2):
-            began = perf_counter()
-            deque(score(scorer, validation.tokens, stride, ranks, (min(length, end - 1), end)), 0)
-            took.append(ranks.from_rank0(perf_counter() - began))
-        return took[1] / windows_timed, max(0.0, took[0] - took[1])
-
-    whole, _ = window_seconds(length)
-    overlapping, compiling = window_seconds(hp.eval_stride)
-    validating = 2 * math.ceil(num_targets / length) * whole
-    scoring = compiling + math.ceil(num_targets / hp.eval_stride) * overlapping
     log(
         f"  packing     {packing:.1f} s (of untrained weights; how many bytes trained ones take "
         "is not known before)"
     )
-    log(
-        f"  scoring     {validating:.1f} s for two validations, {scoring:.1f} s with stride "
-        f"{hp.eval_stride}"
-    )
-    added = 0.0
-    if hp.ngram_enabled:
-        began = perf_counter()
-        some = validation.tokens[: 1 << 20]
-        if ranks.rank == 0:
-            Mixture(some, hp)
-        counting = ranks.from_rank0(perf_counter() - began) * num_targets / len(some)
-        added = max(0.0, counting - validating / 2 - scoring)
-        memory = COUNTING_BYTES * num_targets
-        log(f"  counting    {counting:.1f} s beside that, {memory / 1e9:.1f} GB of rank 0's memory")
-    total = packing + validating + scoring + added
+    _, passes = block_passes(hp)
+    scorer = Scorer(model, passes, compiled(model.hidden, hp, ranks.device))
+    whole, _ = time_windows(scorer, validation, hp.eval_seq_len, ranks)
+    overlapping, compiling = time_windows(scorer, validation, hp.eval_stride, ranks)
+    validations = 1 if hp.averaging == "none" else 2  # of the averages, and of the file
+    validating = math.ceil(num_targets / hp.eval_seq_len) * whole
+    scoring = compiling + math.ceil(num_targets / hp.eval_stride) * overlapping
+    what = f"with stride {hp.eval_stride}"
+    if hp.ttt_epochs:
+        scoring = time_learning(scorer, validation, ranks, log)
+        what += " and test-time training"
+    if hp.ttt_lora_rank:
+        scoring = time_adapters(scorer, validation, ranks)
+        what = "with adapters per document"
+    each = "two validations" if validations == 2 else "a validation"
+    log(f"  scoring     {validations * validating:.1f} s for {each}, {scoring:.1f} s {what}")
+    problems = gpu_memory_problems("scoring", hp, ranks, log)
+    counting, counting_problems = forecast_counting(validation, hp, ranks, log)
+    added = max(0.0, counting - validating - scoring)  # it begins with the second validation
+    total = packing + validations * validating + scoring + added
     log(f"  evaluation  {total:.0f} s of EVAL_BUDGET_SECONDS={hp.eval_budget_seconds:g}")
-    return total
+    if would_overrun(total, 0, 0.95 * hp.eval_budget_seconds):
+        remedy = "a wider stride is used: raise EVAL_STRIDE"
+        if hp.ttt_lora_rank:
+            remedy = "adapters are given up: raise TTT_BATCH_SIZE, or set TTT_LORA_RANK=0"
+        problems.append(
+            f"evaluation would take {total:.0f} s of EVAL_BUDGET_SECONDS="
+            f"{hp.eval_budget_seconds:g}, so that {remedy}"
+        )
+    return Forecast(total, [*problems, *counting_problems])
+
+
+def time_windows(scorer: Scorer, validation: Validation, stride: int, ranks) -> tuple[float, float]:
+    """(seconds of a window with this stride, seconds that the first call takes more, as it
+    compiles). Collective."""
+    hp, num_targets = scorer.model.hp, validation.num_targets
+    length = min(hp.eval_seq_len, num_targets)
+    count = 2 * max(50, ranks.world_size * rank_batch(length, hp, ranks))  # windows to time
+    end = min(length + count * stride, num_targets)
+    windows_timed = math.ceil((end - length) / stride) or 1
+    took = []
+    for _ in range(2):
+        began = perf_counter()
+        deque(score(scorer, validation.tokens, stride, ranks, (min(length, end - 1), end)), 0)
+        took.append(ranks.from_rank0(perf_counter() - began))
+    return took[1] / windows_timed, max(0.0, took[0] - took[1])
+
+
+def time_learning(scorer: Scorer, validation: Validation, ranks, log) -> float:
+    """Seconds of scoring the whole stream with test-time training, judged by its first three
+    chunks. Collective."""
+    hp = scorer.model.hp
+    loss = compiled(training_loss, hp, ranks.device)
+    segments = score_and_learn(scorer, loss, validation, hp.eval_stride, ranks, log)
+    seconds = []
+    began = perf_counter()
+    for _ in islice(segments, 3):  # the first is only scored; the second compiles
+        seconds.append(ranks.from_rank0(perf_counter() - began))
+        began = perf_counter()
+    segments.close()
+    chunks = math.ceil(validation.num_targets / hp.ttt_chunk_tokens)
+    return sum(seconds) + (chunks - len(seconds)) * seconds[-1]
+
+
+def time_adapters(scorer: Scorer, validation: Validation, ranks) -> float:
+    """Seconds of scoring the whole stream with adapters, judged by the last of its first three
+    segments, or of those in its first tenth. Collective."""
+    hp, num_targets = scorer.model.hp, validation.num_targets
+    count = min(math.ceil(num_targets / 10), 7 * first_segment(hp, ranks))  # 7 = 1 + 2 + 4
+    target_seconds = 0.0
+    began = perf_counter()
+    for segment in score_documents(scorer, validation.tokens[: count + 1], ranks):
+        target_seconds = (perf_counter() - began) / max(segment.shape[1], 1)  # right on rank 0
+        began = perf_counter()
+    return num_targets * ranks.from_rank0(target_seconds)
+
+
+def forecast_counting(validation: Validation, hp, ranks, log) -> tuple[float, list[str]]:
+    """(seconds of counting the stream, what will not hold), judged by its first million tokens.
+    Collective."""
+    if not hp.ngram_enabled:
+        return 0.0, []
+    num_targets = validation.num_targets
+    some = validation.tokens[: 1 << 20]
+    began = perf_counter()
+    if ranks.rank == 0:
+        Mixture(some, hp)
+    seconds = ranks.from_rank0(perf_counter() - began) * num_targets / len(some)
+    per_token = COUNTING_BYTES + BYTES_PER_ORDER * (hp.ngram_order - 7) + SCORE_BYTES
+    needed, available = per_token * num_targets, available_memory()
+    log(
+        f"  counting    {seconds:.1f} s while scoring goes on; at most {needed / 1e9:.1f} GB of "
+        f"rank 0's memory, of which {available / 1e9:.1f} GB are available"
+    )
+    if needed <= available:
+        return seconds, []
+    return seconds, [
+        f"counting n-grams needs {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are "
+        "available: free some, lower NGRAM_ORDER, or set NGRAM_ENABLED=0"
+    ]
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of the machine's memory that a program can still take, at most the limit of this
+    container. Systems other than Linux do not tell: there it is all memory of the machine. `root`:
+    where proc and sys are."""
+    amounts = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with suppress(OSError):
+        text = (root / "proc/meminfo").read_text()
+        amounts += [1024 * int(kib) for kib in re.findall(r"^MemAvailable: *(\d+) kB", text, re.M)]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of control groups, v2 and v1
+        with suppress(OSError, ValueError):  # absent; "max", which is no number
+            amounts.append(int((root / "sys/fs/cgroup" / name).read_text()))
+    return min(amounts)
+
+
+def gpu_memory(device: torch.device) -> tuple[int, int]:
+    """(the most bytes of the GPU that this process has held since the last call, the bytes that it
+    can have); zeros on a CPU."""
+    if device.type != "cuda":
+        return 0, 0
+    most = torch.cuda.max_memory_allocated(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return most, free + torch.cuda.memory_reserved(device)
+
+
+def gpu_memory_problems(phase: str, hp, ranks, log) -> list[str]:
+    """Log the GPU memory that a phase took, "training" or "scoring". Returns a problem if less than
+    5 % are left, because memory becomes fragmented in a long run."""
+    most, whole = gpu_memory(ranks.device)
+    if not whole:
+        return []
+    log(f"  memory      {most >> 20:,} MiB at most in {phase}, of {whole >> 20:,} MiB of the GPU")
+    if most <= 0.95 * whole:
+        return []
+    return [
+        f"{phase} takes {most >> 20:,} of {whole >> 20:,} MiB of the GPU, and a long run may need "
+        f"more: set {smaller_batch(phase, hp, ranks.world_size)}"
+    ]
+
+
+def smaller_batch(phase: str, hp, world_size: int) -> str:
+    """NAME=value of a setting that halves the tokens of a forward pass in "training" or "scoring":
+    fewer sequences or, if it has only one, a shorter one."""
+    if phase == "training":
+        tokens = min(hp.micro_batch_tokens, hp.train_batch_tokens // world_size)
+        if tokens >= 2 * hp.train_seq_len:
+            return f"MICRO_BATCH_TOKENS={tokens // 2}"
+        return f"TRAIN_SEQ_LEN={max(1, hp.train_seq_len // 2)}"
+    if hp.ttt_lora_rank and hp.ttt_batch_size > 1:  # adapters need a backward pass too
+        return f"TTT_BATCH_SIZE={hp.ttt_batch_size // 2}"
+    if hp.val_batch_size >= 2 * world_size * hp.eval_seq_len:
+        return f"VAL_BATCH_SIZE={hp.val_batch_size // 2}"
+    return f"EVAL_SEQ_LEN={max(1, hp.eval_seq_len // 2)}"
+
+
+def run_warnings(hp, loader: TokenLoader | None, validation: Validation) -> list[str]:
+    """All that is odd about these data and settings together. `loader`: None, if nothing is
+    trained."""
+    return [*data_warnings(hp, loader, validation), *idle_parts(hp, loader, validation)]
 
 
 def idle_parts(hp, loader: TokenLoader | None, validation: Validation) -> Iterator[str]:
-    """Yields a warning for each part of the run that is turned on but cannot act. `loader`: None,
-    if nothing is trained."""
+    """Yields a warning for each part of the run that the settings turn on, but that cannot act with
+    these numbers of steps, tokens or seconds. `loader`: None, if nothing is trained."""
     if loader is not None:
         # After the last step, or when the time limit comes, learning rates are at their lowest.
         lowest = lr_scale(hp.iterations - 1, hp.seconds_for_steps, hp)
@@ -5162,12 +5534,16 @@ def idle_parts(hp, loader: TokenLoader | None, validation: Validation) -> Iterat
                 f"RECUR_START={hp.recur_start:g} is never reached in {hp.iterations} steps: the "
                 "network is scored with RECUR_LAYERS run again, but not trained so"
             )
-        if loader.rows <= 2 < min(loader.most_rows, loader.share):
-            tokens = loader.better_batch()
+        if loader.rows <= 2 < min(loader.most_rows, loader.sequences_per_rank):
+            full = (
+                loader.most_rows
+                * hp.train_seq_len
+                * (loader.sequences // loader.sequences_per_rank)
+            )
             yield (
                 f"TRAIN_BATCH_TOKENS={hp.train_batch_tokens} makes {loader.accumulation} "
-                f"micro-batches of {loader.rows} x {hp.train_seq_len} tokens on each rank; "
-                f"{tokens} would make larger and fewer ones"
+                f"micro-batches of {loader.rows} x {hp.train_seq_len} tokens on each rank; a "
+                f"multiple of {full} makes larger and fewer ones"
             )
     if hp.ttt_epochs and hp.ttt_chunk_tokens >= validation.num_targets:
         yield (
@@ -5198,8 +5574,8 @@ def log_peak_memory(ranks, log) -> None:
 
 
 def customary_lines(hp, loader: TokenLoader | None, validation: Validation, model) -> list[str]:
-    """Lines that other scripts of the challenge log, in their form, for tools that look for
-    them."""
+    """Facts about the run in the wording of the challenge's own script. Tools that read the logs of
+    many submissions search for these lines."""
     folder = hp.train_data_path or hp.data_path
     shards = len(loader.paths) if loader else 0
     return [
@@ -5256,14 +5632,14 @@ def artifact_path(hp, log) -> Path:
 
 
 def expected_files(artifact: Path, model, num_targets: int, log) -> dict[Path, int]:
-    """The files that the run will write beside its log: path -> about the most bytes that it takes.
-    EVAL_ONLY writes no checkpoint and no artifact."""
+    """path -> the most bytes that it will have, for each file that the run will write beside its
+    log. EVAL_ONLY writes no checkpoint and no artifact."""
     hp = model.hp
     numbers = sum(p.numel() for p in model.parameters())
     sizes = {}
     if not hp.eval_only:
         copies = 3 + len(build_averages([], hp))  # weights, two moments of AdamW, averages
-        # twice, as the old checkpoint stays until the new one is whole
+        # for two checkpoints, as the old one stays until the new one is whole
         sizes[log.path.with_suffix(".ckpt")] = 2 * copies * 4 * numbers + ROOM_TO_SPARE
         sizes[artifact] = min(SIZE_CAP, 2 * numbers + ROOM_TO_SPARE)
     if hp.save_scores:
@@ -5273,9 +5649,9 @@ def expected_files(artifact: Path, model, num_targets: int, log) -> dict[Path, i
 
 
 def require_room(sizes: dict[Path, int]) -> None:
-    """Compare the free bytes of each disk with the sizes of all files that go there, and try to
-    write one beside each of these paths. Leaves nothing behind. UserError: the bytes do not
-    suffice, or a file cannot be written."""
+    """Compare the free bytes of each disk with the `sizes` of all files that will be written there,
+    and try to write a small file beside each of them, which is removed. UserError: the disk has too
+    few bytes, or a file cannot be written."""
     disks = defaultdict(list)
     for path in sizes:
         with temporary_file(path):  # it says what is wrong with the folder
@@ -5429,8 +5805,13 @@ def log_validation(name: str, scorer: Scorer, validation: Validation, ranks, log
     if ranks.rank == 0:
         nll, _ = scores_2N
         bpb = bits_per_byte(nll, validation.target_bytes)
-        log(f"{name}_exact val_loss:{nll.mean(dtype=float):.8f} val_bpb:{bpb:.8f}")
+        log_exactly(name, nll.mean(dtype=float), bpb, log)
     return scores_2N
+
+
+def log_exactly(name: str, loss: float, bpb: float, log) -> None:
+    """Log nats per target and bits per byte, as other tools look for them."""
+    log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
 
 
 class Scores(NamedTuple):
@@ -5509,7 +5890,8 @@ class Budget(NamedTuple):
 
     def is_late_after(self, more: float, spare: float) -> bool:
         """Would work of `more` seconds leave less than `spare` seconds, or less than 5 % of the
-        budget, for what follows? (No work never does.) Rank 0 decides. Collective."""
+        budget, for what follows? If there is no more work, it is never late. Rank 0 decides.
+        Collective."""
         needed = more + max(spare, 0.05 * self.seconds)
         is_late = more > 0 and would_overrun(self.elapsed, needed, self.seconds)
         return bool(self.ranks.from_rank0(is_late))
@@ -5530,14 +5912,13 @@ def score_in_time(
     log,
     window_seconds: float = 0.0,
 ) -> tuple[int, Iterator[ndarray]]:
-    """Returns the stride and the segments of its scores. EVAL_STRIDE and wider strides are tried in
-    turn, until one will end within 95 % of EVAL_BUDGET_SECONDS after `began`, judged by the speed
-    of its third segment; if none will, there are no segments. Whether there is time for the first
-    two is judged by `window_seconds`: how long a window took in the validation. If segments are
-    slower than promised, they end early: see `until_late`. Collective."""
+    """Returns the stride and the segments of its scores. The `ways_to_score` are tried in turn,
+    until one will end within 95 % of EVAL_BUDGET_SECONDS after `began`, judged by the speed of its
+    third segment; if none will, there are no segments. Whether there is time for the first two is
+    judged by `window_seconds`: how long a window took in the validation. If segments are slower
+    than promised, they end early: see `until_late`. Collective."""
     hp, num_targets = scorer.model.hp, validation.num_targets
     budget = Budget(hp.eval_budget_seconds, began, ranks)
-    loss = compiled(training_loss, hp, ranks.device)
     batch = ranks.world_size * rank_batch(hp.eval_seq_len, hp, ranks)
     # segments of at most 1 % of the budget: shorter ones let it be used to nearly 95 %
     most = SEGMENT_BATCHES
@@ -5546,16 +5927,10 @@ def score_in_time(
     ):
         most //= 2
     scorer = scorer._replace(most_batches=most)
-    wider = [s for s in FALLBACK_STRIDES if hp.eval_stride < s < hp.eval_seq_len]
-    for stride in [hp.eval_stride, *wider]:
-        if hp.ttt_epochs:
-            segments = score_and_learn(scorer, loss, validation, stride, ranks, log)
-        else:
-            segments = score(scorer, validation.tokens, stride, ranks)
-        # training on a window takes about four times as long as scoring it
-        target_seconds = window_seconds * (1 / stride + 4 * hp.ttt_epochs / hp.eval_seq_len)
-        first = min(hp.ttt_chunk_tokens if hp.ttt_epochs else batch * stride, num_targets)
-        segments = until_late(segments, budget, num_targets, first, target_seconds)
+    for way in ways_to_score(scorer, validation, batch, ranks, log):
+        stride, first = way.stride, min(way.first, num_targets)
+        target_seconds = window_seconds * way.windows_per_target
+        segments = until_late(way.segments, budget, num_targets, first, target_seconds)
         held = list(islice(segments, 2))  # these compile, so that they say nothing of the speed
         third_began = perf_counter()
         held += islice(segments, 1)
@@ -5572,9 +5947,48 @@ def score_in_time(
             elapsed, remaining, 0.95 * hp.eval_budget_seconds
         )
         if not ranks.from_rank0(done < num_targets and is_late):
+            if way.note:
+                log(f"ttt:score_first {way.note}")
             return stride, chain(held, segments)
         segments.close()
+        if way.note:
+            problem = f"would not end within EVAL_BUDGET_SECONDS={hp.eval_budget_seconds:g}"
+            log(f"warning: TTT_LORA_RANK={hp.ttt_lora_rank}: adapters {problem}; scored without")
     return hp.eval_seq_len, iter(())
+
+
+class Way(NamedTuple):
+    """A way to score the stream, and what it costs."""
+
+    stride: int
+    segments: Iterator[ndarray]  # as `score` yields them
+    first: int  # the most targets of its first segment
+    windows_per_target: float  # the time of one target, in that of a window of the validation
+    note: str = ""  # what to log if documents are scored with adapters
+
+
+def ways_to_score(scorer: Scorer, validation: Validation, batch: int, ranks, log) -> Iterator[Way]:
+    """The ways to score the stream, the best one first: documents with adapters, if TTT_LORA_RANK
+    says so; windows with EVAL_STRIDE; windows with wider strides. `batch`: windows that all ranks
+    score at a time. Training on a window takes about four times as long as scoring it."""
+    hp, tokens = scorer.model.hp, validation.tokens
+    if hp.ttt_lora_rank:
+        pieces = document_pieces(tokens, hp)
+        read = windows_in_pieces(pieces, hp)
+        cost = (4 if hp.ttt_lora_lr else 1) * read / validation.num_targets
+        documents = np.count_nonzero(pieces[0] == pieces[1])
+        note = f"documents:{documents} rank:{hp.ttt_lora_rank} lr:{hp.ttt_lora_lr:g}"
+        segments = score_documents(scorer, tokens, ranks)
+        yield Way(hp.ttt_chunk_size, segments, first_segment(hp, ranks), cost, note)
+    loss = compiled(training_loss, hp, ranks.device)
+    wider = [s for s in FALLBACK_STRIDES if hp.eval_stride < s < hp.eval_seq_len]
+    for stride in [hp.eval_stride, *wider]:
+        cost = 1 / stride + 4 * hp.ttt_epochs / hp.eval_seq_len
+        if hp.ttt_epochs:
+            segments = score_and_learn(scorer, loss, validation, stride, ranks, log)
+            yield Way(stride, segments, hp.ttt_chunk_tokens, cost)
+        else:
+            yield Way(stride, score(scorer, tokens, stride, ranks), batch * stride, cost)
 
 
 def until_late(
@@ -5582,8 +5996,9 @@ def until_late(
 ) -> Iterator[ndarray]:
     """Yields the segments of `num_targets` targets until the next one might not end in time. It is
     judged by `target_seconds`, from the third on by the slowest segment since then. The first one
-    takes as long as `first` targets (it scores a whole window too), another a multiple of that, at
-    most twice as long as the one before. Collective."""
+    takes at most as long as `first` targets (it scores a whole window too). Another takes a
+    multiple of that, or less if it consists of whole pieces of documents, and at most twice as long
+    as the one before. Collective."""
     done, slowest = 0, 0.0
     number, more = 0, target_seconds * first
     try:
@@ -5736,7 +6151,10 @@ def main(env: dict[str, str]) -> None:
     stop.install()
     try:
         warnings = [*mistyped(env), *hp.without_effect(env), *unusable_gpu(ranks.device, env)]
-        checkpoint = dry_run(hp, ranks, log) if hp.dry_run else run(hp, ranks, log, stop, warnings)
+        if hp.dry_run:
+            checkpoint = dry_run(hp, ranks, log, warnings)
+        else:
+            checkpoint = run(hp, ranks, log, stop, warnings)
         ranks.barrier()
         ranks.close()
         log.close()
@@ -5759,7 +6177,8 @@ def main(env: dict[str, str]) -> None:
 
 
 def explained(error: BaseException, env: dict[str, str], hp, stop, log) -> BaseException:
-    """The error that a user should see instead of `error`: it says what is left to go on with."""
+    """The error that a user should see instead of `error`. It says which checkpoint or artifact is
+    left to go on with."""
     if "gloo/transport" in str(error):  # a connection to another rank was lost
         what = "another rank ended: see what it said; if nothing, a signal stopped it"
         if "timed out" in str(error).lower():
@@ -5768,13 +6187,7 @@ def explained(error: BaseException, env: dict[str, str], hp, stop, log) -> BaseE
         error = Stopped(f"{what}; {stop.name} came") if stop.name else UserError(what)
     is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if is_memory or "can't allocate memory" in str(error):
-        cause, *_ = str(error).splitlines() or [""]
-        remedy = (
-            f"try MICRO_BATCH_TOKENS={hp.micro_batch_tokens // 2} if this came in training, "
-            f"VAL_BATCH_SIZE={max(1, hp.val_batch_size // 2)} if it came in scoring, or a smaller "
-            "model"
-        )
-        error = UserError(f"out of memory: {remedy} ({cause})")
+        error = UserError(out_of_memory(error, env, hp, log))
     message = str(error)
     is_known = any(how.split()[0] in message for how in log.left.values())
     if isinstance(error, Stopped) and not is_known and log.hint not in message:
@@ -5783,6 +6196,18 @@ def explained(error: BaseException, env: dict[str, str], hp, stop, log) -> BaseE
         left = [log.hint] if log.left and not is_known else []
         error = UserError("; ".join([message, *left, *mistyped(env)]))
     return error
+
+
+def out_of_memory(error: BaseException, env: dict[str, str], hp, log) -> str:
+    """What to do after `error`, which came because memory was full."""
+    _, world_size, _ = place_among_ranks(env)
+    is_trained = hp.eval_only or "artifact" in log.left
+    phases = ["scoring"] if is_trained else ["training", "scoring"]
+    remedies = [f"{smaller_batch(p, hp, world_size)} if this came in {p}" for p in phases]
+    if isinstance(error, MemoryError) and hp.ngram_enabled:  # of NumPy or Python, not of a GPU
+        remedies.append("NGRAM_ENABLED=0 if this came in counting")
+    cause, *_ = str(error).splitlines() or [""]
+    return f"out of memory: try {', '.join(remedies)}, or a smaller model ({cause})"
 
 
 def leave(error: BaseException | None, rank: int) -> None:

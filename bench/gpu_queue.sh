@@ -41,6 +41,7 @@ decay06  | 260 | The same, for 0.06
 larger   | 300 | Is a larger model in the same bytes better? One with wider MLPs, whose weights have fewer bits
 wider    | 300 | The same, for a model of width 576
 ttt      | 200 | What does learning at evaluation, as in PR #825, add to one artifact, with and without the mixture?
+adapters | 300 | What do adapters per document add to it, small ones and as large as the records', and how long do they take?
 fa4      | 200 | Is FlashAttention 4 faster than torch's own attention? If so, requirements-gpu.txt should name it
 long     | 480 | 600 s of the best preset, in two calls: stopped at 480 s with a checkpoint, resumed by the next
 momentum | 260 | Is MUON_MOMENTUM 0.97 better than 0.99? (0.0004 to 0.0008 in the field)
@@ -301,6 +302,16 @@ item_ttt() {
     score "${run}_overlapping" "$run" "$run" "${settings[@]}"
     score "${run}_ttt" "$run" "$run" "${settings[@]}" TTT_EPOCHS=3
 }
+item_adapters() {
+    local run
+    run=$([[ $(artifact preset) ]] && say preset || say defaults)
+    needs_data
+    # apart: documents without learning, what the other two are compared with
+    score "${run}_apart" "$run" "$run" TTT_LORA_RANK=1 TTT_LORA_LR=0
+    score "${run}_adapters_8" "$run" "$run" TTT_LORA_RANK=8 TTT_LORA_ALPHA=16 TTT_LORA_LR=1e-3
+    score "${run}_adapters_96" "$run" "$run" TTT_LORA_RANK=96 TTT_LORA_ALPHA=144 TTT_LORA_LR=1e-4
+}
+missing_adapters() { missing_ttt; }
 missing_ttt() {
     missing_text
     [[ $(artifact preset)$(artifact defaults) ]] || say "no artifact: the item preset or loader leaves one"

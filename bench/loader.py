@@ -45,7 +45,7 @@ def permuted(loader: t.TokenLoader, step: int) -> list[tuple]:
 def in_lanes(loader: t.TokenLoader, step: int) -> list[tuple]:
     """The batch `step` as it was read before: every sequence goes on where it ended."""
     T, batch = loader.hp.train_seq_len, []
-    for first in range(0, loader.share, loader.rows):
+    for first in range(0, loader.sequences_per_rank, loader.rows):
         lanes = range(first, first + loader.rows)
         starts = [i * loader.num_tokens // loader.sequences + step * T for i in lanes]
         ids = t.torch.from_numpy(np.stack([loader.span(start, T + 1) for start in starts]))

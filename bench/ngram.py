@@ -147,7 +147,9 @@ def threads_row(tokens: np.ndarray, repeat: int, *threads: int) -> list[list]:
         for number in threads:
             began = time.perf_counter()
             checksum = 0
-            for counts in train_gpt.ngram_counts(tokens, HIGH, map=train_gpt.thread_map(number)):
+            for counts in train_gpt.ngram_counts(
+                tokens, HIGH, map_chunks=train_gpt.map_in_threads(number)
+            ):
                 checksum += sum(int(array.sum(dtype=np.uint64)) for array in counts)
             found[number].append(time.perf_counter() - began)
             sums[number] = checksum

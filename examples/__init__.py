@@ -18,7 +18,8 @@ def new_parser(doc: str) -> argparse.ArgumentParser:
 
 def last_artifact() -> str:
     """The artifact of the last run in this folder."""
-    links = sorted(Path().glob("final_model.int*.ptz"), key=lambda path: path.stat().st_mtime)
+    found = filter(Path.exists, Path().glob("final_model.int*.ptz"))  # not links to nothing
+    links = sorted(found, key=lambda path: path.stat().st_mtime)
     return str(links[-1]) if links else "final_model.int6.ptz"
 
 

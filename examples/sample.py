@@ -3,9 +3,8 @@
     TOKENIZER_PATH=FILE python -m examples.sample [ARTIFACT] --prompt "Return the" [--tokens 200]
         [--temperature 0.8] [--seed 1] [--cache 0.1]
 
-ARTIFACT is by default that of the last run. With --cache, words of the text so far come back more
-often: p = (1 - w) * model + w * cache, where the cache is the mixture's (train_gpt.DocumentCache).
-The same seed gives the same text.
+ARTIFACT is by default that of the last run; the same seed gives the same text. With --cache, words
+come back more often: p = (1 - w) * model + w * cache, the mixture's (train_gpt.DocumentCache).
 """
 
 import numpy as np
@@ -16,11 +15,10 @@ from examples import last_artifact, load, new_parser, run
 
 
 @torch.inference_mode()
-def write(model: t.GPT, tokens: list[int], count: int, temperature: float, w: float) -> list[int]:
-    """`tokens` and `count` more, drawn one after the other."""
+def write(model: t.GPT, tokens: list[int], count: int, temperature: float, w: float):
+    """Yields `tokens` with one, two and up to `count` more, drawn one after the other."""
     _, passes = t.block_passes(model.hp)
-    text = np.zeros(len(tokens) + count, np.uint16)
-    text[: len(tokens)] = tokens
+    text = np.array([*tokens, *[0] * count], np.uint16)
     cache = t.DocumentCache(text)
     for end in range(1, len(text)):
         ids = torch.from_numpy(text[:end][-model.hp.eval_seq_len :].astype(np.int64))
@@ -32,8 +30,8 @@ def write(model: t.GPT, tokens: list[int], count: int, temperature: float, w: fl
             if total:
                 mixed_V = (1 - w) * mixed_V + w * torch.from_numpy(sums_V / total)
             text[end] = torch.multinomial(mixed_V, 1)
+            yield text[: end + 1].tolist()
         cache.extend(end - 1, end, logp_V[None, text[end]].double().exp().numpy())
-    return text.tolist()
 
 
 def main() -> None:
@@ -50,8 +48,12 @@ def main() -> None:
     model, _, counter = load(args.artifact)
     torch.manual_seed(args.seed)
     prompt = [t.BOS, *counter.pieces.encode(args.prompt)]
-    text = write(model, prompt, args.tokens, args.temperature, args.cache)
-    print(counter.pieces.decode(text))
+    torch.set_num_threads(1)  # many tiny steps: threads would only wait for each other
+    shown = ""
+    for tokens in write(model, prompt, args.tokens, args.temperature, args.cache):
+        before, shown = shown, counter.pieces.decode(tokens).rstrip("\ufffd")  # half a letter
+        print(shown[len(before) :], end="", flush=True)
+    print()
 
 
 if __name__ == "__main__":

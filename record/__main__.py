@@ -1,5 +1,5 @@
-"""The command line: `python -m record report | check | plot | compare | view | copy | systems |
-settings`."""
+"""The command line: `python -m record report | check | plot | compare | view | copy | rescore |
+systems | settings`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from statistics import fmean
 
 from . import __doc__ as purpose
 from .log import RecordError, first_difference, read_text
-from .tables import PERSONAL, TRACKS
+from .submission import HOME, PERSONAL
+from .tables import TRACKS
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -43,8 +44,15 @@ def arguments() -> argparse.ArgumentParser:
         choices = TRACKS if key == "track" else None
         said = f"{text} (default: as in submission.json)"
         one.add_argument(f"--{key.replace('_', '-')}", help=said, choices=choices)
+    one.add_argument("--home", metavar="URL", help=HOME)
     one = command(run_check, "folder")
     one.add_argument("--json", action="store_true", help="print the findings as JSON")
+    said = (
+        "judge it as a folder of this project, or as one of somebody else (default: see its logs)"
+    )
+    one.add_argument("--as", dest="judge_as", choices=["ours", "foreign"], help=said)
+    said = "judge every folder in this folder, and print tables of the verdicts in Markdown"
+    one.add_argument("--table", action="store_true", help=said)
     command(run_plot, "folder")
     one = command(run_view)
     said = "logs/<RUN_ID>_scores.npz of SAVE_SCORES=1 (default: that of the last run)"
@@ -57,10 +65,13 @@ def arguments() -> argparse.ArgumentParser:
     one.add_argument("dest", type=Path, metavar="DEST", help=said)
     one.add_argument("--date", help="YYYY-MM-DD (default: as in submission.json)")
     one.add_argument("--name", help="(default: as in submission.json)")
-    one.add_argument("--force", action="store_true", help="copy even if a check fails")
+    one.add_argument("--home", metavar="URL", help="(default: as in submission.json)")
+    said = "copy even if a check fails, or git would ignore a file"
+    one.add_argument("--force", action="store_true", help=said)
     one = command(run_systems, "--folder")
     one.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="<system>_seed<seed>.txt")
     command(run_settings, "--folder")
+    command(run_rescore, "folder")
     one = command(run_compare)
     one.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="logs/<RUN_ID>.txt")
     one.add_argument("--csv", type=Path, metavar="F", help="write the rows as CSV, too")
@@ -77,9 +88,9 @@ def warn(text: str) -> None:
 
 def run_report(args: argparse.Namespace) -> int:
     """Write README's results table and submission.json from one log per seed."""
-    from .tables import report
+    from .submission import report
 
-    flags = {key: getattr(args, key) for key in PERSONAL}
+    flags = {key: getattr(args, key) for key in (*PERSONAL, "home")}
     runs = report(args.logs, args.folder, flags)
     script = args.folder / "train_gpt.py"
     if script.exists() and (no := first_difference(runs[0].log.source, read_text(script))):
@@ -103,31 +114,59 @@ def run_systems(args: argparse.Namespace) -> int:
 
 def run_settings(args: argparse.Namespace) -> int:
     """Write the page of environment variables."""
+    from . import whose
+    from .log import require
     from .tables import settings
 
+    require(whose.may_run(args.folder), f"{args.folder / 'train_gpt.py'}: {whose.NOT_RUN}")
     print(settings(args.folder))
     return 0
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Judge a submission as a reviewer would: on a CPU, without data, in under a minute. Exit
-    status 1 if a check fails."""
+    """Judge a submission as a reviewer would: on a CPU, without data, in under a minute. A folder
+    that was not made here is judged by what it says, and nothing in it is run. Exit status 1 if a
+    check fails."""
+    from . import foreign, whose
+    from .log import require
+
+    problem = "no such folder, expected one with train_gpt.py and submission.json"
+    require(args.folder.is_dir(), f"{args.folder}: {problem}")
+    if args.table:
+        print(foreign.table(args.folder))
+        return 0
+    is_ours = whose.is_ours(args.folder) if args.judge_as is None else args.judge_as == "ours"
+    return check_ours(args) if is_ours else foreign.report(args.folder, args.json)
+
+
+def check_ours(args: argparse.Namespace) -> int:
+    """The checks of a folder that this project made. Its script runs only if it is this
+    project's."""
+    from . import whose
     from .checks import check, summary
 
-    findings = check(args.folder)
+    left_out = () if whose.may_run(args.folder) else whose.RUN_BY
+    findings = check(args.folder, left_out)
     passed = all(finding.passed for finding in findings)
     if args.json:
-        found = dict(folder=str(args.folder), passed=passed, checks=list(map(asdict, findings)))
+        rows = [dict(asdict(one), verdict=one.verdict) for one in findings]
+        untold = dict(passed=None, evidence=whose.NOT_RUN, verdict="CANNOT TELL")
+        rows += [dict(name=name, **untold) for name in left_out]
+        found = dict(folder=str(args.folder), passed=passed, checks=rows)
         print(json.dumps(found, indent=2, allow_nan=False))
     else:
         for finding in findings:
-            print(f"{'PASS' if finding.passed else 'FAIL'} {finding.name} {finding.evidence}")
+            print(f"{finding.verdict} {finding.name} {finding.evidence}")
+        for name in left_out:
+            print(f"CANNOT TELL {name} {whose.NOT_RUN}")
         print(summary(findings))
+        if left_out:
+            print(f"CANNOT TELL, as the script was not run: {', '.join(left_out)}")
     return 0 if passed else 1
 
 
 def run_plot(args: argparse.Namespace) -> int:
-    """Draw the figures from the reported logs into logs/ and show them on their pages."""
+    """Draw the figures from the reported logs into figures/ and show them on their pages."""
     from .figures import plot, show
 
     written, skipped = plot(args.folder)
@@ -161,21 +200,30 @@ def run_view(args: argparse.Namespace) -> int:
     scores = args.scores or last_scores(Path("."))
     page = view(scores, args.out, args.start, args.tokens)
     print(page.path.resolve().as_uri())
-    shown = f"targets {page.first:,} to {page.last:,} of {page.total:,}"
+    shown = f"targets {page.first:,} to {page.end - 1:,} of {page.total:,}"
     why = ", where counting saved most; --start N shows others" if args.start is None else ""
     print(f"It shows {shown}{why}.")
     return 0
 
 
 def run_copy(args: argparse.Namespace) -> int:
-    """Make DEST/records/<track>/<date>_<Name>/ of exactly the submission's files and what its
-    README links to, if check passes."""
+    """Make DEST/records/<track>/<date>_<Name>/ of the submission's files, with a README of its own
+    and what that links to, if check passes and git ignores nothing of it."""
     from .checks import summary
     from .copy import copy
 
-    target, findings = copy(args.folder, args.dest, args.date, args.name, args.force)
-    print(f"{target}\n{summary(findings)}")
+    flags = dict(date=args.date, home=args.home)
+    made = copy(args.folder, args.dest, args.name, flags, args.force)
+    print(f"{made.target}\n{summary(made.findings)}\n{made.note}")
     return 0
+
+
+def run_rescore(args: argparse.Namespace) -> int:
+    """Score the artifacts that lie where the reported logs say, with this folder's script, and
+    compare each digit with the log's. Exit status 1 if one differs by more than processors do."""
+    from .rescore import report
+
+    return 0 if report(args.folder) else 1
 
 
 def end_output() -> None:

@@ -6,22 +6,23 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import probe
+from . import probe, prose
+from .figures import FIGURES, faults
 from .folder import FILES, Folder, read_text, split_page
 from .log import Log, RecordError, first_difference, parse_log, require
+from .rescore import require_its_file
 from .run import LEAST_SEEDS, LIMITS, largest_total, read_systems, seed_of
+from .submission import PERSONAL, contradicted, personal_facts, submission
 from .tables import (
     SYSTEMS_PAGE,
     TRACKS,
     compliance,
     hardware,
-    personal_facts,
     results_table,
-    submission,
     systems_table,
     unsafe_reading,
     unscored,
@@ -31,31 +32,50 @@ from .tables import (
 @dataclass(frozen=True)
 class Finding:
     name: str
-    passed: bool
+    passed: bool | None  # None: not judged, as it rests on what another check has refused
     evidence: str
 
+    @property
+    def verdict(self) -> str:
+        return {True: "PASS", False: "FAIL", None: "SKIP"}[self.passed]
 
-def check(path: Path) -> list[Finding]:
-    """All checks on a submission folder. RecordError: there is no such folder."""
+
+def check(path: Path, left_out: Collection[str] = ()) -> list[Finding]:
+    """All checks on a submission folder but those `left_out`. What fails in several checks for one
+    cause, the same message or the same line of a file, is reported by the first. RecordError: there
+    is no such folder."""
     problem = "no such folder, expected one with train_gpt.py and submission.json"
     require(path.is_dir(), f"{path}: {problem}")
-    folder, findings = Folder(path), []
+    folder, findings, causes = Folder(path), [], {}
     for name, function in CHECKS.items():
+        if name in left_out:
+            continue
+        passed = False
         try:
             passed, evidence = True, function(folder)
         except (RecordError, OSError) as error:
-            passed, evidence = False, str(error)
+            evidence = str(error)
         except Exception as error:  # one odd file must not hide what the other checks find
-            passed, evidence = False, f"cannot be judged: {type(error).__name__}: {error}"
-        findings.append(Finding(name, passed, evidence.replace(f"{path}/", "").replace("\n", " ")))
+            evidence = f"cannot be judged: {type(error).__name__}: {error}"
+        evidence = evidence.replace(f"{path}/", "").replace("\n", " ")
+        if not passed:
+            # line 1 stands for a whole file
+            line = re.match(r"[^\s:]+:(?!1:)\d+: |", evidence)[0] or evidence
+            first = causes.setdefault(evidence, causes.setdefault(line, name))
+            if first != name:
+                passed, evidence = None, f"not judged: it rests on what {first} refuses"
+        findings.append(Finding(name, passed, evidence))
     return findings
 
 
 def summary(findings: list[Finding]) -> str:
-    failed = [finding.name for finding in findings if not finding.passed]
+    failed = [finding.name for finding in findings if finding.passed is False]
+    skipped = [finding.name for finding in findings if finding.passed is None]
     verdict = f"not ready: {', '.join(failed)}" if failed else "ready"
-    said = f"{len(findings) - len(failed)} of {len(findings)} checks passed: {verdict}"
-    if failed and set(failed) <= {"source", "code_bytes"}:
+    passed = len(findings) - len(failed) - len(skipped)
+    more = f", {len(skipped)} not judged" if skipped else ""
+    said = f"{passed} of {len(findings)} checks passed{more}: {verdict}"
+    if failed and not skipped and set(failed) <= {"source", "code_bytes"}:
         said += (
             "\nOnly the code has changed since the logs were written. To work on it, that is fine; "
             "a submission needs new logs, and then `make record`."
@@ -81,7 +101,41 @@ def check_files(folder: Folder) -> str:
     every(FILES, lambda name: "" if (folder.path / name).is_file() else f"{name} is missing")
     gone = [path for path in folder.links if not path.exists() and path not in folder.figures()]
     every(gone, lambda path: f"{folder.links[path]} links to {path}, which is missing")
-    return f"{', '.join(FILES)}, {len(folder.logs)} logs"
+    asked = [name for name in asked_for(read_text(folder.readme)) if not is_there(folder, name)]
+    advice = "which this folder lacks; leave it out, or say it for readers of this folder alone"
+    every(asked, lambda name: f"{folder.readme} asks for {name!r}, {advice}")
+    scored = [log for log in folder.logs if artifact_of(folder, log).is_file()]
+    every(scored, lambda log: require_its_file(artifact_of(folder, log), log))
+    more = f", the artifact that {len(scored)} of them scored" if scored else ""
+    return f"{', '.join(FILES)}, {len(folder.logs)} logs{more}"
+
+
+def artifact_of(folder: Folder, log: Log) -> Path:
+    """Where the log says that its artifact lies, inside the folder; nowhere if it does not say."""
+    name = log.find("artifact:")["artifact"] if log.has("artifact:") else ""
+    path = folder.path / name
+    is_inside = path.resolve().is_relative_to(folder.path.resolve())
+    return path if name and is_inside else folder.path / "no artifact"
+
+
+# What a README asks for that only this project has: make, its folders, its packages.
+ASKED = re.compile(
+    r"(?<![\w./~$-])(make(?= [a-z])|\.venv/|-m (?:record|bench|studies|tools|examples)\b"
+    r"|(?:tests|runs|record|bench|studies|tools|examples|docs)/[\w./-]*\w)"
+)
+
+
+def asked_for(page: str) -> list[str]:
+    """What the code in a page, between backticks, asks for of what ASKED lists, each once."""
+    code = re.findall(r"```.*?```|`[^`\n]+`", page, re.S)
+    return list(dict.fromkeys(found for text in code for found in ASKED.findall(text)))
+
+
+def is_there(folder: Folder, name: str) -> bool:
+    """Does the folder have what `asked_for` found?"""
+    if name in ("make", ".venv/"):  # make sets up .venv
+        return (folder.path / "Makefile").is_file()
+    return (folder.path / name.removeprefix("-m ")).exists()
 
 
 def check_compiles(folder: Folder) -> str:
@@ -139,21 +193,37 @@ def check_logs(folder: Folder) -> str:
 
 
 def check_limit(name: str) -> Callable[[Folder], str]:
-    """The check of one row of LIMITS."""
+    """The check of one row of LIMITS. The track for runs that are no record has no time limits, but
+    wants README to say so of longer ones."""
     limit = LIMITS[name]
 
-    def problem(log: Log) -> str:
-        value, place = limit.read(log)
-        said = f"{place}: {value:{limit.digits}} {limit.what}"
-        return value > limit.most and f"{said}, expected at most {limit.most} {limit.unit}"
-
     def check(folder: Folder) -> str:
-        every(folder.logs, problem)
         value, place = max(map(limit.read, folder.logs), key=lambda found: found[0])
-        said = f"{limit.extreme} {value:{limit.digits}} of {limit.most} {limit.unit}"
-        return f"{said} ({place})"
+        is_over = value > limit.most
+        is_free = is_over and limit.unit == "s" and track_of(folder) == TRACKS[1]
+        said = f"{limit.extreme} {value:{limit.digits}} of {limit.most} {limit.unit} ({place})"
+        if is_free and re.search(r"unlimited[\s-]+compute", read_text(folder.readme), re.I):
+            return f"{said}: unlimited compute, as README says"
+        more = f"; on the track {TRACKS[1]} README must say 'unlimited compute'" if is_free else ""
+
+        def problem(log: Log) -> str:
+            value, place = limit.read(log)
+            said = f"{place}: {value:{limit.digits}} {limit.what}"
+            is_over = value > limit.most
+            return f"{said}, expected at most {limit.most} {limit.unit}{more}" if is_over else ""
+
+        every(folder.logs, problem)
+        return said
 
     return check
+
+
+def track_of(folder: Folder) -> str:
+    """The track of submission.json; empty if that cannot be read."""
+    try:
+        return str(folder.submission.get("track", ""))
+    except RecordError:
+        return ""
 
 
 def check_seeds(folder: Folder) -> str:
@@ -216,30 +286,49 @@ def check_audit(folder: Folder) -> str:
     return f"{line.place}: {line.text}; the like in each log"
 
 
+CHECKED_ALONE = {
+    *(limit.rule for limit in LIMITS.values()),
+    *("three_seeds", "same_code", "each_target_scored_once", "distribution_sums_to_one"),
+    "no_pickle",
+}
+
+
 def check_compliance(folder: Folder) -> str:
+    """The rules that have no check of their own; all of them stand in submission.json."""
     found = compliance(folder.runs)
-    broken = [name for name, holds in found.items() if not holds]
+    broken = [name for name, holds in found.items() if not holds and name not in CHECKED_ALONE]
     require(not broken, f"the logs do not show {', '.join(broken)}")
-    return f"the logs show {', '.join(found)}"
+    return f"the logs show {', '.join(name for name, holds in found.items() if holds)}"
 
 
 # --- what is said of them ---
 
 
 def check_json(folder: Folder) -> str:
-    """Every field that logs decide equals them, to the last digit; no other field."""
-    expected = submission(folder.runs, personal_facts(folder.path, {}))
+    """Every field that logs decide equals them, to the last digit, and a person's own fields do not
+    contradict them."""
+    said = personal_facts(folder.path, {})
+    expected = submission(
+        folder.runs, {key: said[key] for key in said if key in (*PERSONAL, "home")}
+    )
     for keys, its, mine in differences(expected, folder.submission):
         place, name = json_place(folder, *keys), ".".join(keys)
         problem = f"{name} is {its}, the logs say {mine}; `python -m record report` writes it"
         raise RecordError(f"{place}: {problem}")
-    return f"{len(expected)} fields as the logs say"
+    name, known = contradicted(folder.submission, folder.runs)
+    problem = f"{name} is {said.get(name)}, the logs say {known}; correct it, or leave it out"
+    require(not name, f"{json_place(folder, name)}: {problem}")
+    own = [name for name in said if name not in expected]
+    more = f"; {', '.join(own)}: a person's own" if own else ""
+    return f"{len(expected)} fields as the logs say{more}"
 
 
 def differences(expected, found, keys: tuple[str, ...] = ()):
-    """(keys to a field, what was found, what was expected) where two JSON objects differ."""
+    """(keys to a field, what was found, what was expected) where the JSON object `found` says
+    something else than `expected`, or has a seed more."""
     if isinstance(expected, dict) and isinstance(found, dict):
-        for key in [*expected, *(key for key in found if key not in expected)]:
+        more = [key for key in found if key not in expected and keys == ("seed_results",)]
+        for key in [*expected, *more]:
             mine, its = expected.get(key, "no such field"), found.get(key, "missing")
             yield from differences(mine, its, (*keys, key))
     elif expected != found or type(expected) is not type(found):
@@ -284,7 +373,9 @@ def check_units_of_json(folder: Folder) -> str:
         for line in reversed(log.all("final_"))
         if "val_loss" in line and "val_bpb" in line and line["val_loss"] != line["val_bpb"]
     ]
-    expected, where = (scores or [(ratio, "no log says")])[0]
+    problem = "no log says a val_loss and a val_bpb that it could be compared with"
+    require(scores, f"{place}: {problem}; expected a line final_..._exact in each")
+    expected, where = scores[0]
     require(
         abs(ratio / expected - 1) <= 1e-3,  # four digits, as others write them
         f"{place}: val_loss {loss} / ln 2 / val_bpb {bpb} = {ratio:.4f} bytes per token, but "
@@ -295,7 +386,7 @@ def check_units_of_json(folder: Folder) -> str:
 
 def check_readme(folder: Folder) -> str:
     """The results table, and that of systems where their logs lie, are as the logs say, to the last
-    digit."""
+    digit, and so are figures in sentences that the pages mark as theirs."""
     parts = [("results", folder.readme, "report", results_table(folder.runs, folder.path))]
     counts = [len(folder.runs)]
     if folder.systems_logs:
@@ -311,9 +402,14 @@ def check_readme(folder: Folder) -> str:
                 f"{page}:{before.count(chr(10)) + no}: found {found[:200]!r}, the logs say "
                 f"{wanted[:200]!r}; `python -m record {command}` writes it"
             )
-    return " and ".join(
+    pages = [folder.readme, *(path for path in folder.links if path.suffix == ".md")]
+    pages = [page for page in dict.fromkeys(pages) if page.is_file()]
+    every((fault for page in pages for fault in prose.stale(page, folder)), lambda fault: fault)
+    marked = sum(len(sources) for page in pages for _, sources in prose.claims(page))
+    tables = " and ".join(
         f"the {part} table is that of {count} logs" for (part, *_), count in zip(parts, counts)
     )
+    return f"{tables}; {marked} marked figures in sentences are theirs"
 
 
 def check_figures(folder: Folder) -> str:
@@ -325,7 +421,9 @@ def check_figures(folder: Folder) -> str:
     require(figures, f"{folder.readme}: {problem}")
     gone = [path for path in figures if not path.is_file() or not path.stat().st_size]
     every(gone, lambda path: f"{path}: README shows it, but it is missing or empty")
-    return f"{len(figures)} shown by README, all here"
+    every(faults(figures, folder.logs), lambda fault: fault)
+    drawn = sum(path.stem.rpartition("_")[0] in FIGURES for path in figures)
+    return f"{len(figures)} shown by README, all here; {drawn} show the numbers of the logs"
 
 
 # --- what only running the script can tell ---

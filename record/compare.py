@@ -107,7 +107,7 @@ def table(found: list[dict[str, object]]) -> str:
         )
         lines.append("  ".join(texts).rstrip())
     if not are_few:
-        lines += ["", "settings that differ:", *by_name]
+        lines += ["", "settings that differ (?: not in that log):", *by_name]
     return "\n".join(lines)
 
 

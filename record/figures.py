@@ -17,8 +17,10 @@ from .fill import fill, signed
 from .folder import Folder, with_part, write_all
 from .log import Log, RecordError, require
 from .run import LIMITS
+from .stamp import digest_of_numbers, fault_of, stamp
 
 WIDTH, DPI = 8.3, 200  # inches; 830 px, GitHub's column, at twice the density
+FOLDER = "figures"  # not logs/, which the challenge's repository ignores
 BACKGROUNDS = {"light": "#ffffff", "dark": "#0d1117"}  # GitHub's
 README, MEASUREMENTS = Path("README.md"), Path("docs/measurements.md")
 
@@ -32,13 +34,14 @@ class Plot:
 
 
 def plot(path: Path) -> tuple[list[Path], list[str]]:
-    """Draws <folder>/logs/<figure>_{light,dark}.png from the reported logs.
+    """Draws <folder>/figures/<figure>_{light,dark}.png from the reported logs.
     Returns their paths and a line for each figure that was skipped, because a log lacks its lines;
     what an earlier call drew of it is removed."""
     written, skipped = [], []
     logs = Folder(path).logs
+    (path / FOLDER).mkdir(exist_ok=True)
     for name, figure in FIGURES.items():
-        paths = {theme: path / "logs" / f"{name}_{theme}.png" for theme in THEMES}
+        paths = {theme: path / FOLDER / f"{name}_{theme}.png" for theme in THEMES}
         try:
             data = figure.collect(logs)
         except RecordError as error:
@@ -60,9 +63,9 @@ def pictures(path: Path, page: Path) -> str:
     shown = [
         (name, figure.alt)
         for name, figure in FIGURES.items()
-        if figure.page == page and (path / "logs" / f"{name}_light.png").is_file()
+        if figure.page == page and (path / FOLDER / f"{name}_light.png").is_file()
     ]
-    return fill("figures.md", figures=shown, logs="../" * (len(page.parts) - 1) + "logs").strip()
+    return fill("figures.md", figures=shown, folder="../" * (len(page.parts) - 1) + FOLDER).strip()
 
 
 def show(path: Path) -> list[str]:
@@ -75,6 +78,18 @@ def show(path: Path) -> list[str]:
         except RecordError as error:
             problems.append(f"{page} shows no figures: {error}")
     return problems
+
+
+def faults(shown: list[Path], logs: list[Log]) -> list[str]:
+    """A line for each of the figures in `shown`, of those that `plot` draws, that does not show the
+    numbers of the logs."""
+    found = []
+    for path in shown:
+        name, _, theme = path.stem.rpartition("_")
+        if name in FIGURES and theme in THEMES:
+            fault = fault_of(path, digest_of_numbers(name, theme, FIGURES[name].collect(logs)))
+            found += [f"{path}: {fault}; `python -m record plot` draws it"] if fault else []
+    return found
 
 
 # --- what each figure needs, from the logs: a row per seed ---
@@ -115,7 +130,7 @@ def collect_training(logs: list[Log]) -> dict:
 
 def collect_bpb(logs: list[Log]) -> dict:
     """The bpb of each seed by stage."""
-    learns = any(log.settings.get("TTT_EPOCHS", "0") != "0" for log in logs)
+    learns = any(line.get("lr") != "0" for log in logs for line in log.all("ttt:"))
     bits = logs[0].settings.get("QUANT_BITS", "6")
     names = {
         "averaged, float": "final_float_exact",
@@ -180,8 +195,9 @@ def collect_calibration(logs: list[Log]) -> dict:
 
 
 def draw(name: str, data: dict, theme: str, path: Path) -> None:
-    """One figure in one theme."""
+    """One figure in one theme, which says of which numbers it is."""
     saved_as_png(lambda figure, colors: FIGURES[name].draw(figure, data, colors), theme, path)
+    stamp(path, digest_of_numbers(name, theme, data))
 
 
 def saved_as_png(draw: Callable, theme: str, path: Path) -> None:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
-from .log import Log, RecordError, parse_log, read_text, require
+from .log import Log, RecordError, parse_log, read_text, require, without_repeats
 from .run import Run, read_runs
 
 FILES = "train_gpt.py", "README.md", "submission.json", "requirements.txt"
@@ -62,8 +62,19 @@ class Folder:
         return [path for path in paths if inside(path, self.path)]
 
     @cached_property
+    def runs_or_error(self) -> list[Run] | RecordError:
+        """Every check asks for the runs; a problem with them is looked for once."""
+        try:
+            return read_runs(self.logs)
+        except RecordError as error:
+            return error
+
+    @property
     def runs(self) -> list[Run]:
-        return read_runs(self.logs)
+        """The runs of the logs, by seed. RecordError: they cannot be read as such."""
+        if isinstance(self.runs_or_error, RecordError):
+            raise RecordError(str(self.runs_or_error))
+        return self.runs_or_error
 
     @cached_property
     def systems_logs(self) -> list[Path]:
@@ -105,8 +116,12 @@ def read_json(path: Path, made_by: str = "`python -m record report`") -> dict:
     """The JSON object in `path`. RecordError: none; the message says which command makes it."""
     require(path.exists(), f"{path}: does not exist; make it by {made_by}")
     text = read_text(path, f"JSON; fix it, or remove it and make it by {made_by}")
+
+    def refuse(name: str):
+        raise ValueError(f"found {name}")  # Python reads NaN and Infinity, which are no JSON
+
     try:
-        found = json.loads(text)
+        found = json.loads(text, parse_constant=refuse, object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:  # also for too long a number, or too deep a list
         line, problem = getattr(error, "lineno", 1), getattr(error, "msg", error)
         raise RecordError(

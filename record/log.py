@@ -163,6 +163,17 @@ def read_text(path: Path, expected: str = "a text file") -> str:
         raise RecordError(f"{path}: byte {error.start} is not UTF-8, expected {expected}") from None
 
 
+def without_repeats(pairs: list[tuple]) -> dict:
+    """For json.loads, as object_pairs_hook. ValueError: a name is there twice, so that readers
+    could take either value."""
+    found = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"found {name!r} twice")
+        found[name] = value
+    return found
+
+
 def first_difference(a: str, b: str) -> int:
     """Number of the first line that differs, from 1; 0: the texts are equal."""
     if a == b:

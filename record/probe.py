@@ -26,6 +26,7 @@ PROBED = dict(  # a model of every feature that takes milliseconds
     **dict(MLP_MULT=2, VE_LAYERS="1,2", VE_DIM=8, XSA_LAST_N=1),
     **dict(BIGRAM_VOCAB_SIZE=64, BIGRAM_DIM=8, TRAIN_SEQ_LEN=16, TRAIN_BATCH_TOKENS=64),
     **dict(EVAL_SEQ_LEN=16, EVAL_STRIDE=5, VAL_BATCH_SIZE=256, TTT_CHUNK_TOKENS=50),
+    **dict(TTT_CHUNK_SIZE=7, TTT_BATCH_SIZE=4),
     **dict(COMPILE=0),
 )
 
@@ -139,15 +140,17 @@ class Probed:
         return np.concatenate(some)[:size].astype(np.uint16)
 
     def neural(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(nll, entropy) in nats of the targets, by the script's score or, with TTT, its
-        score_and_learn."""
+        """(nll, entropy) in nats of the targets, by the script's score or, where the
+        run learned, by its score_documents or score_and_learn."""
         module, stride = self.module, self.hp.eval_stride
         scorer = module.Scorer(self.model, module.block_passes(self.hp)[1])
-        if self.hp.ttt_epochs:
+        silent = module.RunLog()  # without a name it writes no file and prints nothing
+        if self.hp.ttt_lora_rank:
+            segments = module.score_documents(scorer, tokens, OneRank())
+        elif self.hp.ttt_epochs:
             validation = module.Validation(
                 tokens, lambda stream: np.ones(len(stream) - 1, np.uint16)
             )
-            silent = module.RunLog()  # without a name it writes no file and prints nothing
             segments = module.score_and_learn(
                 scorer, module.training_loss, validation, stride, OneRank(), silent
             )
@@ -247,7 +250,8 @@ def probe_once(module, settings: dict[str, str]) -> str:
     for _ in range(trials):
         size, length = int(probed.rng.integers(2, 400)), int(probed.rng.integers(1, 100))
         stride, tokens = int(probed.rng.integers(1, length + 1)), probed.stream(size)
-        model = Bigram(replace(probed.hp, eval_seq_len=length, eval_stride=stride), table)
+        hp = replace(probed.hp, eval_seq_len=length, eval_stride=stride, ttt_lora_rank=0)
+        model = Bigram(hp, table)
         segments = module.score(module.Scorer(model, ()), tokens, stride, OneRank())
         nll = np.concatenate([segment[0] for segment in segments])
         known = -table.log_softmax(-1).numpy()[tokens[:-1].astype(int), tokens[1:].astype(int)]

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .consistency import CAP, refuse_contradictions, refuse_copies, refuse_other_texts
 from .log import Line, Log, first_difference, require
 
 LEAST_SEEDS = 3
@@ -68,9 +69,7 @@ class Limit:
 
 
 LIMITS = dict(  # by the name of the check
-    artifact=Limit(
-        16_000_000, "bytes", "bytes", "d", "largest", "artifact_under_cap", largest_total
-    ),
+    artifact=Limit(CAP, "bytes", "bytes", "d", "largest", "artifact_under_cap", largest_total),
     train_time=Limit(
         600, "s", "s of training", ".3f", "longest", "train_under_600s", train_seconds
     ),
@@ -164,15 +163,21 @@ def refuse_unfinished(log: Log) -> None:
         problem = f"a second run in one log, the first ended in line {first.no}"
         line.require(False, f"{problem}; use one log per run")
     run_id = log.setting("RUN_ID")
+    is_its = re.fullmatch(rf"{re.escape(run_id)}(_\d+)?", log.name)
     require(
-        not run_id or re.fullmatch(rf"{re.escape(run_id)}(_\d+)?", log.name),
+        not run_id or is_its or log.path.name == record_name(log),
         f"{log.place('RUN_ID=')}: found RUN_ID={run_id}, expected the file to be named "
-        f"{run_id}.txt: the log of another run?",
+        f"{run_id}.txt or, in a folder for records/, {record_name(log)}: the log of another run?",
     )
     require(
         not log.settings.get("EVAL_ONLY"),
         f"{log.place('EVAL_ONLY=')}: the run trained nothing (EVAL_ONLY), expected training and "
         "scoring in one log",
+    )
+    require(
+        log.settings.get("NGRAM_ENABLED", "True") != "False",
+        f"{log.place('NGRAM_ENABLED=')}: the run mixed nothing (NGRAM_ENABLED=False), so it has no "
+        "mixed score to report; expected a run with NGRAM_ENABLED=1",
     )
     steps = log.train_steps
     for begin in [] if log.has("resume:") else steps[:1]:
@@ -185,6 +190,11 @@ def refuse_unfinished(log: Log) -> None:
             f"{after.place}: step {after.step} follows step {before.step} of line {before.no}: "
             "two runs in one log; use one log per run",
         )
+
+
+def record_name(log: Log) -> str:
+    """How the log is called in a folder for records/."""
+    return f"train_seed{seed_of(log)}.log"
 
 
 def sliding(log: Log) -> Line:
@@ -264,9 +274,14 @@ def seed_of(log: Log) -> int:
 
 
 def read_runs(logs: list[Log]) -> list[Run]:
-    """The runs of one result, by seed."""
+    """The runs of one result, by seed. RecordError: one is not complete, contradicts itself, or is
+    no run of the same experiment."""
     runs = [read_run(log) for log in logs]
     check_same_experiment(logs)
+    for log in logs:
+        refuse_contradictions(log)
+    refuse_copies(logs)
+    refuse_other_texts(logs)
     return sorted(runs, key=lambda run: run.seed)
 
 

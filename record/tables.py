@@ -1,31 +1,22 @@
-"""README's results, the table of systems, the page of settings and submission.json: functions of
-the logs, of the script, and of what a person says about the submission."""
+"""README's results, the table of systems, the page of settings, and which rules the logs show to be
+kept: functions of the logs and of the script."""
 
 from __future__ import annotations
 
 import ast
-import datetime
-import json
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
 
+from .consistency import LEARNS, gave_way
 from .fill import fill
-from .folder import Folder, inside, load_script, read_json, with_part, write_all
+from .folder import inside, load_script, read_json, with_part, write_all
 from .log import Log, parse_log, require
-from .run import LEAST_SEEDS, LIMITS, Run, data_lines, read_runs, read_systems
+from .run import LEAST_SEEDS, LIMITS, Run, data_lines, read_systems
 
 SYSTEMS_PAGE = Path("docs/predecessors.md")
 SETTINGS_PAGE = Path("docs/settings.md")
 TRACKS = "10min_16mb", "non_record_16mb"
-PERSONAL = {  # what no log knows: --help text of the flag
-    "author": "who made it",
-    "github_id": "GitHub account",
-    "name": "title of the submission",
-    "blurb": "one or two sentences on what it does",
-    "date": "of the submission, YYYY-MM-DD",
-    "track": f"{' or '.join(TRACKS)}",
-}
 COLUMNS = (  # heading, number of a run, how it is written
     ("step_avg", "step_ms", "{:.2f} ms"),
     ("steps", "steps", "{:,.0f}"),
@@ -183,7 +174,7 @@ def settings_page(script: Path) -> str:
     return fill("settings.md", groups=groups, script=loaded) + "\n"
 
 
-# --- submission.json ---
+# --- the rules, as the logs show them ---
 
 
 def compliance(runs: list[Run]) -> dict[str, bool]:
@@ -222,10 +213,10 @@ def unscored(log: Log) -> str:
 
 def score_first(log: Log) -> bool:
     """Test-time training says in its `ttt:` lines that it scores before it learns; without lines it
-    must be off."""
+    must be off, or given up for lack of time."""
     if lines := log.all("ttt:"):
         return any("score_first" in line.text for line in lines)
-    return log.settings.get("TTT_EPOCHS", "0") == "0"
+    return gave_way(log) or all(log.settings.get(name, "0") == "0" for name in LEARNS)
 
 
 UNSAFE_MODULES = "pickle cPickle dill cloudpickle marshal shelve joblib".split()  # noqa: SIM905
@@ -260,77 +251,7 @@ def unsafe_reading(source: str) -> str:
     return ""
 
 
-def submission(runs: list[Run], said: dict[str, str]) -> dict:
-    """submission.json: what a person said, and the numbers of the runs."""
-    bpbs = [run.mixed_bits_per_byte for run in runs]
-    return {
-        **{key: said[key] for key in PERSONAL},
-        "val_bpb": round(fmean(bpbs), 8),
-        "val_bpb_std": round(stdev(bpbs), 8) if len(runs) > 1 else None,
-        "val_loss": round(fmean(run.mixed_nats_per_token for run in runs), 8),
-        "seeds": [run.seed for run in runs],
-        "seed_results": {
-            str(run.seed): dict(
-                val_loss=run.mixed_nats_per_token,
-                val_bpb=run.mixed_bits_per_byte,
-                artifact_bytes=run.submission_bytes,
-                steps=run.steps,
-                step_avg_ms=run.step_ms,
-                eval_time_s=run.eval_seconds,
-            )
-            for run in runs
-        },
-        "bytes_total": max(run.submission_bytes for run in runs),
-        "bytes_code": runs[0].code_bytes,
-        "hardware": hardware(runs),
-        "pytorch_version": common(runs, "python:", "torch"),
-        "data": data_facts(runs),
-        "compliance": compliance(runs),
-    }
-
-
-def personal_facts(folder: Path, flags: dict[str, str | None]) -> dict[str, str]:
-    """Author, name, date, ... of the flags, else of the folder's submission.json. RecordError: one
-    is missing."""
-    path = folder / "submission.json"
-    said = read_json(path) if path.exists() else {}
-    said |= {key: value for key, value in flags.items() if value is not None}
-    for key, meaning in PERSONAL.items():
-        require(
-            isinstance(said.get(key), str) and said[key].strip(),
-            f"{path}: has no {key!r} ({meaning}); give `report --{key.replace('_', '-')}`",
-        )
-    try:
-        is_date = datetime.date.fromisoformat(said["date"]).isoformat() == said["date"]
-    except ValueError:
-        is_date = False
-    problem = f"found the date {said['date']!r}, expected YYYY-MM-DD; give `report --date`"
-    require(is_date, f"{path}: {problem}")
-    problem = f"found the track {said['track']!r}, expected {PERSONAL['track']}"
-    require(said["track"] in TRACKS, f"{path}: {problem}; give `report --track`")
-    return {key: said[key] for key in PERSONAL}
-
-
-def as_json(found: dict) -> str:
-    return json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 # --- what the commands write ---
-
-
-def report(paths: list[Path], folder: Path, flags: dict[str, str | None]) -> list[Run]:
-    """Rewrites README's table and submission.json in `folder` from logs, by default those that the
-    table links to. RecordError: nothing is written."""
-    readme = folder / "README.md"
-    with_part(readme, "results", "")  # has it the markers?
-    paths = paths or Folder(folder).linked_logs()
-    problem = "its results table links to no logs; name one LOG per seed"
-    require(paths, f"{readme}: {problem}")
-    runs = read_runs([parse_log(path) for path in paths])
-    found = submission(runs, personal_facts(folder, flags))
-    page = with_part(readme, "results", results_table(runs, folder))
-    write_all({readme: page, folder / "submission.json": as_json(found)})
-    return runs
 
 
 def systems(paths: list[Path], folder: Path) -> dict[str, list[Run]]:

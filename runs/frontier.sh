@@ -2,7 +2,8 @@
 # Ours: the best public network of the challenge without eval-time training (PR #1435, 1.0980 bpb neural), which is PR
 # #889's plus depth recurrence, two residual lanes, skip gates, MuonEq-R and other rates; the lanes, the attention-output
 # gate and the SmearGate of later records; finer steps, for the bytes that #1435 leaves; exact counts with learned weights.
-#   bash runs/frontier.sh; SEED=42 bash runs/frontier.sh; every setting likewise. TTT_EPOCHS=3: learns while it scores.
+#   bash runs/frontier.sh; SEED=42 bash runs/frontier.sh; every setting likewise. TTT_EPOCHS=3 (as #825) or
+#   TTT_LORA_RANK=8 TTT_LORA_ALPHA=16 TTT_LORA_LR=1e-3 (adapters per document): it learns while it scores.
 # Needs FineWeb under DATA_PATH and TOKENIZER_PATH; one rank per GPU.
 set -euo pipefail
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"

@@ -37,10 +37,10 @@ SECTIONS = {
     "curvature": "gptq clocks",
     "artifact": "artifact load coders gptq quantizers",
     "scoring": "scoring",
-    "ttt": "ttt",
+    "ttt": "ttt adapters",
     "mixture": "mixture ngram decodable predecessors",
     "run": "script dry_run faults clocks ranks systems launch",
-    "record": "record figures compare",
+    "record": "record foreign copy tampering rescore prose figures compare",
     "examples": "examples",
     "bench": "bench studies gpu_queue",  # studies/ and tools/ too
 }
@@ -122,6 +122,9 @@ STEADY = dict(  # nine steps in which both averages take snapshots
     WARMUP_STEPS=2,
 )
 
+ADAPTERS = dict(  # each document learns for itself
+    TTT_LORA_RANK=2, TTT_LORA_ALPHA=4, TTT_LORA_LR=0.05, TTT_CHUNK_SIZE=8, TTT_BATCH_SIZE=3
+)
 TTT = dict(TTT_EPOCHS=2, TTT_CHUNK_TOKENS=100, TTT_LR=0.01, TTT_BLOCKS=1, TTT_DECAY=0.8)
 
 

@@ -144,6 +144,8 @@ def hashed_counts(artifact) -> Hashed:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # many tiny steps: threads would only wait for each other
+    print("Half a minute: a model is trained, a text coded, decoded, and coded by hashed counts.")
     with tempfile.TemporaryDirectory() as folder:
         corpus = make_corpus(Path(folder))
         artifact = blob, hp, tokens = trained_artifact(corpus)

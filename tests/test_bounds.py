@@ -8,6 +8,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 from helpers import (
+    ADAPTERS,
     ALONE,
     SILENT,
     STEADY,
@@ -191,7 +192,9 @@ def use(corpus, **changes) -> None:
     _, state = t.decompress(packed.container.blob)
     training.model.load_state_dict(state)
     scores = t.score(scorer, stream, hp.eval_stride, ALONE)
-    if hp.ttt_epochs:
+    if hp.ttt_lora_rank:
+        scores = t.score_documents(scorer, stream, ALONE)
+    elif hp.ttt_epochs:
         validation = validation_of(stream, np.ones(399, np.uint16))
         scores = segments_while_learning(training.model, validation, hp.eval_stride)
     nll, entropy = np.concatenate(list(scores), 1)
@@ -231,6 +234,7 @@ OF_LOW = {
 OF_HIGH = {  # the largest possible value, where others bound it further
     **{"ROPE_DIMS": 16, "NUM_HEADS": 64, "NUM_KV_HEADS": 4, "EVAL_STRIDE": 32, "VOCAB_SIZE": 2048},
     **{"PARALLEL_START_LAYER": 3, "ATTN_GATE_DIMS": 64, "SMEAR_GATE_DIMS": 64},
+    **{"TTT_CHUNK_SIZE": 32, "TTT_BATCH_SIZE": 32},
     **{"BIGRAM_VOCAB_SIZE": 100_000},
     **{"ALPHA_MIN": 0.99, "ALPHA_MAX": 1 - 2**-53, "MUON_BACKEND_STEPS": 100, "VE_DIM": 256},
     **{"BIGRAM_DIM": 256, "LOGIT_SOFTCAP": 10**9, "MAX_WALLCLOCK_SECONDS": 10**9},
@@ -256,8 +260,10 @@ def bounds() -> list:
 @pytest.mark.slow
 @pytest.mark.parametrize("name, value", bounds())
 def test_a_run_at_a_bound_ends_with_finite_scores(name, value, corpus):
-    ttt = TTT if name.startswith("TTT_") else {}
-    use(corpus, **{**STEPS, **ttt, **FITTING.get(name, {}), name: value})
+    learning = TTT if name.startswith("TTT_") else {}
+    if name in ADAPTERS:
+        learning = ADAPTERS
+    use(corpus, **{**STEPS, **learning, **FITTING.get(name, {}), name: value})
 
 
 def test_a_run_at_the_bounds_that_once_were_too_wide_ends_with_finite_scores(corpus):

@@ -9,6 +9,7 @@ from helpers import ROOT, finish, start_python, tiny
 from test_load import packed
 
 import train_gpt as t
+from examples import last_artifact
 
 
 @pytest.fixture
@@ -35,6 +36,16 @@ def test_a_sample_is_a_function_of_the_seed(example, artifact):
         example("sample", artifact, "--tokens", 20, "--seed", seed) for seed in (1, 1, 2)
     )
     assert one == same != other
+
+
+def test_the_last_artifact_is_never_a_link_to_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone.ptz").touch()
+    (tmp_path / "final_model.int6.ptz").symlink_to("gone.ptz")
+    assert last_artifact() == "final_model.int6.ptz"
+    (tmp_path / "final_model.int5.ptz").touch()
+    (tmp_path / "gone.ptz").unlink()
+    assert last_artifact() == "final_model.int5.ptz"
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ import train_gpt as t
 from data import prepare_demo
 from record import folder
 from record.log import RecordError, parse_log
-from record.run import read_run
+from record.run import read_runs
 from studies import predecessors
 
 DiskUsage = namedtuple("DiskUsage", "total used free")
@@ -302,7 +302,7 @@ def test_resume_after_training_goes_straight_to_packing_and_leaves_a_whole_recor
     assert done.returncode == 0, done.stderr
     undisturbed, _ = alone
     assert score_lines(done.stdout) == score_lines(log_of(undisturbed))
-    run = read_run(parse_log(tmp_path / "logs/test.txt"))
+    (run,) = read_runs([parse_log(tmp_path / "logs/test.txt")])
     assert run.steps == 12
     assert trained_checkpoint.exists()
 
@@ -413,9 +413,11 @@ def before(state):  # far from the end the signal is waited for, if this machine
     assert t.read_checkpoint(f"{tmp_path}/logs/test.ckpt")["progress"][0] >= 5
     if victim == 0:
         return  # what it left is resumed once: below
-    again = run_script(tmp_path, 0, **settings, RESUME="logs/test.ckpt")
+    mixed = settings | {"NGRAM_ENABLED": 1}
+    again = run_script(tmp_path, 0, **mixed, RESUME="logs/test.ckpt")
     assert again.returncode == 0, again.stderr
     after = losses(log_of(tmp_path, "test_2"))
+    assert read_runs([parse_log(tmp_path / "logs/test_2.txt")]), "it agrees with itself"
     assert set(before) | set(after) == set(range(1, 17))
     for step in set(before) & set(after):  # what both did: on two ranks and on one
         assert float(before[step]) == pytest.approx(float(after[step]), abs=2e-4)

@@ -329,6 +329,8 @@ def test_the_scores_of_the_last_run_are_viewed(run, tmp_path, monkeypatch, capsy
         r"--start N shows others\.",
         shown,
     )
+    assert main(["view", "--start", "40", "--tokens", "30"]) == 0
+    assert "It shows targets 40 to 69 of" in capsys.readouterr().out  # as the page says
 
 
 def test_what_cannot_be_viewed_is_one_line(run, tmp_path, capsys):
@@ -551,6 +553,65 @@ def record(folder: Path, rng, seeds=(42, 1337, 2024), drop: str = "") -> Path:
 PAGES = figures.README, figures.MEASUREMENTS
 
 
+def a_pixel(draw, theme: str, path: Path) -> None:
+    """Stands in for what takes matplotlib a quarter of a second."""
+    from PIL import Image
+
+    Image.new("RGB", (1, 1), 0 if theme == "dark" else 255).save(path)
+
+
+@pytest.fixture
+def drawn(tmp_path, rng, monkeypatch):
+    """A folder of which every figure is drawn, and README shows three of them."""
+    monkeypatch.setattr(figures, "saved_as_png", a_pixel)
+    folder = record(tmp_path, rng)
+    figures.plot(folder), figures.show(folder)
+    return folder
+
+
+def test_figures_show_the_numbers_of_the_logs(drawn):
+    assert "; 6 show the numbers of the logs" in checks.check_figures(Folder(drawn))
+
+
+def test_figures_of_older_logs_are_refused(drawn):
+    path = drawn / "logs/seed42.txt"
+    path.write_text(re.sub(r"(mlp:)\d+", r"\g<1>484001", path.read_text()))
+    with pytest.raises(RecordError) as refused:
+        checks.check_figures(Folder(drawn))
+    faults = str(refused.value).split("; ")[::2]
+    assert [fault.split("/")[-1] for fault in faults] == [
+        f"fig_bytes_{theme}.png: shows other numbers than the logs" for theme in ("dark", "light")
+    ]
+
+
+def wider(png: bytes) -> bytes:
+    """The picture claims another width."""
+    return png.replace(b"\x00\x00\x00\x01", b"\x00\x00\x00\x02", 1)
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (wider, "was changed after it had been drawn"),
+        (lambda png: png[:-20], "is cut short"),
+        (lambda png: b"no picture", "found no PNG"),
+        (lambda png: png.replace(b"Numbers\0", b"Nothing\0"), "does not say which numbers"),
+    ],
+    ids=["painted over", "cut short", "no PNG", "drawn by others"],
+)
+def test_figures_that_were_changed_are_refused(drawn, spoil, said):
+    path = drawn / "figures/fig_bytes_dark.png"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(RecordError, match=f"fig_bytes_dark.png: .*{said}"):
+        checks.check_figures(Folder(drawn))
+
+
+def test_a_figure_in_the_place_of_another_is_refused(drawn):
+    shutil.copy(drawn / "figures/fig_bpb_dark.png", drawn / "figures/fig_bytes_dark.png")
+    with pytest.raises(RecordError, match="fig_bytes_dark.png: shows other numbers"):
+        checks.check_figures(Folder(drawn))
+
+
 def test_plot_draws_every_figure_in_both_themes(tmp_path, rng):
     from matplotlib.image import imread
 
@@ -573,20 +634,20 @@ def test_plot_draws_every_figure_in_both_themes(tmp_path, rng):
             )
         assert b"Date" not in path.read_bytes() and b"Software" not in path.read_bytes()
     markup = {page: figures.pictures(folder, page) for page in PAGES}
-    assert all(f"logs/{path.name}" in "".join(markup.values()) for path in paths)
+    assert all(f"figures/{path.name}" in "".join(markup.values()) for path in paths)
     assert [text.count("prefers-color-scheme: dark") for text in markup.values()] == [3, 2]
     again = tmp_path / "again.png"
     for name in ("fig_training",):
         data = figures.FIGURES[name].collect(Folder(folder).logs)
         figures.draw(name, data, "dark", again)
-        assert again.read_bytes() == (folder / f"logs/{name}_dark.png").read_bytes(), (
+        assert again.read_bytes() == (folder / f"figures/{name}_dark.png").read_bytes(), (
             "same logs, same pixels"
         )
 
 
 def test_plot_shows_on_each_page_what_it_drew_of_it(tmp_path, rng, capsys, monkeypatch):
     folder = record(tmp_path, rng, drop="calibration")
-    monkeypatch.setattr(figures, "draw", lambda name, data, theme, path: path.write_bytes(b"PNG"))
+    monkeypatch.setattr(figures, "saved_as_png", a_pixel)
     empty = "# x\n<!-- figures:begin -->\nold\n<!-- figures:end -->\nrest\n"
     (folder / "docs").mkdir()
     for page in PAGES:
@@ -597,8 +658,10 @@ def test_plot_shows_on_each_page_what_it_drew_of_it(tmp_path, rng, capsys, monke
         for page in PAGES:
             expected = empty.replace("old", figures.pictures(folder, page))
             assert (folder / page).read_text().endswith(expected)
-    assert "../logs/fig_training_dark.png" in (folder / figures.MEASUREMENTS).read_text()
-    assert checks.check_figures(Folder(folder)) == "8 shown by README, all here"
+    assert "../figures/fig_training_dark.png" in (folder / figures.MEASUREMENTS).read_text()
+    assert checks.check_figures(Folder(folder)) == (
+        "8 shown by README, all here; 8 show the numbers of the logs"
+    )
 
 
 def test_a_readme_without_markers_is_left_as_it_is(tmp_path, rng, capsys, monkeypatch):
@@ -608,7 +671,7 @@ def test_a_readme_without_markers_is_left_as_it_is(tmp_path, rng, capsys, monkey
     assert main(["plot", str(folder)]) == 0
     error = capsys.readouterr().err.splitlines()
     assert f"{readme}: found 0 x <!-- figures:begin -->" in error[0] and len(error) == 2
-    assert readme.read_text() == "# x\n" and len(list(folder.glob("logs/*.png"))) == 10
+    assert readme.read_text() == "# x\n" and len(list(folder.glob("figures/*.png"))) == 10
     with pytest.raises(RecordError, match="README.md: shows no figures"):
         checks.check_figures(Folder(folder))
 
@@ -619,7 +682,12 @@ def test_the_figures_are_of_the_logs_that_readme_links_to(tmp_path, rng, monkeyp
     (folder / "logs/again.txt").write_text((folder / "logs/seed7.txt").read_text())
     (folder / "logs/odd.txt").write_bytes(b"\xff\xfe")
     seen = []
-    one = replace(figures.FIGURES["fig_bytes"], collect=seen.append, draw=lambda *args: None)
+
+    def collect(logs) -> dict:
+        seen.append(logs)
+        return {}
+
+    one = replace(figures.FIGURES["fig_bytes"], collect=collect, draw=lambda *args: None)
     monkeypatch.setattr(figures, "FIGURES", {"fig_bytes": one})
     figures.plot(folder)
     assert [log.path.name for log in seen[0]] == ["seed7.txt", "seed8.txt"]
@@ -674,7 +742,8 @@ def test_a_log_that_lacks_a_line_costs_only_that_figure(tmp_path, rng, monkeypat
     if name == "fig_training":  # an older log: its lines have no lr_scale
         lines = [line.split(" lr_scale")[0] for line in lines]
     path.write_text("\n".join(line for line in lines if not line.startswith(drop)) + "\n")
-    stale = tmp_path / f"logs/{name}_dark.png"
+    stale = tmp_path / f"figures/{name}_dark.png"
+    stale.parent.mkdir()
     stale.write_bytes(b"from an earlier call")
     monkeypatch.setattr(figures, "draw", lambda name, data, theme, path: path.write_bytes(b""))
     paths, (said,) = figures.plot(tmp_path)

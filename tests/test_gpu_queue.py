@@ -113,7 +113,7 @@ def test_items_are_no_longer_skipped_once_their_code_is_there(queue):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     states = queue.states()
-    assert {states[name] for name in ("sp8192", "lanes", "pr889", "ttt")} == {"to do"}
+    assert {states[name] for name in ("sp8192", "lanes", "pr889", "ttt", "adapters")} == {"to do"}
     assert states["fa4"].startswith("skipped: 1 of 2 parts")
     queue("lanes")
     assert queue.runs() == ["old_lanes", "preset_no_lanes", "preset"]
@@ -257,17 +257,19 @@ def test_the_queue_on_a_cpu(corpus, tmp_path):
     options = dict(env=settings, text=True, capture_output=True, timeout=2 * DEADLINE)
     subprocess.run([*command, "--pack", str(shared)], check=True, **options)
     shutil.copy(ROOT / "train_gpt.py", data / "train_gpt_old_loader.py")
-    items = "works", "loader", "ttt", "long"
+    items = "works", "loader", "ttt", "adapters", "long"
     done = subprocess.run([*command, *items], **options)
     logs = {name: (out / f"{name}.log").read_text() for name in items}
     assert done.returncode == 0, (done.stdout, {name: log[-1000:] for name, log in logs.items()})
     assert "stopped by SIGTERM" in logs["works"]
     assert "resume:" in logs["works"]
     assert "ttt:score_first" in logs["ttt"]
+    assert logs["adapters"].count("ttt:score_first documents:") == 3
     rows = {line.split()[0] for line in (out / "summary.txt").read_text().splitlines()[1:]}
     assert rows == {
         "works", "old_loader", "old_loader_docs", "defaults", "defaults_docs",
         "defaults_overlapping", "defaults_ttt", "long",
+        "defaults_apart", "defaults_adapters_8", "defaults_adapters_96",
     }  # fmt: skip
     with tarfile.open(out / "runs.tar.gz") as logs:
         assert "long/logs/long.txt" in logs.getnames()

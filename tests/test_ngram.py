@@ -91,7 +91,7 @@ def test_counts_are_the_same_with_any_number_of_threads(rng, kind, threads, desc
     monkeypatch.setattr(t, "CHUNK", 40)
     tokens = stream_of(kind, rng, 3000)
     alone = t.ngram_counts(tokens, 9, describe)
-    together = t.ngram_counts(tokens, 9, describe, map=t.thread_map(threads))
+    together = t.ngram_counts(tokens, 9, describe, map_chunks=t.map_in_threads(threads))
     for want, found in zip(alone, together, strict=True):
         assert all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(want, found))
 
@@ -106,7 +106,9 @@ def test_a_chunk_is_not_overwritten_before_it_is_read(rng, monkeypatch):
         found = [function(item) for item in reversed(items)]
         return reversed(found)
 
-    for want, found in zip(t.ngram_counts(tokens, 7), t.ngram_counts(tokens, 7, map=backwards)):
+    for want, found in zip(
+        t.ngram_counts(tokens, 7), t.ngram_counts(tokens, 7, map_chunks=backwards)
+    ):
         assert all(map(np.array_equal, want, found))
 
 
@@ -127,7 +129,7 @@ def test_no_number_of_threads_means_the_cores_up_to_8(monkeypatch):
     )
     for cores in (1, 2, 64, None):
         monkeypatch.setattr(t.os, "cpu_count", lambda cores=cores: cores)
-        t.thread_map(0)
+        t.map_in_threads(0)
     assert made == [2, 8]  # one core needs no pool, nor does an unknown number
 
 

@@ -236,30 +236,6 @@ def test_a_rank_does_not_wait_for_ever_for_the_others(monkeypatch):
 # ---- a GPU that cannot be used
 
 
-def machine(folder: Path, vendor: str = "0x10de", kind: str = "0x030200") -> Path:
-    """/dev and /sys of a machine with one PCI device."""
-    device = folder / "sys/bus/pci/devices/0000:01:00.0"
-    device.mkdir(parents=True)
-    (device / "vendor").write_text(f"{vendor}\n")
-    (device / "class").write_text(f"{kind}\n")
-    return folder
-
-
-def test_an_nvidia_gpu_without_a_driver_is_found(tmp_path):
-    assert t.has_nvidia_gpu(machine(tmp_path))
-
-
-def test_the_device_of_a_driver_is_found(tmp_path):
-    (tmp_path / "dev").mkdir()
-    (tmp_path / "dev/nvidia0").touch()
-    assert t.has_nvidia_gpu(tmp_path)
-
-
-@pytest.mark.parametrize("vendor, kind", [("0x8086", "0x030000"), ("0x10de", "0x040300")])
-def test_other_devices_are_no_nvidia_gpu(vendor, kind, tmp_path):
-    assert not t.has_nvidia_gpu(machine(tmp_path, vendor, kind))  # of Intel; for sound
-
-
 @pytest.mark.parametrize(
     "has_gpu, env, warns",
     [
@@ -270,22 +246,24 @@ def test_other_devices_are_no_nvidia_gpu(vendor, kind, tmp_path):
         (False, {}, False),
     ],
 )
-def test_a_gpu_that_torch_cannot_use_is_pointed_out(has_gpu, env, warns, monkeypatch):
+def test_a_gpu_that_torch_cannot_use_is_pointed_out(has_gpu, env, warns, monkeypatch, tmp_path):
     def init():
-        raise RuntimeError("Found no NVIDIA driver on your system.\nPlease check ...")
+        raise RuntimeError("The NVIDIA driver on your system is too old.\nPlease update ...")
 
     monkeypatch.setattr(torch.cuda, "init", init)
-    monkeypatch.setattr(t, "has_nvidia_gpu", lambda: has_gpu)
+    (tmp_path / "dev").mkdir()
+    (tmp_path / f"dev/nvidia{0 if has_gpu else 'ctl'}").touch()
     said = (
         "this machine has an NVIDIA GPU that torch cannot use, so the run takes the CPU: "
-        "Found no NVIDIA driver on your system."
+        "The NVIDIA driver on your system is too old."
     )
-    assert t.unusable_gpu(torch.device("cpu"), env) == [said] * warns
+    assert t.unusable_gpu(torch.device("cpu"), env, tmp_path) == [said] * warns
 
 
-def test_a_gpu_that_is_used_is_not_pointed_out(monkeypatch):
-    monkeypatch.setattr(t, "has_nvidia_gpu", lambda: True)
-    assert t.unusable_gpu(torch.device("cuda"), {}) == []
+def test_a_gpu_that_is_used_is_not_pointed_out(tmp_path):
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidia0").touch()
+    assert t.unusable_gpu(torch.device("cuda"), {}, tmp_path) == []
 
 
 # ---- what a user sees of other people's errors

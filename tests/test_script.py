@@ -42,6 +42,25 @@ def ran(request, runs) -> Ran:
     return Ran(request.param, cwd, result.stdout, (cwd / "logs/test.txt").read_text())
 
 
+@pytest.mark.parametrize("averaging, validations", [("none", 2), ("ema", 3)])
+def test_no_weights_are_validated_twice(tmp_path, corpus, averaging, validations):
+    """Those that are trained; their averages, if there are any; those in the file."""
+    code = """
+plain = t.validation_scores
+def counted(*args):
+    print("a validation")
+    return plain(*args)
+t.validation_scores = counted
+"""
+    script = patched(tmp_path / "counting.py", code)
+    done = run_script(tmp_path, 0, script, **corpus, **BRIEF, AVERAGING=averaging)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("a validation") == validations
+    (trained,) = re.findall(r"^step:\S+ val_loss:(\S+)", done.stdout, re.M)
+    (packed,) = re.findall(r"^final_float_exact val_loss:(\S+)", done.stdout, re.M)
+    assert (f"{float(packed):.4f}" == trained) == (averaging == "none")
+
+
 def test_the_log_begins_with_the_source(ran):
     assert ran.log.startswith((ROOT / "train_gpt.py").read_text())
 

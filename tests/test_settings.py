@@ -39,7 +39,7 @@ from train_gpt import Hyperparameters, UserError, mistyped
         ),
         (
             {"NGRAM_MIN_ORDER": "9"},
-            "NGRAM_MIN_ORDER=9, NGRAM_ORDER=7: expected NGRAM_MIN_ORDER to be at most NGRAM_ORDER",
+            "NGRAM_MIN_ORDER=9, NGRAM_ORDER=7: expected the first to be at most the second",
         ),
         (
             {"BETA2": "0.5"},

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
-from helpers import shifted, stream_of, target_scores, tiny
+from helpers import stream_of, target_scores, tiny
 
 import train_gpt as t
 from studies import judges, mixture, tilt, ttt
@@ -57,86 +56,10 @@ def test_a_guess_that_often_comes_true_gains(rng):
 # --- learning during evaluation ---
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(3)
-    return shifted(t.GPT(tiny(VOCAB_SIZE=512))).eval()
-
-
-@pytest.fixture
-def documents(rng):
-    return [rng.integers(2, 512, n).astype(np.uint16) for n in (70, 21, 5, 2)]
-
-
-LEARN = dict(rank=2, alpha=4.0, lr=0.05)
-
-
-def test_documents_apart_are_scored_alone(model, documents):
-    found = ttt.score_documents(model, documents, 8, None, batch=3)
-    passes = t.block_passes(model.hp)[1]
-    for document, (nll, _) in zip(documents, found):
-        ids = torch.from_numpy(document.astype(np.int64))
-        for target in range(len(document) - 1):
-            last = min(8 * (target // 8 + 1), len(document) - 1)  # the chunk ends there
-            start = max(0, last - model.hp.eval_seq_len)
-            hidden = model.hidden(ids[None, start:last], passes)[0, target - start]
-            want = model.nll(hidden[None], ids[target + 1 : target + 2])
-            assert abs(nll[target] - want.item()) < 1e-4
-
-
-def test_learning_changes_later_chunks_of_the_document_only(model, documents):
-    plain = ttt.score_documents(model, documents, 8, None, batch=4)
-    learned = ttt.score_documents(model, documents, 8, LEARN, batch=4)
-    for before, after in zip(plain, learned):
-        np.testing.assert_allclose(before[:, :8], after[:, :8], atol=1e-5)
-    assert np.abs(plain[0][0, 8:] - learned[0][0, 8:]).max() > 1e-3
-
-
-def test_no_score_depends_on_later_tokens_or_other_documents(model, documents, rng):
-    learned = ttt.score_documents(model, documents, 8, LEARN, batch=4)
-    changed = [d.copy() for d in documents]
-    changed[0][33:] = rng.integers(2, 512, len(changed[0]) - 33)
-    changed[1][:] = rng.integers(2, 512, len(changed[1]))
-    torch.manual_seed(0)
-    again = ttt.score_documents(model, changed, 8, LEARN, batch=4)
-    # A is drawn anew in each call, so the comparison takes the same seed for both
-    torch.manual_seed(0)
-    learned = ttt.score_documents(model, documents, 8, LEARN, batch=4)
-    np.testing.assert_allclose(again[0][:, :32], learned[0][:, :32], atol=1e-5)
-    np.testing.assert_allclose(again[2], learned[2], atol=1e-5)
-
-
-def test_adapters_are_a_change_of_the_matrices(model):
-    """The same outputs as a model to whose matrices (alpha / rank) B A were added."""
-    adapters = ttt.Adapters(model, 1, rank=2, alpha=4.0)
-    with torch.no_grad():
-        for name in adapters.up:
-            adapters.up[name].normal_(0, 0.1)
-    ids = torch.arange(2, 34)[None]
-    passes = t.block_passes(model.hp)[1]
-    adapters.attach()
-    with torch.no_grad():
-        found = adapters.logits(model.hidden(ids, passes))
-    adapters.detach()
-
-    dense = t.GPT(model.hp)
-    dense.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        for name, module in dense.named_modules():
-            if name.endswith(ttt.ADAPTED):
-                key = name.replace(".", "_")
-                module.weight += 2.0 * (adapters.down[key][0] @ adapters.up[key][0]).T
-        hidden = dense.hidden(ids, passes)
-        want = dense.logits(hidden)
-        want = want + 2.0 * t.norm(hidden) @ adapters.down["head"][0] @ adapters.up["head"][0]
-        np.testing.assert_allclose(found.numpy(), want.numpy(), atol=2e-4)
-        assert not np.allclose(found.numpy(), model.logits(model.hidden(ids, passes)).numpy())
-
-
 def test_the_first_documents_are_cut_out_whole(rng):
     tokens = np.array([1, 5, 6, 1, 7, 1, 8, 9, 9, 9, 1, 4, 4], np.uint16)
-    documents, stream = ttt.first_documents(tokens, 5, longest=3)
-    assert [d.tolist() for d in documents] == [[1, 5, 6, 1], [1, 7, 1]]
+    count, stream = ttt.first_documents(tokens, 5, longest=3)
+    assert count == 2
     assert stream.tolist() == [1, 5, 6, 1, 7, 1]
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from edit_logs import with_settings
 from helpers import (
     ROOT,
     SCRIPT,
@@ -241,9 +242,9 @@ def test_the_table_of_systems_is_that_of_the_logs(logs, tmp_path):
     for system in logs:
         paths.append(tmp_path / f"logs/systems/{system}_seed1337.txt")
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
-        paths[-1].write_text(
-            logs[system].log.replace("\nRUN_ID=test\n", f"\nRUN_ID={system}_seed1337\n")
-        )
+        named = logs[system].log.replace("logs/test_2", f"logs/{system}_seed1337")
+        paths[-1].write_text(named.replace('"run_id": "test_2"', f'"run_id": "{system}_seed1337"'))
+        with_settings(paths[-1], RUN_ID=f"{system}_seed1337")
         replayed = paths[-1].with_name(f"{system}_seed1337_predecessors.json")
         replayed.write_text(json.dumps(logs[system].replayed))
     tables.systems(paths, tmp_path)

@@ -151,6 +151,26 @@ def test_training_returns_the_weights_that_the_model_is_left_with(corpus):
     assert all(w.data_ptr() != found[name].data_ptr() for name, w in trained.weights.items())
 
 
+def test_without_averages_the_last_validation_is_that_of_what_is_packed(corpus):
+    training = new_training(corpus, AVERAGING="none")
+    trained = t.train(*training)
+    _, passes = t.block_passes(training.model.hp)
+    scorer = t.Scorer(training.model, passes)
+    again = t.validate(scorer, training.validation, ALONE, training.log)
+    assert trained.validated == again
+
+
+def test_averages_are_validated_before_they_are_packed(corpus):
+    trained, _ = train(corpus)
+    assert trained.validated is None
+
+
+def test_a_network_without_its_recurrence_is_validated_again_with_it(corpus, monkeypatch):
+    monkeypatch.setattr(t, "training_share", lambda *_: 0.1)  # the time was over early
+    trained, _ = train(corpus, AVERAGING="none", RECUR_LAYERS="1", RECUR_START=0.9)
+    assert trained.validated is None
+
+
 def test_training_returns_a_curvature_only_where_the_quantiser_needs_it(corpus):
     for quantizer, is_needed in (("gptq", True), ("rows", False)):
         trained, log = train(corpus, ITERATIONS=1, QUANTIZER=quantizer)
@@ -248,7 +268,8 @@ def idle_parts(corpus, world_size: int = 1, num_targets: int = 5000, **settings)
         ),
         (
             dict(TRAIN_BATCH_TOKENS=32 * 13, MICRO_BATCH_TOKENS=128),
-            "TRAIN_BATCH_TOKENS=416 makes 13 micro-batches of 1 x 32 tokens on each rank; 384",
+            "TRAIN_BATCH_TOKENS=416 makes 13 micro-batches of 1 x 32 tokens on each rank; "
+            "a multiple of 128 makes larger and fewer ones",
         ),
         (
             dict(TTT_EPOCHS=1, TTT_CHUNK_TOKENS=5000),
@@ -279,13 +300,6 @@ def test_what_cannot_act_is_said_in_one_line(settings, said, corpus):
 )
 def test_nothing_is_said_where_all_can_act(settings, corpus):
     assert idle_parts(corpus, **settings) == []
-
-
-def test_a_better_batch_has_the_largest_micro_batches(corpus):
-    hp = tiny(**corpus, TRAIN_BATCH_TOKENS=32 * 26, MICRO_BATCH_TOKENS=128)
-    tokens = t.TokenLoader(hp, 0, 2).better_batch()
-    better = tiny(**corpus, TRAIN_BATCH_TOKENS=tokens, MICRO_BATCH_TOKENS=128)
-    assert t.TokenLoader(better, 0, 2).rows == 4
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ MUTATIONS = [
     ),
     Mutation(
         3,
-        "self.rank * self.share + micro * self.rows",
+        "self.rank * self.sequences_per_rank + micro * self.rows",
         "self.rank * self.rows + micro * self.rows",
         "test_data.py::test_a_batch_is_the_same_at_any_number_of_ranks_and_micro_batches",
     ),
@@ -283,7 +283,7 @@ MUTATIONS = [
     ),
     Mutation(
         14,
-        "loader.rows <= 2 < min(loader.most_rows, loader.share)",
+        "loader.rows <= 2 < min(loader.most_rows, loader.sequences_per_rank)",
         "loader.rows <= 2 < loader.most_rows",
         "test_training.py::test_nothing_is_said_where_all_can_act",
     ),
@@ -380,8 +380,8 @@ MUTATIONS = [
     ),
     Mutation(
         8,
-        "more = 2 * units + max(hp.gptq_seconds,",
-        "more = units + max(hp.gptq_seconds,",
+        "return 2 * units + max(hp.gptq_seconds,",
+        "return units + max(hp.gptq_seconds,",
         "test_script.py::test_no_step_begins_that_would_pass_the_cap_if_it_took_twice_the_average",
     ),
     Mutation(
@@ -506,6 +506,24 @@ MUTATIONS = [
     ),
     Mutation(
         12,
+        "betas=(0.0, 0.99)",
+        "betas=(0.9, 0.99)",
+        "test_adapters.py::test_each_document_is_learned_as_the_slow_reference_does",
+    ),
+    Mutation(
+        12,
+        "scored = is_target & (positions >= firsts[:rows, None])",
+        "scored = is_target",
+        "test_adapters.py::test_the_window_before_a_piece_is_learned_from_and_not_scored",
+    ),
+    Mutation(
+        12,
+        "start = max(document, first - hp.eval_seq_len)",
+        "start = max(0, first - hp.eval_seq_len)",
+        "test_adapters.py::test_pieces_score_each_target_once_and_stay_inside_their_document",
+    ),
+    Mutation(
+        12,
         "min(1.0, done / 0.3)",
         "done / 0.3",
         "test_ttt.py::test_the_learning_rate_rises_threefold_then_falls_to_zero",
@@ -539,6 +557,30 @@ MUTATIONS = [
         "needed <= disk.free or not disk.total",
         "sizes[paths[0]] <= disk.free or not disk.total",
         "test_faults.py::test_files_must_fit_on_their_disk_together",
+    ),
+    Mutation(
+        14,
+        "if needed <= available:",
+        "if available:",
+        "test_dry_run.py::test_counting_must_have_room_in_memory",
+    ),
+    Mutation(
+        14,
+        "if most <= 0.95 * whole:",
+        "if most <= whole:",
+        "test_dry_run.py::test_the_gpu_must_have_memory_to_spare",
+    ),
+    Mutation(
+        14,
+        "chunks = batches * loader.accumulation * math.ceil(loader.rows / rows)",
+        "chunks = batches * loader.accumulation",
+        "test_dry_run.py::test_the_curvature_without_a_time_limit_takes_all_chunks",
+    ),
+    Mutation(
+        8,
+        "validated = last_scores if passes == last_passes and not is_averaged else None",
+        "validated = last_scores if not is_averaged else None",
+        "test_training.py::test_a_network_without_its_recurrence_is_validated_again_with_it",
     ),
     Mutation(
         14,

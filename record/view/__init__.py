@@ -48,11 +48,11 @@ class Scores:
 
 
 class Page(NamedTuple):
-    """A page that was written: where, and which targets it shows, [first, last) of `total`."""
+    """A page that was written: where, and which targets it shows, [first, end) of `total`."""
 
     path: Path
     first: int
-    last: int
+    end: int
     total: int
 
 
