@@ -980,6 +980,7 @@ def test_the_probes_catch_what_is_no_code(monkeypatch, name, part, broken, said)
         probe.PROBES[name](t, settings)
 
 
+@pytest.mark.slow
 def test_the_probes_pass_adapters_that_learn_after_they_score():
     settings = dict(TTT_LORA_RANK="2", TTT_LORA_LR="0.01", TTT_LORA_ALPHA="8")
     for name in ("causal", "sums_to_one", "one_pass"):
