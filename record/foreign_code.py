@@ -123,22 +123,29 @@ def check_script(folder: ForeignFolder) -> Finding:
         lines = layer.text.count("\n") + 1
         if layer.problem:
             findings.append((CANNOT, f"{layer.name}: {layer.problem}"))
-        elif runs_hidden_code(layer) and "unpacked" not in " ".join(one.name for one in layers):
+        elif hides_code(layer, layers):
             findings.append((CANNOT, f"{layer.name}: it runs code that could not be unpacked"))
         else:
             findings.append((PASS, f"{layer.name}: {lines} lines"))
     return worst_of(findings, "it could not be read")
 
 
-def runs_hidden_code(layer: field_script.Layer) -> bool:
-    """Whether a short script consists of an exec."""
-    return "exec(" in layer.text and layer.text.count("\n") < 30
+def hides_code(layer: field_script.Layer, layers: list[field_script.Layer]) -> bool:
+    """Whether a short script consists of an exec, and nothing could be unpacked."""
+    is_wrapper = "exec(" in layer.text and layer.text.count("\n") < 30
+    return is_wrapper and not any("unpacked" in one.name for one in layers)
 
 
 def unseen(folder: ForeignFolder) -> list[str]:
     """What of the script could not be read."""
     layers, notes = script_layers(folder)
-    return [*notes, *(f"{layer.name} could not be read" for layer in layers if not layer.tree)]
+    unread = [f"{layer.name} could not be read" for layer in layers if not layer.tree]
+    hidden = [layer for layer in layers if hides_code(layer, layers)]
+    return [
+        *notes,
+        *unread,
+        *(f"{one.name} runs code that could not be unpacked" for one in hidden),
+    ]
 
 
 def judge_patterns(folder: ForeignFolder, findings: list[Finding], nothing: str) -> Finding:

@@ -584,6 +584,12 @@ def test_code_that_was_not_read_is_not_passed(tmp_path, check):
     assert found(tmp_path)[check][0] == "CANNOT TELL"
 
 
+@pytest.mark.parametrize("check", ["hashed_targets", "updates_first", "siblings", "network"])
+def test_code_of_an_unknown_packing_is_not_passed(tmp_path, check):
+    write(tmp_path, script=f"import mine\nexec(mine.unpack({'x' * 500!r}))\n")
+    assert found(tmp_path)[check][0] == "CANNOT TELL"
+
+
 def test_code_that_is_packed_again_and_again_ends():
     code = "import os\n" + "x = 1\n" * 40
     for _ in range(8):
