@@ -98,7 +98,7 @@ def test_training_ends_within_its_time(
     trained = t.train(*training)
     assert 30 < trained.seconds <= 60
     assert trained.seconds == pytest.approx(sum(unit.total for unit in units) - trial)
-    assert (units[1].count > 3) == bool(every)  # the trial, the last one, those on the way
+    assert (units[1].count > 2) == bool(every)  # the trial, the last one, those on the way
     assert t.read_checkpoint(str(tmp_path / "run.ckpt"))["progress"][0] == trained.steps
 
 

@@ -3,6 +3,7 @@ with settings from the environment."""
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,8 +196,8 @@ def test_what_was_scored_is_what_is_in_the_file(runs, corpus):
         )
 
 
-def test_a_run_is_deterministic_and_never_overwrites_a_log(runs, corpus):
-    cwd, _ = runs[1]
+def test_a_run_is_deterministic_and_never_overwrites_a_log(runs, corpus, tmp_path):
+    cwd = shutil.copytree(runs[1][0], tmp_path / "run", symlinks=True)
     before = (cwd / "logs/test.txt").read_text()
     assert run_script(cwd, 0, **corpus).returncode == 0
     assert (cwd / "logs/test.txt").read_text() == before
