@@ -3126,7 +3126,8 @@ def run_steps(state: TrainState, take_step: Callable, validation: Validation, st
             break
         validates = is_multiple(state.steps, hp.val_loss_every)
         is_due = validates or 0 < hp.checkpoint_every <= state.seconds - saved_at
-        if stopped or (is_due and not time_is_up(state, checkpoints=2)):
+        # 3: this one counts once, the last one twice, as it may take twice as long as this one
+        if stopped or (is_due and not time_is_up(state, checkpoints=3)):
             saved_at = state.seconds
             state.save()  # also before a validation, in case the run is killed during it
             state.read_clock("checkpoint")

@@ -123,7 +123,7 @@ STEADY = dict(  # nine steps in which both averages take snapshots
 )
 
 ADAPTERS = dict(  # each document learns for itself
-    TTT_LORA_RANK=2, TTT_LORA_ALPHA=4, TTT_LORA_LR=0.05, TTT_CHUNK_SIZE=8, TTT_BATCH_SIZE=3
+    TTT_LORA_RANK=2, TTT_LORA_ALPHA=4, TTT_LORA_LR=0.01, TTT_CHUNK_SIZE=8, TTT_BATCH_SIZE=3
 )
 TTT = dict(TTT_EPOCHS=2, TTT_CHUNK_TOKENS=100, TTT_LR=0.01, TTT_BLOCKS=1, TTT_DECAY=0.8)
 

@@ -115,7 +115,7 @@ def learned_slowly(model, tokens: np.ndarray, start: int, end: int) -> np.ndarra
     [
         dict(),
         dict(TIE_EMBEDDINGS=0),
-        dict(TTT_LORA_RANK=5, TTT_CHUNK_SIZE=32, TTT_LORA_LR=0.01),
+        dict(TTT_LORA_RANK=5, TTT_CHUNK_SIZE=32, TTT_LORA_LR=0.02),
         dict(RECUR_LAYERS="1,2", PARALLEL_START_LAYER=3, SKIP_GATES=1),
     ],
     ids=str,
@@ -126,7 +126,7 @@ def test_each_document_is_learned_as_the_slow_reference_does(rng, settings):
     found = adapted(model, tokens)
     starts = np.flatnonzero(tokens == t.BOS)
     expected = [learned_slowly(model, tokens, a, b) for a, b in zip(starts, starts[1:])]
-    np.testing.assert_allclose(found, np.concatenate(expected, 1), atol=2e-3)
+    np.testing.assert_allclose(found, np.concatenate(expected, 1), atol=5e-4)
 
 
 def test_adapters_that_are_attached_change_the_model_as_their_matrices_say(rng):
@@ -238,7 +238,7 @@ def test_a_long_document_is_scored_in_pieces_with_the_window_before(rng, monkeyp
     found = adapted(model, tokens)
     for start, first, stop in ((0, 0, 32), (0, 32, 64), (32, 64, 90)):
         expected = learned_slowly(model, tokens, start, stop)[:, first - start :]
-        np.testing.assert_allclose(found[:, first:stop], expected, atol=2e-3)
+        np.testing.assert_allclose(found[:, first:stop], expected, atol=5e-4)
 
 
 def test_the_cost_is_that_of_all_windows_read():
@@ -297,7 +297,7 @@ def test_too_little_time_for_adapters_leaves_windows(rng, share, expected):
     assert stride == expected
     assert collect(segments).shape == (2, 500)
     said = [line for line in log.lines if line.startswith("ttt:")]
-    assert said == (["ttt:score_first documents:2 rank:2 lr:0.05"] if expected == 8 else [])
+    assert said == (["ttt:score_first documents:2 rank:2 lr:0.01"] if expected == 8 else [])
     assert bool(log.starting("warning: TTT_LORA_RANK=2: adapters would not end")) == (not said)
 
 
