@@ -173,12 +173,6 @@ def as_without_overlap(folder):
     changes((r" from:3000", ""))(folder)
 
 
-def fewer_iterations(folder):
-    """As if training had been planned for 300 steps."""
-    setting_everywhere(ITERATIONS="300")(folder)
-    changes((r"(step:\d+/)20000", r"\g<1>300"), count=99)(folder)
-
-
 def other_orders_of_one_seed(folder):
     """A hundred targets move from one order to another; the sum is right."""
     edit(folder, r"^(ngram_order order:2 targets:)(\d+)", lambda m: f"{m[1]}{int(m[2]) - 100}")
@@ -348,7 +342,6 @@ TAMPERED = dict(
     a_slightly_longer_limit_everywhere=setting_everywhere(MAX_WALLCLOCK_SECONDS="80.0"),
     a_shorter_warmdown_everywhere=setting_everywhere(WARMDOWN_FRAC="0.5"),
     a_least_learning_rate_everywhere=setting_everywhere(MIN_LR="0.1"),
-    fewer_iterations_everywhere=fewer_iterations,
     no_curvature_everywhere=setting_everywhere(QUANTIZER="rows", MAX_WALLCLOCK_SECONDS="68.0"),
     learning_at_evaluation_everywhere=setting_everywhere(TTT_EPOCHS="3"),
     more_learning_than_the_settings_say=lambda folder: learning(folder, epochs=5),
