@@ -265,7 +265,8 @@ def check_stream(line: Line, targets: int, source: str) -> None:
 
 
 def check_customary(log: Log, targets: float, shards: float) -> None:
-    """The lines that other scripts of the challenge write, too, agree with the settings."""
+    """The header lines that every script of the challenge writes, as `seed:`, agree with the
+    settings."""
     paths = {name: log.setting(f"{name}_PATH") for name in ("DATA", "TRAIN_DATA", "TOKENIZER")}
     if line := only(log, "seed:"):
         says(line, "seed", log.setting("SEED"), "as SEED of the settings")

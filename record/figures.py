@@ -195,7 +195,7 @@ def collect_calibration(logs: list[Log]) -> dict:
 
 
 def draw(name: str, data: dict, theme: str, path: Path) -> None:
-    """One figure in one theme, which says of which numbers it is."""
+    """Draw one figure in one theme. Its file also holds a digest of the numbers that it shows."""
     saved_as_png(lambda figure, colors: FIGURES[name].draw(figure, data, colors), theme, path)
     stamp(path, digest_of_numbers(name, theme, data))
 

@@ -149,7 +149,8 @@ def in_fewer_lines(verdicts: list[Verdict]) -> list[Verdict]:
 
 
 def table(root: Path) -> str:
-    """Two Markdown tables of the verdicts on every folder in `root`: by check, by folder."""
+    """Judge every folder in `root`. Returns two Markdown tables: how often each check gave each
+    verdict, and which checks failed or warned in each folder."""
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink())
     judged = {path.name: judge(path) for path in folders}
     shown = list(reversed(ORDER))

@@ -16,7 +16,8 @@ class Ignored(NamedTuple):
 
 
 def run(folder: Path, *command: str, said: str = "") -> subprocess.CompletedProcess:
-    """git in `folder`, whatever repository the caller is in. RecordError: it is not installed."""
+    """Run git in `folder`. Variables such as GIT_DIR, which name another repository, do not count.
+    RecordError: git is not installed."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     talk = dict(input=said.encode(errors="surrogateescape"), capture_output=True, env=env)
     try:

@@ -106,7 +106,8 @@ def scored_again(path: Path, log: Log, folder: Path) -> Log:
 
 
 def compared(log: Log, again: Log) -> list[Compared]:
-    """Each exact score of the packed weights, and how many targets each order had."""
+    """What is compared: every score of the packed weights with all its digits, and the number of
+    targets that each n-gram order predicted."""
     found = []
     for line in log.all("final_"):
         name = line.text.split()[0]

@@ -18,7 +18,7 @@ ARTIFACT = b"weights"
 
 @pytest.fixture
 def folder(tmp_path):
-    """A submission whose first artifact and whose data lie where the log says."""
+    """A submission with its data and the artifact of its first log, where the log says they are."""
     (tmp_path / "logs").mkdir()
     for name, text in reported().items():
         (tmp_path / name).write_text(text)
